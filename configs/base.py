@@ -1,0 +1,105 @@
+"""Every configuration key, with its unit and default. Other configs state only what differs.
+
+    from configs.base import get_config as base_config
+
+A key that is not declared here is an error, on the command line as in a file.
+
+Dimension names: B batch (sequences), L sequence length (tokens), D `embed_dim`, F `ffn_dim`,
+V `vocab_size`, S STEM layers, H query heads, K KV heads, Dh `head_dim`.
+"""
+
+from ml_collections import config_dict
+
+
+def get_config() -> config_dict.ConfigDict:
+    """Returns the base configuration; sizes are those of a very small model."""
+    config = config_dict.ConfigDict()
+
+    config.model = config_dict.ConfigDict()
+    config.model.vocab_size = 4096  # V; must equal the tokenizer's
+    config.model.embed_dim = 128  # D
+    config.model.num_layers = 4
+    config.model.num_heads = 4  # H
+    config.model.num_kv_heads = 4  # K; divides num_heads
+    config.model.head_dim = None  # Dh; None: embed_dim / num_heads
+    config.model.ffn_dim = 384  # F, also the width of a STEM table
+    # Layers whose up projection is a table: "none", "third" (1, 4, 7, ...), "half" (1, 3, 5, ...),
+    # "all_but_first" (the official default), "all", or indices such as "1,3" or (1, 3).
+    config.model.stem_layers = config_dict.FieldReference("third", field_type=object)
+    config.model.tie_embeddings = False  # the output head is the token embedding
+    config.model.norm_eps = 1e-5
+    config.model.rope_theta = 10000.0
+    # Divides the std of the projections back into the residual stream: "disabled" (1),
+    # "current_depth" (sqrt(2 (layer + 1))), "global_depth" (sqrt(2 (layers + 1))), "dim_ratio".
+    config.model.init_std_factor = "disabled"
+    config.model.init_base_std = None  # None: fan_in^-0.5 for every projection, as published
+    config.model.param_dtype = "float32"  # backbone parameters and optimizer state
+    config.model.compute_dtype = "float32"  # matmuls and activations: float32 or bfloat16
+    config.model.attention = "auto"  # auto: splash on TPU, cudnn on GPU, xla elsewhere
+    config.model.remat = "none"  # none, full (per layer), dots (keep matmul outputs)
+
+    config.tables = config_dict.ConfigDict()
+    config.tables.optimizer = "dense_adamw"  # every row moves every step, as published
+    config.tables.lr_multiplier = 1.0  # times optimizer.learning_rate
+    config.tables.weight_decay = None  # None: optimizer.weight_decay
+    config.tables.clip_norm = 1.0  # global norm over all tables, apart from the backbone's
+    config.tables.init_std = None  # None: Xavier over [V, F], sqrt(2 / (V + F))
+    config.tables.vocab_axes = ("data", "fsdp")  # mesh axes that shard the rows
+    config.tables.capacity = None  # rows per owner and round; None: 1.25 x the even share
+    config.tables.pad_multiple = 256  # rows are padded to a multiple; shards must divide it
+
+    config.data = config_dict.ConfigDict()
+    # Comma-separated name=weight: built-in corpora (pydoc, stdlib, facts), prepared token stores
+    # (folders), or text files ("data/*.jsonl.zst").
+    config.data.sources = "pydoc"
+    config.data.tokenizer = "sentencepiece"  # sentencepiece, hf, bytes
+    config.data.tokenizer_path = None  # None: train sentencepiece on the sources, V tokens
+    config.data.validation_fraction = 0.02  # of the documents, for text prepared here
+    config.data.folder = None  # where text is prepared; None: <workdir>/data
+
+    config.mesh = config_dict.ConfigDict()
+    config.mesh.data = -1  # devices; -1: all that the other axes leave
+    config.mesh.fsdp = 1
+    config.mesh.tensor = 1
+    # A parameter larger than this must not be replicated over fsdp or tensor when those axes exist.
+    config.mesh.max_replicated_mib = 16.0
+
+    config.optimizer = config_dict.ConfigDict()
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.schedule = "cosine"  # constant, linear, inv_sqrt, cosine, wsd
+    config.optimizer.schedule_steps = None  # length of the schedule; None: train.steps
+    config.optimizer.warmup_steps = 20
+    config.optimizer.min_lr_ratio = 0.1
+    config.optimizer.decay_fraction = 0.1  # wsd: share of the steps that decay
+    config.optimizer.cycle_length = 1.0  # cosine and wsd: share of the steps in one cycle
+    config.optimizer.cosine_theta = 1.0  # cosine: exponent of the progress
+    config.optimizer.inv_sqrt_exponent = 0.5
+    config.optimizer.beta1 = 0.9
+    config.optimizer.beta2 = 0.95
+    config.optimizer.epsilon = 1e-8
+    config.optimizer.weight_decay = 0.1
+    config.optimizer.decay_mask = "all"  # all (as published) or matrices (not norms)
+    config.optimizer.clip_norm = 1.0  # global norm of the backbone's gradients
+
+    config.train = config_dict.ConfigDict()
+    config.train.steps = 100
+    config.train.global_batch_size = 16  # sequences per step over all devices
+    config.train.micro_batches = 1  # gradient accumulation: slices of the global batch
+    config.train.seq_len = 256  # tokens
+    config.train.seed = 0
+    config.train.z_loss = 0.0  # times mean(logsumexp^2)
+    config.train.loss_chunk = 256  # positions of each sequence whose logits exist at a time
+    config.train.max_bad_steps = 5  # non-finite steps in a row before the run stops
+    config.train.log_every = 10  # steps
+    config.train.sample_prompt = "The "  # completed at the end of training; empty: no sample
+    config.train.sample_tokens = 64
+
+    config.eval = config_dict.ConfigDict()
+    config.eval.every = 100  # steps; 0: only at the end
+    config.eval.max_batches = None  # None: every held-out token
+    config.eval.baselines = True  # unigram and xz on the held-out documents
+
+    config.checkpoint = config_dict.ConfigDict()
+    config.checkpoint.every = 100  # steps; 0: only at the end
+    config.checkpoint.keep = 2  # newest checkpoints kept, beside the best by validation loss
+    return config

@@ -1,0 +1,1 @@
+"""stem_jax: training, inference and analysis of transformers with token-indexed FFN tables."""

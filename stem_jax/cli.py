@@ -1,0 +1,46 @@
+"""What every entry point shares: exit codes, override flags, and process-wide JAX settings."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+from stem_jax.errors import InputError
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the examples of a description as written and appends defaults to the flags."""
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Runs `main(argv)`; exits 0 on success, 1 on refused input, 2 on wrong flags (argparse)."""
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): not an error of ours.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def split_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Separates `--config.section.key=value` from the other flags.
+
+    `--config.section.key value` is accepted too. Returns (other flags, {"section.key": "value"}).
+    """
+    rest: list[str] = []
+    overrides: dict[str, str] = {}
+    remaining = iter(argv)
+    for argument in remaining:
+        if not argument.startswith("--config."):
+            rest.append(argument)
+            continue
+        key, equals, value = argument.removeprefix("--config.").partition("=")
+        if not equals:
+            value = next(remaining, None)
+            if value is None:
+                raise InputError(f"--config.{key} needs a value: --config.{key}=VALUE")
+        overrides[key] = value
+    return rest, overrides

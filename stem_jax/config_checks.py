@@ -1,0 +1,127 @@
+"""Cross-field checks of a configuration: everything that can be refused before a device is touched.
+
+Each check names the value, the field and the remedy.
+"""
+
+import typing
+
+from stem_jax.errors import InputError
+
+if typing.TYPE_CHECKING:
+    from stem_jax.config import Config
+
+_CHOICES = {
+    "model.init_std_factor": ("disabled", "current_depth", "global_depth", "dim_ratio"),
+    "model.param_dtype": ("float32", "bfloat16"),
+    "model.compute_dtype": ("float32", "bfloat16"),
+    "model.attention": ("auto", "xla", "cudnn", "splash"),
+    "model.remat": ("none", "full", "dots"),
+    "tables.optimizer": ("dense_adamw",),
+    "data.tokenizer": ("sentencepiece", "hf", "bytes"),
+    "optimizer.schedule": ("constant", "linear", "inv_sqrt", "cosine", "wsd"),
+    "optimizer.decay_mask": ("all", "matrices"),
+}
+_AT_LEAST_ONE = ["model.vocab_size", "model.embed_dim", "model.num_layers", "model.num_heads", "model.num_kv_heads", "model.ffn_dim", "tables.pad_multiple", "train.steps", "train.global_batch_size", "train.micro_batches", "train.seq_len", "train.loss_chunk", "train.max_bad_steps", "train.log_every", "checkpoint.keep"]
+_NOT_NEGATIVE = ["optimizer.weight_decay", "optimizer.warmup_steps", "optimizer.min_lr_ratio", "train.seed", "train.z_loss", "train.sample_tokens", "eval.every", "checkpoint.every", "mesh.max_replicated_mib"]
+_POSITIVE = ["model.norm_eps", "model.rope_theta", "tables.lr_multiplier", "tables.clip_norm", "optimizer.learning_rate", "optimizer.epsilon", "optimizer.clip_norm", "optimizer.cycle_length", "optimizer.cosine_theta"]
+_OPTIONAL_POSITIVE = ["tables.init_std", "tables.capacity", "optimizer.schedule_steps", "eval.max_batches", "model.init_base_std"]
+
+
+def validate(config: "Config") -> None:
+    """Raises InputError for the first value that cannot work; returns nothing otherwise."""
+    for key, allowed in _CHOICES.items():
+        if (value := _get(config, key)) not in allowed:
+            raise InputError(f"{key}={value!r} is unknown; choose one of {', '.join(allowed)}")
+    _check_range(config, _AT_LEAST_ONE, lambda v: v >= 1, "at least 1")
+    _check_range(config, _NOT_NEGATIVE, lambda v: v >= 0, "0 or more")
+    _check_range(config, _POSITIVE, lambda v: v > 0, "more than 0")
+    _check_range(config, _OPTIONAL_POSITIVE, lambda v: v is None or v > 0, "more than 0, or none")
+    _check_model(config)
+    _check_tables(config)
+    _check_optimizer(config)
+    _check_batch(config)
+
+
+def _get(config: "Config", key: str):
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def _check_range(config: "Config", keys: list[str], accepts, rule: str) -> None:
+    for key in keys:
+        if not accepts(value := _get(config, key)):
+            raise InputError(f"{key}={value} must be {rule}")
+
+
+def _check_model(config: "Config") -> None:
+    model = config.model
+    if model.head_dim is None:
+        raise InputError(
+            f"model.embed_dim={model.embed_dim} does not divide by model.num_heads="
+            f"{model.num_heads}; set model.head_dim, or make it divide"
+        )
+    if model.head_dim < 2 or model.head_dim % 2:
+        raise InputError(
+            f"model.head_dim={model.head_dim} must be even and at least 2: rotary embedding turns "
+            "pairs of dimensions"
+        )
+    if model.num_heads % model.num_kv_heads:
+        raise InputError(
+            f"model.num_heads={model.num_heads} does not divide by model.num_kv_heads="
+            f"{model.num_kv_heads}; each KV head serves the same number of query heads"
+        )
+    layers = model.stem_layers
+    if any(not 0 <= layer < model.num_layers for layer in layers):
+        raise InputError(
+            f"model.stem_layers={layers} is out of range; layers count from 0 to "
+            f"{model.num_layers - 1} (model.num_layers={model.num_layers})"
+        )
+    if list(layers) != sorted(set(layers)):
+        raise InputError(f"model.stem_layers={layers} must be increasing, each layer once")
+
+
+def _check_tables(config: "Config") -> None:
+    axes = config.tables.vocab_axes
+    if any(axis not in ("data", "fsdp") for axis in axes) or len(set(axes)) != len(axes):
+        raise InputError(
+            f"tables.vocab_axes={axes} must be a selection of data, fsdp; the columns of the "
+            "tables follow the tensor axis"
+        )
+
+
+def _check_optimizer(config: "Config") -> None:
+    optimizer = config.optimizer
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(optimizer, name) < 1:
+            raise InputError(f"optimizer.{name}={getattr(optimizer, name)} must be in [0, 1)")
+    steps = optimizer.schedule_steps or config.train.steps
+    if optimizer.schedule == "wsd":
+        if not 0 < optimizer.decay_fraction < 1:
+            raise InputError(
+                f"optimizer.decay_fraction={optimizer.decay_fraction} must be between 0 and 1"
+            )
+        if optimizer.min_lr_ratio <= 0:
+            raise InputError("optimizer.min_lr_ratio=0 divides by zero in wsd; use e.g. 0.01")
+    if optimizer.schedule in ("wsd", "cosine") and int(steps * optimizer.cycle_length) < 1:
+        raise InputError(
+            f"optimizer.cycle_length={optimizer.cycle_length} of {steps} steps is less than a step"
+        )
+
+
+def _check_batch(config: "Config") -> None:
+    train = config.train
+    if train.global_batch_size % train.micro_batches:
+        raise InputError(
+            f"train.global_batch_size={train.global_batch_size} does not divide by "
+            f"train.micro_batches={train.micro_batches}; choose a divisor"
+        )
+    if not 0 <= config.data.validation_fraction < 1:
+        raise InputError(
+            f"data.validation_fraction={config.data.validation_fraction} must be in [0, 1)"
+        )
+    sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise InputError(
+            f"mesh.data, mesh.fsdp, mesh.tensor={sizes}: each must be at least 1, and at most one "
+            "of them -1 (all remaining devices)"
+        )

@@ -1,0 +1,1 @@
+"""Text to training batches: tokenizer, corpora, documents, token store, prepare, loader."""

@@ -1,0 +1,162 @@
+"""The sources of a training run: corpora, files or token stores, each with a weight."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from stem_jax.data import corpora, documents
+from stem_jax.data.documents import Document
+from stem_jax.data.prepare import open_stores, prepare_stores
+from stem_jax.data.token_store import TokenStore
+from stem_jax.data.tokenizer import Tokenizer
+from stem_jax.errors import InputError
+
+# What the stores beside it were made from; written last.
+_RECORD_FILE = "source.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceSpec:
+    """One source of text as the user names it, and its weight in the mixture (positive)."""
+
+    source: str
+    weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedSource:
+    """A source ready to be read. `validation` is None if it was prepared without one."""
+
+    source: str
+    weight: float
+    train: TokenStore
+    validation: TokenStore | None
+
+
+def parse_sources(text: str) -> tuple[SourceSpec, ...]:
+    """Parses "pydoc" or "pydoc=0.7,data/*.jsonl=0.3"; a weight left out is 1.
+
+    Raises InputError naming the item for an empty name, a weight that is not a positive number, or
+    a source given twice.
+    """
+    specs: list[SourceSpec] = []
+    for item in text.split(","):
+        name, equals, number = item.strip().rpartition("=")
+        if not equals:
+            name, number = number, "1"
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not name.strip():
+            raise InputError(f"source {item!r} in {text!r} has no name: write NAME or NAME=WEIGHT")
+        if not (weight > 0 and math.isfinite(weight)):
+            raise InputError(
+                f"source {item!r} in {text!r} has weight {number!r}: use a positive number"
+            )
+        if any(spec.source == name.strip() for spec in specs):
+            raise InputError(f"source {name.strip()!r} in {text!r} is given twice: add the weights")
+        specs.append(SourceSpec(name.strip(), weight))
+    return tuple(specs)
+
+
+def read_source(source: str, text_field: str = "text") -> Iterator[Document]:
+    """The documents of a built-in corpus or of the files that match a pattern."""
+    if source in corpora.BUILTIN:
+        for index, text in enumerate(corpora.read_corpus(source)):
+            yield Document(text, f"{source}#{index}")
+    else:
+        yield from documents.read_documents([source], text_field)
+
+
+def is_store_folder(source: str) -> bool:
+    """Whether a source names a folder that `prepare_stores` wrote."""
+    return (Path(source) / "train" / "meta.json").is_file()
+
+
+def open_sources(
+    sources: Sequence[SourceSpec],
+    tokenizer: Tokenizer,
+    folder: str | Path,
+    *,
+    validation_fraction: float = 0.02,
+    seed: int = 0,
+    text_field: str = "text",
+    vocab_size: int | None = None,
+    progress: bool = True,
+) -> tuple[OpenedSource, ...]:
+    """Opens every source, preparing text that was not prepared before.
+
+    A source is a folder of token stores, a built-in corpus or a file pattern. The last two are
+    prepared below `folder` and reused while tokenizer, split, seed and text stay the same.
+    vocab_size: of the model, if it is known; a store's may not be larger.
+    On several processes that share `folder`, let one call it before the others do.
+    Raises InputError for a source that cannot be read, or one of another tokenizer.
+    """
+    opened = []
+    for spec in sources:
+        if is_store_folder(spec.source):
+            target = Path(spec.source)
+        elif Path(spec.source).is_dir():
+            raise InputError(
+                f"source {spec.source!r} is a folder without train/meta.json: run prepare, or give"
+                " a file pattern"
+            )
+        else:
+            target = Path(folder) / _folder_name(spec.source)
+            record = _source_record(spec.source, tokenizer, validation_fraction, seed, text_field)
+            if not _is_current(target, record):
+                (target / _RECORD_FILE).unlink(missing_ok=True)
+                prepare_stores(
+                    read_source(spec.source, text_field),
+                    tokenizer,
+                    target,
+                    name=spec.source,
+                    validation_fraction=validation_fraction,
+                    seed=seed,
+                    progress=progress,
+                )
+                (target / _RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n")
+        stores = open_stores(target, tokenizer, vocab_size)
+        opened.append(
+            OpenedSource(spec.source, spec.weight, stores["train"], stores.get("validation"))
+        )
+    return tuple(opened)
+
+
+def _folder_name(source: str) -> str:
+    if source in corpora.BUILTIN:
+        return source
+    readable = re.sub(r"[^A-Za-z0-9]+", "-", source).strip("-")[-40:]
+    return f"{readable}-{hashlib.sha256(source.encode()).hexdigest()[:8]}"
+
+
+def _source_record(
+    source: str, tokenizer: Tokenizer, validation_fraction: float, seed: int, text_field: str
+) -> dict[str, Any]:
+    """Everything that the stores of a source are a function of."""
+    record: dict[str, Any] = {
+        "source": source,
+        "fingerprint": tokenizer.fingerprint,
+        "validation_fraction": validation_fraction,
+        "seed": seed,
+    }
+    if source in corpora.BUILTIN:
+        # The text of the running Python changes with it.
+        return {**record, "python": sys.version.split()[0]}
+    files = [(path, path.stat()) for path in documents.find_files([source])]
+    record["files"] = [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in files]
+    return {**record, "text_field": text_field}
+
+
+def _is_current(folder: Path, record: dict[str, Any]) -> bool:
+    try:
+        return json.loads((folder / _RECORD_FILE).read_text()) == record
+    except (OSError, ValueError):
+        return False

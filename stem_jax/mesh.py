@@ -1,0 +1,128 @@
+"""The device mesh, its axis names, and the one table that maps logical axes to mesh axes."""
+
+import dataclasses
+import math
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from stem_jax.config import MeshConfig
+from stem_jax.errors import InputError
+
+AXES = ("data", "fsdp", "tensor")
+# A global batch is split over these axes; a device's share of it is one block of sequences.
+BATCH_AXES = ("data", "fsdp")
+
+# Logical axis of a backbone parameter -> mesh axis. Tables have their own rule in tables/layout.
+LOGICAL_TO_MESH = {
+    "embed": "fsdp",
+    "ffn": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "vocab": "tensor",
+    "norm": None,
+}
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """Builds the (data, fsdp, tensor) mesh over `devices` (default: all).
+
+    Raises:
+        InputError: the axis sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if free and len(devices) % fixed == 0:
+        sizes[free[0]] = len(devices) // fixed
+    if math.prod(sizes.values()) != len(devices):
+        shape = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+        raise InputError(
+            f"{shape} do not multiply to the {len(devices)} devices; change one of them, or set "
+            "one to -1"
+        )
+    return jax.make_mesh(
+        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
+
+
+def axis_size(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
+    """Number of devices along one mesh axis or several taken together."""
+    if axes is None:
+        return 1
+    names = (axes,) if isinstance(axes, str) else axes
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def parameter_spec(logical_axes: tuple[str, ...]) -> PartitionSpec:
+    """The partition spec of a backbone parameter with these logical axes."""
+    return PartitionSpec(*(LOGICAL_TO_MESH[axis] for axis in logical_axes))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of an array whose leading dimension is the global batch."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Sharding of a small array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Pins the leading dimension of an activation to the batch axes, the others unsharded."""
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
+
+
+def check_divides(size: int, what: str, axes: str | tuple[str, ...] | None, mesh: Mesh) -> None:
+    """Raises InputError when `size` cannot be split evenly over the mesh axes."""
+    shards = axis_size(mesh, axes)
+    if size % shards:
+        names = axes if isinstance(axes, str) else ", ".join(axes or ())
+        raise InputError(
+            f"{what}={size} does not divide over the {shards} devices of mesh axis {names}; "
+            f"change {what}, or the mesh"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """One array of the run: what it is called, its global shape and dtype, and its sharding."""
+
+    name: str
+    shape: tuple[int, ...]
+    itemsize: int
+    spec: PartitionSpec
+
+    def total_bytes(self) -> int:
+        """Bytes of the whole array."""
+        return math.prod(self.shape) * self.itemsize
+
+    def device_bytes(self, mesh: Mesh) -> int:
+        """Bytes on each device."""
+        shards = math.prod(axis_size(mesh, axes) for axes in self.spec)
+        return self.total_bytes() // shards
+
+
+def check_placement(arrays: list[Placed], mesh: Mesh, max_replicated_mib: float) -> None:
+    """Refuses arrays that do not divide, and large ones left whole on a mesh that could split them.
+
+    Raises:
+        InputError: names the offenders, their bytes and the remedy.
+    """
+    for array in arrays:
+        for size, axes in zip(array.shape, array.spec, strict=False):
+            check_divides(size, f"{array.name} {array.shape}: dimension", axes, mesh)
+    if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
+        return
+    limit = max_replicated_mib * 2**20
+    whole = [a for a in arrays if a.device_bytes(mesh) == a.total_bytes() > limit]
+    if whole:
+        listed = ", ".join(f"{a.name} {a.total_bytes() / 2**20:.1f} MiB" for a in whole[:8])
+        raise InputError(
+            f"{len(whole)} arrays over mesh.max_replicated_mib={max_replicated_mib} would be whole "
+            f"on every device: {listed}; shard them or raise the bound"
+        )

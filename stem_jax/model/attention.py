@@ -1,0 +1,130 @@
+"""Causal grouped-query attention within documents, with the kernel each platform has for it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel,
+    splash_attention_mask,
+)
+from jax.sharding import Mesh, PartitionSpec
+
+from stem_jax.config import ModelConfig
+from stem_jax.errors import InputError
+from stem_jax.mesh import BATCH_AXES
+from stem_jax.model.layers import Linear, rotate
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with rotary positions and num_heads / num_kv_heads queries per KV head.
+
+    Position i sees position j when j <= i and both carry the same segment id.
+    """
+
+    def __init__(self, config: ModelConfig, factor: float, mesh: Mesh | None, *, rngs: nnx.Rngs):
+        D, H, K, Dh = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
+        std = config.init_base_std or D**-0.5
+        make = functools.partial(Linear, cut=3 * std, param_dtype=config.param_dtype, rngs=rngs)
+        self.q_proj = make((D, H * Dh), ("embed", "heads"), std)
+        self.k_proj = make((D, K * Dh), ("embed", "kv_heads"), std)
+        self.v_proj = make((D, K * Dh), ("embed", "kv_heads"), std)
+        # The published initialisation divides the std by the factor but not the cut.
+        self.o_proj = make((H * Dh, D), ("heads", "embed"), std / factor)
+        self.head_dim = Dh
+        self.backend = resolve_backend(config, mesh)
+        self.mesh = mesh
+
+    def __call__(self, x_BxLxD, angles, segment_ids_BxL, cache=None):
+        """Attends within x, or, with `cache`, within what the cache holds and x.
+
+        Args:
+            x_BxLxD: normalised residual stream.
+            angles: cosines and sines of `layers.rotary_angles`.
+            segment_ids_BxL: document number of each position; 0 is padding.
+            cache: None, or a `generation.LayerCache` to read from and extend.
+
+        Returns:
+            The [B, L, D] output and the extended cache (None without one).
+        """
+        B, L, _ = x_BxLxD.shape
+        q = rotate(self.q_proj(x_BxLxD).reshape(B, L, -1, self.head_dim), angles)
+        k = rotate(self.k_proj(x_BxLxD).reshape(B, L, -1, self.head_dim), angles)
+        v = self.v_proj(x_BxLxD).reshape(B, L, -1, self.head_dim)
+        if cache is None:
+            out = attend(q, k, v, segment_ids_BxL, self.backend, self.mesh)
+        else:
+            cache = cache.extend(k, v, segment_ids_BxL)
+            slots_L = cache.length - L + jnp.arange(L)
+            mask = document_mask(segment_ids_BxL, cache.segment_ids, slots_L)
+            out = jax.nn.dot_product_attention(
+                q, cache.keys, cache.values, mask=mask, implementation="xla"
+            )
+        return self.o_proj(out.reshape(B, L, -1)), cache
+
+
+def resolve_backend(config: ModelConfig, mesh: Mesh | None) -> str:
+    """The attention kernel for this platform: the configured one, or by `auto` the fastest.
+
+    Raises:
+        InputError: a kernel that this platform or dtype does not have.
+    """
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    if config.attention == "auto":
+        if platform == "tpu":
+            return "splash"
+        # cuDNN's kernel takes half precision only, and head sizes up to 128 in steps of 8.
+        if platform == "gpu" and config.compute_dtype == "bfloat16":
+            return "cudnn" if config.head_dim <= 128 and config.head_dim % 8 == 0 else "xla"
+        return "xla"
+    if config.attention == "cudnn" and platform != "gpu":
+        raise InputError(f"model.attention=cudnn needs a GPU, this is {platform}; use auto")
+    return config.attention
+
+
+def document_mask(q_segments_BxL, kv_segments_BxT, q_slots_L) -> jax.Array:
+    """Boolean mask [B, 1, L, T]: same document, and not ahead of the query's slot."""
+    kv_slots_T = jnp.arange(kv_segments_BxT.shape[1])
+    causal_LxT = kv_slots_T[None, :] <= q_slots_L[:, None]
+    same_BxLxT = q_segments_BxL[:, :, None] == kv_segments_BxT[:, None, :]
+    return (same_BxLxT & causal_LxT)[:, None]
+
+
+def attend(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, segment_ids_BxL, backend: str, mesh: Mesh | None):
+    """Causal attention within segments, [B, L, H, Dh], by the named backend."""
+    if backend == "splash":
+        return _splash(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, segment_ids_BxL, mesh)
+    mask = document_mask(segment_ids_BxL, segment_ids_BxL, jnp.arange(q_BxLxHxD.shape[1]))
+    return jax.nn.dot_product_attention(
+        q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, mask=mask, implementation=backend
+    )
+
+
+def _splash(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, segment_ids_BxL, mesh: Mesh | None):
+    def local(q, k, v, segments):
+        _, L, H, Dh = q.shape
+        mask = splash_attention_mask.MultiHeadMask(
+            [splash_attention_mask.CausalMask((L, L)) for _ in range(H)]
+        )
+        kernel = splash_attention_kernel.make_splash_mha(
+            mask=mask,
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=mesh is None or mesh.devices.flat[0].platform != "tpu",
+        )
+        heads_first = [x.transpose(0, 2, 1, 3) for x in (q * Dh**-0.5, k, v)]
+        ids = splash_attention_kernel.SegmentIds(segments, segments)
+        out = jax.vmap(kernel)(*heads_first, segment_ids=ids)
+        return out.transpose(0, 2, 1, 3).astype(q.dtype)
+
+    if mesh is None:
+        return local(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, segment_ids_BxL)
+    heads = PartitionSpec(BATCH_AXES, None, "tensor", None)
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(heads, heads, heads, PartitionSpec(BATCH_AXES, None)),
+        out_specs=heads,
+        check_vma=False,
+    )(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, segment_ids_BxL)

@@ -1,0 +1,34 @@
+"""The gated FFN; dense and STEM differ in where the up values come from, and nowhere else."""
+
+import jax
+from flax import nnx
+
+from stem_jax.config import ModelConfig
+from stem_jax.model.layers import Linear
+
+
+class GatedFFN(nnx.Module):
+    """y = W_down(silu(W_gate x) * up), up = W_up x (dense) or the token's row (STEM, eq. 3)."""
+
+    def __init__(self, config: ModelConfig, layer: int, factor: float, *, rngs: nnx.Rngs):
+        D, F = config.embed_dim, config.ffn_dim
+        dtype = config.param_dtype
+        in_std = config.init_base_std or D**-0.5
+        out_std = (config.init_base_std or F**-0.5) / factor
+        inward = ("embed", "ffn")
+        self.gate_proj = Linear((D, F), inward, in_std, 3 * in_std, param_dtype=dtype, rngs=rngs)
+        dense = layer not in config.stem_layers
+        self.up_proj = (
+            Linear((D, F), inward, in_std, 3 * in_std, param_dtype=dtype, rngs=rngs)
+            if dense
+            else None
+        )
+        self.down_proj = Linear(
+            (F, D), ("ffn", "embed"), out_std, 3 * out_std, param_dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, x_BxLxD: jax.Array, up_BxLxF: jax.Array | None) -> jax.Array:
+        """Args: `up_BxLxF` are the rows of a STEM layer, None for a dense one."""
+        if self.up_proj is not None:
+            up_BxLxF = self.up_proj(x_BxLxD)
+        return self.down_proj(jax.nn.silu(self.gate_proj(x_BxLxD)) * up_BxLxF)

@@ -1,0 +1,63 @@
+"""Norm, projection, embedding and rotary position encoding."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def truncated_normal(key: jax.Array, shape: tuple[int, ...], std: float, cut: float, dtype):
+    """Normal samples of standard deviation `std` (before the cut), cut at +-`cut`."""
+    unit = jax.random.truncated_normal(key, -cut / std, cut / std, shape, jnp.float32)
+    return (unit * std).astype(dtype)
+
+
+class Linear(nnx.Module):
+    """y = x W without bias; W is [in, out]."""
+
+    def __init__(self, shape, logical_axes, std, cut, *, param_dtype, rngs: nnx.Rngs):
+        value = truncated_normal(rngs.params(), shape, std, cut, param_dtype)
+        self.kernel = nnx.Param(value, logical_axes=logical_axes)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x @ self.kernel[...].astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale, computed in float32 and returned in the dtype of x."""
+
+    def __init__(self, dim: int, eps: float, *, param_dtype):
+        self.scale = nnx.Param(jnp.ones((dim,), param_dtype), logical_axes=("norm",))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        inverse_rms = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (x32 * inverse_rms * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """One vector per token, [V, D]: the input embedding, and by the same shape the output head."""
+
+    def __init__(self, vocab_size: int, embed_dim: int, *, param_dtype, rngs: nnx.Rngs):
+        std = embed_dim**-0.5
+        value = truncated_normal(rngs.params(), (vocab_size, embed_dim), std, 3 * std, param_dtype)
+        self.weight = nnx.Param(value, logical_axes=("vocab", "embed"))
+
+    def __call__(self, tokens_BxL: jax.Array, dtype) -> jax.Array:
+        return jnp.take(self.weight[...], tokens_BxL, axis=0).astype(dtype)
+
+
+def rotary_angles(positions_BxL: jax.Array, head_dim: int, theta: float):
+    """Cosines and sines of position * theta^(-2i / head_dim), each [B, L, head_dim / 2]."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions_BxL[..., None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BxLxHxD: jax.Array, angles) -> jax.Array:
+    """Turns the adjacent pairs (x[2i], x[2i+1]) by their angle, in float32 (RoFormer, eq. 34)."""
+    cos, sin = (a[:, :, None, :] for a in angles)
+    pairs = x_BxLxHxD.astype(jnp.float32).reshape(*x_BxLxHxD.shape[:-1], -1, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return turned.reshape(x_BxLxHxD.shape).astype(x_BxLxHxD.dtype)

@@ -1,0 +1,144 @@
+"""The decoder. It takes a block of rows and indices into it, and never knows where a table lives."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from stem_jax.config import ModelConfig
+from stem_jax.mesh import constrain_batch
+from stem_jax.model.attention import Attention
+from stem_jax.model.ffn import GatedFFN
+from stem_jax.model.layers import Embedding, RMSNorm, rotary_angles
+from stem_jax.tables.lookup import lookup
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What the decoder reads for one batch.
+
+    tokens: [B, L] int32 ids. inverse: [B, L] int32, index of each token's row in the row block of
+    its device. positions: [B, L] int32 within the document. segment_ids: [B, L] int32, 0 = padding.
+    """
+
+    tokens: jax.Array
+    inverse: jax.Array
+    positions: jax.Array
+    segment_ids: jax.Array
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + ffn(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int, mesh: Mesh | None, *, rngs: nnx.Rngs):
+        factor = residual_factor(config, layer)
+        norm = functools.partial(
+            RMSNorm, config.embed_dim, config.norm_eps, param_dtype=config.param_dtype
+        )
+        self.attention_norm = norm()
+        self.attention = Attention(config, factor, mesh, rngs=rngs)
+        self.ffn_norm = norm()
+        self.ffn = GatedFFN(config, layer, factor, rngs=rngs)
+
+    def __call__(self, x_BxLxD, up_BxLxF, angles, segment_ids_BxL, cache=None):
+        attended, cache = self.attention(
+            self.attention_norm(x_BxLxD), angles, segment_ids_BxL, cache
+        )
+        x_BxLxD = x_BxLxD + attended
+        return x_BxLxD + self.ffn(self.ffn_norm(x_BxLxD), up_BxLxF), cache
+
+
+class Transformer(nnx.Module):
+    """Decoder-only language model; STEM layers read their up values from a row block."""
+
+    def __init__(self, config: ModelConfig, mesh: Mesh | None = None, *, rngs: nnx.Rngs):
+        embedding = functools.partial(
+            Embedding,
+            config.vocab_size,
+            config.embed_dim,
+            param_dtype=config.param_dtype,
+            rngs=rngs,
+        )
+        self.embed = embedding()
+        self.blocks = nnx.List(
+            [Block(config, layer, mesh, rngs=rngs) for layer in range(config.num_layers)]
+        )
+        self.norm = RMSNorm(config.embed_dim, config.norm_eps, param_dtype=config.param_dtype)
+        tied = config.tie_embeddings
+        self.head = None if tied else embedding()
+        self.config = config
+        self.mesh = mesh
+
+    def __call__(self, inputs: Inputs, rows_UxSxF: jax.Array, caches=None, collect=None):
+        """Runs the blocks.
+
+        Args:
+            inputs: the batch, leading dimension over the batch axes of the mesh.
+            rows_UxSxF: the row block; with several devices the concatenation of each device's
+                block of U rows, which its `inverse` indexes.
+            caches: None, or one `generation.LayerCache` per layer.
+            collect: None, or a list that receives the residual stream after the embedding and
+                after every block (tests and analysis).
+
+        Returns:
+            The normalised final hidden states [B, L, D] and the extended caches.
+        """
+        config = self.config
+        angles = rotary_angles(inputs.positions, config.head_dim, config.rope_theta)
+        x = constrain_batch(self.embed(inputs.tokens, config.compute_dtype), self.mesh)
+        seen = [x]
+        stem_index = {layer: index for index, layer in enumerate(config.stem_layers)}
+        new_caches = []
+        for layer, block in enumerate(self.blocks):
+            up = None
+            if layer in stem_index:
+                up = lookup(rows_UxSxF[:, stem_index[layer]], inputs.inverse, self.mesh)
+            cache = None if caches is None else caches[layer]
+            x, cache = _remat(block, config.remat)(x, up, angles, inputs.segment_ids, cache)
+            x = constrain_batch(x, self.mesh)
+            seen.append(x)
+            new_caches.append(cache)
+        if collect is not None:
+            collect.extend(seen)
+        return self.norm(x), None if caches is None else new_caches
+
+    def head_weight(self) -> jax.Array:
+        """The output head [V, D] in the parameter dtype."""
+        return (self.head or self.embed).weight[...]
+
+    def logits(self, hidden_BxLxD: jax.Array) -> jax.Array:
+        """Float32 logits [B, L, V] of final hidden states."""
+        weight_VxD = self.head_weight().astype(hidden_BxLxD.dtype)
+        return jnp.einsum(
+            "bld,vd->blv", hidden_BxLxD, weight_VxD, preferred_element_type=jnp.float32
+        )
+
+
+def residual_factor(config: ModelConfig, layer: int) -> float:
+    """Divisor of the std of the projections into the residual stream (official `init_std_factor`)."""
+    return {
+        "disabled": 1.0,
+        "current_depth": (2 * (layer + 1)) ** 0.5,
+        "global_depth": (2 * (config.num_layers + 1)) ** 0.5,
+        "dim_ratio": config.embed_dim / 4096,
+    }[config.init_std_factor]
+
+
+def _remat(block: Block, policy: str):
+    if policy == "none":
+        return block
+    # The parameters enter as an argument: what a rematerialised function closes over is kept.
+    graph, state = nnx.split(block)
+    names = {
+        "full": jax.checkpoint_policies.nothing_saveable,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    }
+
+    def apply(state, *args):
+        return nnx.merge(graph, state)(*args)
+
+    return functools.partial(jax.checkpoint(apply, policy=names[policy]), state)

@@ -1,0 +1,193 @@
+"""Distinct rows travel once: from their owners to the devices that need them, and sums back.
+
+A device finds the distinct rows of its tokens, sorts them, and so groups them by owner (a shard
+owns a contiguous block of rows). Requests, rows and gradients then move in padded all-to-alls of at
+most `capacity` rows per pair of devices, repeated in rounds while any pair has more: the capacity
+sets speed, never correctness. Everything here runs inside `jax.shard_map`; `Requests` is what one
+device knows.
+
+Example: 8 rows on 2 owners, this device's tokens have rows 5 1 5 6. Its distinct rows are 1 5 6,
+one asked of owner 0 and two of owner 1; with capacity 1 that takes two rounds.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from stem_jax.mesh import BATCH_AXES
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Requests:
+    """Which rows a device needs and which rows it is asked for.
+
+    rows: [U] int32, sorted distinct rows of this device's keys; V_pad fills the rest.
+    inverse: index of each key's row in `rows`, shape of the keys.
+    owned: [O] int32, sorted distinct rows that this device is asked for, all of its own shard;
+        V_pad fills the rest.
+    rounds: scalar int32, the same on every device.
+    distinct: scalar int32, number of distinct rows in `rows`.
+    """
+
+    rows: jax.Array
+    inverse: jax.Array
+    owned: jax.Array
+    rounds: jax.Array
+    distinct: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """The sizes of an exchange; its methods run on every device inside `shard_map`.
+
+    Attributes:
+        num_rows: V_pad.
+        vocab_axes: mesh axes that shard the rows; the other batch axes hold copies.
+        num_owners: P, devices along `vocab_axes`.
+        unique_rows: U, room for the distinct rows of a device.
+        owned_rows: O, room for the distinct rows that an owner is asked for.
+        capacity: rows per pair of devices and round.
+    """
+
+    num_rows: int
+    vocab_axes: tuple[str, ...]
+    num_owners: int
+    unique_rows: int
+    owned_rows: int
+    capacity: int
+
+    @property
+    def rows_per_owner(self) -> int:
+        """Rows of one shard."""
+        return self.num_rows // self.num_owners
+
+    def request(self, rows: jax.Array) -> Requests:
+        """Finds the distinct rows of this device and tells their owners.
+
+        Args:
+            rows: int32 of any shape; V_pad marks padding, which asks for nothing.
+        """
+        distinct_U, inverse = jnp.unique(
+            rows, size=self.unique_rows, fill_value=self.num_rows, return_inverse=True
+        )
+        # Padding sorts last and may fall off the end; its gradient is zero, any row serves it.
+        inverse = jnp.minimum(inverse, self.unique_rows - 1).astype(jnp.int32)
+        counts_P = jnp.diff(self._starts(distinct_U))
+        rounds = jax.lax.pmax(-(-jnp.max(counts_P) // self.capacity), BATCH_AXES)
+        owned_O = jnp.full(self.owned_rows, self.num_rows, jnp.int32)
+
+        def collect(state):
+            step, owned_O = state
+            asked_PxC = self._swap(self._ask(distinct_U, step))
+            owned_O = self._distinct(jnp.concatenate([owned_O, asked_PxC.reshape(-1)]))
+            return step + 1, owned_O
+
+        if self.num_owners == 1:
+            owned_O = self._distinct(distinct_U)
+        else:
+            _, owned_O = jax.lax.while_loop(lambda s: s[0] < rounds, collect, (0, owned_O))
+        for axis in self._copy_axes():
+            owned_O = self._distinct(jax.lax.all_gather(owned_O, axis, tiled=True))
+        number = jnp.sum(distinct_U < self.num_rows)
+        return Requests(distinct_U, inverse, owned_O, rounds, number)
+
+    def fetch(self, block_OxSxF: jax.Array, requests: Requests) -> jax.Array:
+        """Brings the rows of every device from their owners.
+
+        Args:
+            block_OxSxF: this owner's rows, in the order of `requests.owned`.
+
+        Returns:
+            [U, S, F] rows in the order of `requests.rows`; what pads the end is zero.
+        """
+        wanted_U = requests.rows
+        if self.num_owners == 1:
+            taken = block_OxSxF[self._position(requests.owned, wanted_U)]
+            return jnp.where((wanted_U < self.num_rows)[:, None, None], taken, 0)
+        starts = self._starts(wanted_U)
+        owner_U = jnp.minimum(wanted_U // self.rows_per_owner, self.num_owners - 1)
+        rank_U = jnp.arange(self.unique_rows) - starts[owner_U]
+
+        def one_round(state):
+            step, fetched_UxSxF = state
+            asked_PxC = self._swap(self._ask(wanted_U, step))
+            answers = block_OxSxF[self._position(requests.owned, asked_PxC)]
+            arrived = self._swap(answers).reshape(-1, *block_OxSxF.shape[1:])
+            column_U = rank_U - step * self.capacity
+            here_U = (column_U >= 0) & (column_U < self.capacity) & (wanted_U < self.num_rows)
+            place_U = jnp.where(here_U, owner_U * self.capacity + column_U, 0)
+            return step + 1, jnp.where(here_U[:, None, None], arrived[place_U], fetched_UxSxF)
+
+        empty = jnp.zeros((self.unique_rows, *block_OxSxF.shape[1:]), block_OxSxF.dtype)
+        return jax.lax.while_loop(lambda s: s[0] < requests.rounds, one_round, (0, empty))[1]
+
+    def push(self, gradient_UxSxF: jax.Array, requests: Requests) -> jax.Array:
+        """Sends row gradients to the owners, who sum them in float32, source by source.
+
+        Returns:
+            [O, S, F] float32 sums in the order of `requests.owned`.
+        """
+        shape = (self.owned_rows, *gradient_UxSxF.shape[1:])
+        if self.num_owners == 1:
+            sums = self._add(jnp.zeros(shape, jnp.float32), requests, requests.rows, gradient_UxSxF)
+        else:
+            sums = self._push_rounds(jnp.zeros(shape, jnp.float32), gradient_UxSxF, requests)
+        axes = self._copy_axes()
+        return jax.lax.psum(sums, axes) if axes else sums
+
+    def _push_rounds(self, sums_OxSxF, gradient_UxSxF, requests: Requests):
+        starts = self._starts(requests.rows)
+
+        def one_round(state):
+            step, sums = state
+            mine_PxC = self._ask(requests.rows, step)
+            place_PxC = jnp.minimum(self._places(starts, step), self.unique_rows - 1)
+            sent = jnp.where(
+                (mine_PxC < self.num_rows)[..., None, None], gradient_UxSxF[place_PxC], 0
+            )
+            asked_PxC, arrived = self._swap(mine_PxC), self._swap(sent)
+
+            # Rows are distinct within one source, so no scatter ever meets an index twice.
+            def one_source(source, sums):
+                return self._add(sums, requests, asked_PxC[source], arrived[source])
+
+            return step + 1, jax.lax.fori_loop(0, self.num_owners, one_source, sums)
+
+        return jax.lax.while_loop(lambda s: s[0] < requests.rounds, one_round, (0, sums_OxSxF))[1]
+
+    def _add(self, sums_OxSxF, requests: Requests, rows_C, values_CxSxF):
+        place_C = self._position(requests.owned, rows_C)
+        place_C = jnp.where(rows_C < self.num_rows, place_C, self.owned_rows)
+        return sums_OxSxF.at[place_C].add(values_CxSxF.astype(jnp.float32), mode="drop")
+
+    def _copy_axes(self) -> tuple[str, ...]:
+        return tuple(axis for axis in BATCH_AXES if axis not in self.vocab_axes)
+
+    def _distinct(self, rows: jax.Array) -> jax.Array:
+        found = jnp.unique(rows, size=self.owned_rows, fill_value=self.num_rows)
+        return found.astype(jnp.int32)
+
+    def _position(self, owned_O: jax.Array, rows: jax.Array) -> jax.Array:
+        return jnp.minimum(jnp.searchsorted(owned_O, rows), self.owned_rows - 1)
+
+    def _starts(self, rows_U: jax.Array) -> jax.Array:
+        """[P + 1]: where each owner's rows start in the sorted rows, and where the last end."""
+        bounds = jnp.arange(self.num_owners + 1, dtype=jnp.int32) * self.rows_per_owner
+        return jnp.searchsorted(rows_U, bounds)
+
+    def _places(self, starts, step) -> jax.Array:
+        """[P, C]: which of the sorted rows each owner is asked for in this round."""
+        return starts[:-1, None] + step * self.capacity + jnp.arange(self.capacity)
+
+    def _ask(self, rows_U: jax.Array, step) -> jax.Array:
+        """[P, C]: the rows asked of each owner in this round, V_pad where there are fewer."""
+        starts = self._starts(rows_U)
+        places = self._places(starts, step)
+        asked = rows_U[jnp.minimum(places, self.unique_rows - 1)]
+        return jnp.where(places < starts[1:, None], asked, self.num_rows)
+
+    def _swap(self, blocks_PxC: jax.Array) -> jax.Array:
+        """Sends block p to owner p; what comes back has the sources in order."""
+        return jax.lax.all_to_all(blocks_PxC, self.vocab_axes, 0, 0, tiled=True)

@@ -1,0 +1,128 @@
+"""What a table is: its size, its layout, its optimizer and its sharding, before any of it exists."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from stem_jax.config import Config
+from stem_jax.mesh import Placed
+from stem_jax.tables.layout import TableLayout
+
+
+@dataclasses.dataclass(frozen=True)
+class TableSpec:
+    """All STEM layers' tables as one table of rows [V_pad, S, F].
+
+    Attributes:
+        layout: key <-> row.
+        num_layers: S; a row holds one vector for each STEM layer.
+        width: F.
+        init_std: standard deviation of the initial rows.
+        vocab_axes: mesh axes that shard the rows; the columns follow the tensor axis.
+        optimizer: name of the row optimizer.
+        lr_multiplier: rows learn at this multiple of the backbone's rate.
+        weight_decay, beta1, beta2, epsilon, clip_norm: AdamW of the rows.
+    """
+
+    layout: TableLayout
+    num_layers: int
+    width: int
+    init_std: float
+    vocab_axes: tuple[str, ...]
+    optimizer: str
+    lr_multiplier: float
+    weight_decay: float
+    beta1: float
+    beta2: float
+    epsilon: float
+    clip_norm: float
+    capacity: int | None
+
+    @classmethod
+    def from_config(cls, config: Config) -> "TableSpec":
+        """The table of a run; S is 0 for a dense model."""
+        return cls(
+            layout=TableLayout(config.model.vocab_size, config.tables.pad_multiple),
+            num_layers=config.model.num_stem_layers,
+            width=config.model.ffn_dim,
+            init_std=config.table_init_std,
+            vocab_axes=config.tables.vocab_axes,
+            optimizer=config.tables.optimizer,
+            lr_multiplier=config.tables.lr_multiplier,
+            weight_decay=config.table_weight_decay,
+            beta1=config.optimizer.beta1,
+            beta2=config.optimizer.beta2,
+            epsilon=config.optimizer.epsilon,
+            clip_norm=config.tables.clip_norm,
+            capacity=config.tables.capacity,
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """V_pad."""
+        return self.layout.num_rows
+
+    @property
+    def num_parameters(self) -> int:
+        """Trained numbers, padding rows not counted."""
+        return self.layout.num_keys * self.num_layers * self.width
+
+    @property
+    def row_spec(self) -> PartitionSpec:
+        """Partition of [V_pad, S, F]."""
+        return PartitionSpec(self.vocab_axes or None, None, "tensor")
+
+    @property
+    def index_spec(self) -> PartitionSpec:
+        """Partition of [V_pad]."""
+        return PartitionSpec(self.vocab_axes or None)
+
+    def placed(self) -> list[Placed]:
+        """The arrays of the table, for the placement check and the start-up report."""
+        shape = (self.num_rows, self.num_layers, self.width)
+        rows = [Placed(f"table_{name}", shape, 4, self.row_spec) for name in ("rows", "mu", "nu")]
+        return [*rows, Placed("table_last_step", shape[:1], 4, self.index_spec)]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TableState:
+    """A table and its slot variables.
+
+    rows, mu, nu: [V_pad, S, F] float32. last_step: [V_pad] int32, the number of completed updates
+    that each row has seen.
+    """
+
+    rows: jax.Array
+    mu: jax.Array
+    nu: jax.Array
+    last_step: jax.Array
+
+
+def initial_rows(spec: TableSpec, key: jax.Array, rows: jax.Array) -> jax.Array:
+    """Normal rows [len(rows), S, F] of std `init_std`; a row depends on its number alone."""
+
+    def one_row(row):
+        shape = (spec.num_layers, spec.width)
+        return jax.random.normal(jax.random.fold_in(key, row), shape, jnp.float32)
+
+    return jax.vmap(one_row)(rows) * spec.init_std
+
+
+def init_table(spec: TableSpec, key: jax.Array, mesh: Mesh) -> TableState:
+    """Creates a table in place, shard by shard, under jit with the table's shardings."""
+
+    def create() -> TableState:
+        rows = initial_rows(spec, key, jnp.arange(spec.num_rows))
+        zeros = jnp.zeros_like(rows)
+        return TableState(rows, zeros, zeros, jnp.zeros(spec.num_rows, jnp.int32))
+
+    return jax.jit(create, out_shardings=table_shardings(spec, mesh))()
+
+
+def table_shardings(spec: TableSpec, mesh: Mesh) -> TableState:
+    """A TableState of shardings."""
+    rows = NamedSharding(mesh, spec.row_spec)
+    return TableState(rows, rows, rows, NamedSharding(mesh, spec.index_spec))

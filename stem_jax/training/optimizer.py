@@ -1,0 +1,34 @@
+"""The backbone's optimizer: AdamW as published, through optax."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from stem_jax.config import OptimizerConfig
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """AdamW without the learning rate, which the train step passes by `apply_update`."""
+
+    def decays(params):
+        # Norm scales are the only vectors; the published recipe decays them too.
+        return jax.tree.map(lambda p: config.decay_mask == "all" or p.ndim > 1, params)
+
+    return optax.chain(
+        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+        optax.add_decayed_weights(config.weight_decay, mask=decays),
+    )
+
+
+def apply_update(optimizer, params, opt_state, gradients, learning_rate):
+    """One update; returns the new parameters and optimizer state."""
+    direction, opt_state = optimizer.update(gradients, opt_state, params)
+    params = jax.tree.map(
+        lambda p, d: (p - learning_rate * d.astype(jnp.float32)).astype(p.dtype), params, direction
+    )
+    return params, opt_state
+
+
+def clip_factor(norm: jax.Array, limit: float) -> jax.Array:
+    """What a gradient of this global norm is multiplied by, torch.nn.utils.clip_grad_norm_."""
+    return jnp.minimum(1.0, limit / (norm + 1e-6))

@@ -1,0 +1,56 @@
+"""The five published learning-rate schedules, as the official code computes them.
+
+A schedule is a table of numbers, one per update, so the row optimizer can look back over the
+updates that a row missed.
+"""
+
+import math
+
+import numpy as np
+
+from stem_jax.config import Config, OptimizerConfig
+
+
+def learning_rates(config: Config, updates: int) -> np.ndarray:
+    """Learning rates of updates 1..`updates` of a run, float32 [updates].
+
+    The first update of a warm-up has rate 0, as in the official code.
+    """
+    optimizer = config.optimizer
+    steps = optimizer.schedule_steps or config.train.steps
+    ratios = [multiplier(optimizer, steps, step) for step in range(updates)]
+    return np.asarray(ratios, np.float64).astype(np.float32) * np.float32(optimizer.learning_rate)
+
+
+def multiplier(optimizer: OptimizerConfig, steps: int, step: int) -> float:
+    """Share of the peak learning rate at `step` (0-based) of a schedule of `steps`."""
+    if optimizer.schedule == "constant":
+        return 1.0
+    if step < optimizer.warmup_steps:
+        return step / optimizer.warmup_steps
+    if optimizer.schedule == "inv_sqrt":
+        decayed = (optimizer.warmup_steps / step) ** optimizer.inv_sqrt_exponent if step else 1.0
+        return max(decayed, optimizer.min_lr_ratio)
+    if optimizer.schedule == "wsd":
+        return _wsd(optimizer, steps, step)
+    if step > steps:
+        return optimizer.min_lr_ratio
+    progress = (step - optimizer.warmup_steps) / max(steps - optimizer.warmup_steps, 1)
+    low = optimizer.min_lr_ratio
+    if optimizer.schedule == "linear":
+        return progress * low + (1 - progress)
+    # Odd cycles of the cosine run upwards.
+    sign = -1 if step // (steps * optimizer.cycle_length) % 2 else 1
+    angle = math.pi * progress**optimizer.cosine_theta / optimizer.cycle_length
+    return low + 0.5 * (1 - low) * (sign * math.cos(angle) + 1)
+
+
+def _wsd(optimizer: OptimizerConfig, steps: int, step: int) -> float:
+    """Warm-up, stable, decay; the decay interpolates the inverse rate linearly."""
+    cycle = int(steps * optimizer.cycle_length)
+    end = cycle * (step // cycle + 1)
+    decay_steps = int(end * optimizer.decay_fraction)
+    if step <= end - decay_steps:
+        return 1.0
+    progress = (step - (end - decay_steps)) / decay_steps
+    return 1 / (progress / optimizer.min_lr_ratio + (1 - progress))

@@ -1,0 +1,142 @@
+"""Everything a step changes, and how it is created and sharded."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from stem_jax.config import Config
+from stem_jax.mesh import Placed, parameter_spec, replicated
+from stem_jax.model.transformer import Transformer
+from stem_jax.tables.spec import TableSpec, TableState, init_table, table_shardings
+from stem_jax.training.optimizer import make_optimizer
+
+Params = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """The state of a run.
+
+    step: scalar int32, global batches consumed. updates: scalar int32, completed optimizer updates;
+    lower than `step` by the batches skipped for non-finite values. bad_steps: scalar int32, skipped
+    batches in a row. params: backbone by dotted name. opt_state: optax state. table: None for a
+    dense model.
+    """
+
+    step: jax.Array
+    updates: jax.Array
+    bad_steps: jax.Array
+    params: Params
+    opt_state: Any
+    table: TableState | None
+
+
+class ModelDef:
+    """The backbone as a pure function: `bind` puts parameters into a module."""
+
+    def __init__(self, config: Config, mesh: Mesh | None = None):
+        def make():
+            return Transformer(config.model, mesh, rngs=nnx.Rngs(params=config.train.seed))
+
+        self._make = make
+        self.graph, self.abstract = nnx.split(nnx.eval_shape(make))
+        self._paths = [path for path, _ in nnx.to_flat_state(self.abstract)]
+
+    def bind(self, params: Params) -> Transformer:
+        """The module with these parameters."""
+        flat = {path: params[_name(path)] for path in self._paths}
+        state = nnx.from_flat_state(
+            [
+                (path, variable.replace(flat[path]))
+                for path, variable in nnx.to_flat_state(self.abstract)
+            ]
+        )
+        return nnx.merge(self.graph, state)
+
+    def init(self) -> Params:
+        """Fresh parameters, from the configured seed."""
+        _, state = nnx.split(self._make())
+        return {_name(path): variable[...] for path, variable in nnx.to_flat_state(state)}
+
+    def specs(self) -> dict[str, PartitionSpec]:
+        """Partition of each parameter."""
+        return {
+            _name(path): parameter_spec(variable.get_metadata()["logical_axes"])
+            for path, variable in nnx.to_flat_state(self.abstract)
+        }
+
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of each parameter."""
+        return {
+            _name(path): jax.ShapeDtypeStruct(variable.shape, variable.dtype)
+            for path, variable in nnx.to_flat_state(self.abstract)
+        }
+
+    def placed(self) -> list[Placed]:
+        """The parameters, for the placement check and the start-up report."""
+        specs = self.specs()
+        return [
+            Placed(name, shape.shape, shape.dtype.itemsize, specs[name])
+            for name, shape in self.shapes().items()
+        ]
+
+
+def _name(path: tuple) -> str:
+    return ".".join(str(part) for part in path)
+
+
+def state_shardings(config: Config, model: ModelDef, mesh: Mesh) -> TrainState:
+    """A TrainState of shardings; slot variables lie where their parameters lie."""
+    whole = replicated(mesh)
+    params = {name: NamedSharding(mesh, spec) for name, spec in model.specs().items()}
+    abstract = jax.eval_shape(make_optimizer(config.optimizer).init, model.shapes())
+    opt_state = jax.tree.map(
+        lambda part: params if isinstance(part, dict) else whole,
+        abstract,
+        is_leaf=lambda part: isinstance(part, dict),
+    )
+    spec = TableSpec.from_config(config)
+    table = table_shardings(spec, mesh) if spec.num_layers else None
+    return TrainState(whole, whole, whole, params, opt_state, table)
+
+
+def init_state(config: Config, model: ModelDef, mesh: Mesh) -> TrainState:
+    """A fresh state, every array created in its place."""
+    shardings = state_shardings(config, model, mesh)
+    optimizer = make_optimizer(config.optimizer)
+
+    def backbone():
+        params = model.init()
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, zero, zero, params, optimizer.init(params), None)
+
+    state = jax.jit(backbone, out_shardings=dataclasses.replace(shardings, table=None))()
+    spec = TableSpec.from_config(config)
+    if spec.num_layers:
+        key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
+        state = dataclasses.replace(state, table=init_table(spec, key, mesh))
+    return state
+
+
+def abstract_state(config: Config, model: ModelDef, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state, with no memory behind them."""
+    shapes = model.shapes()
+    scalar = jax.ShapeDtypeStruct((), jnp.int32)
+    opt_state = jax.eval_shape(make_optimizer(config.optimizer).init, shapes)
+    table = None
+    spec = TableSpec.from_config(config)
+    if spec.num_layers:
+        size = (spec.num_rows, spec.num_layers, spec.width)
+        rows = jax.ShapeDtypeStruct(size, jnp.float32)
+        table = TableState(rows, rows, rows, jax.ShapeDtypeStruct(size[:1], jnp.int32))
+    state = TrainState(scalar, scalar, scalar, shapes, opt_state, table)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        state,
+        state_shardings(config, model, mesh),
+    )

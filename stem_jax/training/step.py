@@ -1,0 +1,166 @@
+"""The train step: one program from a global batch to the next state, dense or STEM."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from stem_jax.config import Config
+from stem_jax.mesh import BATCH_AXES, axis_size
+from stem_jax.model.transformer import Inputs
+from stem_jax.tables.sharded_table import ShardedTable
+from stem_jax.tables.spec import TableSpec
+from stem_jax.training.loss import head_loss
+from stem_jax.training.optimizer import apply_update, clip_factor, make_optimizer
+from stem_jax.training.state import ModelDef, TrainState, state_shardings
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """A global batch as micro-batches, each array [A, B, L] with B over the batch axes.
+
+    tokens, targets, positions, segment_ids: int32. loss_mask: bool, the positions that are scored.
+    """
+
+    tokens: jax.Array
+    targets: jax.Array
+    positions: jax.Array
+    segment_ids: jax.Array
+    loss_mask: jax.Array
+
+
+class TrainStep:
+    """Compiled programs of one configuration on one mesh."""
+
+    def __init__(self, config: Config, mesh: Mesh):
+        self.config = config
+        self.mesh = mesh
+        self.model = ModelDef(config, mesh)
+        self.spec = TableSpec.from_config(config)
+        self.shardings = state_shardings(config, self.model, mesh)
+        self.batch_sharding = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
+        self._optimizer = make_optimizer(config.optimizer)
+        self.update = jax.jit(self._update, donate_argnums=0, out_shardings=(self.shardings, None))
+        self.evaluate = jax.jit(self._evaluate)
+
+    def table(self, tokens_AxBxL) -> ShardedTable:
+        """The table as this step exchanges it."""
+        keys = tokens_AxBxL.size // axis_size(self.mesh, BATCH_AXES)
+        return ShardedTable(self.spec, self.mesh, keys)
+
+    def _update(self, state: TrainState, batch: Batch, learning_rates: jax.Array):
+        """One step; `learning_rates` [T] holds the rate of every update of the run."""
+        config = self.config
+        scored = jnp.sum(batch.loss_mask)
+        table = self.table(batch.tokens) if self.spec.num_layers else None
+        rows, requests = self._rows(state, table, batch)
+        loss, cross_entropy, gradients, row_gradients = self._gradients(
+            state.params, rows, requests, batch, scored
+        )
+        norm = global_norm(gradients)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        rate = learning_rates[state.updates]
+        metrics = {"loss": cross_entropy, "grad_norm": norm, "learning_rate": rate}
+        if table is not None:
+            row_gradients = table.push(row_gradients, requests)
+            row_norm = global_norm(row_gradients)
+            finite &= jnp.isfinite(row_norm)
+            row_gradients *= clip_factor(row_norm, self.spec.clip_norm)
+            row_rates = learning_rates * self.spec.lr_multiplier
+            new_table = table.update(
+                state.table, requests, row_gradients, row_rates, state.updates, finite
+            )
+            metrics |= {"table_grad_norm": row_norm} | self._table_metrics(requests, new_table)
+        else:
+            new_table = None
+        factor = clip_factor(norm, config.optimizer.clip_norm)
+        gradients = jax.tree.map(lambda g: g * factor.astype(g.dtype), gradients)
+        updated = apply_update(self._optimizer, state.params, state.opt_state, gradients, rate)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), updated, (state.params, state.opt_state)
+        )
+        new_state = TrainState(
+            step=state.step + 1,
+            updates=state.updates + finite,
+            bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
+            params=params,
+            opt_state=opt_state,
+            table=new_table,
+        )
+        metrics |= {
+            "bad_steps": new_state.bad_steps,
+            "skipped_steps": new_state.step - new_state.updates,
+            "tokens": scored,
+        }
+        return new_state, metrics
+
+    def _rows(self, state: TrainState, table: ShardedTable | None, batch: Batch):
+        """The row block that serves all micro-batches of the step, and what was asked for."""
+        if table is None:
+            return None, None
+        requests = table.request(batch.tokens, batch.segment_ids > 0)
+        return table.fetch(state.table, requests, self.config.model.compute_dtype), requests
+
+    def _gradients(self, params, rows, requests, batch: Batch, scored):
+        """Loss and gradients of the mean over all scored positions of all micro-batches."""
+
+        def micro_batch(carry, piece):
+            values, gradients = jax.value_and_grad(self._loss, argnums=(0, 1), has_aux=True)(
+                params, rows, *piece, scored
+            )
+            fresh = (values, gradients)
+            if carry is None:
+                return fresh
+            return jax.tree.map(lambda total, part: total + part.astype(total.dtype), carry, fresh)
+
+        inverse = jnp.zeros_like(batch.tokens) if requests is None else requests.inverse
+        if batch.tokens.shape[0] == 1:
+            first = jax.tree.map(lambda x: x[0], (batch, inverse))
+            total = micro_batch(None, first)
+        else:
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (params, rows))
+            start = ((jnp.float32(0), jnp.float32(0)), zeros)
+            total, _ = jax.lax.scan(
+                lambda carry, piece: (micro_batch(carry, piece), None), start, (batch, inverse)
+            )
+        (loss, cross_entropy), (gradients, row_gradients) = total
+        return loss, cross_entropy, gradients, row_gradients
+
+    def _loss(self, params, rows, batch: Batch, inverse, scored):
+        """This micro-batch's part of the mean loss, and of the cross-entropy alone."""
+        train = self.config.train
+        model = self.model.bind(params)
+        inputs = Inputs(batch.tokens, inverse, batch.positions, batch.segment_ids)
+        hidden, _ = model(inputs, rows)
+        weights = batch.loss_mask / jnp.maximum(scored, 1).astype(jnp.float32)
+        return head_loss(
+            hidden,
+            model.head_weight(),
+            batch.targets,
+            weights,
+            train.z_loss,
+            train.loss_chunk,
+            self.mesh,
+        )
+
+    def _evaluate(self, state: TrainState, batch: Batch):
+        """Sum of the cross-entropy in nats and number of scored positions of a global batch."""
+        table = self.table(batch.tokens) if self.spec.num_layers else None
+        rows, requests = self._rows(state, table, batch)
+        inverse = jnp.zeros_like(batch.tokens) if requests is None else requests.inverse
+        total = jnp.float32(0)
+        for index in range(batch.tokens.shape[0]):
+            piece = jax.tree.map(lambda x, i=index: x[i], (batch, inverse))
+            total += self._loss(state.params, rows, *piece, jnp.int32(1))[1]
+        return total, jnp.sum(batch.loss_mask)
+
+    def _table_metrics(self, requests, table):
+        """Distinct rows over all devices, and rows that no batch has ever asked for."""
+        return {"distinct_rows": jnp.sum(requests.distinct)}
+
+
+def global_norm(tree) -> jax.Array:
+    """Euclidean norm over all arrays of a tree, in float32."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
