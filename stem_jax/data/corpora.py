@@ -176,7 +176,7 @@ def _stdlib_sources() -> Iterator[tuple[Path, str]]:
 
 
 def _module_documentation(path: Path, source: str) -> str | None:
-    """The docstrings of a module in source order under their signatures; None if there is little."""
+    """A module's docstrings in source order under their signatures; None if there is little."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escape sequences in old modules

@@ -103,7 +103,7 @@ def _text_of(record: Any, text_field: str, where: str) -> str:
         )
     if text_field not in record:
         raise InputError(
-            f"{where} has no field {text_field!r}: set --text-field to one of"
+            f"{where} has no field {text_field!r}: set prepare's --text-field to one of"
             f" {', '.join(map(repr, record)) or 'its fields (it has none)'}"
         )
     return _checked_text(record[text_field], text_field, where)
@@ -113,7 +113,7 @@ def _checked_text(text: Any, text_field: str, where: str) -> str:
     if not isinstance(text, str):
         raise InputError(
             f"{where}: field {text_field!r} is a {type(text).__name__}, not a string: drop the"
-            " record or set --text-field to another field"
+            " record or set prepare's --text-field to another field"
         )
     try:
         text.encode()
@@ -133,8 +133,8 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[Document]:
             columns = file.schema_arrow.names
             if text_field not in columns:
                 raise InputError(
-                    f"input file {path} has no column {text_field!r}: set --text-field to one of"
-                    f" {', '.join(map(repr, columns))}"
+                    f"input file {path} has no column {text_field!r}: set prepare's"
+                    f" --text-field to one of {', '.join(map(repr, columns))}"
                 )
             if file.metadata.num_rows == 0:
                 raise InputError(f"input file {path} is empty: remove it or give another file")

@@ -132,9 +132,9 @@ class ValidationBatches:
         process_count: int = 1,
         max_batches: int | None = None,
     ):
-        """Raises InputError if the batch does not divide over the processes, or a store is empty."""
+        """Raises InputError if there is no store, or the batch does not divide over processes."""
         if not stores:
-            raise InputError("validation needs a store: set a validation fraction above 0")
+            raise InputError("validation needs a store: set data.validation_fraction above 0")
         if max_batches is not None and max_batches < 1:
             raise InputError(f"max_batches {max_batches} must be at least 1, or None for all")
         self.stores = tuple(stores)

@@ -44,7 +44,7 @@ def prepare_stores(
     that would have to fill both splits.
     """
     if not 0 <= validation_fraction < 1:
-        raise InputError(f"validation fraction {validation_fraction} must lie in [0, 1)")
+        raise InputError(f"validation_fraction {validation_fraction} must lie in [0, 1)")
     splits = SPLITS if validation_fraction > 0 else SPLITS[:1]
     with ExitStack() as stack:
         writers = {
@@ -128,7 +128,7 @@ class _Splitter:
         if self._held is not None and written == 0:
             raise InputError(
                 f"corpus {name!r} has a single document, which cannot be both train and"
-                " validation: give more documents or set the validation fraction to 0"
+                " validation: give more documents or set validation_fraction to 0"
             )
         if self._held is not None:
             split = self._split_of(self._held[0])

@@ -55,13 +55,18 @@ def parse_sources(text: str) -> tuple[SourceSpec, ...]:
         except ValueError:
             weight = math.nan
         if not name.strip():
-            raise InputError(f"source {item!r} in {text!r} has no name: write NAME or NAME=WEIGHT")
+            raise InputError(
+                f"item {item!r} of data.sources {text!r} has no name: write NAME or NAME=WEIGHT"
+            )
         if not (weight > 0 and math.isfinite(weight)):
             raise InputError(
-                f"source {item!r} in {text!r} has weight {number!r}: use a positive number"
+                f"item {item!r} of data.sources {text!r} has weight {number!r}: use a positive"
+                " number"
             )
         if any(spec.source == name.strip() for spec in specs):
-            raise InputError(f"source {name.strip()!r} in {text!r} is given twice: add the weights")
+            raise InputError(
+                f"item {item!r} of data.sources {text!r} is given twice: add up its weights"
+            )
         specs.append(SourceSpec(name.strip(), weight))
     return tuple(specs)
 

@@ -185,8 +185,8 @@ def load_tokenizer_folder(folder: str | Path) -> Tokenizer:
     tokenizer = load_tokenizer(kind, None if file is None else Path(folder) / file)
     if tokenizer.fingerprint != fingerprint:
         raise InputError(
-            f"tokenizer {Path(folder) / str(file)} has fingerprint {tokenizer.fingerprint[:12]}, but"
-            f" {META_FILE} records {str(fingerprint)[:12]}: restore the original file"
+            f"tokenizer {Path(folder) / str(file)} has fingerprint {tokenizer.fingerprint[:12]},"
+            f" but {META_FILE} records {str(fingerprint)[:12]}: restore the original file"
         )
     return tokenizer
 
@@ -268,8 +268,7 @@ def _training_remedy(message: str, vocab_size: int) -> str:
 def _load_sentencepiece(source: bytes, path: str | Path) -> Tokenizer:
     processor = sentencepiece.SentencePieceProcessor()
     try:
-        # Empty bytes parse as an empty model, which crashes later.
-        loaded = bool(source) and processor.load_from_serialized_proto(source)
+        loaded = processor.load_from_serialized_proto(source)
     except RuntimeError:
         loaded = False
     if not loaded:
