@@ -26,6 +26,7 @@ from stem_jax.training.state import TrainState
 FORMAT_VERSION = 1
 FOLDER = "checkpoints"
 _BEST = "eval/loss"
+_ITEMS = ("params", "opt_state", "table_rows", "table_slots", "data", "config", "layout")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +135,10 @@ class Checkpointer:
         if step not in self.steps():
             known = ", ".join(map(str, self.steps())) or "none"
             raise InputError(f"no checkpoint of step {step} in {self.folder}; there are: {known}")
+        missing = [name for name in _ITEMS if not (self.folder / str(step) / name).is_dir()]
         names = ("data", "config", "layout")
+        if not {*names, "params", "opt_state"}.isdisjoint(missing):
+            raise self._damaged(step, f"without {', '.join(missing)}")
         found = self._restore(step, {name: ocp.args.JsonRestore() for name in names})
         layout, data = found["layout"], dict(found["data"])
         if layout["format"] > FORMAT_VERSION:
@@ -151,6 +155,8 @@ class Checkpointer:
             config=Config.from_json(json.dumps(found["config"])),
         )
         spec = TableSpec.from_config(info.config)
+        if spec.num_layers and missing:
+            raise self._damaged(step, f"without {', '.join(missing)}")
         if (layout["num_rows"], layout["multiplier"]) != (
             spec.layout.num_rows,
             spec.layout.multiplier,
@@ -204,11 +210,13 @@ class Checkpointer:
                 return self._manager.restore(step, args=ocp.args.Composite(**items))
         except (OSError, KeyError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise InputError(
-                f"checkpoint {self.folder / str(step)} is incomplete or damaged "
-                f"({type(error).__name__}: {reason}); delete that folder to go on from the one "
-                "before"
-            ) from error
+            raise self._damaged(step, f"{type(error).__name__}: {reason}") from error
+
+    def _damaged(self, step: int, reason: str) -> InputError:
+        return InputError(
+            f"checkpoint {self.folder / str(step)} is incomplete or damaged ({reason}); delete "
+            "that folder to go on from the one before"
+        )
 
 
 def _plain(opt_state) -> dict[str, Any]:

@@ -5,7 +5,9 @@ import os
 import sys
 from collections.abc import Callable
 
-from stem_jax.errors import InputError
+import absl.logging
+
+from stem_jax.errors import InputError, TrainingError
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -14,9 +16,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 def run(main: Callable[[list[str]], None]) -> None:
     """Runs `main(argv)`; exits 0 on success, 1 on refused input, 2 on wrong flags (argparse)."""
+    # Orbax and grain report their routine at the levels of warnings.
+    absl.logging.set_verbosity(absl.logging.ERROR)
     try:
         main(sys.argv[1:])
-    except InputError as error:
+    except (InputError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:

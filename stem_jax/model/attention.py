@@ -58,9 +58,7 @@ class Attention(nnx.Module):
             cache = cache.extend(k, v, segment_ids_BxL)
             slots_L = cache.length - L + jnp.arange(L)
             mask = document_mask(segment_ids_BxL, cache.segment_ids, slots_L)
-            out = jax.nn.dot_product_attention(
-                q, cache.keys, cache.values, mask=mask, implementation="xla"
-            )
+            out = _einsum_attention(q, cache.keys, cache.values, mask)
         return self.o_proj(out.reshape(B, L, -1)), cache
 
 
@@ -96,9 +94,31 @@ def attend(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, segment_ids_BxL, backend: str, mesh:
     if backend == "splash":
         return _splash(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, segment_ids_BxL, mesh)
     mask = document_mask(segment_ids_BxL, segment_ids_BxL, jnp.arange(q_BxLxHxD.shape[1]))
+    if backend == "xla":
+        return _einsum_attention(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, mask)
     return jax.nn.dot_product_attention(
         q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, mask=mask, implementation=backend
     )
+
+
+def _einsum_attention(q_BxLxHxD, k_BxTxKxD, v_BxTxKxD, mask_Bx1xLxT):
+    """Softmax attention with float32 scores; query head h uses KV head h // (H / K).
+
+    Heads come first before the products: on CPUs that takes two thirds of the time of
+    jax.nn.dot_product_attention, forward and backward.
+    """
+    B, L, H, Dh = q_BxLxHxD.shape
+    K = k_BxTxKxD.shape[2]
+    q_BxKxGxLxD = q_BxLxHxD.reshape(B, L, K, H // K, Dh).transpose(0, 2, 3, 1, 4)
+    k_BxKxTxD, v_BxKxTxD = (x.transpose(0, 2, 1, 3) for x in (k_BxTxKxD, v_BxTxKxD))
+    scores = jnp.einsum(
+        "bkgld,bktd->bkglt", q_BxKxGxLxD, k_BxKxTxD, preferred_element_type=jnp.float32
+    )
+    # Finite, so that a row without any visible slot gives a mean and not NaN.
+    scores = jnp.where(mask_Bx1xLxT[:, :, None], scores * Dh**-0.5, -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BxKxTxD.dtype)
+    out = jnp.einsum("bkglt,bktd->bkgld", weights, v_BxKxTxD)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, L, H, Dh)
 
 
 def _splash(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, segment_ids_BxL, mesh: Mesh | None):

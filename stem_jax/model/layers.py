@@ -1,4 +1,4 @@
-"""Norm, projection, embedding and rotary position encoding."""
+"""Norm, projection and rotary position encoding."""
 
 import jax
 import jax.numpy as jnp
@@ -33,18 +33,6 @@ class RMSNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         inverse_rms = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         return (x32 * inverse_rms * self.scale[...].astype(jnp.float32)).astype(x.dtype)
-
-
-class Embedding(nnx.Module):
-    """One vector per token, [V, D]: the input embedding, and by the same shape the output head."""
-
-    def __init__(self, vocab_size: int, embed_dim: int, *, param_dtype, rngs: nnx.Rngs):
-        std = embed_dim**-0.5
-        value = truncated_normal(rngs.params(), (vocab_size, embed_dim), std, 3 * std, param_dtype)
-        self.weight = nnx.Param(value, logical_axes=("vocab", "embed"))
-
-    def __call__(self, tokens_BxL: jax.Array, dtype) -> jax.Array:
-        return jnp.take(self.weight[...], tokens_BxL, axis=0).astype(dtype)
 
 
 def rotary_angles(positions_BxL: jax.Array, head_dim: int, theta: float):

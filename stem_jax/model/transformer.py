@@ -1,4 +1,4 @@
-"""The decoder. It takes a block of rows and indices into it, and never knows where a table lives."""
+"""The decoder: it takes a block of rows and indices into it, wherever the table lives."""
 
 import dataclasses
 import functools
@@ -11,8 +11,9 @@ from jax.sharding import Mesh
 from stem_jax.config import ModelConfig
 from stem_jax.mesh import constrain_batch
 from stem_jax.model.attention import Attention
+from stem_jax.model.embedding import Embedding
 from stem_jax.model.ffn import GatedFFN
-from stem_jax.model.layers import Embedding, RMSNorm, rotary_angles
+from stem_jax.model.layers import RMSNorm, rotary_angles
 from stem_jax.tables.lookup import lookup
 
 
@@ -60,6 +61,7 @@ class Transformer(nnx.Module):
             Embedding,
             config.vocab_size,
             config.embed_dim,
+            mesh,
             param_dtype=config.param_dtype,
             rngs=rngs,
         )
@@ -119,7 +121,7 @@ class Transformer(nnx.Module):
 
 
 def residual_factor(config: ModelConfig, layer: int) -> float:
-    """Divisor of the std of the projections into the residual stream (official `init_std_factor`)."""
+    """Divisor of the std of projections into the residual stream, official `init_std_factor`."""
     return {
         "disabled": 1.0,
         "current_depth": (2 * (layer + 1)) ** 0.5,

@@ -63,7 +63,8 @@ class DenseAdamW:
             jnp.where(keep, fresh, old)
             for fresh, old in zip(new, (state.rows, state.mu, state.nu), strict=True)
         )
-        last_step = jnp.where(keep, jnp.full_like(state.last_step, step + 1), state.last_step)
+        touched = state.last_step.at[local_rows_O].set(step + 1, mode="drop", unique_indices=True)
+        last_step = jnp.where(keep, touched, state.last_step)
         return TableState(rows, mu, nu, last_step)
 
 

@@ -1,4 +1,4 @@
-"""What a table is: its size, its layout, its optimizer and its sharding, before any of it exists."""
+"""What a table is: size, layout, optimizer and sharding, before any of it exists."""
 
 import dataclasses
 
@@ -91,8 +91,8 @@ class TableSpec:
 class TableState:
     """A table and its slot variables.
 
-    rows, mu, nu: [V_pad, S, F] float32. last_step: [V_pad] int32, the number of completed updates
-    that each row has seen.
+    rows, mu, nu: [V_pad, S, F] float32. last_step: [V_pad] int32, the last update whose batch asked
+    for the row, from 1; 0 is never.
     """
 
     rows: jax.Array

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from stem_jax.mesh import BATCH_AXES
+from stem_jax.model.embedding import WEIGHT_SPEC
 
 _HIDDEN = PartitionSpec(BATCH_AXES, None, None)
 _TOKENS = PartitionSpec(BATCH_AXES, None)
-_HEAD = PartitionSpec("tensor", "fsdp")
+_HEAD = WEIGHT_SPEC
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))

@@ -48,7 +48,8 @@ def multiplier(optimizer: OptimizerConfig, steps: int, step: int) -> float:
 def _wsd(optimizer: OptimizerConfig, steps: int, step: int) -> float:
     """Warm-up, stable, decay; the decay interpolates the inverse rate linearly."""
     cycle = int(steps * optimizer.cycle_length)
-    end = cycle * (step // cycle + 1)
+    # The step after the last ends the last cycle and begins no other.
+    end = steps if step == steps else cycle * (step // cycle + 1)
     decay_steps = int(end * optimizer.decay_fraction)
     if step <= end - decay_steps:
         return 1.0

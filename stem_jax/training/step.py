@@ -157,8 +157,12 @@ class TrainStep:
         return total, jnp.sum(batch.loss_mask)
 
     def _table_metrics(self, requests, table):
-        """Distinct rows over all devices, and rows that no batch has ever asked for."""
-        return {"distinct_rows": jnp.sum(requests.distinct)}
+        """Rows that this step asked for, and rows that no step so far has."""
+        padding = self.spec.num_rows - self.spec.layout.num_keys
+        return {
+            "distinct_rows": jnp.sum(requests.distinct),
+            "never_touched_rows": jnp.sum(table.last_step == 0) - padding,
+        }
 
 
 def global_norm(tree) -> jax.Array:

@@ -1,0 +1,1 @@
+"""What RESULTS.md quotes, rerunnable: python -m benchmarks.NAME."""

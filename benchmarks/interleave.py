@@ -1,0 +1,26 @@
+"""Timing on noisy machines: contestants take turns, and ratios are taken within a round."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+
+def interleave(contestants: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call, one of each contestant per round; a first, unmeasured round warms up.
+
+    A contestant returns when its work is done, not when it is dispatched.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for measured in [False] + [True] * rounds:
+        for name, call in contestants.items():
+            start = time.perf_counter()
+            call()
+            if measured:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def speed_ratio(seconds: dict[str, list[float]], fast: str, slow: str) -> float:
+    """How many times as fast `fast` is as `slow`: the median over rounds of the ratio."""
+    pairs = zip(seconds[slow], seconds[fast], strict=True)
+    return statistics.median(slow / fast for slow, fast in pairs)

@@ -1,0 +1,148 @@
+"""A training step against Hugging Face transformers, dense against STEM, interleaved in one run.
+
+python -m benchmarks.train_step [--rounds=8]
+
+D 512, 8 layers, 8 heads, F 1536, V 32000, batch 4 x 256, float32, untied head, AdamW with a global
+clip. The opponent is LlamaForCausalLM with torch's fused AdamW and clip_grad_norm_.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.interleave import interleave, speed_ratio
+from configs.base import get_config as base_config
+from stem_jax.config import Config, build
+from stem_jax.mesh import make_mesh
+from stem_jax.training.schedule import learning_rates
+from stem_jax.training.state import init_state
+from stem_jax.training.step import Batch, TrainStep
+
+BATCH, LENGTH = 4, 256
+
+
+def bench_config(**overrides) -> Config:
+    """The benchmark's shape; keyword arguments are "section__key"."""
+    raw = base_config().to_dict()
+    raw["model"] |= {
+        "vocab_size": 32000,
+        "embed_dim": 512,
+        "num_layers": 8,
+        "num_heads": 8,
+        "num_kv_heads": 8,
+        "ffn_dim": 1536,
+        "stem_layers": "none",
+    }
+    raw["train"] |= {"global_batch_size": BATCH, "seq_len": LENGTH}
+    for key, value in overrides.items():
+        section, _, name = key.partition("__")
+        raw[section][name] = value
+    return build(raw)
+
+
+def zipf_tokens(config: Config, seed: int = 0) -> np.ndarray:
+    """Token ids [B, L + 1] with the frequencies of text: rank r has weight 1 / r."""
+    vocab = config.model.vocab_size
+    weights = 1 / np.arange(1, vocab + 1)
+    shape = (config.train.global_batch_size, config.train.seq_len + 1)
+    return np.random.default_rng(seed).choice(vocab, size=shape, p=weights / weights.sum())
+
+
+class JaxStep:
+    """A train step that keeps its state; calling it makes one update and waits for it."""
+
+    def __init__(self, config: Config):
+        mesh = make_mesh(config.mesh, jax.devices()[:1])
+        self.programs = TrainStep(config, mesh)
+        self.state = init_state(config, self.programs.model, mesh)
+        tokens = zipf_tokens(config)
+        shape = (config.train.micro_batches, -1, config.train.seq_len)
+
+        def place(array, dtype=jnp.int32):
+            array = np.ascontiguousarray(array).reshape(shape)
+            return jax.device_put(jnp.asarray(array, dtype), self.programs.batch_sharding)
+
+        inputs = tokens[:, :-1]
+        positions = np.broadcast_to(np.arange(inputs.shape[1]), inputs.shape)
+        ones = np.ones(inputs.shape)
+        self.batch = Batch(
+            tokens=place(inputs),
+            targets=place(tokens[:, 1:]),
+            positions=place(positions),
+            segment_ids=place(ones),
+            loss_mask=place(ones, bool),
+        )
+        self.rates = jnp.asarray(learning_rates(config, 10_000))
+
+    def __call__(self) -> None:
+        self.state, metrics = self.programs.update(self.state, self.batch, self.rates)
+        jax.block_until_ready((self.state, metrics))
+
+
+class TorchStep:
+    """The same shape in transformers: one update of LlamaForCausalLM."""
+
+    def __init__(self, config: Config):
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        model = config.model
+        self.torch = torch
+        self.model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=model.vocab_size,
+                hidden_size=model.embed_dim,
+                intermediate_size=model.ffn_dim,
+                num_hidden_layers=model.num_layers,
+                num_attention_heads=model.num_heads,
+                num_key_value_heads=model.num_kv_heads,
+                max_position_embeddings=config.train.seq_len,
+                tie_word_embeddings=False,
+                use_cache=False,
+            )
+        )
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+        )
+        self.tokens = torch.from_numpy(zipf_tokens(config)[:, :-1].copy())
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model(input_ids=self.tokens, labels=self.tokens).loss.backward()
+        self.torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+
+
+def main() -> None:
+    """Runs the benchmark and prints one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=8)
+    args = parser.parse_args()
+    contestants = {
+        "torch": TorchStep(bench_config()),
+        "dense": JaxStep(bench_config()),
+        "stem": JaxStep(bench_config(model__stem_layers="half")),
+    }
+    seconds = interleave(contestants, args.rounds)
+    tokens = BATCH * LENGTH
+    result = {
+        "tokens_per_second": {
+            name: round(tokens / statistics.median(times), 1) for name, times in seconds.items()
+        },
+        "dense_over_torch": round(speed_ratio(seconds, "dense", "torch"), 3),
+        "stem_over_dense": round(speed_ratio(seconds, "stem", "dense"), 3),
+        "rounds": args.rounds,
+        "device": jax.devices()[0].device_kind,
+        "machine": platform.processor() or platform.machine(),
+        "jax": jax.__version__,
+    }
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

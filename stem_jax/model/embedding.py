@@ -1,0 +1,91 @@
+"""Token embedding and output head: one vector per token, vocabulary over `tensor`, width over fsdp.
+
+The lookup is written out per device: partitioned automatically, a gather from a weight sharded in
+both dimensions replicates its result on the way, and the scatter-add of its gradient has duplicate
+indices.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+
+from stem_jax.mesh import BATCH_AXES
+from stem_jax.model.layers import truncated_normal
+from stem_jax.tables.lookup import sum_by_row
+
+WEIGHT_SPEC = PartitionSpec("tensor", "fsdp")
+_TOKENS = PartitionSpec(BATCH_AXES, None)
+_VECTORS = PartitionSpec(BATCH_AXES, None, None)
+
+
+class Embedding(nnx.Module):
+    """A weight [V, D]: the input embedding, and by the same shape the output head."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        embed_dim: int,
+        mesh: Mesh | None,
+        *,
+        param_dtype: str,
+        rngs: nnx.Rngs,
+    ):
+        std = embed_dim**-0.5
+        value = truncated_normal(rngs.params(), (vocab_size, embed_dim), std, 3 * std, param_dtype)
+        self.weight = nnx.Param(value, logical_axes=("vocab", "embed"))
+        self.mesh = mesh
+
+    def __call__(self, tokens_BxL: jax.Array, dtype) -> jax.Array:
+        """Vectors [B, L, D] in `dtype`."""
+        return embed(self.weight[...], tokens_BxL, dtype, self.mesh)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def embed(weight_VxD: jax.Array, tokens_BxL: jax.Array, dtype, mesh: Mesh | None) -> jax.Array:
+    """`weight[tokens]` as [B, L, D] in `dtype`; gradients of a token are summed in float32."""
+    if mesh is None:
+        return weight_VxD[tokens_BxL].astype(dtype)
+
+    def local(weight, tokens):
+        weight = jax.lax.all_gather(weight.astype(dtype), "fsdp", axis=1, tiled=True)
+        local_tokens = tokens - jax.lax.axis_index("tensor") * weight.shape[0]
+        here = (local_tokens >= 0) & (local_tokens < weight.shape[0])
+        vectors = weight[jnp.where(here, local_tokens, 0)]
+        return jax.lax.psum(jnp.where(here[..., None], vectors, 0), "tensor")
+
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=(WEIGHT_SPEC, _TOKENS), out_specs=_VECTORS, check_vma=False
+    )(weight_VxD, tokens_BxL)
+
+
+def _forward(weight_VxD, tokens_BxL, dtype, mesh):
+    # An empty slice carries the shape and dtype of the weight without keeping it alive.
+    return embed(weight_VxD, tokens_BxL, dtype, mesh), (tokens_BxL, weight_VxD[:, :0])
+
+
+def _backward(dtype, mesh, residuals, gradient_BxLxD):
+    tokens_BxL, like_Vx0 = residuals
+    vocab_size, weight_dtype = like_Vx0.shape[0], like_Vx0.dtype
+    shards = 1 if mesh is None else mesh.shape["tensor"]
+
+    def local(tokens, gradient):
+        size = vocab_size // shards
+        if mesh is not None:
+            tokens = tokens - jax.lax.axis_index("tensor") * size
+        sums = sum_by_row(gradient.reshape(-1, gradient.shape[-1]), tokens.reshape(-1), size)
+        if mesh is not None:
+            sums = jax.lax.psum(sums, "data")
+            sums = jax.lax.psum_scatter(sums, "fsdp", scatter_dimension=1, tiled=True)
+        return sums.astype(weight_dtype)
+
+    if mesh is not None:
+        local = jax.shard_map(
+            local, mesh=mesh, in_specs=(_TOKENS, _VECTORS), out_specs=WEIGHT_SPEC, check_vma=False
+        )
+    return local(tokens_BxL, gradient_BxLxD), None
+
+
+embed.defvjp(_forward, _backward)

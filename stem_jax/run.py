@@ -1,0 +1,158 @@
+"""A run from its folder: prepare or resume, report, train, save, and say how it went."""
+
+import signal
+from pathlib import Path
+
+import jax
+
+from stem_jax.checkpoint import Checkpointer, CheckpointInfo
+from stem_jax.config import Config
+from stem_jax.errors import InputError
+from stem_jax.mesh import BATCH_AXES, axis_size, check_placement, make_mesh
+from stem_jax.training.evaluation import Validation, unigram_bits_per_byte, xz_bits_per_byte
+from stem_jax.training.loop import Loop
+from stem_jax.training.report import describe_run, placed_arrays
+from stem_jax.training.resume import check_resumable
+from stem_jax.training.run_data import RunData, open_run_data
+from stem_jax.training.state import TrainState, abstract_state, init_state
+from stem_jax.training.step import TrainStep
+
+
+def train(config: Config, workdir: str | Path) -> bool:
+    """Trains, or continues, the run in `workdir`; returns whether all its steps are done.
+
+    SIGTERM and SIGINT end it after the step under way, with a checkpoint.
+
+    Raises:
+        InputError: the configuration, the data or the folder cannot be used.
+        TrainingError: the run cannot go on.
+    """
+    workdir = _writable(Path(workdir))
+    mesh = make_mesh(config.mesh)
+    _check_batch(config, mesh)
+    with Checkpointer(workdir, keep=config.checkpoint.keep) as checkpoints:
+        latest = checkpoints.latest_step()
+        info = None if latest is None else checkpoints.info(latest)
+        if info is not None:
+            check_resumable(info.config, config, info.updates)
+        data = open_run_data(
+            config,
+            workdir,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        if info is not None and info.tokenizer != data.tokenizer.fingerprint:
+            raise InputError(
+                f"checkpoint {latest} was trained with tokenizer {info.tokenizer[:12]}, "
+                f"{workdir / 'tokenizer'} holds {data.tokenizer.fingerprint[:12]}; restore it, or "
+                "start in another --workdir"
+            )
+        if info is not None and info.data != _data_record(config, data):
+            raise InputError(
+                f"the text behind data.sources={config.data.sources!r} is not what checkpoint "
+                f"{latest} was trained on; bring it back, or start in another --workdir"
+            )
+        if latest is not None and latest >= config.train.steps:
+            print(f"run complete: {workdir} is at step {latest} of {config.train.steps}")
+            return True
+        programs = TrainStep(config, mesh)
+        check_placement(placed_arrays(config, programs.model), mesh, config.mesh.max_replicated_mib)
+        (workdir / "config.json").write_text(config.to_json())
+        print(describe_run(config, programs.model, mesh), flush=True)
+        if latest is None:
+            state = init_state(config, programs.model, mesh)
+        else:
+            state = checkpoints.restore(latest, abstract_state(config, programs.model, mesh))
+            print(f"resuming from step {latest}", flush=True)
+
+        def save(state: TrainState, validation: Validation | None) -> None:
+            info = CheckpointInfo(
+                step=int(state.step),
+                updates=int(state.updates),
+                bad_steps=int(state.bad_steps),
+                tokenizer=data.tokenizer.fingerprint,
+                data=_data_record(config, data),
+                config=config,
+            )
+            checkpoints.save(state, info, None if validation is None else validation.loss)
+
+        with _StopSignal() as stop:
+            loop = Loop(config, programs, data, workdir, save, stop)
+            state, validation, done = loop.run(state)
+        checkpoints.wait()
+    if not done:
+        print(f"stopped at step {int(state.step)}; the same command continues")
+        return False
+    print(f"run complete: step {config.train.steps}, {workdir}")
+    if validation is not None:
+        print(_verdict(config, data, validation))
+    return True
+
+
+def _data_record(config: Config, data: RunData) -> dict:
+    """What the data stream is a function of, beside the step."""
+    return {
+        "seed": config.train.seed,
+        "sources": config.data.sources,
+        "checksums": [store.meta.checksum for store in data.stores],
+    }
+
+
+def _verdict(config: Config, data: RunData, validation: Validation) -> str:
+    lines = [f"held-out text: {validation.bits_per_byte:.3f} bits per byte"]
+    if not config.eval.baselines:
+        return lines[0]
+    unigram = unigram_bits_per_byte(list(data.stores), data.held_out, config.model.vocab_size)
+    xz = xz_bits_per_byte(data.held_out, data.tokenizer)
+    for name, bits in (("token unigrams", unigram), ("xz -9", xz)):
+        ratio = validation.bits_per_byte / bits - 1
+        how = "better" if ratio < 0 else "worse"
+        lines.append(f"  {name:<15} {bits:.3f}: the model is {abs(ratio):.0%} {how}")
+    return "\n".join(lines)
+
+
+def _writable(workdir: Path) -> Path:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"--workdir={workdir} cannot be written ({error.strerror}); choose another folder"
+        ) from error
+    return workdir
+
+
+def _check_batch(config: Config, mesh) -> None:
+    devices = axis_size(mesh, BATCH_AXES)
+    if config.micro_batch_size % devices:
+        raise InputError(
+            f"train.global_batch_size={config.train.global_batch_size} in train.micro_batches="
+            f"{config.train.micro_batches} gives {config.micro_batch_size} sequences, which do not "
+            f"divide over the {devices} devices of mesh axes {', '.join(BATCH_AXES)}; change one "
+            "of them"
+        )
+
+
+class _StopSignal:
+    """Remembers SIGTERM and SIGINT instead of dying of them; the previous handlers come back."""
+
+    def __init__(self):
+        self._received = False
+        self._previous = {}
+
+    def __call__(self) -> bool:
+        return self._received
+
+    def __enter__(self) -> "_StopSignal":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number, frame) -> None:
+        self._received = True

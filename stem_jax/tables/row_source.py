@@ -1,0 +1,85 @@
+"""Where a forward pass without gradients takes its rows from.
+
+A source has a part on the host and a part on the device. Before a program runs, `serve` sees the
+keys and returns a pytree, which goes into the program; inside, the pytree's `block` gives the rows.
+Resident rows need no host work, so nothing waits for the keys. A source with rows on the host reads
+the keys in `serve` and returns the rows it has transferred.
+"""
+
+import dataclasses
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from stem_jax.tables.spec import TableSpec
+
+
+class RowBlock(Protocol):
+    """A pytree that a compiled program reads rows from."""
+
+    def block(self, keys_BxL: jax.Array, dtype) -> tuple[jax.Array | None, jax.Array]:
+        """Rows [U, S, F] in `dtype`, and the index [B, L] of each key's row among them."""
+
+
+class RowSource(Protocol):
+    """What a host loop asks before it runs a program on these keys."""
+
+    def serve(self, keys: jax.Array) -> RowBlock:
+        """The rows for int32 keys of any shape, on the device and perhaps not computed yet."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NoRows:
+    """The source of a dense model."""
+
+    def serve(self, keys: jax.Array) -> "NoRows":
+        return self
+
+    def block(self, keys_BxL: jax.Array, dtype) -> tuple[None, jax.Array]:
+        return None, jnp.zeros_like(keys_BxL)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ResidentRows:
+    """A table that lies whole on the devices; each key gets a row of the block of its own.
+
+    rows: [V_pad, S, F] float32. spec: its layout and sharding. mesh: None on a single device
+    without a mesh.
+    """
+
+    rows: jax.Array
+    spec: TableSpec = dataclasses.field(metadata={"static": True})
+    mesh: Mesh | None = dataclasses.field(metadata={"static": True})
+
+    def serve(self, keys: jax.Array) -> "ResidentRows":
+        return self
+
+    def block(self, keys_BxL: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
+        """The block is whole on every device but for its columns, which follow the table's."""
+        rows_U = self.spec.layout.rows_of(keys_BxL.reshape(-1))
+        inverse_BxL = jnp.arange(keys_BxL.size, dtype=jnp.int32).reshape(keys_BxL.shape)
+        if self.mesh is None:
+            return self.rows[rows_U].astype(dtype), inverse_BxL
+        take = jax.shard_map(
+            lambda shard, rows: self._take(shard, rows).astype(dtype),
+            mesh=self.mesh,
+            in_specs=(self.spec.row_spec, PartitionSpec()),
+            out_specs=PartitionSpec(None, None, "tensor"),
+            check_vma=False,
+        )
+        return take(self.rows, rows_U), inverse_BxL
+
+    def _take(self, shard_RxSxF: jax.Array, rows_U: jax.Array) -> jax.Array:
+        axes = self.spec.vocab_axes
+        if not axes:
+            return shard_RxSxF[rows_U]
+        size = shard_RxSxF.shape[0]
+        place_U = rows_U - jax.lax.axis_index(axes) * size
+        mine_U = (place_U >= 0) & (place_U < size)
+        taken_UxSxF = shard_RxSxF[jnp.clip(place_U, 0, size - 1)]
+        # One owner has the row, the others add zeros, so the sum is exact.
+        return jax.lax.psum(jnp.where(mine_U[:, None, None], taken_UxSxF, 0), axes)

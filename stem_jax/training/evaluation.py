@@ -1,0 +1,76 @@
+"""Validation: cross-entropy and bits per byte on held-out documents, and two plain baselines."""
+
+import dataclasses
+import lzma
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from stem_jax.data.loader import Batch as HostBatch
+from stem_jax.data.loader import ValidationBatches
+from stem_jax.data.token_store import TokenStore
+from stem_jax.data.tokenizer import Tokenizer
+from stem_jax.training.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Validation:
+    """Result on the held-out documents. loss: nats per scored token. tokens: scored tokens."""
+
+    loss: float
+    bits_per_byte: float
+    tokens: int
+
+    def metrics(self) -> dict[str, float]:
+        """As a metrics record."""
+        return {
+            "eval/loss": self.loss,
+            "eval/bits_per_byte": self.bits_per_byte,
+            "eval/tokens": self.tokens,
+        }
+
+
+def validate(
+    evaluate: Callable, state: TrainState, place: Callable, batches: ValidationBatches
+) -> Validation:
+    """Scores every validation batch.
+
+    Args:
+        evaluate: `TrainStep.evaluate`.
+        place: puts a host batch on the mesh.
+    """
+    sums = [evaluate(state, place(batch)) for batch in batches]
+    nats = math.fsum(float(total) for total, _ in sums)
+    tokens = sum(int(count) for _, count in sums)
+    return Validation(nats / tokens, nats / math.log(2) / batches.num_bytes, tokens)
+
+
+def unigram_bits_per_byte(
+    train: list[TokenStore], held_out: ValidationBatches, vocab_size: int
+) -> float:
+    """Bits per byte of the token frequencies of the training text, add-one smoothed."""
+    counts = np.ones(vocab_size)
+    for store in train:
+        counts += np.bincount(store.tokens, minlength=vocab_size)
+    log2_p = np.log2(counts / counts.sum())
+    bits = -sum(float(log2_p[ids[1:]].sum()) for ids in held_out.document_ids())
+    return bits / held_out.num_bytes
+
+
+def xz_bits_per_byte(held_out: ValidationBatches, tokenizer: Tokenizer) -> float:
+    """Bits per byte of `xz -9` on the held-out documents, one after the other."""
+    specials = (tokenizer.bos_id, tokenizer.eos_id)
+    texts = (
+        tokenizer.decode(int(i) for i in ids if i not in specials)
+        for ids in held_out.document_ids()
+    )
+    text = "\n".join(texts).encode()
+    return 8 * len(lzma.compress(text, preset=9)) / len(text)
+
+
+def to_micro_batches(batch: HostBatch, micro_batches: int) -> dict[str, np.ndarray]:
+    """Splits the sequences of a host batch [B, L] into [A, B / A, L]."""
+    return {
+        name: array.reshape(micro_batches, -1, array.shape[-1]) for name, array in batch.items()
+    }

@@ -1,0 +1,177 @@
+"""The loop: dispatch a step, then read the metrics of the step before.
+
+Stages by step distance: batch t+1 .. t+8 are read ahead on threads; step t is dispatched; metrics
+of step t-1 are fetched, so the host never waits for the step it has just started. The loop drains
+(fetches the last metrics) before validation, before a save, and at the end.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from stem_jax.config import Config
+from stem_jax.errors import TrainingError
+from stem_jax.hardware import chip_of
+from stem_jax.model.cost import training_flops_per_token
+from stem_jax.training.evaluation import Validation, to_micro_batches, validate
+from stem_jax.training.metrics import MetricsLog, SpikeCounter
+from stem_jax.training.run_data import RunData
+from stem_jax.training.schedule import learning_rates
+from stem_jax.training.state import TrainState
+from stem_jax.training.step import Batch, TrainStep
+
+
+@dataclasses.dataclass
+class Loop:
+    """Trains from a state to `train.steps`, or until asked to stop.
+
+    Attributes:
+        save: called with (state, validation or None) where a checkpoint is due.
+        stop_requested: asked after every step.
+    """
+
+    config: Config
+    programs: TrainStep
+    data: RunData
+    workdir: Path
+    save: Callable[[TrainState, Validation | None], None]
+    stop_requested: Callable[[], bool]
+
+    def run(self, state: TrainState) -> tuple[TrainState, Validation | None, bool]:
+        """Returns the final state, the last validation, and whether all steps were done.
+
+        Raises:
+            TrainingError: `train.max_bad_steps` non-finite steps in a row.
+        """
+        start, end = int(state.step), self.config.train.steps
+        rates = jnp.asarray(learning_rates(self.config, end + 1))
+        log = MetricsLog(self.workdir, start)
+        reporter = _Reporter(self.config, log, self.programs.mesh.devices.size, start)
+        validation = None
+        try:
+            with self.data.batches.iterate(start) as batches:
+                for step in range(start + 1, end + 1):
+                    batch = self._place(next(batches))
+                    state, metrics = self.programs.update(state, batch, rates)
+                    reporter.dispatched(step, metrics)
+                    last = step == end or self.stop_requested()
+                    checkpoint_due = last or _due(step, self.config.checkpoint.every)
+                    evaluation_due = step == end or _due(step, self.config.eval.every)
+                    if evaluation_due or checkpoint_due:
+                        reporter.drain()
+                    validation = self._validate(state, step, log) if evaluation_due else None
+                    if checkpoint_due:
+                        self.save(state, validation)
+                    if evaluation_due or checkpoint_due:
+                        reporter.resume_clock()
+                    if last:
+                        return state, validation, step == end
+        finally:
+            reporter.close()
+            log.close()
+        return state, validation, True
+
+    def _place(self, batch: dict[str, Any]) -> Batch:
+        micro = to_micro_batches(batch, self.config.train.micro_batches)
+        micro["loss_mask"] = micro["loss_mask"] > 0
+        sharding = self.programs.batch_sharding
+        return Batch(
+            **{
+                name: jax.make_array_from_process_local_data(sharding, array)
+                for name, array in micro.items()
+            }
+        )
+
+    def _validate(self, state: TrainState, step: int, log: MetricsLog) -> Validation | None:
+        if self.data.held_out is None:
+            return None
+        result = validate(self.programs.evaluate, state, self._place, self.data.held_out)
+        log.write(step, result.metrics())
+        tqdm.write(
+            f"step {step}: validation loss {result.loss:.4f} nats per token, "
+            f"{result.bits_per_byte:.4f} bits per byte"
+        )
+        return result
+
+
+class _Reporter:
+    """Reads metrics one step late, logs them, and moves the progress bar."""
+
+    def __init__(self, config: Config, log: MetricsLog, num_devices: int, start: int):
+        self._config = config
+        self._log = log
+        self._pending: tuple[int, dict] | None = None
+        losses = [r["train/loss"] for r in log.records if r.get("train/loss") is not None]
+        self._spikes = SpikeCounter(losses)
+        self._flops = training_flops_per_token(config.model, config.train.seq_len)
+        chip = chip_of(jax.devices()[0])
+        self._peak = chip.flops * num_devices if chip else None
+        self._bar = tqdm(
+            total=config.train.steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1
+        )
+        self.resume_clock()
+
+    def resume_clock(self) -> None:
+        """Leaves out of the speed what happened since the last step."""
+        self._last = time.perf_counter()
+
+    def dispatched(self, step: int, metrics: dict) -> None:
+        """Takes the metrics of a step just dispatched, and reports the one before."""
+        self.drain()
+        self._pending = (step, metrics)
+
+    def drain(self) -> None:
+        """Waits for the step in flight and reports it."""
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        self._spikes.add(values["loss"])
+        self._bar.update(1)
+        tokens_per_second = self._config.tokens_per_step / seconds
+        self._bar.set_postfix_str(
+            f"loss {values['loss']:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False
+        )
+        bad = values.pop("bad_steps")
+        if step % self._config.train.log_every == 0 or bad or step == self._config.train.steps:
+            self._write(step, values, seconds, tokens_per_second)
+        if bad >= self._config.train.max_bad_steps:
+            raise TrainingError(
+                f"loss or gradients were not finite in {bad} steps in a row, up to step {step} "
+                f"(train.max_bad_steps={self._config.train.max_bad_steps}); those updates were "
+                "skipped and the last checkpoint stands. Lower optimizer.learning_rate, or look "
+                "at the data"
+            )
+
+    def _write(self, step: int, values: dict, seconds: float, tokens_per_second: float) -> None:
+        table = {"distinct_rows", "never_touched_rows"}
+        record = {
+            f"{'table' if name in table else 'train'}/{name}": value
+            for name, value in values.items()
+        }
+        flops = self._flops * tokens_per_second
+        record |= {
+            "train/loss_spikes": self._spikes.count,
+            "train/step_seconds": seconds,
+            "train/tokens_per_second": tokens_per_second,
+            "train/matmul_tflops_per_second": flops / 1e12,
+        }
+        if self._peak:
+            record["train/mfu"] = flops / self._peak
+        self._log.write(step, record)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,93 @@
+"""What a run says before its first step: sizes, bytes, placement, batch arithmetic."""
+
+from jax.sharding import Mesh
+
+from stem_jax.config import Config
+from stem_jax.mesh import AXES, BATCH_AXES, Placed, axis_size
+from stem_jax.model.cost import count_parameters, training_flops_per_token
+from stem_jax.tables.spec import TableSpec
+from stem_jax.training.state import ModelDef
+
+_MIB = 2**20
+# Adam keeps two slot variables beside each backbone parameter.
+_BACKBONE_COPIES = 3
+
+
+def describe_run(config: Config, model: ModelDef, mesh: Mesh) -> str:
+    """The start-up report as text."""
+    lines = [
+        *_parameter_lines(config),
+        *_memory_lines(config, model, mesh),
+        *_table_lines(config, mesh),
+        *_batch_lines(config, mesh),
+    ]
+    return "\n".join(lines)
+
+
+def _parameter_lines(config: Config) -> list[str]:
+    count = count_parameters(config.model)
+    model = config.model
+    layers = ", ".join(map(str, model.stem_layers)) or "none"
+    return [
+        f"parameters   total {_millions(count.total)}, active {_millions(count.active)}, "
+        f"table {_millions(count.table)}",
+        f"model        {model.num_layers} layers, D {model.embed_dim}, F {model.ffn_dim}, "
+        f"V {model.vocab_size}, heads {model.num_heads}/{model.num_kv_heads}; "
+        f"STEM layers: {layers}",
+    ]
+
+
+def _memory_lines(config: Config, model: ModelDef, mesh: Mesh) -> list[str]:
+    backbone = sum(array.device_bytes(mesh) for array in model.placed()) * _BACKBONE_COPIES
+    spec = TableSpec.from_config(config)
+    table = sum(array.device_bytes(mesh) for array in spec.placed()) if spec.num_layers else 0
+    shape = ", ".join(f"{axis} {mesh.shape[axis]}" for axis in AXES)
+    return [
+        f"mesh         {shape}: {mesh.devices.size} x {mesh.devices.flat[0].device_kind}",
+        f"memory       per device {_mib(backbone + table)}: backbone with optimizer "
+        f"{_mib(backbone)}, tables with slots {_mib(table)}; host 0 MiB",
+    ]
+
+
+def _table_lines(config: Config, mesh: Mesh) -> list[str]:
+    spec = TableSpec.from_config(config)
+    if not spec.num_layers:
+        return ["tables       none: every layer has an up projection"]
+    owners = axis_size(mesh, spec.vocab_axes)
+    columns = mesh.shape["tensor"]
+    return [
+        f"table        layer {layer}: {config.model.vocab_size} x {spec.width} "
+        f"{_mib(4 * config.model.vocab_size * spec.width)}, resident on device, rows over {owners} "
+        f"shards, columns over {columns}"
+        for layer in config.model.stem_layers
+    ] + [
+        f"             {spec.optimizer}, {spec.num_rows} rows of {spec.num_layers} x {spec.width}, "
+        f"{spec.num_rows // owners} a shard"
+    ]
+
+
+def _batch_lines(config: Config, mesh: Mesh) -> list[str]:
+    train = config.train
+    devices = axis_size(mesh, BATCH_AXES)
+    flops = training_flops_per_token(config.model, train.seq_len) * config.tokens_per_step
+    return [
+        f"batch        {train.global_batch_size} sequences = {train.micro_batches} micro-batches x "
+        f"{devices} device groups x {config.micro_batch_size // devices}; x {train.seq_len} "
+        f"tokens = {config.tokens_per_step:,} tokens per step",
+        f"length       {train.steps:,} steps = {train.steps * config.tokens_per_step:,} tokens, "
+        f"{flops / 1e9:,.1f} matmul GFLOP per step",
+    ]
+
+
+def placed_arrays(config: Config, model: ModelDef) -> list[Placed]:
+    """Every large array of a run."""
+    spec = TableSpec.from_config(config)
+    return model.placed() + (spec.placed() if spec.num_layers else [])
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e6:,.2f} M"
+
+
+def _mib(number: int) -> str:
+    return f"{number / _MIB:,.1f} MiB"

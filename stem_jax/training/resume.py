@@ -1,0 +1,72 @@
+"""Which changes of the configuration a run survives on resume."""
+
+import dataclasses
+
+import numpy as np
+
+from stem_jax.config import Config
+from stem_jax.errors import InputError
+from stem_jax.training.schedule import learning_rates
+
+# These change where and how the same run computes, or what it reports; not what it computes.
+_HARMLESS = frozenset(
+    """
+    model.attention model.remat tables.vocab_axes tables.capacity data.folder
+    mesh.data mesh.fsdp mesh.tensor mesh.max_replicated_mib
+    train.micro_batches train.loss_chunk train.max_bad_steps train.log_every
+    train.sample_prompt train.sample_tokens
+    eval.every eval.max_batches eval.baselines checkpoint.every checkpoint.keep
+    """.split()
+)
+# These are harmless as long as the updates made so far had the same learning rates.
+_SCHEDULE = frozenset(
+    """
+    train.steps optimizer.learning_rate optimizer.schedule optimizer.schedule_steps
+    optimizer.warmup_steps optimizer.min_lr_ratio optimizer.decay_fraction optimizer.cycle_length
+    optimizer.cosine_theta optimizer.inv_sqrt_exponent
+    """.split()
+)
+
+
+def check_resumable(saved: Config, current: Config, updates: int) -> None:
+    """Raises InputError, naming the keys, if `current` cannot continue a run of `saved`.
+
+    Args:
+        saved: configuration in the checkpoint.
+        current: configuration now.
+        updates: optimizer updates that the checkpoint has behind it.
+    """
+    changed = differing_keys(saved, current)
+    refused = [key for key in changed if key not in _HARMLESS | _SCHEDULE]
+    if refused:
+        listed = "; ".join(
+            f"{key}: {_get(saved, key)!r} -> {_get(current, key)!r}" for key in refused
+        )
+        raise InputError(
+            f"the checkpoint was trained with another configuration ({listed}); restore these "
+            "values, or start in another --workdir"
+        )
+    before, now = (learning_rates(config, updates + 1) for config in (saved, current))
+    if not np.array_equal(before[:updates], now[:updates]):
+        keys = ", ".join(key for key in changed if key in _SCHEDULE)
+        raise InputError(
+            f"{keys} changed the learning rates of the {updates} updates already made; restore "
+            "them, or start in another --workdir. To leave room for more steps later, set "
+            "optimizer.schedule_steps at the start"
+        )
+
+
+def differing_keys(saved: Config, current: Config) -> list[str]:
+    """Keys "section.name" whose values differ."""
+    return [
+        f"{section.name}.{field.name}"
+        for section in dataclasses.fields(Config)
+        for field in dataclasses.fields(getattr(saved, section.name))
+        if _get(saved, f"{section.name}.{field.name}")
+        != _get(current, f"{section.name}.{field.name}")
+    ]
+
+
+def _get(config: Config, key: str):
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)

@@ -1,0 +1,111 @@
+"""The tokenizer, the training batches and the held-out batches of a run."""
+
+import dataclasses
+from pathlib import Path
+
+from stem_jax.config import Config
+from stem_jax.data.loader import GlobalBatches, ValidationBatches
+from stem_jax.data.sources import is_store_folder, open_sources, parse_sources, read_source
+from stem_jax.data.token_store import TokenStore
+from stem_jax.data.tokenizer import (
+    Tokenizer,
+    load_tokenizer,
+    load_tokenizer_folder,
+    train_sentencepiece,
+)
+from stem_jax.errors import InputError
+
+TOKENIZER_FOLDER = "tokenizer"
+
+
+@dataclasses.dataclass(frozen=True)
+class RunData:
+    """What a run reads. `held_out` is None if no source has validation documents."""
+
+    tokenizer: Tokenizer
+    batches: GlobalBatches
+    stores: tuple[TokenStore, ...]
+    held_out: ValidationBatches | None
+
+
+def open_run_data(
+    config: Config, workdir: Path, *, process_index: int = 0, process_count: int = 1
+) -> RunData:
+    """Prepares what was not prepared before and opens the sources.
+
+    Raises:
+        InputError: sources that cannot be read, or a tokenizer that does not fit the model.
+    """
+    data, train = config.data, config.train
+    tokenizer = run_tokenizer(config, workdir)
+    sources = open_sources(
+        parse_sources(data.sources),
+        tokenizer,
+        Path(data.folder or workdir / "data"),
+        validation_fraction=data.validation_fraction,
+        seed=train.seed,
+        vocab_size=config.model.vocab_size,
+    )
+    slices = {
+        "seq_len": train.seq_len,
+        "global_batch_size": train.global_batch_size,
+        "process_index": process_index,
+        "process_count": process_count,
+    }
+    held_out = [source.validation for source in sources if source.validation is not None]
+    return RunData(
+        tokenizer,
+        GlobalBatches([(s.train, s.weight) for s in sources], seed=train.seed, **slices),
+        tuple(source.train for source in sources),
+        ValidationBatches(held_out, max_batches=config.eval.max_batches, **slices)
+        if held_out
+        else None,
+    )
+
+
+def run_tokenizer(config: Config, workdir: Path) -> Tokenizer:
+    """The run's tokenizer, which stays in `<workdir>/tokenizer` from the first run on.
+
+    It is the configured one, else that of the first prepared token store among the sources, else a
+    sentencepiece model trained here on the sources.
+    """
+    folder = workdir / TOKENIZER_FOLDER
+    data = config.data
+    if (folder / "tokenizer_meta.json").exists():
+        tokenizer = load_tokenizer_folder(folder)
+    else:
+        tokenizer = _first_tokenizer(config, workdir)
+        tokenizer.save(folder)
+    if tokenizer.kind != data.tokenizer:
+        raise InputError(
+            f"data.tokenizer={data.tokenizer!r}, but the tokenizer of this run is "
+            f"{tokenizer.kind!r}; set data.tokenizer={tokenizer.kind}"
+        )
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise InputError(
+            f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's "
+            f"{tokenizer.vocab_size} ids; set model.vocab_size={tokenizer.vocab_size}"
+        )
+    return tokenizer
+
+
+def _first_tokenizer(config: Config, workdir: Path) -> Tokenizer:
+    data = config.data
+    specs = parse_sources(data.sources)
+    if data.tokenizer_path is not None or data.tokenizer == "bytes":
+        return load_tokenizer(data.tokenizer, data.tokenizer_path)
+    for spec in specs:
+        beside = Path(spec.source) / TOKENIZER_FOLDER
+        if is_store_folder(spec.source) and beside.is_dir():
+            return load_tokenizer_folder(beside)
+    if data.tokenizer != "sentencepiece":
+        raise InputError(
+            f"data.tokenizer={data.tokenizer!r} needs data.tokenizer_path; only sentencepiece can "
+            "be trained here"
+        )
+    path = workdir / "tokenizer.model"
+    texts = (document.text for spec in specs for document in read_source(spec.source))
+    train_sentencepiece(texts, path, config.model.vocab_size)
+    tokenizer = load_tokenizer("sentencepiece", path)
+    path.unlink()
+    return tokenizer

@@ -1,0 +1,260 @@
+"""A run as a user sees it: real processes, real signals, real files."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stem_jax.errors import InputError, TrainingError
+from stem_jax.train import main
+
+TEXT = [
+    "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 4,
+    "Token-indexed tables hold one row for each token; only rows in a batch are read. " * 5,
+    "A run that is killed goes on from its last checkpoint as if nothing had happened. " * 3,
+] * 6
+SMALL = {
+    "model.vocab_size": 320,
+    "model.embed_dim": 32,
+    "model.num_layers": 3,
+    "model.num_heads": 4,
+    "model.num_kv_heads": 2,
+    "model.ffn_dim": 64,
+    "data.tokenizer": "bytes",
+    "data.validation_fraction": 0.2,
+    "optimizer.warmup_steps": 2,
+    "train.steps": 12,
+    "train.global_batch_size": 8,
+    "train.seq_len": 64,
+    "train.sample_tokens": 4,
+    "eval.every": 6,
+    "checkpoint.every": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    lines = [json.dumps({"text": f"{index}. {text}"}) for index, text in enumerate(TEXT)]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def arguments(text_file: Path, workdir: Path, **overrides) -> list[str]:
+    """Command-line arguments of a small run; overrides are section__key."""
+    values = SMALL | {"data.sources": text_file}
+    values |= {key.replace("__", "."): value for key, value in overrides.items()}
+    flags = [f"--config.{key}={value}" for key, value in values.items()]
+    return ["--config=configs/tiny.py", f"--workdir={workdir}", *flags]
+
+
+def start(argv: list[str]) -> subprocess.Popen:
+    # One device, as on a user's machine.
+    environment = os.environ | {"XLA_FLAGS": ""}
+    return subprocess.Popen(
+        [sys.executable, "-m", "stem_jax.train", *argv],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[str, str]:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-2000:]
+    return out, err
+
+
+def wait_for_step(workdir: Path, process: subprocess.Popen, step: int) -> None:
+    deadline = time.monotonic() + 200
+    metrics = workdir / "metrics.jsonl"
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= step):
+        assert process.poll() is None, process.stderr.read()[-2000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def records(workdir: Path) -> list[dict]:
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def final_arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint by item and name, read without knowing the model."""
+    import orbax.checkpoint as ocp
+
+    with ocp.CheckpointManager(workdir.absolute() / "checkpoints") as manager:
+        items = ("params", "opt_state", "table_rows", "table_slots")
+        restored = manager.restore(
+            step, args=ocp.args.Composite(**{i: ocp.args.StandardRestore() for i in items})
+        )
+        return {
+            f"{item}/{name}": np.asarray(array)
+            for item in items
+            for name, array in restored[item].items()
+        }
+
+
+@pytest.fixture(scope="module")
+def whole_run(text_file, tmp_path_factory):
+    """An uninterrupted run: its folder and what it printed."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    out, err = finish(start(arguments(text_file, workdir)))
+    return workdir, out, err
+
+
+def test_run_leaves_what_it_promises(whole_run):
+    workdir, out, err = whole_run
+    train = [r for r in records(workdir) if "train/loss" in r]
+    assert [r["step"] for r in train] == list(range(1, 13))
+    assert train[-1]["train/loss"] < train[0]["train/loss"] - 0.3
+    assert [r["step"] for r in records(workdir) if "eval/loss" in r] == [6, 12]
+    assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == 12
+    assert (workdir / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((workdir / "tensorboard").glob("events*"))
+    for promised in ("parameters   total", "memory       per device", "table        layer 1"):
+        assert promised in out
+    assert "512 tokens per step" in out
+    assert "bits per byte" in out and "token unigrams" in out and "xz -9" in out
+    assert "tokens/s" in err and "loss" in err
+
+
+def test_second_start_says_complete(whole_run, text_file):
+    workdir, _, _ = whole_run
+    out, _ = finish(start(arguments(text_file, workdir)))
+    assert "run complete" in out
+
+
+def test_kill_then_same_command_is_bit_equal(whole_run, text_file, tmp_path):
+    workdir = tmp_path / "run"
+    process = start(arguments(text_file, workdir))
+    wait_for_step(workdir, process, 7)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    out, _ = finish(start(arguments(text_file, workdir)))
+    assert "resuming from step" in out
+    assert_same_run(whole_run[0], workdir)
+
+
+def test_sigterm_saves_exits_0_and_continues_bit_equal(whole_run, text_file, tmp_path):
+    workdir = tmp_path / "run"
+    # No checkpoint is due before the end: what is saved, the signal saved.
+    argv = arguments(text_file, workdir, checkpoint__every=0)
+    process = start(argv)
+    wait_for_step(workdir, process, 3)
+    process.send_signal(signal.SIGTERM)
+    sent = time.monotonic()
+    out, _ = finish(process)
+    assert time.monotonic() - sent < 30
+    assert "the same command continues" in out
+    assert [int(p.name) for p in (workdir / "checkpoints").iterdir()][0] < 12
+    finish(start(argv))
+    assert_same_run(whole_run[0], workdir)
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    expected, found = final_arrays(one, 12), final_arrays(other, 12)
+    assert expected.keys() == found.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(array, found[name], err_msg=name)
+    for key in ("train/loss", "eval/loss"):
+        assert [r[key] for r in records(one) if key in r] == [
+            r[key] for r in records(other) if key in r
+        ]
+
+
+def test_changed_config_is_refused_by_name(whole_run, text_file):
+    workdir = whole_run[0]
+    with pytest.raises(InputError, match=r"optimizer\.beta1: 0\.9 -> 0\.8"):
+        main(arguments(text_file, workdir, optimizer__beta1=0.8))
+    # A longer run under a cosine would have had other rates from the first step on.
+    with pytest.raises(InputError, match=r"train\.steps changed the learning rates"):
+        main(arguments(text_file, workdir, train__steps=20))
+
+
+def test_harmless_changes_pass(whole_run, text_file, capsys):
+    workdir = whole_run[0]
+    main(arguments(text_file, workdir, checkpoint__every=5, train__log_every=3, mesh__fsdp=2))
+    assert "run complete" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"train__stepz": 3}, r"train\.stepz; did you mean train\.steps"),
+        ({"train__global_batch_size": 6}, r"train\.global_batch_size=6 .* divide"),
+        ({"mesh__tensor": 3}, r"mesh\.tensor=3 .* 8 devices"),
+        ({"data__sources": "nowhere/*.txt"}, r"nowhere/\*\.txt"),
+        ({"model__vocab_size": 200}, r"model\.vocab_size=200 is smaller .* 258"),
+    ],
+)
+def test_refused_input_names_value_and_remedy(text_file, tmp_path, overrides, message):
+    with pytest.raises(InputError, match=message):
+        main(arguments(text_file, tmp_path / "run", **overrides))
+
+
+def test_refused_input_is_one_line_and_exit_1(text_file, tmp_path):
+    process = start(arguments(text_file, tmp_path / "run", train__stepz=3))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert err.splitlines() == ["error: unknown config key train.stepz; did you mean train.steps?"]
+    process = start(["--confg=x"])
+    process.communicate(timeout=120)
+    assert process.returncode == 2
+
+
+def test_unwritable_work_folder(text_file, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match="cannot be written"):
+        main(arguments(text_file, tmp_path / "file" / "run"))
+
+
+@pytest.fixture
+def copied_run(whole_run, tmp_path) -> Path:
+    """A copy of the finished run, to be damaged."""
+    return Path(shutil.copytree(whole_run[0], tmp_path / "copy"))
+
+
+def test_other_tokenizer_is_refused(copied_run, text_file):
+    from stem_jax.data.tokenizer import load_tokenizer, train_sentencepiece
+
+    model = copied_run / "other.model"
+    train_sentencepiece(TEXT, model, 300)
+    shutil.rmtree(copied_run / "tokenizer")
+    load_tokenizer("sentencepiece", model).save(copied_run / "tokenizer")
+    with pytest.raises(InputError, match="tokenizer"):
+        main(arguments(text_file, copied_run))
+
+
+def test_incomplete_checkpoint_is_refused_with_a_way_out(copied_run, text_file):
+    shutil.rmtree(copied_run / "checkpoints" / "12" / "table_rows")
+    with pytest.raises(InputError, match=r"12 is incomplete .* delete that folder"):
+        main(arguments(text_file, copied_run))
+
+
+def test_newer_format_is_refused(copied_run, text_file):
+    layout = copied_run / "checkpoints" / "12" / "layout" / "metadata"
+    layout.write_text(json.dumps(json.loads(layout.read_text()) | {"format": 99}))
+    with pytest.raises(InputError, match=r"format 99.*update stem_jax"):
+        main(arguments(text_file, copied_run))
+
+
+def test_bad_steps_stop_the_run_and_the_checkpoint_stands(text_file, tmp_path):
+    workdir = tmp_path / "run"
+    flags = {"optimizer__schedule": "constant", "train__max_bad_steps": 3, "train__steps": 40}
+    blow_up = {"optimizer__learning_rate": 1e30, "optimizer__weight_decay": 0.0}
+    with pytest.raises(TrainingError, match=r"not finite in 3 steps in a row"):
+        main(arguments(text_file, workdir, **flags, **blow_up, checkpoint__every=1))
+    steps = [int(p.name) for p in (workdir / "checkpoints").iterdir()]
+    log = [r for r in records(workdir) if "train/loss" in r]
+    assert log[-1]["train/skipped_steps"] == 3
+    assert max(steps) <= log[-1]["step"]
