@@ -21,10 +21,52 @@ _CHOICES = {
     "optimizer.schedule": ("constant", "linear", "inv_sqrt", "cosine", "wsd"),
     "optimizer.decay_mask": ("all", "matrices"),
 }
-_AT_LEAST_ONE = ["model.vocab_size", "model.embed_dim", "model.num_layers", "model.num_heads", "model.num_kv_heads", "model.ffn_dim", "tables.pad_multiple", "train.steps", "train.global_batch_size", "train.micro_batches", "train.seq_len", "train.loss_chunk", "train.max_bad_steps", "train.log_every", "checkpoint.keep"]
-_NOT_NEGATIVE = ["optimizer.weight_decay", "optimizer.warmup_steps", "optimizer.min_lr_ratio", "train.seed", "train.z_loss", "train.sample_tokens", "eval.every", "checkpoint.every", "mesh.max_replicated_mib"]
-_POSITIVE = ["model.norm_eps", "model.rope_theta", "tables.lr_multiplier", "tables.clip_norm", "optimizer.learning_rate", "optimizer.epsilon", "optimizer.clip_norm", "optimizer.cycle_length", "optimizer.cosine_theta"]
-_OPTIONAL_POSITIVE = ["tables.init_std", "tables.capacity", "optimizer.schedule_steps", "eval.max_batches", "model.init_base_std"]
+_AT_LEAST_ONE = [
+    "model.vocab_size",
+    "model.embed_dim",
+    "model.num_layers",
+    "model.num_heads",
+    "model.num_kv_heads",
+    "model.ffn_dim",
+    "tables.pad_multiple",
+    "train.steps",
+    "train.global_batch_size",
+    "train.micro_batches",
+    "train.seq_len",
+    "train.loss_chunk",
+    "train.max_bad_steps",
+    "train.log_every",
+    "checkpoint.keep",
+]
+_NOT_NEGATIVE = [
+    "optimizer.weight_decay",
+    "optimizer.warmup_steps",
+    "optimizer.min_lr_ratio",
+    "train.seed",
+    "train.z_loss",
+    "train.sample_tokens",
+    "eval.every",
+    "checkpoint.every",
+    "mesh.max_replicated_mib",
+]
+_POSITIVE = [
+    "model.norm_eps",
+    "model.rope_theta",
+    "tables.lr_multiplier",
+    "tables.clip_norm",
+    "optimizer.learning_rate",
+    "optimizer.epsilon",
+    "optimizer.clip_norm",
+    "optimizer.cycle_length",
+    "optimizer.cosine_theta",
+]
+_OPTIONAL_POSITIVE = [
+    "tables.init_std",
+    "tables.capacity",
+    "optimizer.schedule_steps",
+    "eval.max_batches",
+    "model.init_base_std",
+]
 
 
 def validate(config: "Config") -> None:

@@ -19,7 +19,7 @@ from stem_jax.training.step import TrainStep
 
 
 def train(config: Config, workdir: str | Path) -> bool:
-    """Trains, or continues, the run in `workdir`; returns whether all its steps are done.
+    """Trains, or continues, the run in `workdir`; returns whether this call made its last step.
 
     SIGTERM and SIGINT end it after the step under way, with a checkpoint.
 
@@ -54,7 +54,7 @@ def train(config: Config, workdir: str | Path) -> bool:
             )
         if latest is not None and latest >= config.train.steps:
             print(f"run complete: {workdir} is at step {latest} of {config.train.steps}")
-            return True
+            return False
         programs = TrainStep(config, mesh)
         check_placement(placed_arrays(config, programs.model), mesh, config.mesh.max_replicated_mib)
         (workdir / "config.json").write_text(config.to_json())

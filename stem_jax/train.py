@@ -3,9 +3,14 @@
 import argparse
 from pathlib import Path
 
+import jax
+
 from stem_jax import cli
-from stem_jax.config import load_config
+from stem_jax.config import Config, load_config
+from stem_jax.generation import Generator
+from stem_jax.loading import load_run
 from stem_jax.run import train
+from stem_jax.sampling import Sampling
 
 
 def main(argv: list[str]) -> None:
@@ -21,7 +26,25 @@ def main(argv: list[str]) -> None:
     flags, overrides = cli.split_overrides(argv)
     args = parser.parse_args(flags)
     config = load_config(args.config, overrides)
-    train(config, args.workdir or Path("runs") / Path(args.config).stem)
+    workdir = args.workdir or Path("runs") / Path(args.config).stem
+    finished = train(config, workdir)
+    if finished and config.train.sample_prompt:
+        if jax.device_count() == 1:
+            print_sample(config, workdir)
+        else:
+            prompt = config.train.sample_prompt
+            print(f'sample: python -m stem_jax.generate --workdir={workdir} --prompt="{prompt}"')
+
+
+def print_sample(config: Config, workdir: str | Path) -> None:
+    """Completes `train.sample_prompt` with the newest checkpoint."""
+    run = load_run(workdir)
+    generator = Generator(run.config, run.params, run.table, run.tokenizer, run.mesh)
+    sampling = Sampling(temperature=0.8, top_k=40, top_p=0.95)
+    [sample] = generator.complete(
+        [config.train.sample_prompt], config.train.sample_tokens, sampling, config.train.seed
+    )
+    print(f"sample:\n{sample.prompt}{sample.text}")
 
 
 if __name__ == "__main__":

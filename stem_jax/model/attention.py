@@ -43,7 +43,7 @@ class Attention(nnx.Module):
             x_BxLxD: normalised residual stream.
             angles: cosines and sines of `layers.rotary_angles`.
             segment_ids_BxL: document number of each position; 0 is padding.
-            cache: None, or a `generation.LayerCache` to read from and extend.
+            cache: None, or a `cache.LayerCache` to read from and extend.
 
         Returns:
             The [B, L, D] output and the extended cache (None without one).

@@ -1,4 +1,4 @@
-"""Token embedding and output head: one vector per token, vocabulary over `tensor`, width over fsdp.
+"""Token embedding: one vector per token, vocabulary over `tensor`, width over `fsdp`.
 
 The lookup is written out per device: partitioned automatically, a gather from a weight sharded in
 both dimensions replicates its result on the way, and the scatter-add of its gradient has duplicate
@@ -12,17 +12,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from stem_jax.mesh import BATCH_AXES
+from stem_jax.mesh import BATCH_AXES, gather, live_axes, sum_and_scatter
 from stem_jax.model.layers import truncated_normal
 from stem_jax.tables.lookup import sum_by_row
 
-WEIGHT_SPEC = PartitionSpec("tensor", "fsdp")
+_WEIGHT = PartitionSpec("tensor", "fsdp")
 _TOKENS = PartitionSpec(BATCH_AXES, None)
 _VECTORS = PartitionSpec(BATCH_AXES, None, None)
 
 
 class Embedding(nnx.Module):
-    """A weight [V, D]: the input embedding, and by the same shape the output head."""
+    """The input embedding [V, D]; with tied embeddings its transpose is the output head."""
 
     def __init__(
         self,
@@ -50,14 +50,16 @@ def embed(weight_VxD: jax.Array, tokens_BxL: jax.Array, dtype, mesh: Mesh | None
         return weight_VxD[tokens_BxL].astype(dtype)
 
     def local(weight, tokens):
-        weight = jax.lax.all_gather(weight.astype(dtype), "fsdp", axis=1, tiled=True)
+        weight = gather(weight.astype(dtype), "fsdp", 1, mesh)
+        if not live_axes(mesh, "tensor"):
+            return weight[tokens]
         local_tokens = tokens - jax.lax.axis_index("tensor") * weight.shape[0]
         here = (local_tokens >= 0) & (local_tokens < weight.shape[0])
         vectors = weight[jnp.where(here, local_tokens, 0)]
         return jax.lax.psum(jnp.where(here[..., None], vectors, 0), "tensor")
 
     return jax.shard_map(
-        local, mesh=mesh, in_specs=(WEIGHT_SPEC, _TOKENS), out_specs=_VECTORS, check_vma=False
+        local, mesh=mesh, in_specs=(_WEIGHT, _TOKENS), out_specs=_VECTORS, check_vma=False
     )(weight_VxD, tokens_BxL)
 
 
@@ -73,17 +75,15 @@ def _backward(dtype, mesh, residuals, gradient_BxLxD):
 
     def local(tokens, gradient):
         size = vocab_size // shards
-        if mesh is not None:
+        if live_axes(mesh, "tensor"):
             tokens = tokens - jax.lax.axis_index("tensor") * size
         sums = sum_by_row(gradient.reshape(-1, gradient.shape[-1]), tokens.reshape(-1), size)
-        if mesh is not None:
-            sums = jax.lax.psum(sums, "data")
-            sums = jax.lax.psum_scatter(sums, "fsdp", scatter_dimension=1, tiled=True)
+        sums = sum_and_scatter(sums, "data", "fsdp", 1, mesh)
         return sums.astype(weight_dtype)
 
     if mesh is not None:
         local = jax.shard_map(
-            local, mesh=mesh, in_specs=(_TOKENS, _VECTORS), out_specs=WEIGHT_SPEC, check_vma=False
+            local, mesh=mesh, in_specs=(_TOKENS, _VECTORS), out_specs=_WEIGHT, check_vma=False
         )
     return local(tokens_BxL, gradient_BxLxD), None
 

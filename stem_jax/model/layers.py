@@ -12,14 +12,36 @@ def truncated_normal(key: jax.Array, shape: tuple[int, ...], std: float, cut: fl
 
 
 class Linear(nnx.Module):
-    """y = x W without bias; W is [in, out]."""
+    """y = x W without bias; W is [in, out], or [out, in] with `output_first`."""
 
-    def __init__(self, shape, logical_axes, std, cut, *, param_dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, shape, logical_axes, std, cut, *, param_dtype, rngs: nnx.Rngs, output_first=False
+    ):
         value = truncated_normal(rngs.params(), shape, std, cut, param_dtype)
         self.kernel = nnx.Param(value, logical_axes=logical_axes)
+        self.output_first = output_first
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return x @ self.kernel[...].astype(x.dtype)
+        kernel = self.kernel[...].astype(x.dtype)
+        return (_project_back if self.output_first else _project)(x, kernel)
+
+
+@jax.custom_vjp
+def _project(x: jax.Array, kernel_IxO: jax.Array) -> jax.Array:
+    return x @ kernel_IxO
+
+
+def _project_backward(residuals, gradient):
+    x, kernel_IxO = residuals
+    return gradient @ kernel_IxO.T, jnp.einsum("...i,...o->io", x, gradient)
+
+
+# Autodiff writes the weight gradient as (g^T x)^T; on CPUs that turns the activations of width F.
+_project.defvjp(lambda x, kernel: (_project(x, kernel), (x, kernel)), _project_backward)
+
+
+def _project_back(x: jax.Array, kernel_OxI: jax.Array) -> jax.Array:
+    return x @ kernel_OxI.T
 
 
 class RMSNorm(nnx.Module):

@@ -13,7 +13,7 @@ from stem_jax.mesh import constrain_batch
 from stem_jax.model.attention import Attention
 from stem_jax.model.embedding import Embedding
 from stem_jax.model.ffn import GatedFFN
-from stem_jax.model.layers import RMSNorm, rotary_angles
+from stem_jax.model.layers import Linear, RMSNorm, rotary_angles
 from stem_jax.tables.lookup import lookup
 
 
@@ -57,21 +57,26 @@ class Transformer(nnx.Module):
     """Decoder-only language model; STEM layers read their up values from a row block."""
 
     def __init__(self, config: ModelConfig, mesh: Mesh | None = None, *, rngs: nnx.Rngs):
-        embedding = functools.partial(
-            Embedding,
-            config.vocab_size,
-            config.embed_dim,
-            mesh,
-            param_dtype=config.param_dtype,
-            rngs=rngs,
+        self.embed = Embedding(
+            config.vocab_size, config.embed_dim, mesh, param_dtype=config.param_dtype, rngs=rngs
         )
-        self.embed = embedding()
         self.blocks = nnx.List(
             [Block(config, layer, mesh, rngs=rngs) for layer in range(config.num_layers)]
         )
         self.norm = RMSNorm(config.embed_dim, config.norm_eps, param_dtype=config.param_dtype)
-        tied = config.tie_embeddings
-        self.head = None if tied else embedding()
+        std = config.embed_dim**-0.5
+        self.head = (
+            None
+            if config.tie_embeddings
+            else Linear(
+                (config.embed_dim, config.vocab_size),
+                ("embed", "vocab"),
+                std,
+                3 * std,
+                param_dtype=config.param_dtype,
+                rngs=rngs,
+            )
+        )
         self.config = config
         self.mesh = mesh
 
@@ -82,7 +87,7 @@ class Transformer(nnx.Module):
             inputs: the batch, leading dimension over the batch axes of the mesh.
             rows_UxSxF: the row block; with several devices the concatenation of each device's
                 block of U rows, which its `inverse` indexes.
-            caches: None, or one `generation.LayerCache` per layer.
+            caches: None, or one `cache.LayerCache` per layer.
             collect: None, or a list that receives the residual stream after the embedding and
                 after every block (tests and analysis).
 
@@ -109,15 +114,13 @@ class Transformer(nnx.Module):
         return self.norm(x), None if caches is None else new_caches
 
     def head_weight(self) -> jax.Array:
-        """The output head [V, D] in the parameter dtype."""
-        return (self.head or self.embed).weight[...]
+        """The output head [D, V] in the parameter dtype."""
+        return self.embed.weight[...].T if self.head is None else self.head.kernel[...]
 
     def logits(self, hidden_BxLxD: jax.Array) -> jax.Array:
         """Float32 logits [B, L, V] of final hidden states."""
-        weight_VxD = self.head_weight().astype(hidden_BxLxD.dtype)
-        return jnp.einsum(
-            "bld,vd->blv", hidden_BxLxD, weight_VxD, preferred_element_type=jnp.float32
-        )
+        head_DxV = self.head_weight().astype(hidden_BxLxD.dtype)
+        return jnp.einsum("bld,dv->blv", hidden_BxLxD, head_DxV, preferred_element_type=jnp.float32)
 
 
 def residual_factor(config: ModelConfig, layer: int) -> float:

@@ -63,7 +63,11 @@ def sum_by_row(values_NxF: jax.Array, index_N: jax.Array, num_rows: int) -> jax.
     """Sums the values that share an index, in float32 and in an order fixed by the indices alone.
 
     A scatter-add with repeated indices has no fixed order on GPUs and is slow there
-    (jax-ml/jax#38806), so: sort by index, segmented scan, read the end of each segment.
+    (jax-ml/jax#38806), so: sort by index, segmented scan, write the end of each segment.
+
+    Args:
+        values_NxF: any float dtype.
+        index_N: int32; values whose index is outside [0, num_rows) are dropped.
 
     Returns:
         [num_rows, F] float32; rows that no index names are zero.
@@ -80,7 +84,9 @@ def sum_by_row(values_NxF: jax.Array, index_N: jax.Array, num_rows: int) -> jax.
     sums_NxF, _ = jax.lax.associative_scan(
         combine, (values_NxF[order_N].astype(jnp.float32), starts_N)
     )
-    rows_U = jnp.arange(num_rows)
-    ends_U = jnp.searchsorted(sorted_N, rows_U, side="right") - 1
-    present_U = (ends_U >= 0) & (sorted_N[ends_U] == rows_U)
-    return jnp.where(present_U[:, None], sums_NxF[ends_U], 0.0)
+    # The end of a segment holds its sum; every other position falls outside and is dropped.
+    ends_N = jnp.concatenate([starts_N[1:], jnp.ones(1, bool)])
+    # Negative indices would count from the end.
+    target_N = jnp.where(ends_N & (sorted_N >= 0), sorted_N, num_rows)
+    empty = jnp.zeros((num_rows, values_NxF.shape[1]), jnp.float32)
+    return empty.at[target_N].set(sums_NxF, mode="drop")

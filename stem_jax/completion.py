@@ -1,0 +1,118 @@
+"""A completion as it grows: its tokens, its text, and why it stopped."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from stem_jax.data.tokenizer import Tokenizer
+from stem_jax.errors import InputError
+
+_REPLACEMENT = "\ufffd"
+# The first three bytes of a character of four; a decoder may show each as one replacement.
+_LONGEST_INCOMPLETE = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """A completed prompt.
+
+    tokens: new ids, without eos. text: theirs. stop: "eos", "length" (as many as asked for) or
+    "context" (prompt and completion fill the context). tokens_per_second: rate after the first
+    token, which waits for compilation; None with fewer than two.
+    """
+
+    prompt: str
+    text: str
+    tokens: list[int]
+    stop: str
+    tokens_per_second: float | None
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts of a text file, one per line; empty lines are none.
+
+    Raises:
+        InputError: the file cannot be read, or is not UTF-8.
+    """
+    try:
+        lines = Path(path).read_text("utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"prompt file {path} cannot be read ({error}); give a UTF-8 file"
+        ) from error
+    return [line for line in lines if line]
+
+
+class Progress:
+    """One sequence on its way to a Completion."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: str,
+        ids: Sequence[int],
+        max_new_tokens: int,
+        context: int,
+    ):
+        self._prompt = prompt
+        self._eos_id = tokenizer.eos_id
+        self._stop = "length" if len(ids) + max_new_tokens <= context else "context"
+        self._limit = min(max_new_tokens, context - len(ids))
+        self._stream = TextStream(tokenizer, ids)
+        self._tokens: list[int] = []
+        self._pieces: list[str] = []
+        self._times: list[float] = []
+
+    def push(self, token: int) -> str:
+        """Takes a token and returns the text that is now certain."""
+        self._times.append(time.perf_counter())
+        if token == self._eos_id:
+            self._stop = "eos"
+            piece = self._stream.flush()
+        else:
+            self._tokens.append(token)
+            piece = self._stream.push(token)
+            if len(self._tokens) == self._limit:
+                piece += self._stream.flush()
+        self._pieces.append(piece)
+        return piece
+
+    def completion(self) -> Completion:
+        """What there is so far."""
+        steps = len(self._times) - 1
+        rate = steps / (self._times[-1] - self._times[0]) if steps > 0 else None
+        return Completion(self._prompt, "".join(self._pieces), self._tokens, self._stop, rate)
+
+
+class TextStream:
+    """Turns tokens into pieces of text whose concatenation is the text of all of them.
+
+    Only a short window of ids is decoded again for each token. It begins one token before the new
+    text, because some decoders drop a space at the start of what they are given; a completion's
+    window begins with the last token of its prompt.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
+        self._tokenizer = tokenizer
+        self._window = list(prompt[-1:])
+        self._done = len(tokenizer.decode(self._window))
+
+    def push(self, token: int) -> str:
+        """The text that this token completes, often empty within a character of several bytes."""
+        self._window.append(token)
+        text = self._tokenizer.decode(self._window)
+        trailing = len(text) - len(text.rstrip(_REPLACEMENT))
+        stable = len(text) - min(trailing, _LONGEST_INCOMPLETE)
+        piece = text[self._done : stable]
+        self._done = max(self._done, stable)
+        if trailing == 0:
+            self._window = [token]
+            self._done = len(self._tokenizer.decode(self._window))
+        return piece
+
+    def flush(self) -> str:
+        """What is still held back, with U+FFFD for the incomplete character."""
+        text = self._tokenizer.decode(self._window)
+        piece, self._done = text[self._done :], len(text)
+        return piece

@@ -1,0 +1,264 @@
+"""Completes prompts with a trained model: a batched prefill, then one token per sequence and step.
+
+Prompts of different lengths are padded on the left to a common power of two, and the cache has a
+power of two slots, so few programs are compiled. Padding is a segment of its own and positions
+count text alone, so a prompt gets the same completion in any batch.
+
+Stages by step distance: token t is read by the host while step t+1 computes on the device.
+"""
+
+import dataclasses
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from stem_jax.completion import Completion, Progress
+from stem_jax.config import Config
+from stem_jax.data.tokenizer import Tokenizer
+from stem_jax.errors import InputError
+from stem_jax.mesh import replicated
+from stem_jax.model.cache import LayerCache
+from stem_jax.model.transformer import Inputs
+from stem_jax.sampling import Sampling, sample
+from stem_jax.tables.row_source import NoRows, ResidentRows, RowBlock, RowSource
+from stem_jax.tables.spec import TableSpec, TableState
+from stem_jax.training.state import ModelDef, Params
+
+_SMALLEST_BUCKET = 16
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """What a decode step replaces.
+
+    caches: one per layer. position: [B] int32, of the next token in its text. seeds: [B] uint32.
+    step: scalar int32, tokens drawn so far.
+    """
+
+    caches: list[LayerCache]
+    position: jax.Array
+    seeds: jax.Array
+    step: jax.Array
+
+
+class Generator:
+    """Compiled programs that complete prompts with one set of parameters."""
+
+    def __init__(
+        self,
+        config: Config,
+        params: Params,
+        table: TableState | None,
+        tokenizer: Tokenizer,
+        mesh: Mesh | None = None,
+    ):
+        """Args: `mesh` is where params and table lie; None for one device without a mesh.
+
+        On several devices the parameters and the table stay sharded; batch and cache are whole on
+        every device.
+        """
+        # Nothing is differentiated here, so there is nothing to rematerialise.
+        model = dataclasses.replace(config.model, remat="none")
+        self.config = dataclasses.replace(config, model=model)
+        self.tokenizer = tokenizer
+        self._params = params
+        self._rows = _row_source(config, table, mesh)
+        self._model = ModelDef(self.config)
+        whole = None if mesh is None else replicated(mesh)
+        self._place = lambda array: jax.device_put(array, whole)
+        self.prefill = jax.jit(self._prefill, static_argnames="slots", out_shardings=whole)
+        self.decode = jax.jit(self._decode, donate_argnames="state", out_shardings=whole)
+
+    @property
+    def context(self) -> int:
+        """Tokens that prompt and completion may have together: the length trained on."""
+        return self.config.train.seq_len
+
+    def encode(self, prompt: str) -> list[int]:
+        """Ids of a prompt; like every document in training it begins with bos."""
+        return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
+
+    def steps(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> Iterator[list[int | None]]:
+        """Completes a batch, step by step.
+
+        A sequence ends with eos, after `max_new_tokens`, or where it fills the context.
+
+        Args:
+            prompts: ids, bos included.
+            seeds: one of each sequence, below 2^32; None: those of `sequence_seeds(0, prompts)`.
+
+        Returns:
+            An iterator of the new token of each sequence, None for those that have ended.
+
+        Raises:
+            InputError: no prompt, one that leaves no room in the context, or an unknown id.
+        """
+        self._check(prompts, max_new_tokens)
+        seeds = sequence_seeds(0, prompts) if seeds is None else seeds
+        limits = [min(max_new_tokens, self.context - len(prompt)) for prompt in prompts]
+        scalars = (sampling or Sampling()).scalars()
+        return self._steps(prompts, limits, scalars, np.asarray(seeds, np.uint32))
+
+    def complete(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        batch_size: int = 32,
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> list[Completion]:
+        """Completes prompts, at most `batch_size` at a time.
+
+        Args:
+            seed: with the prompt it fixes the sample, whatever else is in the batch; a prompt that
+                is given again gets another sample.
+            on_text: called with (index of the prompt, piece of its text) as text is made.
+
+        Raises:
+            InputError: see `steps`.
+        """
+        ids = [self.encode(prompt) for prompt in prompts]
+        self._check(ids, max_new_tokens)
+        seeds = sequence_seeds(seed, ids)
+        completions = []
+        for first in range(0, len(prompts), batch_size):
+            part = slice(first, first + batch_size)
+            batch = [
+                Progress(self.tokenizer, prompt, prompt_ids, max_new_tokens, self.context)
+                for prompt, prompt_ids in zip(prompts[part], ids[part])
+            ]
+            for tokens in self.steps(ids[part], max_new_tokens, sampling, seeds[part]):
+                for index, (progress, token) in enumerate(zip(batch, tokens)):
+                    piece = "" if token is None else progress.push(token)
+                    if piece and on_text is not None:
+                        on_text(first + index, piece)
+            completions += [progress.completion() for progress in batch]
+        return completions
+
+    def _steps(self, prompts, limits: list[int], scalars, seeds_B) -> Iterator[list[int | None]]:
+        length = min(_bucket(max(map(len, prompts))), self.context)
+        last = max(limits) - 1
+        tokens_BxL, segment_ids_BxL = (self._place(x) for x in _pad_left(prompts, length))
+        token_B, state = self.prefill(
+            self._params,
+            self._rows.serve(tokens_BxL),
+            tokens_BxL,
+            segment_ids_BxL,
+            self._place(seeds_B),
+            scalars,
+            slots=_bucket(length + last),
+        )
+        ended = [False] * len(prompts)
+        for step in range(last + 1):
+            next_B = None
+            if step < last:
+                rows = self._rows.serve(token_B)
+                next_B, state = self.decode(self._params, rows, token_B, scalars, state=state)
+            read = np.asarray(token_B).tolist()
+            yield [None if end else token for end, token in zip(ended, read)]
+            ended = [
+                end or token == self.tokenizer.eos_id or step + 1 == limit
+                for end, token, limit in zip(ended, read, limits)
+            ]
+            if all(ended):
+                return
+            token_B = next_B
+
+    def _prefill(self, params, rows, tokens_BxL, segment_ids_BxL, seeds_B, scalars, *, slots: int):
+        """The first new token [B], and the state after the prompts."""
+        model, batch = self.config.model, tokens_BxL.shape[0]
+        caches = [LayerCache.empty(model, batch, slots) for _ in range(model.num_layers)]
+        positions_BxL = jnp.maximum(jnp.cumsum(segment_ids_BxL, axis=1) - 1, 0)
+        logits_BxV, caches = self.advance(
+            params, rows, tokens_BxL, positions_BxL, segment_ids_BxL, caches
+        )
+        first = DecodeState(caches, positions_BxL[:, -1] + 1, seeds_B, jnp.int32(1))
+        return sample(logits_BxV, seeds_B, jnp.int32(0), *scalars), first
+
+    def _decode(self, params, rows, token_B, scalars, *, state: DecodeState):
+        """The token [B] that follows `token_B`, and the state after it."""
+        ones_Bx1 = jnp.ones((token_B.shape[0], 1), jnp.int32)
+        logits_BxV, caches = self.advance(
+            params, rows, token_B[:, None], state.position[:, None], ones_Bx1, state.caches
+        )
+        following = DecodeState(caches, state.position + 1, state.seeds, state.step + 1)
+        return sample(logits_BxV, state.seeds, state.step, *scalars), following
+
+    def advance(
+        self,
+        params: Params,
+        rows: RowBlock,
+        tokens_BxL: jax.Array,
+        positions_BxL: jax.Array,
+        segment_ids_BxL: jax.Array,
+        caches: list[LayerCache],
+    ) -> tuple[jax.Array, list[LayerCache]]:
+        """Reads L more tokens: float32 logits [B, V] after the last one, and the longer caches."""
+        model = self._model.bind(params)
+        rows_UxSxF, inverse_BxL = rows.block(tokens_BxL, self.config.model.compute_dtype)
+        inputs = Inputs(tokens_BxL, inverse_BxL, positions_BxL, segment_ids_BxL)
+        hidden_BxLxD, caches = model(inputs, rows_UxSxF, caches)
+        return model.logits(hidden_BxLxD[:, -1:])[:, 0], caches
+
+    def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+        if not prompts:
+            raise InputError("there is no prompt to complete; give one or more")
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        vocab_size = self.config.model.vocab_size
+        for number, prompt in enumerate(prompts, start=1):
+            if not 0 < len(prompt) < self.context:
+                raise InputError(
+                    f"prompt {number} has {len(prompt)} tokens (bos included), the context of "
+                    f"train.seq_len={self.context} takes 1 to {self.context - 1} and new ones; "
+                    "shorten the prompt, or train with a longer train.seq_len"
+                )
+            if not (min(prompt) >= 0 and max(prompt) < vocab_size):
+                raise InputError(
+                    f"prompt {number} has ids from {min(prompt)} to {max(prompt)}, the model knows "
+                    f"0 to {vocab_size - 1}; use the tokenizer that it was trained with"
+                )
+
+
+def sequence_seeds(seed: int, prompts: Sequence[Sequence[int]]) -> list[int]:
+    """A seed of each prompt: of `seed`, its ids, and how often it came before in the list."""
+    seen: Counter = Counter()
+    seeds = []
+    for prompt in (tuple(map(int, ids)) for ids in prompts):
+        seeds.append(zlib.crc32(repr((seed, seen[prompt], prompt)).encode()))
+        seen[prompt] += 1
+    return seeds
+
+
+def _row_source(config: Config, table: TableState | None, mesh: Mesh | None) -> RowSource:
+    if table is None:
+        return NoRows()
+    return ResidentRows(table.rows, TableSpec.from_config(config), mesh)
+
+
+def _bucket(size: int) -> int:
+    """The next power of two, 16 at least."""
+    return max(_SMALLEST_BUCKET, 1 << (size - 1).bit_length())
+
+
+def _pad_left(prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and segment ids [B, L] int32; padding is 0 in both."""
+    tokens_BxL = np.zeros((len(prompts), length), np.int32)
+    segment_ids_BxL = np.zeros_like(tokens_BxL)
+    for index, prompt in enumerate(prompts):
+        tokens_BxL[index, length - len(prompt) :] = prompt
+        segment_ids_BxL[index, length - len(prompt) :] = 1
+    return tokens_BxL, segment_ids_BxL

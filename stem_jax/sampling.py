@@ -1,0 +1,99 @@
+"""Choosing the next token: greedy, or drawn at a temperature among the top k, within the top p."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stem_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; the three combine, in this order.
+
+    temperature: divides the logits; 0 is greedy. top_k: only the k likeliest tokens; 0 is all.
+    top_p: only the fewest likeliest tokens whose probabilities reach p; 1 is all.
+
+    Raises:
+        InputError: a value outside its range.
+    """
+
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < float("inf"):
+            raise InputError(f"temperature={self.temperature} must be 0 (greedy) or more")
+        if self.top_k < 0:
+            raise InputError(f"top_k={self.top_k} must be 0 (all tokens) or more")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p={self.top_p} must be more than 0 and at most 1 (all tokens)")
+
+    def scalars(self) -> tuple[np.float32, np.int32, np.float32]:
+        """The values as arguments of a compiled program, of which one serves all settings."""
+        return np.float32(self.temperature), np.int32(self.top_k), np.float32(self.top_p)
+
+
+def sample(logits_BxV, seeds_B, step, temperature, top_k, top_p) -> jax.Array:
+    """The next token of each sequence, [B] int32; traced inside the caller's jit.
+
+    Args:
+        logits_BxV: float32.
+        seeds_B: uint32; a sequence's draw depends on its own seed, `step` and logits alone.
+        step: int32, number of tokens drawn before.
+        temperature, top_k, top_p: scalars, see `Sampling`.
+    """
+
+    def draw():
+        kept_BxV = keep_likeliest(logits_BxV / temperature, top_k, top_p)
+        keys_B = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(seeds_B)
+        return jax.vmap(jax.random.categorical)(keys_B, kept_BxV)
+
+    token_B = jax.lax.cond(temperature > 0, draw, lambda: jnp.argmax(logits_BxV, axis=-1))
+    return token_B.astype(jnp.int32)
+
+
+def keep_likeliest(logits_BxV: jax.Array, top_k, top_p) -> jax.Array:
+    """Float32 logits with all tokens outside the top k, then outside the top p, at -inf.
+
+    Of tied tokens the lower ids come first, so exactly k are kept; the likeliest always is.
+    """
+
+    def within_k():
+        return _fewest(logits_BxV, jnp.ones_like(logits_BxV), top_k.astype(jnp.float32))
+
+    def within_p():
+        return _fewest(kept_BxV, jax.nn.softmax(kept_BxV, axis=-1), top_p)
+
+    kept_BxV = jax.lax.cond(top_k > 0, within_k, lambda: logits_BxV)
+    return jax.lax.cond(top_p < 1, within_p, lambda: kept_BxV)
+
+
+def _fewest(logits_BxV: jax.Array, weights_BxV: jax.Array, target) -> jax.Array:
+    """The logits, -inf outside the fewest largest ones whose weights sum to the target.
+
+    Finds the smallest logit of the set bit by bit, 32 sums in all. XLA's sort does the same at 8
+    times the cost on a CPU (50 ms for 128,256 tokens).
+    """
+    # Minus zero has other bits than zero, to which it is equal.
+    bits_BxV = jax.lax.bitcast_convert_type(jnp.where(logits_BxV == 0, 0, logits_BxV), jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    # In this order unsigned integers compare as the floats do.
+    order_BxV = jnp.where(bits_BxV >= sign, ~bits_BxV, bits_BxV | sign)
+
+    def weight_of(mask_BxV):
+        return jnp.sum(jnp.where(mask_BxV, weights_BxV, 0), axis=-1, keepdims=True)
+
+    def next_bit(index, bound_Bx1):
+        higher_Bx1 = bound_Bx1 | (sign >> index)
+        return jnp.where(weight_of(order_BxV >= higher_Bx1) >= target, higher_Bx1, bound_Bx1)
+
+    bound_Bx1 = jnp.zeros((logits_BxV.shape[0], 1), jnp.uint32)
+    bound_Bx1 = jax.lax.fori_loop(0, 32, next_bit, bound_Bx1)
+    above_BxV, tied_BxV = order_BxV > bound_Bx1, order_BxV == bound_Bx1
+    tied_weight_BxV = jnp.where(tied_BxV, weights_BxV, 0)
+    before_BxV = jnp.cumsum(tied_weight_BxV, axis=-1) - tied_weight_BxV + weight_of(above_BxV)
+    return jnp.where(above_BxV | (tied_BxV & (before_BxV < target)), logits_BxV, -jnp.inf)
