@@ -77,6 +77,28 @@ def constrain_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
 
 
+def live_axes(mesh: Mesh | None, *axes: str) -> tuple[str, ...]:
+    """Those of the axes that have more than one device: a collective over one is only copies."""
+    return tuple(axis for axis in axes if mesh is not None and mesh.shape[axis] > 1)
+
+
+def gather(x: jax.Array, axis: str, dimension: int, mesh: Mesh | None) -> jax.Array:
+    """Inside `shard_map`: the whole of a dimension that is sharded over one mesh axis."""
+    if not live_axes(mesh, axis):
+        return x
+    return jax.lax.all_gather(x, axis, axis=dimension, tiled=True)
+
+
+def sum_and_scatter(
+    x: jax.Array, sum_axis: str, scatter_axis: str, dimension: int, mesh: Mesh | None
+) -> jax.Array:
+    """Inside `shard_map`: sums over both axes, leaving `dimension` sharded over `scatter_axis`."""
+    x = jax.lax.psum(x, live_axes(mesh, sum_axis))
+    if not live_axes(mesh, scatter_axis):
+        return x
+    return jax.lax.psum_scatter(x, scatter_axis, scatter_dimension=dimension, tiled=True)
+
+
 def check_divides(size: int, what: str, axes: str | tuple[str, ...] | None, mesh: Mesh) -> None:
     """Raises InputError when `size` cannot be split evenly over the mesh axes."""
     shards = axis_size(mesh, axes)

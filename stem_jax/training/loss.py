@@ -11,21 +11,20 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from stem_jax.mesh import BATCH_AXES
-from stem_jax.model.embedding import WEIGHT_SPEC
+from stem_jax.mesh import BATCH_AXES, gather, live_axes, sum_and_scatter
 
 _HIDDEN = PartitionSpec(BATCH_AXES, None, None)
 _TOKENS = PartitionSpec(BATCH_AXES, None)
-_HEAD = WEIGHT_SPEC
+_HEAD = PartitionSpec("fsdp", "tensor")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def head_loss(hidden_BxLxD, head_VxD, targets_BxL, weights_BxL, z_loss, chunk, mesh):
+def head_loss(hidden_BxLxD, head_DxV, targets_BxL, weights_BxL, z_loss, chunk, mesh):
     """Weighted cross-entropy sum(weights * (-log p(target) + z_loss * logsumexp^2)).
 
     Args:
         hidden_BxLxD: final hidden states, compute dtype; logits and sums are float32.
-        head_VxD: output head.
+        head_DxV: output head; D over fsdp, V over tensor.
         targets_BxL: int32.
         weights_BxL: float32; 1 / (number of scored positions) makes the result a mean.
         z_loss: coefficient of the squared log partition function (PaLM, section 5); 0 is off.
@@ -35,11 +34,11 @@ def head_loss(hidden_BxLxD, head_VxD, targets_BxL, weights_BxL, z_loss, chunk, m
     Returns:
         Two float32 scalars over all devices: the loss, and its cross-entropy part.
     """
-    return _sums(hidden_BxLxD, head_VxD, targets_BxL, weights_BxL, z_loss, chunk, mesh, False)[0]
+    return _sums(hidden_BxLxD, head_DxV, targets_BxL, weights_BxL, z_loss, chunk, mesh, False)[0]
 
 
-def _forward(hidden_BxLxD, head_VxD, targets_BxL, weights_BxL, z_loss, chunk, mesh):
-    return _sums(hidden_BxLxD, head_VxD, targets_BxL, weights_BxL, z_loss, chunk, mesh, True)
+def _forward(hidden_BxLxD, head_DxV, targets_BxL, weights_BxL, z_loss, chunk, mesh):
+    return _sums(hidden_BxLxD, head_DxV, targets_BxL, weights_BxL, z_loss, chunk, mesh, True)
 
 
 def _backward(z_loss, chunk, mesh, gradients, cotangents):
@@ -59,7 +58,7 @@ head_loss.defvjp(_forward, _backward)
 
 def _sums(hidden, head, targets, weights, z_loss, chunk, mesh, with_gradient):
     local = functools.partial(
-        _local_sums, z_loss=z_loss, chunk=chunk, sharded=mesh is not None, grad=with_gradient
+        _local_sums, z_loss=z_loss, chunk=chunk, mesh=mesh, grad=with_gradient
     )
     if mesh is None:
         return local(hidden, head, targets, weights)
@@ -74,54 +73,48 @@ def _sums(hidden, head, targets, weights, z_loss, chunk, mesh, with_gradient):
     )(hidden, head, targets, weights)
 
 
-def _local_sums(hidden_BxLxD, head_VxD, targets_BxL, weights_BxL, *, z_loss, chunk, sharded, grad):
+def _local_sums(hidden_BxLxD, head_DxV, targets_BxL, weights_BxL, *, z_loss, chunk, mesh, grad):
     """One device's share: all positions of its sequences, its slice of the vocabulary."""
-    full_dtype = head_VxD.dtype
-    head_VxD = head_VxD.astype(hidden_BxLxD.dtype)
-    first = 0
-    if sharded:
-        head_VxD = jax.lax.all_gather(head_VxD, "fsdp", axis=1, tiled=True)
-        first = jax.lax.axis_index("tensor") * head_VxD.shape[0]
-    over_vocab = functools.partial(jax.lax.psum, axis_name="tensor") if sharded else lambda x: x
-    max_over_vocab = functools.partial(jax.lax.pmax, axis_name="tensor") if sharded else lambda x: x
+    full_dtype = head_DxV.dtype
+    head_DxV = gather(head_DxV.astype(hidden_BxLxD.dtype), "fsdp", 0, mesh)
+    num_local = head_DxV.shape[1]
+    over_vocab, over_batch = live_axes(mesh, "tensor"), live_axes(mesh, *BATCH_AXES)
+    first = jax.lax.axis_index(over_vocab) * num_local if over_vocab else 0
 
     def one_chunk(hidden_BxCxD, targets_BxC, weights_BxC):
         logits = jnp.einsum(
-            "bcd,vd->bcv", hidden_BxCxD, head_VxD, preferred_element_type=jnp.float32
+            "bcd,dv->bcv", hidden_BxCxD, head_DxV, preferred_element_type=jnp.float32
         )
-        top_BxC = max_over_vocab(jnp.max(logits, axis=-1))
+        top_BxC = jax.lax.pmax(jnp.max(logits, axis=-1), over_vocab)
         exps = jnp.exp(logits - top_BxC[..., None])
-        total_BxC = over_vocab(jnp.sum(exps, axis=-1))
+        total_BxC = jax.lax.psum(jnp.sum(exps, axis=-1), over_vocab)
         log_z_BxC = jnp.log(total_BxC) + top_BxC
         local_targets = targets_BxC - first
-        inside = (local_targets >= 0) & (local_targets < head_VxD.shape[0])
-        column = jnp.clip(local_targets, 0, head_VxD.shape[0] - 1)
+        inside = (local_targets >= 0) & (local_targets < num_local)
+        column = jnp.clip(local_targets, 0, num_local - 1)
         picked = jnp.take_along_axis(logits, column[..., None], axis=-1)[..., 0]
-        target_logit_BxC = over_vocab(jnp.where(inside, picked, 0.0))
+        target_logit_BxC = jax.lax.psum(jnp.where(inside, picked, 0.0), over_vocab)
         cross_entropy = jnp.sum(weights_BxC * (log_z_BxC - target_logit_BxC))
         loss = cross_entropy + z_loss * jnp.sum(weights_BxC * log_z_BxC**2)
         if not grad:
             return (loss, cross_entropy), None
         # d loss / d logits = weight * (softmax * (1 + 2 z log Z) - onehot)
         scale_BxC = weights_BxC * (1 + 2 * z_loss * log_z_BxC) / total_BxC
-        onehot = jnp.arange(head_VxD.shape[0]) == jnp.where(inside, column, -1)[..., None]
+        onehot = jnp.arange(num_local) == jnp.where(inside, column, -1)[..., None]
         d_logits = exps * scale_BxC[..., None] - jnp.where(onehot, weights_BxC[..., None], 0.0)
         d_logits = d_logits.astype(hidden_BxCxD.dtype)
-        d_hidden = over_vocab(jnp.einsum("bcv,vd->bcd", d_logits, head_VxD))
+        d_hidden = jax.lax.psum(jnp.einsum("bcv,dv->bcd", d_logits, head_DxV), over_vocab)
         d_head = jnp.einsum(
-            "bcv,bcd->vd", d_logits, hidden_BxCxD, preferred_element_type=jnp.float32
+            "bcd,bcv->dv", hidden_BxCxD, d_logits, preferred_element_type=jnp.float32
         )
         return (loss, cross_entropy), (d_hidden, d_head)
 
     scalars, gradients = _over_chunks(one_chunk, chunk, hidden_BxLxD, targets_BxL, weights_BxL)
-    if sharded:
-        scalars = jax.lax.psum(scalars, BATCH_AXES)
+    scalars = jax.lax.psum(scalars, over_batch)
     if not grad:
         return scalars, None
     d_hidden, d_head = gradients
-    if sharded:
-        d_head = jax.lax.psum(d_head, "data")
-        d_head = jax.lax.psum_scatter(d_head, "fsdp", scatter_dimension=1, tiled=True)
+    d_head = sum_and_scatter(d_head, "data", "fsdp", 0, mesh)
     return scalars, (d_hidden, d_head.astype(full_dtype))
 
 
