@@ -36,7 +36,7 @@ def get_config() -> config_dict.ConfigDict:
     config.model.param_dtype = "float32"  # backbone parameters and optimizer state
     config.model.compute_dtype = "float32"  # matmuls and activations: float32 or bfloat16
     config.model.attention = "auto"  # auto: splash on TPU, cudnn on GPU, xla elsewhere
-    config.model.remat = "none"  # none, full (per layer), dots (keep matmul outputs)
+    config.model.remat = "none"  # none, full (per layer), dots (keep projections)
 
     config.tables = config_dict.ConfigDict()
     config.tables.optimizer = "dense_adamw"  # every row moves every step, as published

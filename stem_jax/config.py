@@ -234,7 +234,8 @@ def build(raw: dict[str, dict[str, Any]]) -> Config:
             for name, hint in hints.items()
         }
         built[section] = cls(**values)
-    if raw["model"]["stem_layers"] != "none" and not built["model"].stem_layers:
+    model = built["model"]
+    if raw["model"]["stem_layers"] != "none" and not model.stem_layers and model.num_layers > 0:
         raise InputError('model.stem_layers is empty; write "none" for a dense model')
     config = Config(**built)
     validate(config)

@@ -156,7 +156,7 @@ def test_sigterm_saves_exits_0_and_continues_bit_equal(whole_run, text_file, tmp
     out, _ = finish(process)
     assert time.monotonic() - sent < 30
     assert "the same command continues" in out
-    assert [int(p.name) for p in (workdir / "checkpoints").iterdir()][0] < 12
+    assert next(int(p.name) for p in (workdir / "checkpoints").iterdir()) < 12
     finish(start(argv))
     assert_same_run(whole_run[0], workdir)
 

@@ -3,6 +3,10 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+# The outputs that rematerialisation may keep.
+PROJECTION = "projection"
 
 
 def truncated_normal(key: jax.Array, shape: tuple[int, ...], std: float, cut: float, dtype):
@@ -23,7 +27,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(x.dtype)
-        return (_project_back if self.output_first else _project)(x, kernel)
+        project = _project_back if self.output_first else _project
+        return checkpoint_name(project(x, kernel), PROJECTION)
 
 
 @jax.custom_vjp

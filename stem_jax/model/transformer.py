@@ -13,7 +13,7 @@ from stem_jax.mesh import constrain_batch
 from stem_jax.model.attention import Attention
 from stem_jax.model.embedding import Embedding
 from stem_jax.model.ffn import GatedFFN
-from stem_jax.model.layers import Linear, RMSNorm, rotary_angles
+from stem_jax.model.layers import PROJECTION, Linear, RMSNorm, rotary_angles
 from stem_jax.tables.lookup import lookup
 
 
@@ -140,7 +140,7 @@ def _remat(block: Block, policy: str):
     graph, state = nnx.split(block)
     names = {
         "full": jax.checkpoint_policies.nothing_saveable,
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "dots": jax.checkpoint_policies.save_only_these_names(PROJECTION),
     }
 
     def apply(state, *args):

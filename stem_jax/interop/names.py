@@ -1,0 +1,177 @@
+"""The one map between our parameter names and those of the official PyTorch code.
+
+    ours, kernels [in, out] but down_proj    official, linear weights [out, in]
+    embed.weight                             tok_embeddings.weight
+    blocks.0.attention.q_proj.kernel         layers.0.attention.wq.weight
+    blocks.0.ffn.gate_proj.kernel            layers.0.feed_forward.w1.weight
+    blocks.0.ffn.up_proj.kernel              layers.0.feed_forward.w3.weight (dense layers only)
+    blocks.0.ffn.down_proj.kernel            layers.0.feed_forward.w2.weight
+    blocks.0.ffn_norm.scale                  layers.0.ffn_norm.weight
+    norm.scale                               norm.weight
+    head.kernel                              output.weight
+    none: the head is the embedding          output.tied_module.weight
+
+In the checkpoints of STEM models all of these start with `lm_transformer.`, in those of dense
+models with nothing. `stem_embeddings.i.weight` [V, F] is the table of the i-th STEM layer, not of
+layer i.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from stem_jax.config import ModelConfig
+from stem_jax.errors import InputError
+from stem_jax.tables.layout import TableLayout
+
+STEM_PREFIX = "lm_transformer."
+_TIED_HEAD = "output.tied_module.weight"
+_LISTED = 8
+
+
+class _Pair(NamedTuple):
+    """One parameter: both names, and its shape here (transposed there if `is_linear`)."""
+
+    ours: str
+    official: str
+    shape: tuple[int, ...]
+    is_linear: bool
+
+
+def official_to_params(
+    tensors: Mapping[str, np.ndarray], config: ModelConfig
+) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+    """Translates an official state dict, with or without the prefix of STEM models.
+
+    Returns:
+        Our parameters by name, and the table [V, S, F] by token id (None without STEM layers).
+
+    Raises:
+        InputError: names the tensors that are missing, unknown or of another shape than the
+            configuration gives them, or a tied head that differs from the embedding.
+    """
+    prefix = STEM_PREFIX if any(name.startswith(STEM_PREFIX) for name in tensors) else ""
+    _check({name: value.shape for name, value in tensors.items()}, official_shapes(config, prefix))
+    embedding = tensors[f"{prefix}tok_embeddings.weight"]
+    if config.tie_embeddings and not np.array_equal(embedding, tensors[prefix + _TIED_HEAD]):
+        raise InputError(
+            f"{prefix}{_TIED_HEAD} differs from {prefix}tok_embeddings.weight; set "
+            "model.tie_embeddings=False and rename it output.weight"
+        )
+    params = {
+        pair.ours: _turn(tensors[prefix + pair.official], pair.is_linear) for pair in _pairs(config)
+    }
+    layers = [tensors[_table_name(index)] for index in range(config.num_stem_layers)]
+    return params, np.stack(layers, axis=1) if layers else None
+
+
+def params_to_official(
+    params: Mapping[str, np.ndarray],
+    table_VxSxF: np.ndarray | None,
+    config: ModelConfig,
+    prefix: str,
+) -> dict[str, np.ndarray]:
+    """The inverse of `official_to_params`.
+
+    Args:
+        params: our parameters by name.
+        table_VxSxF: rows by token id; None without STEM layers.
+        config: their sizes.
+        prefix: `STEM_PREFIX`, or "" as in the checkpoints of dense models.
+
+    Raises:
+        InputError: names the parameters that are missing, unknown or of another shape.
+    """
+    given = {name: value.shape for name, value in params.items()}
+    expected = {pair.ours: pair.shape for pair in _pairs(config)}
+    if table_VxSxF is not None:
+        given["table"] = table_VxSxF.shape
+    if config.num_stem_layers:
+        expected["table"] = (config.vocab_size, config.num_stem_layers, config.ffn_dim)
+    _check(given, expected)
+    tensors = {
+        prefix + pair.official: _turn(params[pair.ours], pair.is_linear) for pair in _pairs(config)
+    }
+    if config.tie_embeddings:
+        tensors[prefix + _TIED_HEAD] = params["embed.weight"]
+    for index in range(config.num_stem_layers):
+        tensors[_table_name(index)] = np.ascontiguousarray(table_VxSxF[:, index])
+    return tensors
+
+
+def official_shapes(config: ModelConfig, prefix: str) -> dict[str, tuple[int, ...]]:
+    """Every tensor of an official state dict, with its shape."""
+    shapes = {
+        prefix + pair.official: pair.shape[::-1] if pair.is_linear else pair.shape
+        for pair in _pairs(config)
+    }
+    if config.tie_embeddings:
+        shapes[prefix + _TIED_HEAD] = (config.vocab_size, config.embed_dim)
+    for index in range(config.num_stem_layers):
+        shapes[_table_name(index)] = (config.vocab_size, config.ffn_dim)
+    return shapes
+
+
+def table_to_rows(table_VxSxF: np.ndarray, layout: TableLayout) -> np.ndarray:
+    """A table by token id as rows [V_pad, S, F] in the order of the layout; padding is zero."""
+    rows = np.zeros((layout.num_rows, *table_VxSxF.shape[1:]), table_VxSxF.dtype)
+    rows[layout.row_numbers(np.arange(layout.num_keys))] = table_VxSxF
+    return rows
+
+
+def rows_to_table(rows_VxSxF: np.ndarray, layout: TableLayout) -> np.ndarray:
+    """Rows in the order of the layout as a table [V, S, F] by token id, without the padding."""
+    return rows_VxSxF[layout.row_numbers(np.arange(layout.num_keys))]
+
+
+def _pairs(config: ModelConfig) -> Iterator[_Pair]:
+    D, F, V = config.embed_dim, config.ffn_dim, config.vocab_size
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    yield _Pair("embed.weight", "tok_embeddings.weight", (V, D), False)
+    for layer in range(config.num_layers):
+        linear = [
+            ("attention.q_proj", "attention.wq", (D, queries), True),
+            ("attention.k_proj", "attention.wk", (D, keys), True),
+            ("attention.v_proj", "attention.wv", (D, keys), True),
+            ("attention.o_proj", "attention.wo", (queries, D), True),
+            ("ffn.gate_proj", "feed_forward.w1", (D, F), True),
+            ("ffn.down_proj", "feed_forward.w2", (D, F), False),
+        ]
+        if layer not in config.stem_layers:
+            linear.append(("ffn.up_proj", "feed_forward.w3", (D, F), True))
+        for ours, official, shape, turned in linear:
+            yield _Pair(
+                f"blocks.{layer}.{ours}.kernel", f"layers.{layer}.{official}.weight", shape, turned
+            )
+        for norm in ("attention_norm", "ffn_norm"):
+            yield _Pair(
+                f"blocks.{layer}.{norm}.scale", f"layers.{layer}.{norm}.weight", (D,), False
+            )
+    yield _Pair("norm.scale", "norm.weight", (D,), False)
+    if not config.tie_embeddings:
+        yield _Pair("head.kernel", "output.weight", (D, V), True)
+
+
+def _table_name(index: int) -> str:
+    return f"stem_embeddings.{index}.weight"
+
+
+def _turn(value: np.ndarray, is_linear: bool) -> np.ndarray:
+    return np.ascontiguousarray(value.T) if is_linear else value
+
+
+def _check(given: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    problems = [f"{name} is missing" for name in expected if name not in given]
+    problems += [f"{name} is unknown" for name in given if name not in expected]
+    problems += [
+        f"{name} is {tuple(given[name])}, expected {shape}"
+        for name, shape in expected.items()
+        if name in given and tuple(given[name]) != shape
+    ]
+    if problems:
+        more = f", and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        raise InputError(
+            f"the tensors do not fit the model configuration: {', '.join(problems[:_LISTED])}"
+            f"{more}; change the model section of the configuration to that of the checkpoint"
+        )

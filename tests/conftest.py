@@ -1,0 +1,133 @@
+"""What all tests share: eight CPU devices, a compilation cache, tiny models and their batches."""
+
+import functools
+import os
+import tempfile
+
+# The user's own flags come last and win.
+os.environ["XLA_FLAGS"] = (
+    f"--xla_force_host_platform_device_count=8 {os.environ.get('XLA_FLAGS', '')}".strip()
+)
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
+
+import hypothesis
+import jax
+import ml_collections
+import numpy as np
+import pytest
+
+from configs.base import get_config as base_config
+from stem_jax.config import Config, build
+from stem_jax.mesh import make_mesh
+from stem_jax.training.step import Batch, TrainStep
+
+# One folder per user: what another user wrote there could be read but not extended.
+jax.config.update(
+    "jax_compilation_cache_dir",
+    os.path.join(tempfile.gettempdir(), f"stem_jax_test_cache_{getattr(os, 'getuid', int)()}"),
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+# A first call compiles, so no example has a deadline; in CI a failure must repeat.
+hypothesis.settings.register_profile("local", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+# Every size differs from the others, so that a transposed array cannot pass.
+_TINY = {
+    "model.vocab_size": 88,
+    "model.embed_dim": 32,
+    "model.num_layers": 3,
+    "model.num_heads": 4,
+    "model.num_kv_heads": 2,
+    "model.ffn_dim": 48,
+    "model.stem_layers": (1, 2),
+    "tables.pad_multiple": 32,
+    "optimizer.schedule": "constant",
+    # Large enough that AdamW does not turn rounding errors of tiny gradients into whole steps.
+    "optimizer.epsilon": 1e-5,
+    "train.global_batch_size": 8,
+    "train.seq_len": 16,
+    "train.steps": 20,
+    "train.loss_chunk": 8,
+}
+
+
+def pytest_configure(config):
+    # Two test runs may meet in the cache; a lost entry costs a compilation, nothing else.
+    for verb in ("reading", "writing"):
+        config.addinivalue_line(
+            "filterwarnings", f"ignore:Error {verb} persistent compilation cache:UserWarning"
+        )
+
+
+def _config(**overrides) -> Config:
+    raw: ml_collections.ConfigDict = base_config()
+    for key, value in {**_TINY, **overrides}.items():
+        section, name = key.split(".")
+        raw[section][name] = value
+    return build(raw.to_dict())
+
+
+@functools.cache
+def _mesh(shape: tuple[int, int, int]) -> jax.sharding.Mesh:
+    sizes = dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
+    config = _config(**{f"mesh.{axis}": size for axis, size in sizes.items()}).mesh
+    return make_mesh(config, jax.devices()[: int(np.prod(shape))])
+
+
+@functools.cache
+def _train_step(shape: tuple[int, int, int], overrides: tuple) -> TrainStep:
+    return TrainStep(_config(**dict(overrides)), _mesh(shape))
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """tiny_config(**{"section.key": value}): a configuration of a three-layer model."""
+    return _config
+
+
+@pytest.fixture(scope="session")
+def device_mesh():
+    """device_mesh((data, fsdp, tensor)): a mesh over the first devices."""
+    return _mesh
+
+
+@pytest.fixture(scope="session")
+def train_step():
+    """train_step(mesh shape, **overrides): a TrainStep, compiled once for all tests."""
+    return lambda shape=(1, 1, 1), **overrides: _train_step(shape, tuple(overrides.items()))
+
+
+@pytest.fixture(scope="session")
+def make_batch():
+    """make_batch(step, seed): a random global batch of the step's configuration, in its place.
+
+    Each sequence is two documents, split at a random point; `ragged` pads the ends of sequences.
+    """
+
+    def make(step: TrainStep, seed: int = 0, ragged: bool = False) -> Batch:
+        train, rng = step.config.train, np.random.default_rng(seed)
+        B, L = train.global_batch_size, train.seq_len
+        text_BxT = rng.integers(0, step.config.model.vocab_size, (B, L + 1), dtype=np.int32)
+        places_L = np.arange(L, dtype=np.int32)
+        split_B = rng.integers(1, L, (B, 1), dtype=np.int32)
+        length_B = rng.integers(1, L + 1, (B, 1)) if ragged else np.full((B, 1), L)
+        second_BxL = places_L >= split_B
+        real_BxL = places_L < length_B
+        fields = {
+            "tokens": text_BxT[:, :-1],
+            "targets": text_BxT[:, 1:],
+            "positions": np.where(second_BxL, places_L - split_B, places_L),
+            "segment_ids": np.where(real_BxL, 1 + second_BxL, 0).astype(np.int32),
+            "loss_mask": real_BxL,
+        }
+        micro = (train.micro_batches, B // train.micro_batches, L)
+        return Batch(
+            **{
+                name: jax.device_put(value.reshape(micro), step.batch_sharding)
+                for name, value in fields.items()
+            }
+        )
+
+    return make

@@ -1,0 +1,251 @@
+"""The train step: the same on every mesh, whole or in micro-batches; bad batches change nothing."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from stem_jax.errors import InputError
+from stem_jax.mesh import check_placement
+from stem_jax.training.schedule import learning_rates
+from stem_jax.training.state import abstract_state, init_state
+from stem_jax.training.step import TrainStep
+
+MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2)]
+RATES = jnp.full(32, 3e-3)
+
+
+@pytest.fixture(scope="module")
+def fresh_state(train_step):
+    """fresh_state(step): the state of a new run, the same numbers for every mesh."""
+    found = {}
+
+    def make(step: TrainStep):
+        key = (step.config.model, step.config.train.seed)
+        if key not in found:
+            found[key] = jax.device_get(init_state(step.config, step.model, step.mesh))
+        return jax.device_put(found[key], step.shardings)
+
+    return make
+
+
+def _run(step: TrainStep, state, make_batch, steps: int):
+    losses = []
+    for index in range(steps):
+        state, metrics = step.update(state, make_batch(step, seed=index), RATES)
+        losses.append(float(metrics["loss"]))
+    return state, losses
+
+
+@pytest.fixture(scope="module")
+def runs(train_step, fresh_state, make_batch):
+    """Twenty steps on every mesh."""
+    found = {}
+    for shape in MESHES:
+        step = train_step(shape)
+        found[shape] = (step, *_run(step, fresh_state(step), make_batch, 20))
+    return found
+
+
+def test_losses_do_not_depend_on_the_mesh(runs):
+    alone = runs[1, 1, 1][2]
+    assert alone[-1] != alone[0]
+    for shape in MESHES[1:]:
+        np.testing.assert_allclose(runs[shape][2], alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_the_state_stays_where_it_belongs(shape, runs):
+    step, state, _ = runs[shape]
+    expected = jax.tree.leaves(step.shardings)
+    for (path, array), sharding in zip(jax.tree.leaves_with_path(state), expected, strict=True):
+        assert array.sharding.is_equivalent_to(sharding, array.ndim), jax.tree_util.keystr(path)
+
+
+def test_the_shards_are_what_the_table_of_axes_says(runs):
+    _, state, _ = runs[2, 2, 2]
+    # Mesh (2, 2, 2): embed over fsdp, heads, ffn and vocab over tensor, rows over data and fsdp.
+    expected = {
+        "embed.weight": (88 // 2, 32 // 2),
+        "head.kernel": (32 // 2, 88 // 2),
+        "blocks.0.attention.q_proj.kernel": (32 // 2, 32 // 2),
+        "blocks.0.attention.k_proj.kernel": (32 // 2, 16 // 2),
+        "blocks.0.attention.o_proj.kernel": (32 // 2, 32 // 2),
+        "blocks.0.ffn.gate_proj.kernel": (32 // 2, 48 // 2),
+        "blocks.2.ffn.down_proj.kernel": (32 // 2, 48 // 2),
+        "blocks.1.ffn_norm.scale": (32,),
+    }
+    for parameters in (state.params, state.opt_state[0].mu, state.opt_state[0].nu):
+        for name, shape in expected.items():
+            assert parameters[name].addressable_shards[0].data.shape == shape, name
+    for array in (state.table.rows, state.table.mu, state.table.nu):
+        assert array.addressable_shards[0].data.shape == (96 // 4, 2, 48 // 2)
+    assert state.table.last_step.addressable_shards[0].data.shape == (96 // 4,)
+
+
+def test_abstract_state_describes_the_state(runs):
+    step, state, _ = runs[2, 2, 2]
+    abstract = abstract_state(step.config, step.model, step.mesh)
+    assert jax.tree.structure(abstract) == jax.tree.structure(state)
+    for described, array in zip(jax.tree.leaves(abstract), jax.tree.leaves(state), strict=True):
+        assert (described.shape, described.dtype) == (array.shape, array.dtype)
+        assert array.sharding.is_equivalent_to(described.sharding, array.ndim)
+
+
+def test_a_batch_is_learnt(train_step, fresh_state, make_batch):
+    step = train_step()
+    state, batch, losses = fresh_state(step), make_batch(step), []
+    for _ in range(20):
+        state, metrics = step.update(state, batch, RATES)
+        losses.append(float(metrics["loss"]))
+    assert losses[0] == pytest.approx(np.log(88), abs=0.7)
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_step_reports_what_it_did(train_step, fresh_state, make_batch):
+    step = train_step()
+    batch = make_batch(step, ragged=True)
+    rates = jnp.arange(32) * 1e-4
+    state, first = step.update(fresh_state(step), batch, rates)
+    state, second = step.update(state, batch, rates)
+    assert (first["learning_rate"], second["learning_rate"]) == (0, np.float32(1e-4))
+    assert first["tokens"] == np.sum(batch.loss_mask)
+    valid = np.asarray(batch.segment_ids) > 0
+    assert first["distinct_rows"] == len(np.unique(np.asarray(batch.tokens)[valid]))
+    assert (state.step, state.updates, state.bad_steps) == (2, 2, 0)
+    rows = step.spec.layout.row_numbers(np.asarray(batch.tokens)[valid])
+    assert np.all(np.asarray(state.table.last_step)[rows] == 2)
+
+
+@pytest.mark.parametrize(("shape", "micro_batches"), [((1, 1, 1), 4), ((2, 2, 2), 2)])
+def test_micro_batches_equal_one_batch(shape, micro_batches, train_step, fresh_state, make_batch):
+    """Rows of different length: a mean of means would weigh their tokens differently."""
+    results = []
+    for step in (train_step(shape), train_step(shape, **{"train.micro_batches": micro_batches})):
+        batch = make_batch(step, seed=4, ragged=True)
+        state, metrics = step.update(fresh_state(step), batch, RATES)
+        results.append(jax.device_get((state, metrics)))
+    (state, metrics), (split, split_metrics) = results
+    assert metrics["tokens"] == split_metrics["tokens"]
+    assert split_metrics["loss"] == pytest.approx(metrics["loss"], abs=1e-6)
+    for name, value in state.params.items():
+        np.testing.assert_allclose(split.params[name], value, rtol=0, atol=2e-6, err_msg=name)
+    np.testing.assert_allclose(split.table.rows, state.table.rows, rtol=0, atol=2e-6)
+    # Seen in the gradients themselves: the first moments are a tenth of them.
+    np.testing.assert_allclose(split.table.mu, state.table.mu, rtol=1e-4, atol=1e-8)
+
+
+def test_evaluation_adds_up(train_step, fresh_state, make_batch):
+    sums = []
+    for step in (train_step(), train_step(**{"train.micro_batches": 4})):
+        batch, state = make_batch(step, seed=4, ragged=True), fresh_state(step)
+        total, count = step.evaluate(state, batch)
+        assert count == np.sum(batch.loss_mask)
+        sums.append(float(total))
+    assert sums[1] == pytest.approx(sums[0], rel=1e-6)
+    _, metrics = step.update(state, batch, RATES)
+    assert metrics["loss"] == pytest.approx(sums[1] / int(count), rel=1e-6)
+
+
+@pytest.mark.parametrize("where", ["backbone", "table"])
+def test_a_bad_batch_changes_nothing(where, train_step, fresh_state, make_batch):
+    """A huge value overflows in the forward pass: the loss or its gradients are not finite."""
+    step = train_step()
+    batch, start = make_batch(step), fresh_state(step)
+    state, _ = step.update(start, batch, RATES)
+    if where == "backbone":
+        name = "blocks.0.ffn.down_proj.kernel"
+        params = {**state.params, name: state.params[name].at[0, 0].set(3e38)}
+        state = dataclasses.replace(state, params=params)
+    else:
+        row = step.spec.layout.row_numbers(np.asarray(batch.tokens)[0, 0, 0])
+        rows = state.table.rows.at[row].set(jnp.inf)
+        state = dataclasses.replace(state, table=dataclasses.replace(state.table, rows=rows))
+    state = jax.device_put(state, step.shardings)
+    before = jax.device_get(state)
+    for count in (1, 2):
+        state, metrics = step.update(state, batch, RATES)
+        assert not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]))
+        assert (metrics["bad_steps"], metrics["skipped_steps"]) == (count, count)
+        assert (state.step, state.updates, state.bad_steps) == (1 + count, 1, count)
+    kept = ("params", "opt_state", "table")
+    for old, new in zip(
+        jax.tree.leaves([getattr(before, name) for name in kept]),
+        jax.tree.leaves([getattr(state, name) for name in kept]),
+        strict=True,
+    ):
+        assert np.array_equal(old, new, equal_nan=True)
+    # The next good batch goes on with the rate of the second update, and the count starts anew.
+    healthy, _ = step.update(fresh_state(step), batch, RATES)
+    bad = {"step": state.step, "bad_steps": state.bad_steps}
+    state, metrics = step.update(dataclasses.replace(healthy, **bad), batch, RATES)
+    assert (state.step, state.updates, state.bad_steps) == (4, 2, 0)
+    assert metrics["skipped_steps"] == 2
+
+
+def test_a_batch_without_scored_positions_is_harmless(train_step, fresh_state, make_batch):
+    step = train_step()
+    batch = make_batch(step)
+    nothing = dataclasses.replace(batch, loss_mask=jnp.zeros_like(batch.loss_mask))
+    state, metrics = step.update(fresh_state(step), nothing, RATES)
+    assert (metrics["loss"], metrics["grad_norm"], metrics["table_grad_norm"]) == (0, 0, 0)
+    assert all(np.all(np.isfinite(array)) for array in jax.tree.leaves(state))
+
+
+def test_the_first_rate_of_a_warm_up_is_zero(tiny_config):
+    config = tiny_config(**{"optimizer.warmup_steps": 4, "optimizer.schedule": "linear"})
+    rates = learning_rates(config, 6)
+    assert rates.dtype == np.float32
+    np.testing.assert_allclose(rates[:5], np.array([0, 0.25, 0.5, 0.75, 1]) * 1e-3, rtol=1e-6)
+
+
+# --- The placement check ---
+
+
+def _placed(config, step) -> list:
+    return [*step.model.placed(), *step.spec.placed()]
+
+
+def test_the_shipped_layout_is_accepted(train_step):
+    step = train_step((2, 2, 2))
+    check_placement(_placed(step.config, step), step.mesh, max_replicated_mib=0.001)
+
+
+def test_large_replicated_arrays_are_refused(train_step, device_mesh):
+    step = train_step((2, 2, 2))
+    arrays = [
+        dataclasses.replace(array, spec=PartitionSpec()) if array.name == "embed.weight" else array
+        for array in _placed(step.config, step)
+    ]
+    message = r"1 arrays over mesh.max_replicated_mib=0.01 .*: embed.weight 0.0 MiB; shard them"
+    with pytest.raises(InputError, match=message):
+        check_placement(arrays, step.mesh, max_replicated_mib=0.01)
+    # Below the bound, and on a mesh that has nothing to split by, it may be whole.
+    check_placement(arrays, step.mesh, max_replicated_mib=1)
+    check_placement(arrays, device_mesh((8, 1, 1)), max_replicated_mib=0.01)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "shape", "message"),
+    [
+        (
+            {"model.vocab_size": 87},
+            (2, 2, 2),
+            r"embed.weight \(87, 32\): dimension=87 does not divide over the 2 devices of mesh "
+            "axis tensor; change embed.weight",
+        ),
+        (
+            {"model.vocab_size": 84, "tables.pad_multiple": 1},
+            (8, 1, 1),
+            r"table_rows \(84, 2, 48\): dimension=84 does not divide over the 8 devices of mesh "
+            "axis data, fsdp",
+        ),
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused(overrides, shape, message, tiny_config, device_mesh):
+    step = TrainStep(tiny_config(**overrides), device_mesh(shape))
+    with pytest.raises(InputError, match=message):
+        check_placement(_placed(step.config, step), step.mesh, max_replicated_mib=16)
