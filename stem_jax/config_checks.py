@@ -16,7 +16,7 @@ _CHOICES = {
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.attention": ("auto", "xla", "cudnn", "splash"),
     "model.remat": ("none", "full", "dots"),
-    "tables.optimizer": ("dense_adamw",),
+    "tables.optimizer": ("deferred_adamw", "lazy_adamw", "dense_adamw"),
     "data.tokenizer": ("sentencepiece", "hf", "bytes"),
     "optimizer.schedule": ("constant", "linear", "inv_sqrt", "cosine", "wsd"),
     "optimizer.decay_mask": ("all", "matrices"),
@@ -79,8 +79,8 @@ def validate(config: "Config") -> None:
     _check_range(config, _POSITIVE, lambda v: v > 0, "more than 0")
     _check_range(config, _OPTIONAL_POSITIVE, lambda v: v is None or v > 0, "more than 0, or none")
     _check_model(config)
-    _check_tables(config)
     _check_optimizer(config)
+    _check_tables(config)
     _check_batch(config)
 
 
@@ -128,6 +128,15 @@ def _check_tables(config: "Config") -> None:
         raise InputError(
             f"tables.vocab_axes={axes} must be a selection of data, fsdp; the columns of the "
             "tables follow the tensor axis"
+        )
+
+    deferred = config.tables.optimizer == "deferred_adamw"
+    beta1, beta2 = config.optimizer.beta1, config.optimizer.beta2
+    if deferred and config.model.stem_layers and beta1 >= max(beta2, 0) ** 0.5:
+        raise InputError(
+            f"optimizer.beta1={beta1} must be less than the square root of optimizer.beta2={beta2} "
+            "for tables.optimizer=deferred_adamw: the steps a row missed would not die out; choose "
+            "other betas, or tables.optimizer=dense_adamw"
         )
 
 

@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     prompts = args.prompt + [line for path in args.prompt_file for line in read_prompts(path)]
     sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p)
     run = load_run(args.workdir, args.step)
-    generator = Generator(run.config, run.params, run.table, run.tokenizer, run.mesh)
+    generator = Generator(run.config, run.params, run.rows, run.tokenizer, run.mesh)
     # The prompt goes out with the first piece, when no error can follow any more.
     unseen = iter(prompts)
     stream = len(prompts) == 1 and not (args.json or args.no_stream)

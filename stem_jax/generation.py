@@ -26,7 +26,7 @@ from stem_jax.model.cache import LayerCache
 from stem_jax.model.transformer import Inputs
 from stem_jax.sampling import Sampling, sample
 from stem_jax.tables.row_source import NoRows, ResidentRows, RowBlock, RowSource
-from stem_jax.tables.spec import TableSpec, TableState
+from stem_jax.tables.spec import TableSpec
 from stem_jax.training.state import ModelDef, Params
 
 _SMALLEST_BUCKET = 16
@@ -54,13 +54,14 @@ class Generator:
         self,
         config: Config,
         params: Params,
-        table: TableState | None,
+        rows: jax.Array | None,
         tokenizer: Tokenizer,
         mesh: Mesh | None = None,
     ):
-        """Args: `mesh` is where params and table lie; None for one device without a mesh.
+        """Args: `rows` [V_pad, S, F], up to date, None if dense; `mesh` is where they and the
+        parameters lie, None for one device without a mesh.
 
-        On several devices the parameters and the table stay sharded; batch and cache are whole on
+        On several devices parameters and rows stay sharded; batch and cache are whole on
         every device.
         """
         # Nothing is differentiated here, so there is nothing to rematerialise.
@@ -68,7 +69,7 @@ class Generator:
         self.config = dataclasses.replace(config, model=model)
         self.tokenizer = tokenizer
         self._params = params
-        self._rows = _row_source(config, table, mesh)
+        self._rows = _row_source(config, rows, mesh)
         self._model = ModelDef(self.config)
         whole = None if mesh is None else replicated(mesh)
         self._place = lambda array: jax.device_put(array, whole)
@@ -243,10 +244,10 @@ def sequence_seeds(seed: int, prompts: Sequence[Sequence[int]]) -> list[int]:
     return seeds
 
 
-def _row_source(config: Config, table: TableState | None, mesh: Mesh | None) -> RowSource:
-    if table is None:
+def _row_source(config: Config, rows: jax.Array | None, mesh: Mesh | None) -> RowSource:
+    if rows is None:
         return NoRows()
-    return ResidentRows(table.rows, TableSpec.from_config(config), mesh)
+    return ResidentRows(rows, TableSpec.from_config(config), mesh)
 
 
 def _bucket(size: int) -> int:

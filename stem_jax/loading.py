@@ -11,7 +11,9 @@ from stem_jax.config import Config
 from stem_jax.data.tokenizer import Tokenizer, load_tokenizer_folder
 from stem_jax.errors import InputError
 from stem_jax.mesh import make_mesh
-from stem_jax.tables.spec import TableState
+from stem_jax.tables.sharded_table import ShardedTable
+from stem_jax.tables.spec import TableSpec, TableState
+from stem_jax.training.schedule import make_schedule
 from stem_jax.training.state import ModelDef, Params, abstract_state
 
 
@@ -20,13 +22,14 @@ class LoadedRun:
     """A checkpoint of a run on one device.
 
     config: as trained, but for the mesh and the attention kernel, which are this machine's.
-    step: of the checkpoint. params: backbone by dotted name. table: None for a dense model.
+    step: of the checkpoint. params: backbone by dotted name. rows: [V_pad, S, F] up to date; None
+    for a dense model.
     """
 
     config: Config
     step: int
     params: Params
-    table: TableState | None
+    rows: jax.Array | None
     tokenizer: Tokenizer
     mesh: Mesh
 
@@ -69,7 +72,15 @@ def load_run(workdir: str | Path, step: int | None = None) -> LoadedRun:
         mesh = make_mesh(config.mesh, jax.devices()[:1])
         model = ModelDef(config, mesh)
         params, table = checkpoints.restore_model(found, abstract_state(config, model, mesh))
-    return LoadedRun(config, found, params, table, tokenizer, mesh)
+    rows = None if table is None else _caught_up(config, table, info.updates, mesh)
+    return LoadedRun(config, found, params, rows, tokenizer, mesh)
+
+
+def _caught_up(config: Config, table: TableState, updates: int, mesh: Mesh) -> jax.Array:
+    """The rows as the next training step would see them; the checkpoint holds some that lag."""
+    schedule = make_schedule(config, updates + 1)
+    sharded = ShardedTable(TableSpec.from_config(config), mesh, 1)
+    return jax.jit(sharded.caught_up_rows)(table, updates, schedule.table)
 
 
 def _on_one_device(config: Config) -> Config:

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
 def print_sample(config: Config, workdir: str | Path) -> None:
     """Completes `train.sample_prompt` with the newest checkpoint."""
     run = load_run(workdir)
-    generator = Generator(run.config, run.params, run.table, run.tokenizer, run.mesh)
+    generator = Generator(run.config, run.params, run.rows, run.tokenizer, run.mesh)
     sampling = Sampling(temperature=0.8, top_k=40, top_p=0.95)
     [sample] = generator.complete(
         [config.train.sample_prompt], config.train.sample_tokens, sampling, config.train.seed

@@ -16,6 +16,7 @@ from stem_jax.tables.layout import TableLayout
 from stem_jax.tables.lookup import lookup, sum_by_row
 from stem_jax.tables.sharded_table import ShardedTable
 from stem_jax.tables.spec import TableSpec, TableState
+from stem_jax.tables.update_history import make_history
 
 NUM_KEYS, PADDED, LAYERS, WIDTH = 88, 96, 2, 6
 MICRO, BATCH, LENGTH = 2, 8, 4
@@ -54,10 +55,12 @@ def _program(mesh, vocab_axes: tuple[str, ...], capacity: int):
         spec, mesh, MICRO * BATCH * LENGTH // (mesh.shape["data"] * mesh.shape["fsdp"])
     )
 
+    history = make_history(spec, np.zeros(1))
+
     @jax.jit
     def run(state, keys_AxBxL, valid_AxBxL, cotangent_AxBxLxSxF):
         requests = table.request(keys_AxBxL, valid_AxBxL)
-        block_UxSxF = table.fetch(state, requests, jnp.float32)
+        block_UxSxF = table.fetch(state, requests, jnp.float32, jnp.int32(0), history)
 
         def values(block_UxSxF):
             return jnp.stack(

@@ -10,12 +10,17 @@ from jax.sharding import PartitionSpec
 
 from stem_jax.errors import InputError
 from stem_jax.mesh import check_placement
-from stem_jax.training.schedule import learning_rates
+from stem_jax.training.schedule import learning_rates, make_schedule
 from stem_jax.training.state import abstract_state, init_state
 from stem_jax.training.step import TrainStep
 
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2)]
-RATES = jnp.full(32, 3e-3)
+RATES = np.full(32, 3e-3)
+
+
+def schedule(step, rates=RATES):
+    """The schedule of a step with these learning rates."""
+    return make_schedule(step.config, 32, rates)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +40,7 @@ def fresh_state(train_step):
 def _run(step: TrainStep, state, make_batch, steps: int):
     losses = []
     for index in range(steps):
-        state, metrics = step.update(state, make_batch(step, seed=index), RATES)
+        state, metrics = step.update(state, make_batch(step, seed=index), schedule(step))
         losses.append(float(metrics["loss"]))
     return state, losses
 
@@ -99,7 +104,7 @@ def test_a_batch_is_learnt(train_step, fresh_state, make_batch):
     step = train_step()
     state, batch, losses = fresh_state(step), make_batch(step), []
     for _ in range(20):
-        state, metrics = step.update(state, batch, RATES)
+        state, metrics = step.update(state, batch, schedule(step))
         losses.append(float(metrics["loss"]))
     assert losses[0] == pytest.approx(np.log(88), abs=0.7)
     assert losses[-1] < 0.5 * losses[0]
@@ -108,9 +113,9 @@ def test_a_batch_is_learnt(train_step, fresh_state, make_batch):
 def test_a_step_reports_what_it_did(train_step, fresh_state, make_batch):
     step = train_step()
     batch = make_batch(step, ragged=True)
-    rates = jnp.arange(32) * 1e-4
-    state, first = step.update(fresh_state(step), batch, rates)
-    state, second = step.update(state, batch, rates)
+    rates = np.arange(32) * 1e-4
+    state, first = step.update(fresh_state(step), batch, schedule(step, rates))
+    state, second = step.update(state, batch, schedule(step, rates))
     assert (first["learning_rate"], second["learning_rate"]) == (0, np.float32(1e-4))
     assert first["tokens"] == np.sum(batch.loss_mask)
     valid = np.asarray(batch.segment_ids) > 0
@@ -126,7 +131,7 @@ def test_micro_batches_equal_one_batch(shape, micro_batches, train_step, fresh_s
     results = []
     for step in (train_step(shape), train_step(shape, **{"train.micro_batches": micro_batches})):
         batch = make_batch(step, seed=4, ragged=True)
-        state, metrics = step.update(fresh_state(step), batch, RATES)
+        state, metrics = step.update(fresh_state(step), batch, schedule(step))
         results.append(jax.device_get((state, metrics)))
     (state, metrics), (split, split_metrics) = results
     assert metrics["tokens"] == split_metrics["tokens"]
@@ -142,11 +147,11 @@ def test_evaluation_adds_up(train_step, fresh_state, make_batch):
     sums = []
     for step in (train_step(), train_step(**{"train.micro_batches": 4})):
         batch, state = make_batch(step, seed=4, ragged=True), fresh_state(step)
-        total, count = step.evaluate(state, batch)
+        total, count = step.evaluate(state, batch, schedule(step))
         assert count == np.sum(batch.loss_mask)
         sums.append(float(total))
     assert sums[1] == pytest.approx(sums[0], rel=1e-6)
-    _, metrics = step.update(state, batch, RATES)
+    _, metrics = step.update(state, batch, schedule(step))
     assert metrics["loss"] == pytest.approx(sums[1] / int(count), rel=1e-6)
 
 
@@ -155,7 +160,7 @@ def test_a_bad_batch_changes_nothing(where, train_step, fresh_state, make_batch)
     """A huge value overflows in the forward pass: the loss or its gradients are not finite."""
     step = train_step()
     batch, start = make_batch(step), fresh_state(step)
-    state, _ = step.update(start, batch, RATES)
+    state, _ = step.update(start, batch, schedule(step))
     if where == "backbone":
         name = "blocks.0.ffn.down_proj.kernel"
         params = {**state.params, name: state.params[name].at[0, 0].set(3e38)}
@@ -167,7 +172,7 @@ def test_a_bad_batch_changes_nothing(where, train_step, fresh_state, make_batch)
     state = jax.device_put(state, step.shardings)
     before = jax.device_get(state)
     for count in (1, 2):
-        state, metrics = step.update(state, batch, RATES)
+        state, metrics = step.update(state, batch, schedule(step))
         assert not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]))
         assert (metrics["bad_steps"], metrics["skipped_steps"]) == (count, count)
         assert (state.step, state.updates, state.bad_steps) == (1 + count, 1, count)
@@ -179,9 +184,9 @@ def test_a_bad_batch_changes_nothing(where, train_step, fresh_state, make_batch)
     ):
         assert np.array_equal(old, new, equal_nan=True)
     # The next good batch goes on with the rate of the second update, and the count starts anew.
-    healthy, _ = step.update(fresh_state(step), batch, RATES)
+    healthy, _ = step.update(fresh_state(step), batch, schedule(step))
     bad = {"step": state.step, "bad_steps": state.bad_steps}
-    state, metrics = step.update(dataclasses.replace(healthy, **bad), batch, RATES)
+    state, metrics = step.update(dataclasses.replace(healthy, **bad), batch, schedule(step))
     assert (state.step, state.updates, state.bad_steps) == (4, 2, 0)
     assert metrics["skipped_steps"] == 2
 
@@ -190,7 +195,7 @@ def test_a_batch_without_scored_positions_is_harmless(train_step, fresh_state, m
     step = train_step()
     batch = make_batch(step)
     nothing = dataclasses.replace(batch, loss_mask=jnp.zeros_like(batch.loss_mask))
-    state, metrics = step.update(fresh_state(step), nothing, RATES)
+    state, metrics = step.update(fresh_state(step), nothing, schedule(step))
     assert (metrics["loss"], metrics["grad_norm"], metrics["table_grad_norm"]) == (0, 0, 0)
     assert all(np.all(np.isfinite(array)) for array in jax.tree.leaves(state))
 

@@ -29,6 +29,7 @@ class Requests:
         V_pad fills the rest.
     rounds: scalar int32, the same on every device.
     distinct: scalar int32, number of distinct rows in `rows`.
+    asked: [P] int32, rows asked of each owner by all devices together.
     """
 
     rows: jax.Array
@@ -36,6 +37,7 @@ class Requests:
     owned: jax.Array
     rounds: jax.Array
     distinct: jax.Array
+    asked: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +93,8 @@ class Exchange:
         for axis in self._copy_axes():
             owned_O = self._distinct(jax.lax.all_gather(owned_O, axis, tiled=True))
         number = jnp.sum(distinct_U < self.num_rows)
-        return Requests(distinct_U, inverse, owned_O, rounds, number)
+        asked_P = jax.lax.psum(counts_P, BATCH_AXES)
+        return Requests(distinct_U, inverse, owned_O, rounds, number, asked_P)
 
     def fetch(self, block_OxSxF: jax.Array, requests: Requests) -> jax.Array:
         """Brings the rows of every device from their owners.

@@ -1,73 +1,186 @@
-"""AdamW on rows: one definition, for every optimizer and every placement.
+"""AdamW on rows: one definition of the update, for every optimizer and every placement.
 
 The formula is the official one (torch.optim.AdamW): decoupled decay first, then the bias-corrected
-step with the epsilon outside the square root. `t` counts completed updates; update t + 1 uses
-learning rate `learning_rates[t]`.
+step with the epsilon outside the square root. Three optimizers share it:
+
+dense_adamw     every row moves every step, as in the official code; the oracle for the others.
+lazy_adamw      only the rows of a batch move; the others neither decay nor coast on momentum, so it
+                is another optimizer.
+deferred_adamw  only the rows of a batch are touched, and each first catches up on the k updates it
+                missed, so that it stands where dense AdamW would have brought it.
+
+A row last updated at s and read at t = s + k has coasted on its first moment m under its second
+moment v, both shrinking without a gradient:
+
+    m <- b1^k m,  v <- b2^k v
+    p <- p * prod(1 - lr_i wd) - sum_{j=1..k} c_j m / (a_j sqrt(v) + eps)
+    c_j = lr_{s+j} * prod_{i=s+j+1..t}(1 - lr_i wd) * b1^j / (1 - b1^{s+j})
+    a_j = sqrt(b2^j / (1 - b2^{s+j}))
+
+c_j and a_j are numbers per row. The terms are cut into a few groups; a group with the weight
+C = sum c_j gets the one a = C / sum(c_j / a_j), exact for eps -> 0. That takes one square root
+and one division per group and element, whatever k is.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 
 from stem_jax.tables.spec import TableSpec, TableState
+from stem_jax.tables.update_history import UpdateHistory
+
+# First terms of the groups; the last one is open.
+GROUP_EDGES = (1, 2, 4, 8, 16)
+# Terms fall off as (b1 / sqrt(b2))^j; those below this share of the first are left out.
+_SMALLEST_TERM = 1e-9
 
 
-def adamw(spec: TableSpec, rows, mu, nu, gradient, learning_rate, step):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowBlock:
+    """Rows [O, S, F] with their slot variables, all float32, as of one update."""
+
+    rows: jax.Array
+    mu: jax.Array
+    nu: jax.Array
+
+
+def adamw(spec: TableSpec, block: RowBlock, gradient, learning_rate, step) -> RowBlock:
     """One AdamW update, element by element.
 
     Args:
-        rows, mu, nu, gradient: arrays of one shape, float32.
+        gradient: float32, of the shape of the rows.
         learning_rate: scalar, of this update.
         step: scalar int32, the number of this update, from 1.
-
-    Returns:
-        The new rows, mu, nu.
     """
-    mu = spec.beta1 * mu + (1 - spec.beta1) * gradient
-    nu = spec.beta2 * nu + (1 - spec.beta2) * gradient * gradient
+    mu = spec.beta1 * block.mu + (1 - spec.beta1) * gradient
+    nu = spec.beta2 * block.nu + (1 - spec.beta2) * gradient * gradient
     step = step.astype(jnp.float32)
     corrected = mu / (1 - spec.beta1**step)
     scale = jnp.sqrt(nu / (1 - spec.beta2**step)) + spec.epsilon
-    rows = rows * (1 - learning_rate * spec.weight_decay) - learning_rate * corrected / scale
-    return rows, mu, nu
+    decayed = block.rows * (1 - learning_rate * spec.weight_decay)
+    return RowBlock(decayed - learning_rate * corrected / scale, mu, nu)
+
+
+def catch_up(
+    spec: TableSpec,
+    block: RowBlock,
+    last_step_O: jax.Array,
+    step: jax.Array,
+    history: UpdateHistory,
+    edges: tuple[int, ...] = GROUP_EDGES,
+) -> RowBlock:
+    """Brings rows from their last update to `step` completed updates, without gradients.
+
+    Args:
+        block: rows [O, S, F] as of `last_step_O`.
+        last_step_O: int32, the last update of each row; 0 for a row that never had one.
+        step: scalar int32, completed updates.
+        edges: first terms of the groups; `range(1, n)` gives every term its own.
+    """
+    terms = num_terms(spec)
+    terms_J = jnp.arange(1, terms + 1)
+    missed_O = step - last_step_O
+    update_OxJ = last_step_O[:, None] + terms_J
+    inside_OxJ = terms_J <= missed_O[:, None]
+    # Updates past `step` are masked; their number only has to exist.
+    update_OxJ = jnp.clip(update_OxJ, 1, jnp.maximum(step, 1))
+    j = terms_J.astype(jnp.float32)
+    exponent_OxJ = update_OxJ.astype(jnp.float32)
+    rate_OxJ = history.rates[update_OxJ - 1]
+    scale_OxJ = rate_OxJ * history.decay_between(update_OxJ, step)
+    scale_OxJ = jnp.where(inside_OxJ, scale_OxJ, 0.0) / _one_minus_power(spec.beta1, exponent_OxJ)
+    c_OxJ = scale_OxJ * spec.beta1**j
+    # One power of the ratio: b2^j alone leaves float32 long before the terms die out.
+    over_a_OxJ = scale_OxJ * jnp.sqrt(_one_minus_power(spec.beta2, exponent_OxJ))
+    over_a_OxJ *= (spec.beta1 / math.sqrt(spec.beta2)) ** j
+
+    def spread(numbers_O):
+        return numbers_O[:, None, None]
+
+    root = jnp.sqrt(block.nu)
+    moved = jnp.zeros_like(block.rows)
+    for first, end in zip(edges, (*edges[1:], terms + 1), strict=True):
+        group = slice(first - 1, end - 1)
+        weight_O = jnp.sum(c_OxJ[:, group], axis=1)
+        over_a_O = jnp.sum(over_a_OxJ[:, group], axis=1)
+        a_O = weight_O / jnp.where(over_a_O > 0, over_a_O, 1.0)
+        moved += spread(weight_O) / (spread(a_O) * root + spec.epsilon)
+    missed = missed_O.astype(jnp.float32)
+    return RowBlock(
+        rows=block.rows * spread(history.decay_between(last_step_O, step)) - moved * block.mu,
+        mu=block.mu * spread(spec.beta1**missed),
+        nu=block.nu * spread(spec.beta2**missed),
+    )
+
+
+def _one_minus_power(beta: float, exponent: jax.Array) -> jax.Array:
+    """1 - beta^exponent without cancellation for beta near 1."""
+    return -jnp.expm1(exponent * math.log(beta)) if beta > 0 else jnp.ones_like(exponent)
+
+
+def num_terms(spec: TableSpec) -> int:
+    """How many of the missed updates move a row by more than rounding."""
+    if spec.beta1 == 0:
+        return GROUP_EDGES[-1] + 1
+    ratio = spec.beta1 / math.sqrt(spec.beta2)
+    return max(GROUP_EDGES[-1] + 1, math.ceil(math.log(_SMALLEST_TERM) / math.log(ratio)))
 
 
 @dataclasses.dataclass(frozen=True)
-class DenseAdamW:
-    """Every row moves every step, as in the official code; the oracle for the cheaper ones."""
+class RowOptimizer:
+    """Reads and updates the rows of one shard; `spec.optimizer` names the rule.
+
+    Row numbers count within the shard; those past its end are padding, read as any row and written
+    nowhere.
+    """
 
     spec: TableSpec
+    edges: tuple[int, ...] = GROUP_EDGES
 
-    def read(self, state: TableState, local_rows_O: jax.Array) -> jax.Array:
-        """Rows [O, S, F] as the next forward sees them."""
-        return state.rows[local_rows_O]
+    def read(self, state: TableState, rows_O, step, history: UpdateHistory) -> RowBlock:
+        """Rows as the next forward sees them, after `step` completed updates."""
+        # Padding reads the last row.
+        rows_O = jnp.minimum(rows_O, state.last_step.shape[0] - 1)
+        block = RowBlock(state.rows[rows_O], state.mu[rows_O], state.nu[rows_O])
+        if self.spec.optimizer != "deferred_adamw":
+            return block
+        return catch_up(self.spec, block, state.last_step[rows_O], step, history, self.edges)
 
-    def update(self, state: TableState, local_rows_O, gradient_OxSxF, learning_rates, step, keep):
-        """Applies one update to this shard.
+    def update(
+        self, state: TableState, rows_O, gradient_OxSxF, step, keep, history: UpdateHistory
+    ) -> TableState:
+        """Applies update `step + 1`.
 
         Args:
-            state: the local shard.
-            local_rows_O: row numbers within the shard; out of range is dropped.
-            gradient_OxSxF: summed, clipped gradients of those rows.
-            learning_rates: [T] float32 of every update, with the multiplier.
+            gradient_OxSxF: summed, clipped gradients.
             step: scalar int32, updates completed before this one.
-            keep: scalar bool; False leaves the state as it is.
+            keep: scalar bool; False leaves every row where it is.
         """
-        gradient = jnp.zeros_like(state.rows)
-        gradient = gradient.at[local_rows_O].set(gradient_OxSxF, mode="drop", unique_indices=True)
-        new = adamw(
-            self.spec, state.rows, state.mu, state.nu, gradient, learning_rates[step], step + 1
-        )
-        rows, mu, nu = (
-            jnp.where(keep, fresh, old)
-            for fresh, old in zip(new, (state.rows, state.mu, state.nu), strict=True)
-        )
-        touched = state.last_step.at[local_rows_O].set(step + 1, mode="drop", unique_indices=True)
-        last_step = jnp.where(keep, touched, state.last_step)
-        return TableState(rows, mu, nu, last_step)
+        rate = history.rates[step]
+        size = state.last_step.shape[0]
+        # Padding, and everything when nothing is kept, goes past the end, to places all distinct.
+        outside_O = size + jnp.arange(rows_O.shape[0])
+        touched = jnp.where(keep & (rows_O < size), rows_O, outside_O)
+        last_step = state.last_step.at[touched].set(step + 1, mode="drop", unique_indices=True)
+        if self.spec.optimizer == "dense_adamw":
+            gradient = jnp.zeros_like(state.rows)
+            gradient = gradient.at[touched].set(gradient_OxSxF, mode="drop", unique_indices=True)
+            old = RowBlock(state.rows, state.mu, state.nu)
+            new = adamw(self.spec, old, gradient, rate, step + 1)
+            kept = jax.tree.map(lambda fresh, before: jnp.where(keep, fresh, before), new, old)
+            return TableState(kept.rows, kept.mu, kept.nu, last_step)
+        block = self.read(state, rows_O, step, history)
+        block = adamw(self.spec, block, gradient_OxSxF, rate, step + 1)
 
+        def write(whole, part):
+            return whole.at[touched].set(part, mode="drop", unique_indices=True)
 
-def make_row_optimizer(spec: TableSpec) -> DenseAdamW:
-    """The row optimizer named in the spec."""
-    return {"dense_adamw": DenseAdamW}[spec.optimizer](spec)
+        return TableState(
+            write(state.rows, block.rows),
+            write(state.mu, block.mu),
+            write(state.nu, block.nu),
+            last_step,
+        )

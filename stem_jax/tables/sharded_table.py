@@ -1,6 +1,7 @@
 """The table as the train step uses it: request, fetch, push, update, each one sharded program."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,21 @@ from jax.sharding import Mesh, PartitionSpec
 
 from stem_jax.mesh import BATCH_AXES, axis_size
 from stem_jax.tables.exchange import Exchange, Requests
-from stem_jax.tables.row_optimizer import make_row_optimizer
+from stem_jax.tables.row_optimizer import RowOptimizer
 from stem_jax.tables.spec import TableSpec, TableState
+from stem_jax.tables.update_history import UpdateHistory
+
+_SMALLEST_BLOCK = 64
+# Rows that catch up at a time when a whole table does.
+_PIECE = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSizes:
+    """Static sizes of a step's row blocks: U rows of a device, O rows asked of an owner."""
+
+    unique: int
+    owned: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,34 +34,70 @@ class ShardedTable:
         spec: the table.
         mesh: where it lies.
         keys_per_device: keys of one device in one step, padding included.
+        sizes: of the row blocks, from `choose_sizes`; None is room for every key distinct.
     """
 
     spec: TableSpec
     mesh: Mesh
     keys_per_device: int
+    sizes: BlockSizes | None = None
+
+    @property
+    def largest_sizes(self) -> BlockSizes:
+        """Sizes that always suffice: every key distinct, and every device asking one owner."""
+        unique = min(self.keys_per_device, self.spec.num_rows)
+        shard = self.spec.num_rows // axis_size(self.mesh, self.spec.vocab_axes)
+        return BlockSizes(unique, min(shard, axis_size(self.mesh, BATCH_AXES) * unique))
 
     @property
     def exchange(self) -> Exchange:
-        """Sizes that always suffice: every key distinct."""
+        """The exchange at the sizes of this step."""
         owners = axis_size(self.mesh, self.spec.vocab_axes)
-        unique = min(self.keys_per_device, self.spec.num_rows)
-        devices = axis_size(self.mesh, BATCH_AXES)
-        even_share = -(-5 * unique // (4 * owners))
+        sizes = self.sizes or self.largest_sizes
+        even_share = -(-5 * sizes.unique // (4 * owners))
         return Exchange(
             num_rows=self.spec.num_rows,
             vocab_axes=self.spec.vocab_axes,
             num_owners=owners,
-            unique_rows=unique,
-            owned_rows=min(self.spec.num_rows // owners, devices * unique),
-            capacity=min(self.spec.capacity or even_share, unique),
+            unique_rows=sizes.unique,
+            owned_rows=sizes.owned,
+            capacity=min(self.spec.capacity or even_share, sizes.unique),
         )
+
+    def count(self, keys_AxBxL: jax.Array, valid_AxBxL: jax.Array) -> jax.Array:
+        """[2] int32: the largest U and the largest O that a step needs, over all devices."""
+
+        def local(keys, valid):
+            found = self.exchange.request(self._rows_of(keys, valid))
+            owned = jnp.sum(found.owned < self.spec.num_rows)
+            return jax.lax.pmax(jnp.stack([found.distinct, owned]), BATCH_AXES)
+
+        keys_spec = PartitionSpec(None, BATCH_AXES)
+        return self._sharded(local, (keys_spec, keys_spec), PartitionSpec())(
+            keys_AxBxL, valid_AxBxL
+        )
+
+    def choose_sizes(self, counts: tuple[int, int]) -> BlockSizes:
+        """The smallest powers of two that hold what `count` found.
+
+        A function of the batch alone: a size that depended on earlier batches would change the
+        order of sums, and with it the bits of a resumed run.
+        """
+        largest = self.largest_sizes
+        unique, owned = (max(_SMALLEST_BLOCK, 1 << (int(n) - 1).bit_length()) for n in counts)
+        return BlockSizes(min(unique, largest.unique), min(owned, largest.owned))
 
     @property
     def request_specs(self) -> Requests:
         """Partition of each field of `Requests`."""
-        batch = PartitionSpec(BATCH_AXES)
+        batch, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
         return Requests(
-            batch, PartitionSpec(None, BATCH_AXES), self.spec.index_spec, PartitionSpec(), batch
+            rows=batch,
+            inverse=PartitionSpec(None, BATCH_AXES),
+            owned=self.spec.index_spec,
+            rounds=whole,
+            distinct=batch,
+            asked=whole,
         )
 
     @property
@@ -64,8 +114,7 @@ class ShardedTable:
         """
 
         def local(keys, valid):
-            rows = jnp.where(valid, self.spec.layout.rows_of(keys), self.spec.num_rows)
-            found = self.exchange.request(rows)
+            found = self.exchange.request(self._rows_of(keys, valid))
             return dataclasses.replace(found, distinct=found.distinct[None])
 
         keys_spec = PartitionSpec(None, BATCH_AXES)
@@ -73,16 +122,16 @@ class ShardedTable:
             keys_AxBxL, valid_AxBxL
         )
 
-    def fetch(self, state: TableState, requests: Requests, dtype) -> jax.Array:
-        """The row blocks [devices * U, S, F] of all devices, in `dtype`."""
+    def fetch(self, state, requests, dtype, step, history: UpdateHistory) -> jax.Array:
+        """The row blocks [devices * U, S, F] of all devices in `dtype`, as of update `step`."""
 
-        def local(state, requests):
-            rows_OxSxF = self._optimizer.read(state, self._local(requests.owned))
-            return self.exchange.fetch(rows_OxSxF.astype(dtype), requests)
+        def local(state, requests, step, history):
+            block = self._optimizer.read(state, self._local(requests.owned), step, history)
+            return self.exchange.fetch(block.rows.astype(dtype), requests)
 
-        return self._sharded(local, (self._state_specs, self.request_specs), self.block_spec)(
-            state, requests
-        )
+        whole = PartitionSpec()
+        specs = (self._state_specs, self.request_specs, whole, whole)
+        return self._sharded(local, specs, self.block_spec)(state, requests, step, history)
 
     def push(self, gradient: jax.Array, requests: Requests) -> jax.Array:
         """Sums row gradients [devices * U, S, F] at the owners: [owners * O, S, F] float32."""
@@ -90,22 +139,43 @@ class ShardedTable:
             self.exchange.push, (self.block_spec, self.request_specs), self.spec.row_spec
         )(gradient, requests)
 
-    def update(self, state, requests, gradient, learning_rates, step, keep) -> TableState:
-        """One optimizer update from the owners' summed gradients; see `row_optimizer`."""
+    def update(self, state, requests, gradient, step, keep, history: UpdateHistory) -> TableState:
+        """Update `step + 1` from the owners' summed gradients; see `RowOptimizer.update`."""
 
-        def local(state, requests, gradient, learning_rates, step, keep):
+        def local(state, requests, gradient, step, keep, history):
             rows = self._local(requests.owned)
-            return self._optimizer.update(state, rows, gradient, learning_rates, step, keep)
+            return self._optimizer.update(state, rows, gradient, step, keep, history)
 
-        scalar = PartitionSpec()
-        specs = (self._state_specs, self.request_specs, self.spec.row_spec, scalar, scalar, scalar)
+        whole = PartitionSpec()
+        specs = (self._state_specs, self.request_specs, self.spec.row_spec, whole, whole, whole)
         return self._sharded(local, specs, self._state_specs)(
-            state, requests, gradient, learning_rates, step, keep
+            state, requests, gradient, step, keep, history
         )
 
+    def caught_up_rows(self, state: TableState, step, history: UpdateHistory) -> jax.Array:
+        """All rows [V_pad, S, F] as of update `step`; the state stays as it is.
+
+        Works through each shard in pieces, so that it needs no second copy of the slots.
+        """
+
+        def local(state, step, history):
+            size = state.rows.shape[0]
+            piece = next(n for n in range(min(_PIECE, size), 0, -1) if size % n == 0)
+            pieces = jnp.arange(size).reshape(-1, piece)
+            read = functools.partial(self._optimizer.read, state, step=step, history=history)
+            return jax.lax.map(lambda rows: read(rows).rows, pieces).reshape(state.rows.shape)
+
+        whole = PartitionSpec()
+        return self._sharded(local, (self._state_specs, whole, whole), self.spec.row_spec)(
+            state, step, history
+        )
+
+    def _rows_of(self, keys, valid) -> jax.Array:
+        return jnp.where(valid, self.spec.layout.rows_of(keys), self.spec.num_rows)
+
     @property
-    def _optimizer(self):
-        return make_row_optimizer(self.spec)
+    def _optimizer(self) -> RowOptimizer:
+        return RowOptimizer(self.spec)
 
     @property
     def _state_specs(self) -> TableState:

@@ -3,15 +3,15 @@
 import dataclasses
 import lzma
 import math
-from collections.abc import Callable
+from collections.abc import Iterable
 
+import jax
 import numpy as np
 
 from stem_jax.data.loader import Batch as HostBatch
 from stem_jax.data.loader import ValidationBatches
 from stem_jax.data.token_store import TokenStore
 from stem_jax.data.tokenizer import Tokenizer
-from stem_jax.training.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,19 +31,15 @@ class Validation:
         }
 
 
-def validate(
-    evaluate: Callable, state: TrainState, place: Callable, batches: ValidationBatches
-) -> Validation:
-    """Scores every validation batch.
+def summarize(sums: Iterable[tuple[jax.Array, jax.Array]], num_bytes: int) -> Validation:
+    """Adds up (nats, scored tokens) over batches.
 
     Args:
-        evaluate: `TrainStep.evaluate`.
-        place: puts a host batch on the mesh.
+        num_bytes: UTF-8 bytes of the text that was scored.
     """
-    sums = [evaluate(state, place(batch)) for batch in batches]
-    nats = math.fsum(float(total) for total, _ in sums)
-    tokens = sum(int(count) for _, count in sums)
-    return Validation(nats / tokens, nats / math.log(2) / batches.num_bytes, tokens)
+    nats, tokens = zip(*((float(total), int(count)) for total, count in list(sums)), strict=True)
+    total = math.fsum(nats)
+    return Validation(total / sum(tokens), total / math.log(2) / num_bytes, sum(tokens))
 
 
 def unigram_bits_per_byte(

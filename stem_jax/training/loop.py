@@ -1,7 +1,8 @@
 """The loop: dispatch a step, then read the metrics of the step before.
 
-Stages by step distance: batch t+1 .. t+8 are read ahead on threads; step t is dispatched; metrics
-of step t-1 are fetched, so the host never waits for the step it has just started. The loop drains
+Stages by step distance: batches t+3 .. t+8 are read ahead on threads; batch t+2 is placed and its
+rows are counted on the device; step t runs with the sizes counted two steps ago; metrics of
+step t-1 are fetched, so the host never waits for the step it has just started. The loop drains
 (fetches the last metrics) before validation, before a save, and at the end.
 """
 
@@ -12,19 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from tqdm import tqdm
 
 from stem_jax.config import Config
 from stem_jax.errors import TrainingError
 from stem_jax.hardware import chip_of
 from stem_jax.model.cost import training_flops_per_token
-from stem_jax.training.evaluation import Validation, to_micro_batches, validate
+from stem_jax.training.evaluation import Validation, summarize, to_micro_batches
+from stem_jax.training.look_ahead import LookAhead
 from stem_jax.training.metrics import MetricsLog, SpikeCounter
 from stem_jax.training.run_data import RunData
-from stem_jax.training.schedule import learning_rates
+from stem_jax.training.schedule import make_schedule
 from stem_jax.training.state import TrainState
 from stem_jax.training.step import Batch, TrainStep
+
+_TABLE_METRICS = frozenset(
+    "distinct_rows never_touched_rows exchange_rounds exchange_bytes busiest_owner".split()
+)
 
 
 @dataclasses.dataclass
@@ -50,22 +55,24 @@ class Loop:
             TrainingError: `train.max_bad_steps` non-finite steps in a row.
         """
         start, end = int(state.step), self.config.train.steps
-        rates = jnp.asarray(learning_rates(self.config, end + 1))
+        schedule = make_schedule(self.config, end + 1)
         log = MetricsLog(self.workdir, start)
         reporter = _Reporter(self.config, log, self.programs.mesh.devices.size, start)
         validation = None
         try:
             with self.data.batches.iterate(start) as batches:
-                for step in range(start + 1, end + 1):
-                    batch = self._place(next(batches))
-                    state, metrics = self.programs.update(state, batch, rates)
+                ahead = LookAhead(self.programs, map(self._place, batches), end - start)
+                for step, (batch, sizes) in enumerate(ahead, start=start + 1):
+                    state, metrics = self.programs.update(state, batch, schedule, sizes)
                     reporter.dispatched(step, metrics)
                     last = step == end or self.stop_requested()
                     checkpoint_due = last or _due(step, self.config.checkpoint.every)
                     evaluation_due = step == end or _due(step, self.config.eval.every)
                     if evaluation_due or checkpoint_due:
                         reporter.drain()
-                    validation = self._validate(state, step, log) if evaluation_due else None
+                    validation = (
+                        self._validate(state, schedule, step, log) if evaluation_due else None
+                    )
                     if checkpoint_due:
                         self.save(state, validation)
                     if evaluation_due or checkpoint_due:
@@ -88,10 +95,14 @@ class Loop:
             }
         )
 
-    def _validate(self, state: TrainState, step: int, log: MetricsLog) -> Validation | None:
+    def _validate(self, state, schedule, step: int, log: MetricsLog) -> Validation | None:
         if self.data.held_out is None:
             return None
-        result = validate(self.programs.evaluate, state, self._place, self.data.held_out)
+        sums = (
+            self.programs.evaluate(state, self._place(batch), schedule)
+            for batch in self.data.held_out
+        )
+        result = summarize(sums, self.data.held_out.num_bytes)
         log.write(step, result.metrics())
         tqdm.write(
             f"step {step}: validation loss {result.loss:.4f} nats per token, "
@@ -153,9 +164,8 @@ class _Reporter:
             )
 
     def _write(self, step: int, values: dict, seconds: float, tokens_per_second: float) -> None:
-        table = {"distinct_rows", "never_touched_rows"}
         record = {
-            f"{'table' if name in table else 'train'}/{name}": value
+            f"{'table' if name in _TABLE_METRICS else 'train'}/{name}": value
             for name, value in values.items()
         }
         flops = self._flops * tokens_per_second

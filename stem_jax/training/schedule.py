@@ -4,11 +4,36 @@ A schedule is a table of numbers, one per update, so the row optimizer can look 
 updates that a row missed.
 """
 
+import dataclasses
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from stem_jax.config import Config, OptimizerConfig
+from stem_jax.tables.spec import TableSpec
+from stem_jax.tables.update_history import UpdateHistory, make_history
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Learning rates of every update of a run: [T] float32, and what rows look back with."""
+
+    rates: jax.Array
+    table: UpdateHistory
+
+
+def make_schedule(config: Config, updates: int, rates: np.ndarray | None = None) -> Schedule:
+    """The schedule of the first `updates` updates.
+
+    Args:
+        rates: [updates] in place of the configured ones.
+    """
+    rates = learning_rates(config, updates) if rates is None else np.asarray(rates, np.float32)
+    history = make_history(TableSpec.from_config(config), rates)
+    return jax.tree.map(jnp.asarray, Schedule(rates, history))
 
 
 def learning_rates(config: Config, updates: int) -> np.ndarray:

@@ -9,10 +9,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from stem_jax.config import Config
 from stem_jax.mesh import BATCH_AXES, axis_size
 from stem_jax.model.transformer import Inputs
-from stem_jax.tables.sharded_table import ShardedTable
-from stem_jax.tables.spec import TableSpec
+from stem_jax.tables.exchange import Requests
+from stem_jax.tables.sharded_table import BlockSizes, ShardedTable
+from stem_jax.tables.spec import TableSpec, TableState
 from stem_jax.training.loss import head_loss
 from stem_jax.training.optimizer import apply_update, clip_factor, make_optimizer
+from stem_jax.training.schedule import Schedule
 from stem_jax.training.state import ModelDef, TrainState, state_shardings
 
 
@@ -42,37 +44,57 @@ class TrainStep:
         self.shardings = state_shardings(config, self.model, mesh)
         self.batch_sharding = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
         self._optimizer = make_optimizer(config.optimizer)
-        self.update = jax.jit(self._update, donate_argnums=0, out_shardings=(self.shardings, None))
+        self.update = jax.jit(
+            self._update,
+            donate_argnums=0,
+            static_argnames="sizes",
+            out_shardings=(self.shardings, None),
+        )
+        self.count = jax.jit(self._count)
         self.evaluate = jax.jit(self._evaluate)
+        self.caught_up_rows = jax.jit(self._caught_up_rows)
 
-    def table(self, tokens_AxBxL) -> ShardedTable:
-        """The table as this step exchanges it."""
+    def table(self, tokens_AxBxL, sizes: BlockSizes | None = None) -> ShardedTable | None:
+        """The table as a step exchanges it; None for a dense model."""
+        if not self.spec.num_layers:
+            return None
         keys = tokens_AxBxL.size // axis_size(self.mesh, BATCH_AXES)
-        return ShardedTable(self.spec, self.mesh, keys)
+        return ShardedTable(self.spec, self.mesh, keys, sizes)
 
-    def _update(self, state: TrainState, batch: Batch, learning_rates: jax.Array):
-        """One step; `learning_rates` [T] holds the rate of every update of the run."""
+    def _caught_up_rows(self, state: TrainState, schedule: Schedule) -> jax.Array:
+        """All rows [V_pad, S, F] as the next forward would see them."""
+        table = ShardedTable(self.spec, self.mesh, 1)
+        return table.caught_up_rows(state.table, state.updates, schedule.table)
+
+    def _count(self, batch: Batch) -> jax.Array:
+        """What `ShardedTable.choose_sizes` needs to know of a batch."""
+        return self.table(batch.tokens).count(batch.tokens, batch.segment_ids > 0)
+
+    def _update(
+        self, state: TrainState, batch: Batch, schedule: Schedule, sizes: BlockSizes | None = None
+    ):
+        """One step. `sizes` are those of its row blocks; without them there is room for any."""
         config = self.config
         scored = jnp.sum(batch.loss_mask)
-        table = self.table(batch.tokens) if self.spec.num_layers else None
-        rows, requests = self._rows(state, table, batch)
+        table = self.table(batch.tokens, sizes)
+        rows, requests = self._rows(state, table, batch, schedule)
         loss, cross_entropy, gradients, row_gradients = self._gradients(
             state.params, rows, requests, batch, scored
         )
         norm = global_norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        rate = learning_rates[state.updates]
+        rate = schedule.rates[state.updates]
         metrics = {"loss": cross_entropy, "grad_norm": norm, "learning_rate": rate}
         if table is not None:
             row_gradients = table.push(row_gradients, requests)
             row_norm = global_norm(row_gradients)
             finite &= jnp.isfinite(row_norm)
             row_gradients *= clip_factor(row_norm, self.spec.clip_norm)
-            row_rates = learning_rates * self.spec.lr_multiplier
             new_table = table.update(
-                state.table, requests, row_gradients, row_rates, state.updates, finite
+                state.table, requests, row_gradients, state.updates, finite, schedule.table
             )
-            metrics |= {"table_grad_norm": row_norm} | self._table_metrics(requests, new_table)
+            metrics |= {"table_grad_norm": row_norm}
+            metrics |= self._table_metrics(table, requests, new_table)
         else:
             new_table = None
         factor = clip_factor(norm, config.optimizer.clip_norm)
@@ -96,12 +118,14 @@ class TrainStep:
         }
         return new_state, metrics
 
-    def _rows(self, state: TrainState, table: ShardedTable | None, batch: Batch):
+    def _rows(self, state, table: ShardedTable | None, batch: Batch, schedule: Schedule):
         """The row block that serves all micro-batches of the step, and what was asked for."""
         if table is None:
             return None, None
         requests = table.request(batch.tokens, batch.segment_ids > 0)
-        return table.fetch(state.table, requests, self.config.model.compute_dtype), requests
+        dtype = self.config.model.compute_dtype
+        rows = table.fetch(state.table, requests, dtype, state.updates, schedule.table)
+        return rows, requests
 
     def _gradients(self, params, rows, requests, batch: Batch, scored):
         """Loss and gradients of the mean over all scored positions of all micro-batches."""
@@ -145,10 +169,9 @@ class TrainStep:
             self.mesh,
         )
 
-    def _evaluate(self, state: TrainState, batch: Batch):
+    def _evaluate(self, state: TrainState, batch: Batch, schedule: Schedule):
         """Sum of the cross-entropy in nats and number of scored positions of a global batch."""
-        table = self.table(batch.tokens) if self.spec.num_layers else None
-        rows, requests = self._rows(state, table, batch)
+        rows, requests = self._rows(state, self.table(batch.tokens), batch, schedule)
         inverse = jnp.zeros_like(batch.tokens) if requests is None else requests.inverse
         total = jnp.float32(0)
         for index in range(batch.tokens.shape[0]):
@@ -156,12 +179,25 @@ class TrainStep:
             total += self._loss(state.params, rows, *piece, jnp.int32(1))[1]
         return total, jnp.sum(batch.loss_mask)
 
-    def _table_metrics(self, requests, table):
-        """Rows that this step asked for, and rows that no step so far has."""
-        padding = self.spec.num_rows - self.spec.layout.num_keys
+    def _table_metrics(self, table: ShardedTable, requests: Requests, state: TableState):
+        """What a step asked of the table, and what no step so far has.
+
+        distinct_rows: over all devices. exchange_bytes: sent by a device, there and back, with
+        padding. busiest_owner: rows asked of it over the mean of all owners.
+        """
+        spec, exchange = self.spec, table.exchange
+        owned = jnp.sum(requests.owned < spec.num_rows)
+        row_bytes = spec.num_layers * spec.width // self.mesh.shape["tensor"]
+        row_bytes *= jnp.dtype(self.config.model.compute_dtype).itemsize
+        round_bytes = 2 * (exchange.num_owners - 1) * exchange.capacity * row_bytes
+        asked_P = requests.asked.astype(jnp.float32)
         return {
-            "distinct_rows": jnp.sum(requests.distinct),
-            "never_touched_rows": jnp.sum(table.last_step == 0) - padding,
+            "distinct_rows": owned,
+            "never_touched_rows": jnp.sum(state.last_step == 0)
+            - (spec.num_rows - spec.layout.num_keys),
+            "exchange_rounds": requests.rounds,
+            "exchange_bytes": requests.rounds.astype(jnp.float32) * round_bytes,
+            "busiest_owner": jnp.max(asked_P) / jnp.maximum(jnp.mean(asked_P), 1),
         }
 
 
