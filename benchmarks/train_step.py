@@ -19,7 +19,7 @@ from benchmarks.interleave import interleave, speed_ratio
 from configs.base import get_config as base_config
 from stem_jax.config import Config, build
 from stem_jax.mesh import make_mesh
-from stem_jax.training.schedule import learning_rates
+from stem_jax.training.schedule import make_schedule
 from stem_jax.training.state import init_state
 from stem_jax.training.step import Batch, TrainStep
 
@@ -77,10 +77,13 @@ class JaxStep:
             segment_ids=place(ones),
             loss_mask=place(ones, bool),
         )
-        self.rates = jnp.asarray(learning_rates(config, 10_000))
+        self.schedule = make_schedule(config, 10_000)
+        counts = self.programs.count(self.batch) if config.model.stem_layers else None
+        table = self.programs.table(self.batch.tokens)
+        self.sizes = None if counts is None else table.choose_sizes(np.asarray(counts))
 
     def __call__(self) -> None:
-        self.state, metrics = self.programs.update(self.state, self.batch, self.rates)
+        self.state, metrics = self.programs.update(self.state, self.batch, self.schedule, self.sizes)
         jax.block_until_ready((self.state, metrics))
 
 
