@@ -83,7 +83,9 @@ class JaxStep:
         self.sizes = None if counts is None else table.choose_sizes(np.asarray(counts))
 
     def __call__(self) -> None:
-        self.state, metrics = self.programs.update(self.state, self.batch, self.schedule, self.sizes)
+        self.state, metrics = self.programs.update(
+            self.state, self.batch, self.schedule, self.sizes
+        )
         jax.block_until_ready((self.state, metrics))
 
 

@@ -66,6 +66,7 @@ class TablesConfig:
     """How the STEM tables are stored, sharded and updated."""
 
     optimizer: str
+    param_dtype: str
     lr_multiplier: float
     weight_decay: float | None
     clip_norm: float

@@ -130,6 +130,12 @@ def _check_tables(config: "Config") -> None:
             "tables follow the tensor axis"
         )
 
+    if config.tables.param_dtype != "float32":
+        raise InputError(
+            f"tables.param_dtype={config.tables.param_dtype!r} is refused: updates smaller than a "
+            "rounding step would be lost without stochastic rounding; use float32 (rows travel in "
+            "model.compute_dtype all the same)"
+        )
     deferred = config.tables.optimizer == "deferred_adamw"
     beta1, beta2 = config.optimizer.beta1, config.optimizer.beta2
     if deferred and config.model.stem_layers and beta1 >= max(beta2, 0) ** 0.5:

@@ -99,25 +99,35 @@ def sum_and_scatter(
     return jax.lax.psum_scatter(x, scatter_axis, scatter_dimension=dimension, tiled=True)
 
 
-def check_divides(size: int, what: str, axes: str | tuple[str, ...] | None, mesh: Mesh) -> None:
+def check_divides(
+    size: int,
+    what: str,
+    axes: str | tuple[str, ...] | None,
+    mesh: Mesh,
+    remedy: str = "change it, or the mesh",
+) -> None:
     """Raises InputError when `size` cannot be split evenly over the mesh axes."""
     shards = axis_size(mesh, axes)
     if size % shards:
         names = axes if isinstance(axes, str) else ", ".join(axes or ())
         raise InputError(
             f"{what}={size} does not divide over the {shards} devices of mesh axis {names}; "
-            f"change {what}, or the mesh"
+            f"{remedy}"
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
-    """One array of the run: what it is called, its global shape and dtype, and its sharding."""
+    """One array of the run: what it is called, its global shape and dtype, and its sharding.
+
+    `remedy` says which keys change its shape.
+    """
 
     name: str
     shape: tuple[int, ...]
     itemsize: int
     spec: PartitionSpec
+    remedy: str = "change the model's sizes, or the mesh"
 
     def total_bytes(self) -> int:
         """Bytes of the whole array."""
@@ -137,7 +147,7 @@ def check_placement(arrays: list[Placed], mesh: Mesh, max_replicated_mib: float)
     """
     for array in arrays:
         for size, axes in zip(array.shape, array.spec, strict=False):
-            check_divides(size, f"{array.name} {array.shape}: dimension", axes, mesh)
+            check_divides(size, f"{array.name} {array.shape}: dimension", axes, mesh, array.remedy)
     if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
         return
     limit = max_replicated_mib * 2**20

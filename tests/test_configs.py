@@ -234,6 +234,7 @@ REFUSED = [
     ({"model.compute_dtype": "int8"}, "model.compute_dtype='int8' is unknown; choose one of"),
     ({"model.attention": "flash"}, "model.attention='flash' is unknown; choose one of auto"),
     ({"model.remat": "all"}, "model.remat='all' is unknown; choose one of none, full, dots"),
+    ({"tables.param_dtype": "bfloat16"}, "without stochastic rounding; use float32"),
     ({"tables.optimizer": "sgd"}, "tables.optimizer='sgd' is unknown; choose one of"),
     ({"data.tokenizer": "bpe"}, "data.tokenizer='bpe' is unknown; choose one of sentencepiece"),
     ({"optimizer.schedule": "step"}, "optimizer.schedule='step' is unknown; choose one of"),

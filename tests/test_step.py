@@ -240,13 +240,13 @@ def test_large_replicated_arrays_are_refused(train_step, device_mesh):
             {"model.vocab_size": 87},
             (2, 2, 2),
             r"embed.weight \(87, 32\): dimension=87 does not divide over the 2 devices of mesh "
-            "axis tensor; change embed.weight",
+            "axis tensor; change the model's sizes",
         ),
         (
             {"model.vocab_size": 84, "tables.pad_multiple": 1},
             (8, 1, 1),
             r"table_rows \(84, 2, 48\): dimension=84 does not divide over the 8 devices of mesh "
-            "axis data, fsdp",
+            "axis data, fsdp; make tables.pad_multiple",
         ),
     ],
 )

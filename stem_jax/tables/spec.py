@@ -82,8 +82,17 @@ class TableSpec:
     def placed(self) -> list[Placed]:
         """The arrays of the table, for the placement check and the start-up report."""
         shape = (self.num_rows, self.num_layers, self.width)
-        rows = [Placed(f"table_{name}", shape, 4, self.row_spec) for name in ("rows", "mu", "nu")]
-        return [*rows, Placed("table_last_step", shape[:1], 4, self.index_spec)]
+        remedy = (
+            "make tables.pad_multiple a multiple of the row shards and model.ffn_dim of mesh.tensor, "
+            "or change tables.vocab_axes or the mesh"
+        )
+        return [
+            *(
+                Placed(f"table_{name}", shape, 4, self.row_spec, remedy)
+                for name in ("rows", "mu", "nu")
+            ),
+            Placed("table_last_step", shape[:1], 4, self.index_spec, remedy),
+        ]
 
 
 @jax.tree_util.register_dataclass
