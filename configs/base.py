@@ -94,7 +94,7 @@ def get_config() -> config_dict.ConfigDict:
     config.train.loss_chunk = 256  # positions of each sequence whose logits exist at a time
     config.train.max_bad_steps = 5  # non-finite steps in a row before the run stops
     config.train.log_every = 10  # steps
-    config.train.sample_prompt = "The "  # completed at the end of training; empty: no sample
+    config.train.sample_prompt = "The"  # completed at the end of training; empty: no sample
     config.train.sample_tokens = 64
 
     config.eval = config_dict.ConfigDict()

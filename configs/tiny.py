@@ -18,10 +18,10 @@ def get_config():
     config.model.stem_layers = "third"
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 20
-    config.train.steps = 240
+    config.train.steps = 200
     config.train.global_batch_size = 8
     config.train.seq_len = 256
     config.train.log_every = 1
-    config.eval.every = 80
-    config.checkpoint.every = 80
+    config.eval.every = 50
+    config.checkpoint.every = 50
     return config

@@ -1,6 +1,6 @@
 """Completes prompts with a trained model.
 
-python -m stem_jax.generate --workdir=runs/tiny --prompt="The module " --max-new-tokens=64
+python -m stem_jax.generate --workdir=runs/tiny --prompt="The module" --max-new-tokens=64
 """
 
 import argparse

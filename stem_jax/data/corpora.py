@@ -6,6 +6,7 @@
 import ast
 import dataclasses
 import random
+import re
 import sysconfig
 import tokenize
 import warnings
@@ -145,11 +146,20 @@ def _read_pydoc() -> Iterator[str]:
     from pydoc_data import topics
 
     for name in sorted(topics.topics):
-        yield topics.topics[name]
+        yield _unindented(topics.topics[name])
     for path, source in _stdlib_sources():
         document = _module_documentation(path, source)
         if document is not None:
-            yield document
+            yield _unindented(document)
+
+
+def _unindented(text: str) -> str:
+    """The text without indentation, and with single spaces.
+
+    Runs of spaces are a thirtieth of these documents' bytes but a tenth of their tokens, and a small
+    model learns them first.
+    """
+    return re.sub(r"^ +", "", re.sub(r"[ \t]+", " ", text), flags=re.MULTILINE)
 
 
 def _stdlib_sources() -> Iterator[tuple[Path, str]]:
