@@ -8,6 +8,7 @@ clip. The opponent is LlamaForCausalLM with torch's fused AdamW and clip_grad_no
 
 import argparse
 import json
+import os
 import platform
 import statistics
 
@@ -128,10 +129,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=8)
     args = parser.parse_args()
+    # Idle torch threads would otherwise spin while JAX has its turn.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     contestants = {
         "torch": TorchStep(bench_config()),
         "dense": JaxStep(bench_config()),
         "stem": JaxStep(bench_config(model__stem_layers="half")),
+        "stem, lazy": JaxStep(
+            bench_config(model__stem_layers="half", tables__optimizer="lazy_adamw")
+        ),
     }
     seconds = interleave(contestants, args.rounds)
     tokens = BATCH * LENGTH
@@ -141,6 +147,7 @@ def main() -> None:
         },
         "dense_over_torch": round(speed_ratio(seconds, "dense", "torch"), 3),
         "stem_over_dense": round(speed_ratio(seconds, "stem", "dense"), 3),
+        "stem_deferred_over_lazy": round(speed_ratio(seconds, "stem", "stem, lazy"), 3),
         "rounds": args.rounds,
         "device": jax.devices()[0].device_kind,
         "machine": platform.processor() or platform.machine(),

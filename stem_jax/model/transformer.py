@@ -44,12 +44,16 @@ class Block(nnx.Module):
         self.attention = Attention(config, factor, mesh, rngs=rngs)
         self.ffn_norm = norm()
         self.ffn = GatedFFN(config, layer, factor, rngs=rngs)
+        self.mesh = mesh
 
-    def __call__(self, x_BxLxD, up_BxLxF, angles, segment_ids_BxL, cache=None):
+    def __call__(self, x_BxLxD, rows_UxF, inverse_BxL, angles, segment_ids_BxL, cache=None):
+        """`rows_UxF` are this layer's rows in the row block; None for a dense layer."""
         attended, cache = self.attention(
             self.attention_norm(x_BxLxD), angles, segment_ids_BxL, cache
         )
         x_BxLxD = x_BxLxD + attended
+        # In here, so that rematerialisation looks rows up again and keeps no [B, L, F].
+        up_BxLxF = None if rows_UxF is None else lookup(rows_UxF, inverse_BxL, self.mesh)
         return x_BxLxD + self.ffn(self.ffn_norm(x_BxLxD), up_BxLxF), cache
 
 
@@ -101,11 +105,10 @@ class Transformer(nnx.Module):
         stem_index = {layer: index for index, layer in enumerate(config.stem_layers)}
         new_caches = []
         for layer, block in enumerate(self.blocks):
-            up = None
-            if layer in stem_index:
-                up = lookup(rows_UxSxF[:, stem_index[layer]], inputs.inverse, self.mesh)
+            rows = rows_UxSxF[:, stem_index[layer]] if layer in stem_index else None
             cache = None if caches is None else caches[layer]
-            x, cache = _remat(block, config.remat)(x, up, angles, inputs.segment_ids, cache)
+            run = _remat(block, config.remat)
+            x, cache = run(x, rows, inputs.inverse, angles, inputs.segment_ids, cache)
             x = constrain_batch(x, self.mesh)
             seen.append(x)
             new_caches.append(cache)

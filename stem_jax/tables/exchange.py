@@ -105,26 +105,29 @@ class Exchange:
         Returns:
             [U, S, F] rows in the order of `requests.rows`; what pads the end is zero.
         """
-        wanted_U = requests.rows
+        wanted_U, row_shape = requests.rows, block_OxSxF.shape[1:]
+        # Flat rows: TPUs pad the last two dimensions to tiles, and S is small.
+        block_OxW = block_OxSxF.reshape(self.owned_rows, -1)
         if self.num_owners == 1:
-            taken = block_OxSxF[self._position(requests.owned, wanted_U)]
-            return jnp.where((wanted_U < self.num_rows)[:, None, None], taken, 0)
+            taken = block_OxW[self._position(requests.owned, wanted_U)]
+            return jnp.where((wanted_U < self.num_rows)[:, None], taken, 0).reshape(-1, *row_shape)
         starts = self._starts(wanted_U)
         owner_U = jnp.minimum(wanted_U // self.rows_per_owner, self.num_owners - 1)
         rank_U = jnp.arange(self.unique_rows) - starts[owner_U]
 
         def one_round(state):
-            step, fetched_UxSxF = state
+            step, fetched_UxW = state
             asked_PxC = self._swap(self._ask(wanted_U, step))
-            answers = block_OxSxF[self._position(requests.owned, asked_PxC)]
-            arrived = self._swap(answers).reshape(-1, *block_OxSxF.shape[1:])
+            answers = block_OxW[self._position(requests.owned, asked_PxC)]
+            arrived = self._swap(answers).reshape(-1, block_OxW.shape[1])
             column_U = rank_U - step * self.capacity
             here_U = (column_U >= 0) & (column_U < self.capacity) & (wanted_U < self.num_rows)
             place_U = jnp.where(here_U, owner_U * self.capacity + column_U, 0)
-            return step + 1, jnp.where(here_U[:, None, None], arrived[place_U], fetched_UxSxF)
+            return step + 1, jnp.where(here_U[:, None], arrived[place_U], fetched_UxW)
 
-        empty = jnp.zeros((self.unique_rows, *block_OxSxF.shape[1:]), block_OxSxF.dtype)
-        return jax.lax.while_loop(lambda s: s[0] < requests.rounds, one_round, (0, empty))[1]
+        empty = jnp.zeros((self.unique_rows, block_OxW.shape[1]), block_OxW.dtype)
+        fetched = jax.lax.while_loop(lambda s: s[0] < requests.rounds, one_round, (0, empty))[1]
+        return fetched.reshape(-1, *row_shape)
 
     def push(self, gradient_UxSxF: jax.Array, requests: Requests) -> jax.Array:
         """Sends row gradients to the owners, who sum them in float32, source by source.
@@ -132,24 +135,25 @@ class Exchange:
         Returns:
             [O, S, F] float32 sums in the order of `requests.owned`.
         """
-        shape = (self.owned_rows, *gradient_UxSxF.shape[1:])
+        row_shape = gradient_UxSxF.shape[1:]
+        gradient_UxW = gradient_UxSxF.reshape(self.unique_rows, -1)
+        sums_OxW = jnp.zeros((self.owned_rows, gradient_UxW.shape[1]), jnp.float32)
         if self.num_owners == 1:
-            sums = self._add(jnp.zeros(shape, jnp.float32), requests, requests.rows, gradient_UxSxF)
+            sums_OxW = self._add(sums_OxW, requests, requests.rows, gradient_UxW)
         else:
-            sums = self._push_rounds(jnp.zeros(shape, jnp.float32), gradient_UxSxF, requests)
+            sums_OxW = self._push_rounds(sums_OxW, gradient_UxW, requests)
         axes = self._copy_axes()
-        return jax.lax.psum(sums, axes) if axes else sums
+        sums_OxW = jax.lax.psum(sums_OxW, axes) if axes else sums_OxW
+        return sums_OxW.reshape(-1, *row_shape)
 
-    def _push_rounds(self, sums_OxSxF, gradient_UxSxF, requests: Requests):
+    def _push_rounds(self, sums_OxW, gradient_UxW, requests: Requests):
         starts = self._starts(requests.rows)
 
         def one_round(state):
             step, sums = state
             mine_PxC = self._ask(requests.rows, step)
             place_PxC = jnp.minimum(self._places(starts, step), self.unique_rows - 1)
-            sent = jnp.where(
-                (mine_PxC < self.num_rows)[..., None, None], gradient_UxSxF[place_PxC], 0
-            )
+            sent = jnp.where((mine_PxC < self.num_rows)[..., None], gradient_UxW[place_PxC], 0)
             asked_PxC, arrived = self._swap(mine_PxC), self._swap(sent)
 
             # Rows are distinct within one source, so no scatter ever meets an index twice.
@@ -158,12 +162,12 @@ class Exchange:
 
             return step + 1, jax.lax.fori_loop(0, self.num_owners, one_source, sums)
 
-        return jax.lax.while_loop(lambda s: s[0] < requests.rounds, one_round, (0, sums_OxSxF))[1]
+        return jax.lax.while_loop(lambda s: s[0] < requests.rounds, one_round, (0, sums_OxW))[1]
 
-    def _add(self, sums_OxSxF, requests: Requests, rows_C, values_CxSxF):
+    def _add(self, sums_OxW, requests: Requests, rows_C, values_CxW):
         place_C = self._position(requests.owned, rows_C)
         place_C = jnp.where(rows_C < self.num_rows, place_C, self.owned_rows)
-        return sums_OxSxF.at[place_C].add(values_CxSxF.astype(jnp.float32), mode="drop")
+        return sums_OxW.at[place_C].add(values_CxW.astype(jnp.float32), mode="drop")
 
     def _copy_axes(self) -> tuple[str, ...]:
         return tuple(axis for axis in BATCH_AXES if axis not in self.vocab_axes)

@@ -8,6 +8,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from stem_jax.mesh import BATCH_AXES
 
+# Values that one segmented scan takes at a time.
+_CHUNK = 512
 _ROWS = PartitionSpec(BATCH_AXES, "tensor")
 _INDEX = PartitionSpec(BATCH_AXES, None)
 _VALUES = PartitionSpec(BATCH_AXES, None, "tensor")
@@ -75,18 +77,30 @@ def sum_by_row(values_NxF: jax.Array, index_N: jax.Array, num_rows: int) -> jax.
     order_N = jnp.argsort(index_N)
     sorted_N = index_N[order_N]
     starts_N = jnp.concatenate([jnp.ones(1, bool), sorted_N[1:] != sorted_N[:-1]])
+    # The end of a segment holds its sum; every other position falls outside and is dropped.
+    ends_N = jnp.concatenate([starts_N[1:], jnp.ones(1, bool)])
+    # Negative indices would count from the end.
+    target_N = jnp.where(ends_N & (sorted_N >= 0), sorted_N, num_rows)
 
     def combine(left, right):
         (left_sum, left_starts), (right_sum, right_starts) = left, right
         total = jnp.where(right_starts[:, None], right_sum, left_sum + right_sum)
         return total, left_starts | right_starts
 
-    sums_NxF, _ = jax.lax.associative_scan(
-        combine, (values_NxF[order_N].astype(jnp.float32), starts_N)
-    )
-    # The end of a segment holds its sum; every other position falls outside and is dropped.
-    ends_N = jnp.concatenate([starts_N[1:], jnp.ones(1, bool)])
-    # Negative indices would count from the end.
-    target_N = jnp.where(ends_N & (sorted_N >= 0), sorted_N, num_rows)
-    empty = jnp.zeros((num_rows, values_NxF.shape[1]), jnp.float32)
-    return empty.at[target_N].set(sums_NxF, mode="drop")
+    def one_chunk(carry, chunk):
+        sums_RxF, open_F = carry
+        order_C, starts_C, target_C = chunk
+        values_CxF = values_NxF[order_C].astype(jnp.float32)
+        # A segment that the last chunk left open goes on.
+        values_CxF = values_CxF.at[0].add(jnp.where(starts_C[0], 0.0, open_F))
+        scanned_CxF, _ = jax.lax.associative_scan(combine, (values_CxF, starts_C))
+        sums_RxF = sums_RxF.at[target_C].set(scanned_CxF, mode="drop")
+        return (sums_RxF, scanned_CxF[-1]), None
+
+    width, length = values_NxF.shape[1], index_N.shape[0]
+    empty = (jnp.zeros((num_rows, width), jnp.float32), jnp.zeros(width, jnp.float32))
+    # A scan over everything at once would hold several float32 copies of the values.
+    chunk = _CHUNK if length % _CHUNK == 0 else length
+    pieces = jax.tree.map(lambda x: x.reshape(-1, chunk), (order_N, starts_N, target_N))
+    (sums_RxF, _), _ = jax.lax.scan(one_chunk, empty, pieces)
+    return sums_RxF
