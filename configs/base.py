@@ -48,7 +48,8 @@ def get_config() -> config_dict.ConfigDict:
     config.tables.clip_norm = 1.0  # global norm over all tables, apart from the backbone's
     config.tables.init_std = None  # None: Xavier over [V, F], sqrt(2 / (V + F))
     config.tables.vocab_axes = ("data", "fsdp")  # mesh axes that shard the rows
-    config.tables.capacity = None  # rows per owner and round; None: 1.25 x the even share
+    # Rows per owner and exchange round; None: 1.25 x the even share, at most 256 MiB a round.
+    config.tables.capacity = None
     config.tables.pad_multiple = 256  # rows are padded to a multiple; shards must divide it
 
     config.data = config_dict.ConfigDict()

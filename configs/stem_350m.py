@@ -30,6 +30,7 @@ def get_config():
     config.optimizer.warmup_steps = 2000
     config.train.steps = 100_000
     config.train.global_batch_size = 512
+    config.train.micro_batches = 4
     config.train.seq_len = 2048
     config.eval.every = 2000
     config.eval.max_batches = 32

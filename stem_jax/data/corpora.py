@@ -156,8 +156,8 @@ def _read_pydoc() -> Iterator[str]:
 def _unindented(text: str) -> str:
     """The text without indentation, and with single spaces.
 
-    Runs of spaces are a thirtieth of these documents' bytes but a tenth of their tokens, and a small
-    model learns them first.
+    Runs of spaces are a thirtieth of these documents' bytes but a tenth of their tokens, and what a
+    small model learns first.
     """
     return re.sub(r"^ +", "", re.sub(r"[ \t]+", " ", text), flags=re.MULTILINE)
 

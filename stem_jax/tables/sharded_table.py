@@ -14,6 +14,9 @@ from stem_jax.tables.spec import TableSpec, TableState
 from stem_jax.tables.update_history import UpdateHistory
 
 _SMALLEST_BLOCK = 64
+# What one round of the exchange may take to send, and as much to receive, at float32: more rounds
+# cost little time, larger buffers cost memory at the peak of a step.
+_ROUND_BYTES = 2**28
 # Rows that catch up at a time when a whole table does.
 _PIECE = 1024
 
@@ -55,13 +58,15 @@ class ShardedTable:
         owners = axis_size(self.mesh, self.spec.vocab_axes)
         sizes = self.sizes or self.largest_sizes
         even_share = -(-5 * sizes.unique // (4 * owners))
+        row_bytes = 4 * self.spec.num_layers * self.spec.width // self.mesh.shape["tensor"]
+        small = max(1, _ROUND_BYTES // (owners * row_bytes))
         return Exchange(
             num_rows=self.spec.num_rows,
             vocab_axes=self.spec.vocab_axes,
             num_owners=owners,
             unique_rows=sizes.unique,
             owned_rows=sizes.owned,
-            capacity=min(self.spec.capacity or even_share, sizes.unique),
+            capacity=min(self.spec.capacity or min(even_share, small), sizes.unique),
         )
 
     def count(self, keys_AxBxL: jax.Array, valid_AxBxL: jax.Array) -> jax.Array:

@@ -83,8 +83,8 @@ class TableSpec:
         """The arrays of the table, for the placement check and the start-up report."""
         shape = (self.num_rows, self.num_layers, self.width)
         remedy = (
-            "make tables.pad_multiple a multiple of the row shards and model.ffn_dim of mesh.tensor, "
-            "or change tables.vocab_axes or the mesh"
+            "make tables.pad_multiple a multiple of the row shards and model.ffn_dim of "
+            "mesh.tensor, or change tables.vocab_axes or the mesh"
         )
         return [
             *(

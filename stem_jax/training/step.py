@@ -86,6 +86,8 @@ class TrainStep:
         rate = schedule.rates[state.updates]
         metrics = {"loss": cross_entropy, "grad_norm": norm, "learning_rate": rate}
         if table is not None:
+            # Rows travel in the compute dtype both ways; owners sum in float32.
+            row_gradients = row_gradients.astype(config.model.compute_dtype)
             row_gradients = table.push(row_gradients, requests)
             row_norm = global_norm(row_gradients)
             finite &= jnp.isfinite(row_norm)
