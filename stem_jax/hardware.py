@@ -9,28 +9,40 @@ import jax
 class Chip:
     """Peak figures of one device.
 
-    flops: dense bf16 matmul FLOP/s. hbm_bytes: bytes. hbm_bandwidth: bytes/s.
-    interconnect: bytes/s over all links of a chip, both directions together.
+    flops: dense bf16 matmul FLOP/s. hbm_bytes: what programs may use; on TPUs the limit that
+    libtpu's compiler enforces, the capacity less what the runtime reserves. hbm_bandwidth: bytes/s.
+    links: interconnect links of a chip. link_bandwidth: bytes/s of a link in one direction.
+    network: bytes/s of a chip into the data-centre network between slices, in one direction; None
+    where no figure is published.
     """
 
     name: str
     flops: float
     hbm_bytes: float
     hbm_bandwidth: float
-    interconnect: float
+    links: int
+    link_bandwidth: float
+    network: float | None
     source: str
 
+    @property
+    def interconnect(self) -> float:
+        """Bytes/s out of a chip over all its links."""
+        return self.links * self.link_bandwidth
 
-_TPU = "cloud.google.com/tpu/docs, system architecture pages"
-_NVIDIA = "NVIDIA datasheet"
+
+_TPU = "docs.cloud.google.com/tpu/docs/"
+_GIB = 2**30
 CHIPS = (
-    Chip("TPU v4", 275e12, 32 * 2**30, 1.2e12, 2.4e12 / 8, _TPU),
-    Chip("TPU v5 lite", 197e12, 16 * 2**30, 0.82e12, 1.6e12 / 8, _TPU),
-    Chip("TPU v5", 459e12, 95 * 2**30, 2.765e12, 4.8e12 / 8, _TPU),
-    Chip("TPU v6 lite", 918e12, 32 * 2**30, 1.64e12, 3.584e12 / 8, _TPU),
-    Chip("NVIDIA A100", 312e12, 80e9, 2.0e12, 600e9, _NVIDIA),
-    Chip("NVIDIA H100", 989e12, 80e9, 3.35e12, 900e9, _NVIDIA),
-    Chip("NVIDIA H200", 989e12, 141e9, 4.8e12, 900e9, _NVIDIA),
+    # Link figures of v4 follow from its bisection: 24 TB/s over the 512 links of a 16x16x16 pod.
+    Chip("TPU v4", 275e12, 30.75 * _GIB, 1.2e12, 6, 50e9, None, _TPU + "v4"),
+    # Network: 6.4 Tbps for the 256 chips of a pod.
+    Chip("TPU v5 lite", 197e12, 15.75 * _GIB, 819e9, 4, 50e9, 3.125e9, _TPU + "v5e"),
+    Chip("TPU v5", 459e12, 95.74 * _GIB, 2765e9, 6, 100e9, 6.25e9, _TPU + "v5p"),
+    Chip("TPU v6 lite", 918e12, 31.25 * _GIB, 1638e9, 4, 100e9, None, _TPU + "v6e"),
+    Chip("NVIDIA A100", 312e12, 80e9, 2.0e12, 12, 25e9, None, "NVIDIA A100 80GB datasheet"),
+    Chip("NVIDIA H100", 989e12, 80e9, 3.35e12, 18, 25e9, None, "NVIDIA H100 SXM datasheet"),
+    Chip("NVIDIA H200", 989e12, 141e9, 4.8e12, 18, 25e9, None, "NVIDIA H200 datasheet"),
 )
 
 

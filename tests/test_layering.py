@@ -25,6 +25,7 @@ LEVELS = [
         "completion",
         "generation",
         "interop",
+        "planning",
         "knowledge",
         "evaluation",
         "run",

@@ -198,7 +198,7 @@ class TrainStep:
             "never_touched_rows": jnp.sum(state.last_step == 0)
             - (spec.num_rows - spec.layout.num_keys),
             "exchange_rounds": requests.rounds,
-            "exchange_bytes": requests.rounds.astype(jnp.float32) * round_bytes,
+            "exchange_bytes": requests.rounds.astype(jnp.float32) * float(round_bytes),
             "busiest_owner": jnp.max(asked_P) / jnp.maximum(jnp.mean(asked_P), 1),
         }
 

@@ -1,0 +1,232 @@
+"""A plan: one program of a configuration, compiled for a pod, and what that says."""
+
+import dataclasses
+import math
+
+import numpy as np
+from jax.sharding import Mesh
+
+from stem_jax.config import Config
+from stem_jax.errors import InputError
+from stem_jax.hardware import Chip, chip_of
+from stem_jax.mesh import AXES, BATCH_AXES, axis_size, make_mesh
+from stem_jax.planning.collectives import KINDS, Collective, collectives_of
+from stem_jax.planning.compiled import Buffer, Compiled, Memory, compile_program
+from stem_jax.planning.hlo import Module
+from stem_jax.planning.program import Program, naive_lookup_program, train_step_program
+from stem_jax.planning.roofline import Roofline, roofline, step_flops
+from stem_jax.planning.topology import Topology, slice_of
+from stem_jax.planning.traffic import hbm_bytes
+from stem_jax.tables.spec import TableSpec
+
+_NAIVE = ("the train step, without --naive-lookup: there distinct rows travel once",)
+
+
+@dataclasses.dataclass(frozen=True)
+class TableBytes:
+    """Bytes of one chip for the tables: parameters; mu, nu and last_step; the step's row block;
+    one of the exchange's padded buffers. unique_rows: room in the row block. owned_rows: room for
+    what an owner is asked. Zeros without an exchange.
+    """
+
+    rows: int
+    slots: int
+    unique_rows: int
+    owned_rows: int
+    row_block: int
+    exchange: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CollectiveTotal:
+    """All collectives of a kind: how many run in a step, and the bytes a chip sends in them."""
+
+    count: int
+    bytes: int
+    bytes_between_slices: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Figures are per chip and step unless they say otherwise.
+
+    program: "train step" or "naive lookup". limit: bytes of HBM that programs may use; None where
+    unknown. model_flops, all_flops: matmuls on all chips, without and with recomputation.
+    compiler_flops: the compiler's own count of one chip, where loops count once and kernels not at
+    all. hbm_traffic, collectives, roofline: None where there is no program or no peak figures.
+    """
+
+    program: str
+    topology: str
+    device_kind: str
+    chips: int
+    mesh: dict[str, int]
+    sequences: int
+    tokens_per_step: int
+    memory: Memory
+    limit: int | None
+    fits: bool
+    refused: str
+    buffers: tuple[Buffer, ...]
+    table: TableBytes | None
+    model_flops: int
+    all_flops: int
+    compiler_flops: float | None
+    hbm_traffic: int | None
+    collectives: dict[str, CollectiveTotal] | None
+    open_ended_loops: int
+    roofline: Roofline | None
+    peaks: Chip | None
+    compile_seconds: float
+    remedies: tuple[str, ...]
+
+
+def make_plan(
+    config: Config,
+    topology: Topology,
+    *,
+    naive_lookup: bool = False,
+    all_distinct: bool = False,
+    full_effort: bool = False,
+) -> Plan:
+    """Compiles for the topology; takes from seconds to minutes.
+
+    Args:
+        naive_lookup: compile `program.naive_lookup_program` in place of the train step.
+        all_distinct: as `program.train_step_program` has it.
+        full_effort: as `compiled.compile_program` has it.
+
+    Raises:
+        InputError: the topology cannot be described, or the configuration does not suit it.
+    """
+    mesh = pod_mesh(config, topology)
+    chip = chip_of(mesh.devices.flat[0])
+    if naive_lookup:
+        program = naive_lookup_program(config, mesh)
+    else:
+        program = train_step_program(config, mesh, all_distinct=all_distinct)
+    compiled = compile_program(program, full_effort=full_effort)
+    limit = int(chip.hbm_bytes) if chip else None
+    fits = not compiled.refused and (limit is None or compiled.memory.total <= limit)
+    module = compiled.module
+    collectives = [] if module is None else collectives_of(module, slice_of(mesh.devices.flat))
+    traffic = None if module is None else hbm_bytes(module)
+    model_flops, all_flops = step_flops(config)
+    bounded = chip is not None and module is not None and not naive_lookup
+    return Plan(
+        program="naive lookup" if naive_lookup else "train step",
+        topology=str(topology),
+        device_kind=mesh.devices.flat[0].device_kind,
+        chips=mesh.devices.size,
+        mesh={axis: mesh.shape[axis] for axis in AXES},
+        sequences=config.micro_batch_size // axis_size(mesh, BATCH_AXES),
+        tokens_per_step=config.tokens_per_step,
+        memory=compiled.memory,
+        limit=limit,
+        fits=fits,
+        refused=compiled.refused,
+        buffers=compiled.buffers,
+        table=_table_bytes(config, mesh, program),
+        model_flops=model_flops,
+        all_flops=all_flops,
+        compiler_flops=compiled.flops,
+        hbm_traffic=traffic,
+        collectives=None if module is None else _totals(collectives),
+        open_ended_loops=0 if module is None else _open_ended(module),
+        roofline=roofline(config, topology, chip, collectives, traffic) if bounded else None,
+        peaks=chip,
+        compile_seconds=compiled.seconds,
+        remedies=()
+        if fits
+        else _NAIVE
+        if naive_lookup
+        else _remedies(config, mesh, compiled, limit),
+    )
+
+
+def pod_mesh(config: Config, topology: Topology) -> Mesh:
+    """The mesh of the configuration; several slices follow each other along `data`.
+
+    Raises:
+        InputError: `mesh.data` cannot be split over the slices.
+    """
+    devices, slices = topology.devices(), topology.slices
+    if slices == 1:
+        return make_mesh(config.mesh, devices)
+    data = config.mesh.data
+    if data != -1 and data % slices:
+        raise InputError(
+            f"mesh.data={data} does not divide over --slices={slices}; only data may span slices, "
+            f"so set --config.mesh.data={slices} or a multiple"
+        )
+    inside = dataclasses.replace(config.mesh, data=data if data == -1 else data // slices)
+    numbers = slice_of(devices)
+    parts = [
+        make_mesh(inside, [d for d, number in zip(devices, numbers) if number == part])
+        for part in range(slices)
+    ]
+    stacked = np.concatenate([part.devices for part in parts])
+    return Mesh(stacked, AXES, axis_types=parts[0].axis_types)
+
+
+def _table_bytes(config: Config, mesh: Mesh, program: Program) -> TableBytes | None:
+    spec = TableSpec.from_config(config)
+    if not spec.num_layers:
+        return None
+    rows, *slots = (array.device_bytes(mesh) for array in spec.placed())
+    row = spec.num_layers * spec.width // mesh.shape["tensor"]
+    row *= 2 if config.model.compute_dtype == "bfloat16" else 4
+    exchange = program.exchange
+    if exchange is None:
+        return TableBytes(rows, sum(slots), 0, 0, 0, 0)
+    return TableBytes(
+        rows=rows,
+        slots=sum(slots),
+        unique_rows=exchange.unique_rows,
+        owned_rows=exchange.owned_rows,
+        row_block=exchange.unique_rows * row,
+        exchange=exchange.num_owners * exchange.capacity * row,
+    )
+
+
+def _totals(collectives: list[Collective]) -> dict[str, CollectiveTotal]:
+    totals = {}
+    for kind in KINDS:
+        ours = [c for c in collectives if c.kind == kind]
+        totals[kind] = CollectiveTotal(
+            count=sum(c.times for c in ours),
+            bytes=math.ceil(sum(c.total for c in ours)),
+            bytes_between_slices=math.ceil(sum(c.total for c in ours if c.crosses)),
+        )
+    return totals
+
+
+def _open_ended(module: Module) -> int:
+    """Loops whose end only the device knows: the rounds of the exchange."""
+    loops = (i for i, _ in module.scheduled() if i.opcode == "while")
+    return sum(module.trip_count(loop) is None for loop in loops)
+
+
+def _remedies(config: Config, mesh: Mesh, compiled: Compiled, limit: int | None) -> tuple[str, ...]:
+    """What to change, the most likely first."""
+    found = []
+    batch_devices = axis_size(mesh, BATCH_AXES)
+    vocab = config.model.vocab_size // mesh.shape["tensor"]
+    wide = max((b.bytes * b.count for b in compiled.buffers if _ends_in(b, vocab)), default=0)
+    if limit and compiled.memory.arguments > limit / 2:
+        found.append("more chips, or more of them on mesh.fsdp and mesh.tensor: the state alone is "
+                     "over half the memory")  # fmt: skip
+    if config.model.remat != "full":
+        found.append("model.remat=full")
+    if config.micro_batch_size > batch_devices:
+        found.append(f"train.micro_batches={2 * config.train.micro_batches}")
+    if limit and wide > limit / 16 and config.train.loss_chunk > 64:
+        found.append(f"train.loss_chunk={config.train.loss_chunk // 2}")
+    if config.train.global_batch_size > batch_devices:
+        found.append(f"train.global_batch_size={config.train.global_batch_size // 2}")
+    found.append("a larger topology")
+    return tuple(found)
+
+
+def _ends_in(buffer: Buffer, size: int) -> bool:
+    return buffer.shape.endswith((f",{size}]", f"[{size}]"))

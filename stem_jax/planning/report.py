@@ -1,0 +1,147 @@
+"""A plan as text to read, and as JSON."""
+
+import dataclasses
+import json
+
+from stem_jax.planning.plan import Plan
+
+# Origins are paths of calls; what is left says which one.
+_ORIGIN_LENGTH = 90
+
+
+def as_json(plan: Plan) -> str:
+    """One JSON object with every field of the plan; sizes in bytes, times in seconds."""
+    return json.dumps(dataclasses.asdict(plan), indent=2)
+
+
+def as_text(plan: Plan) -> str:
+    """The plan for a reader."""
+    mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
+    lines = [
+        f"program      {plan.program}, compiled in {plan.compile_seconds:.1f} s",
+        f"pod          {plan.topology}: {plan.chips} x {plan.device_kind}; mesh {mesh}",
+        f"batch        {plan.tokens_per_step:,} tokens a step; {plan.sequences} sequences a "
+        "micro-batch and device group",
+        *_memory_lines(plan),
+        *_table_lines(plan),
+        *_buffer_lines(plan),
+        *_work_lines(plan),
+        *_roofline_lines(plan),
+    ]
+    if not plan.fits:
+        lines.append(f"to change    {'; or '.join(plan.remedies)}")
+    return "\n".join(lines)
+
+
+def verdict(plan: Plan) -> str:
+    """One line: whether it fits."""
+    memory = plan.memory
+    if plan.limit is None:
+        return f"needs {_bytes(memory.total)} per device"
+    words = "fits" if plan.fits else "does not fit"
+    return (
+        f"{plan.program} {words} {plan.topology}: {_bytes(memory.total)} of "
+        f"{_bytes(plan.limit)} HBM per chip"
+    )
+
+
+def _memory_lines(plan: Plan) -> list[str]:
+    memory = plan.memory
+    note = " (as far as the compiler got)" if plan.refused else ""
+    return [
+        f"memory       per chip: {verdict(plan)}{note}",
+        f"             arguments {_bytes(memory.arguments)} (state, batch), of which outputs take "
+        f"over {_bytes(memory.aliased)}; other outputs {_bytes(memory.outputs)}",
+        f"             temporaries {_bytes(memory.temporaries)}, generated code "
+        f"{_bytes(memory.code)}; host {_bytes(memory.host)}",
+    ]
+
+
+def _table_lines(plan: Plan) -> list[str]:
+    table = plan.table
+    if table is None:
+        return ["table        none: a dense model"]
+    lines = [
+        f"table        per chip: rows {_bytes(table.rows)}, slot variables {_bytes(table.slots)}"
+    ]
+    if table.row_block:
+        lines.append(
+            f"             row block {_bytes(table.row_block)}, room for {table.unique_rows:,} "
+            f"distinct rows; {table.owned_rows:,} rows asked of an owner; a padded exchange buffer "
+            f"{_bytes(table.exchange)}"
+        )
+    return lines
+
+
+def _buffer_lines(plan: Plan) -> list[str]:
+    if not plan.buffers:
+        return []
+    lines = ["buffers      the largest, where the compiler tells at the peak of memory:"]
+    for buffer in plan.buffers:
+        times = f"{buffer.count} x " if buffer.count > 1 else ""
+        origin = buffer.origin.removeprefix("jit(_update)/")[:_ORIGIN_LENGTH]
+        lines.append(f"             {times}{_bytes(buffer.bytes)} {buffer.shape} {origin}")
+    return lines
+
+
+def _work_lines(plan: Plan) -> list[str]:
+    lines = []
+    if plan.program == "train step":
+        again = plan.all_flops / plan.model_flops - 1
+        own = "" if plan.compiler_flops is None else (
+            f"; the compiler counts {plan.compiler_flops / 1e12:.2f} a chip, loops once and "
+            "kernels not at all"
+        )  # fmt: skip
+        lines.append(
+            f"matmuls      {plan.model_flops / 1e12:,.1f} TFLOP a step on all chips, "
+            f"{again:+.0%} recomputed{own}"
+        )
+    if plan.hbm_traffic is not None:
+        lines.append(f"HBM          {_bytes(plan.hbm_traffic)} read and written per chip and step")
+    if plan.collectives is not None:
+        lines.append("collectives  sent per chip and step (ring algorithm):")
+        for kind, total in plan.collectives.items():
+            if total.count:
+                between = total.bytes_between_slices
+                crossing = f", {_bytes(between)} of it between slices" if between else ""
+                sent = f"{_bytes(total.bytes):>12}{crossing}"
+                lines.append(f"             {kind:<18} {sent} in {total.count}")
+        if plan.open_ended_loops:
+            lines.append(
+                f"             {plan.open_ended_loops} loops end when the device says so (rounds "
+                "of the exchange): counted as one round each"
+            )
+    return lines
+
+
+def _roofline_lines(plan: Plan) -> list[str]:
+    bounds, peaks = plan.roofline, plan.peaks
+    if peaks is None:
+        return [f"roofline     none: no published peak figures for {plan.device_kind}"]
+    if bounds is None:
+        return []
+    times = {
+        "compute": bounds.compute,
+        "hbm": bounds.hbm,
+        "interconnect": bounds.interconnect,
+        "network": bounds.network,
+    }
+    listed = ", ".join(f"{name} {1e3 * value:,.1f} ms" for name, value in times.items())
+    network = (
+        ", network unknown and not counted"
+        if peaks.network is None
+        else f", network {peaks.network / 1e9:g} GB/s"
+    )
+    return [
+        f"roofline     {listed}",
+        f"             at most {bounds.tokens_per_second:,.0f} tokens/s, MFU {bounds.mfu:.1%}; "
+        f"{bounds.binds} binds",
+        f"             peaks of {peaks.name}: {peaks.flops / 1e12:g} bf16 TFLOP/s, HBM "
+        f"{peaks.hbm_bandwidth / 1e9:,g} GB/s, {peaks.links} links of "
+        f"{peaks.link_bandwidth / 1e9:g} GB/s each way{network} ({peaks.source})",
+    ]
+
+
+def _bytes(size: float) -> str:
+    """In GiB or MiB, whichever reads better."""
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**29 else f"{size / 2**20:,.1f} MiB"

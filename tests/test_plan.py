@@ -1,0 +1,209 @@
+"""The planner: it refuses what it must, says what does not fit and why, and plans for TPUs."""
+
+import importlib.util
+import json
+import sys
+
+import jax
+import pytest
+
+from stem_jax import cli, plan
+from stem_jax.errors import InputError
+from stem_jax.hardware import CHIPS, Chip
+from stem_jax.planning import compiled
+from stem_jax.planning import plan as plans
+from stem_jax.planning.report import as_text
+from stem_jax.planning.topology import KNOWN, Topology
+
+SMALL = {
+    "model.num_layers": "2",
+    "model.embed_dim": "64",
+    "model.num_heads": "2",
+    "model.num_kv_heads": "1",
+    "model.ffn_dim": "128",
+    "model.vocab_size": "512",
+    "train.global_batch_size": "16",
+    "train.seq_len": "128",
+}
+
+
+def _chip(hbm_bytes: float) -> Chip:
+    return Chip("X", 100e12, hbm_bytes, 1e12, 4, 10e9, 1e9, "a test")
+
+
+# --- Memory ---
+
+REFUSED = [
+    (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (17.31G) exceeds available HBM (15.75G).",
+        17.31 * 2**30,
+    ),
+    (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: XLA:TPU compile permanent error. Ran out of "
+        "memory in memory space hbm. Used 16.01G of 15.75G hbm. Exceeded hbm capacity by 267.97M.\n"
+        "\nTotal hbm usage >= 16.26G:\n    reserved        258.03M\n    program          14.84G\n"
+        "\nProgram hbm requirement 14.84G:\n    scoped            2.81G\n",
+        14.84 * 2**30,
+    ),
+]
+
+
+@pytest.mark.parametrize(("message", "temporaries"), REFUSED)
+def test_what_a_refusal_says_is_kept(message, temporaries):
+    class Lowered:
+        def compile(self, compiler_options):
+            raise jax.errors.JaxRuntimeError(message)
+
+    found = compiled.compile_program(plans.Program(Lowered(), 100, None))
+    assert (found.refused, found.module, found.buffers) == (message, None, ())
+    assert found.memory.arguments == 100
+    assert found.memory.temporaries == int(temporaries)
+
+
+def test_the_compilers_list_of_allocations_is_kept():
+    message = """RESOURCE_EXHAUSTED: Used 16.01G of 15.75G hbm.
+  Largest program allocations in hbm:
+
+  1. Size: 2.81G
+     Operator: op_name="jit(_update)/shard_map/while/body/all_to_all"
+     Shape: u8[3014656000]{0}
+     Unpadded size: 2.81G
+     Tag: scoped memory for all_to_all.50
+     XLA label: all_to_all.50 = all-to-all(copy.5855)
+     ==========================
+
+  2. Size: 960.00M
+     Operator: op_name="jit(_update)/gather"
+     Shape: bf16[20480,5,8192]{2,1,0:T(8,128)(2,1)}
+     ==========================
+"""
+    assert compiled._allocations(message) == (
+        compiled.Buffer(int(2.81 * 2**30), "u8[3014656000]", "scoped memory for all_to_all.50"),
+        compiled.Buffer(960 * 2**20, "bf16[20480,5,8192]", "jit(_update)/gather"),
+    )
+
+
+def test_other_failures_are_not_hidden():
+    class Lowered:
+        def compile(self, compiler_options):
+            raise jax.errors.JaxRuntimeError("INTERNAL: no such instruction")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no such instruction"):
+        compiled.compile_program(plans.Program(Lowered(), 100, None))
+
+
+# --- Topologies ---
+
+
+@pytest.mark.parametrize("name", ["v5e:3x3", "v9:8x8", "v5e", "", "cpu:7"])
+def test_unknown_topologies_list_the_known(name):
+    with pytest.raises(InputError, match=f"--topology={name} is unknown; known are v4:2x2x1 ") as e:
+        Topology.parse(name)
+    for kind in ("v4", "v5e", "v5p", "v6e", "cpu"):
+        assert f"{kind}:{' '.join(KNOWN[kind])}" in str(e.value)
+
+
+@pytest.mark.parametrize(("name", "slices"), [("v5e:8x8", 0), ("cpu:8", 2)])
+def test_impossible_slices_are_refused(name, slices):
+    with pytest.raises(InputError, match=f"--slices={slices} must be at least 1"):
+        Topology.parse(name, slices)
+
+
+def test_missing_libtpu_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"needs libtpu, .*: pip install \"jax\[tpu\]\""):
+        Topology.parse("v6e:2x4").devices()
+
+
+def test_more_cpu_devices_than_there_are():
+    with pytest.raises(InputError, match="this process has 8 CPU devices; set XLA_FLAGS="):
+        Topology.parse("cpu:64").devices()
+
+
+def test_every_tpu_has_peak_figures_and_a_source():
+    assert all(chip.source.startswith("docs.cloud") for chip in CHIPS if "TPU" in chip.name)
+    v5e = next(chip for chip in CHIPS if chip.name == "TPU v5 lite")
+    assert v5e.interconnect == 200e9
+
+
+# --- The program ---
+
+
+def _main(*flags, overrides=()):
+    keys = {**SMALL, **dict(overrides)}
+    plan.main(["--config=configs/tiny.py", *flags, *(f"--config.{k}={v}" for k, v in keys.items())])
+
+
+def test_a_plan_for_cpu_devices(capsys):
+    _main("--topology=cpu:8", "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert (found["program"], found["chips"], found["fits"]) == ("train step", 8, True)
+    assert found["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
+    # One STEM layer: 512 rows of 128 floats over 8 devices, mu, nu and last_step beside them.
+    assert found["table"]["rows"] == 512 * 128 * 4 // 8
+    assert found["table"]["slots"] == 2 * found["table"]["rows"] + 512 * 4 // 8
+    assert found["table"]["row_block"] == found["table"]["unique_rows"] * 128 * 4
+    assert found["collectives"]["all-to-all"]["bytes"] > 0
+    assert found["collectives"]["all-reduce"]["bytes"] > 0
+    assert found["open_ended_loops"] > 0
+    assert found["memory"]["aliased"] > 0.9 * found["memory"]["arguments"] > 0
+    assert found["roofline"] is None
+
+
+def test_a_plan_reads_well_and_fails_clearly(monkeypatch, capsys):
+    monkeypatch.setattr(plans, "chip_of", lambda device: _chip(hbm_bytes=10_000))
+    argv = ["plan", "--config=configs/tiny.py", "--topology=cpu:2", "--naive-lookup"]
+    monkeypatch.setattr(sys, "argv", argv + [f"--config.{k}={v}" for k, v in SMALL.items()])
+    with pytest.raises(SystemExit) as exit_status:
+        cli.run(plan.main)
+    captured = capsys.readouterr()
+    assert exit_status.value.code == 1
+    assert captured.err.startswith("error: naive lookup does not fit cpu:2: ")
+    assert captured.err.count("\n") == 1
+    assert "to change    the train step, without --naive-lookup" in captured.out
+    assert "buffers      the largest" in captured.out
+
+
+def test_remedies_name_the_keys(monkeypatch, capsys):
+    monkeypatch.setattr(plans, "chip_of", lambda device: _chip(hbm_bytes=4_000_000))
+    with pytest.raises(
+        InputError, match=r"train step does not fit cpu:8: .* try model\.remat=full"
+    ):
+        _main("--topology=cpu:8")
+    text = capsys.readouterr().out
+    assert "to change    model.remat=full; or train.micro_batches=2; or " in text
+    assert "train.global_batch_size=8; or a larger topology" in text
+
+
+def test_a_dense_model_has_no_rows_to_look_up():
+    with pytest.raises(InputError, match=r"model\.stem_layers=none has no table"):
+        _main("--topology=cpu:2", "--naive-lookup", overrides={"model.stem_layers": "none"}.items())
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(InputError, match=r"train.micro_batches=3 does not divide over the 8 dev"):
+        _main("--topology=cpu:8", overrides={"train.global_batch_size": "3"}.items())
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: no TPU compiler"
+)
+@pytest.mark.parametrize(("name", "slices"), [("v5e:2x2", 1), ("v5p:2x2x1", 2)])
+def test_a_plan_for_tpus(name, slices, tiny_config):
+    config = tiny_config(**{"model.head_dim": 64, "train.seq_len": 128})
+    found = plans.make_plan(config, Topology.parse(name, slices))
+    assert (found.chips, found.fits, found.refused) == (4 * slices, True, "")
+    assert found.mesh == {"data": 4 * slices, "fsdp": 1, "tensor": 1}
+    assert found.roofline.step > 0
+    assert found.collectives["all-to-all"].bytes > 0
+    between = found.collectives["all-reduce"].bytes_between_slices
+    assert (between > 0) == (slices > 1)
+    assert "fits" in as_text(found)
+
+
+def test_only_data_spans_slices(tiny_config, monkeypatch):
+    monkeypatch.setattr(Topology, "devices", lambda self: jax.devices()[:8])
+    topology = Topology.parse("v5e:2x2", 2)
+    with pytest.raises(InputError, match=r"mesh\.data=1 does not divide over --slices=2; .*data=2"):
+        plans.pod_mesh(tiny_config(**{"mesh.data": 1, "mesh.fsdp": -1}), topology)
