@@ -24,8 +24,9 @@ def get_config():
     config.model.remat = "full"
     config.data.sources = "corpus"
     config.data.tokenizer_path = "corpus/tokenizer/tokenizer.model"
-    config.mesh.data = 1
-    config.mesh.fsdp = -1
+    # Wider shards than D / 4 are no use at this size: more, smaller gathers.
+    config.mesh.data = -1
+    config.mesh.fsdp = 4
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 2000
     config.train.steps = 100_000

@@ -152,7 +152,7 @@ class Checkpointer:
             bad_steps=data.pop("bad_steps"),
             tokenizer=layout["tokenizer"],
             data=data,
-            config=Config.from_json(json.dumps(found["config"])),
+            config=self._config(step, found["config"]),
         )
         spec = TableSpec.from_config(info.config)
         if spec.num_layers and missing:
@@ -201,6 +201,15 @@ class Checkpointer:
             items |= _table_items(abstract.table)
         found = self._restore(step, items)
         return found["params"], _table(found) if abstract.table is not None else None
+
+    def _config(self, step: int, raw: dict[str, Any]) -> Config:
+        try:
+            return Config.from_json(json.dumps(raw))
+        except InputError as error:
+            raise InputError(
+                f"checkpoint {self.folder / str(step)} was written by another version of stem_jax, "
+                f"with other configuration keys ({error}); use that version"
+            ) from error
 
     def _restore(self, step: int, items: dict[str, Any]):
         try:

@@ -213,7 +213,7 @@ def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> Co
     path = Path(path)
     if not path.is_file():
         raise InputError(f"config file {path} does not exist; see configs/ for the shipped ones")
-    raw = _import_config(path).to_dict()
+    raw = _import_config(path)
     for key, text in (overrides or {}).items():
         section, _, name = key.partition(".")
         if section not in raw or name not in raw[section]:
@@ -271,8 +271,9 @@ def _import_config(path: Path):
         module = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
-            return module.get_config()
-        except (SyntaxError, ImportError, AttributeError, TypeError) as error:
+            return module.get_config().to_dict()
+        # A config file is the user's program and may fail in any way.
+        except Exception as error:
             message = " ".join(str(error).split())[:300]
             raise InputError(
                 f"config file {path}: {type(error).__name__}: {message}; every key is declared in "

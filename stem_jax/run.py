@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-from stem_jax.checkpoint import Checkpointer, CheckpointInfo
+from stem_jax.checkpoint import FOLDER, Checkpointer, CheckpointInfo
 from stem_jax.config import Config
 from stem_jax.errors import InputError
 from stem_jax.mesh import BATCH_AXES, axis_size, check_placement, make_mesh
@@ -30,35 +30,36 @@ def train(config: Config, workdir: str | Path) -> bool:
     workdir = _writable(Path(workdir))
     mesh = make_mesh(config.mesh)
     _check_batch(config, mesh)
-    with Checkpointer(workdir, keep=config.checkpoint.keep) as checkpoints:
-        latest = checkpoints.latest_step()
-        info = None if latest is None else checkpoints.info(latest)
-        if info is not None:
-            check_resumable(info.config, config, info.updates)
-        data = open_run_data(
-            config,
-            workdir,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+    info = _latest(workdir)
+    latest = None if info is None else info.step
+    if info is not None:
+        check_resumable(info.config, config, info.updates)
+    data = open_run_data(
+        config,
+        workdir,
+        resuming=info is not None,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    if info is not None and info.tokenizer != data.tokenizer.fingerprint:
+        raise InputError(
+            f"checkpoint {latest} was trained with tokenizer {info.tokenizer[:12]}, "
+            f"{workdir / 'tokenizer'} holds {data.tokenizer.fingerprint[:12]}; restore it, or "
+            "start in another --workdir"
         )
-        if info is not None and info.tokenizer != data.tokenizer.fingerprint:
-            raise InputError(
-                f"checkpoint {latest} was trained with tokenizer {info.tokenizer[:12]}, "
-                f"{workdir / 'tokenizer'} holds {data.tokenizer.fingerprint[:12]}; restore it, or "
-                "start in another --workdir"
-            )
-        if info is not None and info.data != _data_record(config, data):
-            raise InputError(
-                f"the text behind data.sources={config.data.sources!r} is not what checkpoint "
-                f"{latest} was trained on; bring it back, or start in another --workdir"
-            )
-        if latest is not None and latest >= config.train.steps:
-            print(f"run complete: {workdir} is at step {latest} of {config.train.steps}")
-            return False
-        programs = TrainStep(config, mesh)
-        check_placement(placed_arrays(config, programs.model), mesh, config.mesh.max_replicated_mib)
-        (workdir / "config.json").write_text(config.to_json())
-        print(describe_run(config, programs.model, mesh), flush=True)
+    if info is not None and info.data != _data_record(config, data):
+        raise InputError(
+            f"the text behind data.sources={config.data.sources!r} is not what checkpoint "
+            f"{latest} was trained on; bring it back, or start in another --workdir"
+        )
+    if latest is not None and latest >= config.train.steps:
+        print(f"run complete: {workdir} is at step {latest} of {config.train.steps}")
+        return False
+    programs = TrainStep(config, mesh)
+    check_placement(placed_arrays(config, programs.model), mesh, config.mesh.max_replicated_mib)
+    (workdir / "config.json").write_text(config.to_json())
+    print(describe_run(config, programs.model, mesh), flush=True)
+    with Checkpointer(workdir, keep=config.checkpoint.keep) as checkpoints:
         if latest is None:
             state = init_state(config, programs.model, mesh)
         else:
@@ -79,7 +80,7 @@ def train(config: Config, workdir: str | Path) -> bool:
         with _StopSignal() as stop:
             loop = Loop(config, programs, data, workdir, save, stop)
             state, validation, done = loop.run(state)
-        checkpoints.wait()
+            checkpoints.wait()
     if not done:
         print(f"stopped at step {int(state.step)}; the same command continues")
         return False
@@ -87,6 +88,15 @@ def train(config: Config, workdir: str | Path) -> bool:
     if validation is not None:
         print(_verdict(config, data, validation))
     return True
+
+
+def _latest(workdir: Path) -> CheckpointInfo | None:
+    """The newest checkpoint's plain part, read before anything is prepared or written."""
+    if not (workdir / FOLDER).is_dir():
+        return None
+    with Checkpointer(workdir, read_only=True) as checkpoints:
+        latest = checkpoints.latest_step()
+        return None if latest is None else checkpoints.info(latest)
 
 
 def _data_record(config: Config, data: RunData) -> dict:

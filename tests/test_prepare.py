@@ -279,3 +279,18 @@ def test_wrong_flags_exit_with_two(tmp_path, flags, capsys):
     assert caught.value.code == 2
     assert not (tmp_path / "out").exists()
     assert "usage" in capsys.readouterr().err
+
+
+def test_an_unwritable_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    documents = [Document(f"text {index}", "here") for index in range(4)]
+    with pytest.raises(InputError, match="cannot be written"):
+        prepare_stores(
+            documents,
+            load_tokenizer("bytes"),
+            tmp_path / "file" / "store",
+            name="x",
+            validation_fraction=0.0,
+            seed=0,
+            progress=False,
+        )

@@ -212,6 +212,38 @@ def test_refused_input_is_one_line_and_exit_1(text_file, tmp_path):
     assert process.returncode == 2
 
 
+def test_refused_text_is_one_line_too(tmp_path):
+    """Later refusals come after folders and threads exist; they leave no trace of either."""
+    process = start(arguments(tmp_path / "nothing.txt", tmp_path / "run"))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert out == ""
+    assert len(err.splitlines()) == 1 and "nothing.txt" in err
+
+
+def test_resuming_reads_what_was_prepared(text_file, tmp_path, capsys):
+    text = tmp_path / "gone.jsonl"
+    shutil.copy(text_file, text)
+    workdir = tmp_path / "run"
+    flags = {"mesh__fsdp": 1, "optimizer__schedule_steps": 4}
+    main(arguments(text, workdir, train__steps=2, **flags))
+    before = {p: p.read_bytes() for p in (workdir / "data").rglob("*.bin")}
+    text.unlink()
+    main(arguments(text, workdir, train__steps=4, **flags))
+    assert "resuming from step 2" in capsys.readouterr().out
+    assert before == {p: p.read_bytes() for p in (workdir / "data").rglob("*.bin")}
+
+
+def test_damaged_ids_are_refused(copied_run, text_file):
+    [tokens] = (copied_run / "data").rglob("train/tokens.bin")
+    raw = bytearray(tokens.read_bytes())
+    raw[: len(raw) // 2] = b"\xff" * (len(raw) // 2)
+    tokens.write_bytes(bytes(raw))
+    shutil.rmtree(copied_run / "checkpoints" / "12")
+    with pytest.raises(InputError, match=r"holds id 65535 .* outside its vocabulary of 258"):
+        main(arguments(text_file, copied_run))
+
+
 def test_unwritable_work_folder(text_file, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match="cannot be written"):
@@ -257,4 +289,5 @@ def test_bad_steps_stop_the_run_and_the_checkpoint_stands(text_file, tmp_path):
     steps = [int(p.name) for p in (workdir / "checkpoints").iterdir()]
     log = [r for r in records(workdir) if "train/loss" in r]
     assert log[-1]["train/skipped_steps"] == 3
-    assert max(steps) <= log[-1]["step"]
+    arrays = final_arrays(workdir, min(steps))
+    assert all(np.isfinite(array).all() for array in arrays.values())

@@ -95,12 +95,14 @@ def open_sources(
     text_field: str = "text",
     vocab_size: int | None = None,
     progress: bool = True,
+    keep: bool = False,
 ) -> tuple[OpenedSource, ...]:
     """Opens every source, preparing text that was not prepared before.
 
     A source is a folder of token stores, a built-in corpus or a file pattern. The last two are
     prepared below `folder` and reused while tokenizer, split, seed and text stay the same.
     vocab_size: of the model, if it is known; a store's may not be larger.
+    keep: read what was prepared before as it is, also if its text has changed or gone since.
     On several processes that share `folder`, let one call it before the others do.
     Raises InputError for a source that cannot be read, or one of another tokenizer.
     """
@@ -115,8 +117,13 @@ def open_sources(
             )
         else:
             target = Path(folder) / _folder_name(spec.source)
-            record = _source_record(spec.source, tokenizer, validation_fraction, seed, text_field)
-            if not _is_current(target, record):
+            kept = keep and (target / _RECORD_FILE).is_file()
+            record = (
+                None
+                if kept
+                else _source_record(spec.source, tokenizer, validation_fraction, seed, text_field)
+            )
+            if not kept and not _is_current(target, record):
                 (target / _RECORD_FILE).unlink(missing_ok=True)
                 prepare_stores(
                     read_source(spec.source, text_field),

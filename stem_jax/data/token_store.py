@@ -158,12 +158,20 @@ class TokenStore:
             segment_ids: int32, counts the documents in this row from 1; 0 where padded.
             positions: int32, from 0 at each document start and at the row start, so always < L.
             loss_mask: float32, 1 where the target is in the input's document, else 0.
+
+        Raises InputError for ids outside the vocabulary, which only a damaged file has.
         """
         if not 0 <= index < self.num_rows(seq_len, drop_last=False):
             raise IndexError(f"row {index} of token store {self.folder} with seq_len {seq_len}")
         start = index * seq_len
         length = min(seq_len, self.num_tokens - 1 - start)
         ids = self.tokens[start : start + length + 1].astype(np.int32)
+        if ids.max() >= self.meta.vocab_size:
+            raise InputError(
+                f"token store {self.folder} holds id {ids.max()} at token {start + ids.argmax()},"
+                f" outside its vocabulary of {self.meta.vocab_size}: it was damaged, prepare the"
+                " text again"
+            )
         # Boundaries in (start, start + length], as offsets into the row.
         low, high = np.searchsorted(self.document_starts, [start, start + length], side="right")
         starts = np.asarray(self.document_starts[low:high]) - start
@@ -207,7 +215,12 @@ class TokenStoreWriter:
             )
         self._temp = self._folder.with_name(f".{self._folder.name}.tmp-{os.getpid()}")
         shutil.rmtree(self._temp, ignore_errors=True)
-        self._temp.mkdir(parents=True)
+        try:
+            self._temp.mkdir(parents=True)
+        except OSError as error:
+            raise InputError(
+                f"folder {self._folder} cannot be written ({error.strerror}): choose another one"
+            ) from error
         self._dtype = np.dtype("<u2" if vocab_size <= _MAX_UINT16_VOCAB else "<u4")
         self._bos_id, self._eos_id = bos_id, eos_id
         self._meta = {

@@ -7,6 +7,7 @@ step t-1 are fetched, so the host never waits for the step it has just started. 
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -118,7 +119,9 @@ class _Reporter:
         self._config = config
         self._log = log
         self._pending: tuple[int, dict] | None = None
-        losses = [r["train/loss"] for r in log.records if r.get("train/loss") is not None]
+        logged = [r["train/loss"] for r in log.records if "train/loss" in r]
+        # A non-finite loss is logged as null.
+        losses = [math.nan if loss is None else loss for loss in logged]
         self._spikes = SpikeCounter(losses)
         self._flops = training_flops_per_token(config.model, config.train.seq_len)
         chip = chip_of(jax.devices()[0])

@@ -29,15 +29,23 @@ class RunData:
 
 
 def open_run_data(
-    config: Config, workdir: Path, *, process_index: int = 0, process_count: int = 1
+    config: Config,
+    workdir: Path,
+    *,
+    resuming: bool = False,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> RunData:
     """Prepares what was not prepared before and opens the sources.
+
+    Args:
+        resuming: read the tokenizer and the prepared text of the work folder as they are.
 
     Raises:
         InputError: sources that cannot be read, or a tokenizer that does not fit the model.
     """
     data, train = config.data, config.train
-    tokenizer = run_tokenizer(config, workdir)
+    tokenizer = run_tokenizer(config, workdir, resuming)
     sources = open_sources(
         parse_sources(data.sources),
         tokenizer,
@@ -45,6 +53,7 @@ def open_run_data(
         validation_fraction=data.validation_fraction,
         seed=train.seed,
         vocab_size=config.model.vocab_size,
+        keep=resuming,
     )
     slices = {
         "seq_len": train.seq_len,
@@ -63,19 +72,15 @@ def open_run_data(
     )
 
 
-def run_tokenizer(config: Config, workdir: Path) -> Tokenizer:
-    """The run's tokenizer, which stays in `<workdir>/tokenizer` from the first run on.
+def run_tokenizer(config: Config, workdir: Path, resuming: bool) -> Tokenizer:
+    """The run's tokenizer, which stays in `<workdir>/tokenizer` as long as the run has checkpoints.
 
     It is the configured one, else that of the first prepared token store among the sources, else a
     sentencepiece model trained here on the sources.
     """
     folder = workdir / TOKENIZER_FOLDER
     data = config.data
-    if (folder / "tokenizer_meta.json").exists():
-        tokenizer = load_tokenizer_folder(folder)
-    else:
-        tokenizer = _first_tokenizer(config, workdir)
-        tokenizer.save(folder)
+    tokenizer = load_tokenizer_folder(folder) if resuming else _first_tokenizer(config, workdir)
     if tokenizer.kind != data.tokenizer:
         raise InputError(
             f"data.tokenizer={data.tokenizer!r}, but the tokenizer of this run is "
@@ -86,6 +91,8 @@ def run_tokenizer(config: Config, workdir: Path) -> Tokenizer:
             f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's "
             f"{tokenizer.vocab_size} ids; set model.vocab_size={tokenizer.vocab_size}"
         )
+    if not resuming:
+        tokenizer.save(folder)
     return tokenizer
 
 
