@@ -3,6 +3,7 @@
 Each check names the value, the field and the remedy.
 """
 
+import math
 import typing
 
 from stem_jax.errors import InputError
@@ -59,6 +60,7 @@ _POSITIVE = [
     "optimizer.clip_norm",
     "optimizer.cycle_length",
     "optimizer.cosine_theta",
+    "optimizer.inv_sqrt_exponent",
 ]
 _OPTIONAL_POSITIVE = [
     "tables.init_std",
@@ -76,8 +78,11 @@ def validate(config: "Config") -> None:
             raise InputError(f"{key}={value!r} is unknown; choose one of {', '.join(allowed)}")
     _check_range(config, _AT_LEAST_ONE, lambda v: v >= 1, "at least 1")
     _check_range(config, _NOT_NEGATIVE, lambda v: v >= 0, "0 or more")
-    _check_range(config, _POSITIVE, lambda v: v > 0, "more than 0")
+    _check_range(config, _POSITIVE, lambda v: 0 < v < math.inf, "more than 0")
     _check_range(config, _OPTIONAL_POSITIVE, lambda v: v is None or v > 0, "more than 0, or none")
+    _check_range(
+        config, ["tables.weight_decay"], lambda v: v is None or v >= 0, "0 or more, or none"
+    )
     _check_model(config)
     _check_optimizer(config)
     _check_tables(config)
