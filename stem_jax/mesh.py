@@ -13,7 +13,7 @@ AXES = ("data", "fsdp", "tensor")
 # A global batch is split over these axes; a device's share of it is one block of sequences.
 BATCH_AXES = ("data", "fsdp")
 
-# Logical axis of a backbone parameter -> mesh axis. Tables have their own rule in tables/layout.
+# Logical axis of a backbone parameter -> mesh axis. Tables have their own rule in tables/spec.
 LOGICAL_TO_MESH = {
     "embed": "fsdp",
     "ffn": "tensor",
