@@ -21,6 +21,7 @@ def get_config():
     config.model.rope_theta = 500000.0
     config.model.compute_dtype = "bfloat16"
     config.model.remat = "full"
+    config.model.scan_layers = True
     config.data.sources = "corpus"
     config.data.tokenizer = "hf"
     config.data.tokenizer_path = "corpus/tokenizer/tokenizer.json"

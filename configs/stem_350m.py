@@ -22,6 +22,7 @@ def get_config():
     config.model.stem_layers = "half"
     config.model.compute_dtype = "bfloat16"
     config.model.remat = "full"
+    config.model.scan_layers = True
     config.data.sources = "corpus"
     config.data.tokenizer_path = "corpus/tokenizer/tokenizer.model"
     # Wider shards than D / 4 are no use at this size: more, smaller gathers.

@@ -49,6 +49,7 @@ class ModelConfig:
     compute_dtype: str
     attention: str
     remat: str
+    scan_layers: bool
 
     def __post_init__(self):
         object.__setattr__(self, "stem_layers", _stem_layers(self.stem_layers, self.num_layers))

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from stem_jax.config import MeshConfig
@@ -27,24 +28,57 @@ LOGICAL_TO_MESH = {
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """Builds the (data, fsdp, tensor) mesh over `devices` (default: all).
 
+    Several TPU slices follow each other along `data`: their network is slower than the links
+    within a slice, and gradients of the backbone are all that crosses it.
+
     Raises:
-        InputError: the axis sizes do not multiply to the number of devices.
+        InputError: the axis sizes do not multiply to the number of devices, or `mesh.data` does
+            not divide over the slices.
     """
     devices = jax.devices() if devices is None else devices
+    numbers = slice_of(devices)
+    slices = sorted(set(numbers))
     sizes = {axis: getattr(config, axis) for axis in AXES}
+    if sizes["data"] != -1 and sizes["data"] % len(slices):
+        raise InputError(
+            f"mesh.data={sizes['data']} does not divide over {len(slices)} slices; only data may "
+            f"span slices, so set mesh.data={len(slices)} or a multiple"
+        )
     fixed = math.prod(size for size in sizes.values() if size != -1)
     free = [axis for axis, size in sizes.items() if size == -1]
     if free and len(devices) % fixed == 0:
         sizes[free[0]] = len(devices) // fixed
-    if math.prod(sizes.values()) != len(devices):
+    if math.prod(sizes.values()) != len(devices) or sizes["data"] % len(slices):
         shape = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
         raise InputError(
-            f"{shape} do not multiply to the {len(devices)} devices; change one of them, or set "
-            "one to -1"
+            f"{shape} do not multiply to the {len(devices)} devices"
+            + (f" of {len(slices)} equal slices" if len(slices) > 1 else "")
+            + "; change one of them, or set one to -1"
         )
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-    )
+    axis_types = (AxisType.Auto,) * len(AXES)
+    inside = (sizes["data"] // len(slices), sizes["fsdp"], sizes["tensor"])
+    # jax.make_mesh knows how to lay one slice out along its links.
+    parts = [
+        jax.make_mesh(
+            inside,
+            AXES,
+            axis_types=axis_types,
+            devices=[d for d, number in zip(devices, numbers, strict=True) if number == part],
+        )
+        for part in slices
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return Mesh(np.concatenate([p.devices for p in parts]), AXES, axis_types=axis_types)
+
+
+def slice_of(devices: list[jax.Device]) -> list[int]:
+    """The TPU slice of each device; 0 for all where there is but one."""
+    # GPUs number their hosts in the same field, and parameters may well be split over hosts.
+    return [
+        (getattr(device, "slice_index", None) or 0) if device.platform == "tpu" else 0
+        for device in devices
+    ]
 
 
 def axis_size(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:

@@ -1,5 +1,6 @@
 """The planner: it refuses what it must, says what does not fit and why, and plans for TPUs."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -10,6 +11,7 @@ import pytest
 from stem_jax import cli, plan
 from stem_jax.errors import InputError
 from stem_jax.hardware import CHIPS, Chip
+from stem_jax.mesh import make_mesh
 from stem_jax.planning import compiled
 from stem_jax.planning import plan as plans
 from stem_jax.planning.report import as_text
@@ -37,7 +39,7 @@ REFUSED = [
     (
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
         "temporaries (17.31G) exceeds available HBM (15.75G).",
-        17.31 * 2**30,
+        17.31 * 2**30 - 100,
     ),
     (
         "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: XLA:TPU compile permanent error. Ran out of "
@@ -189,7 +191,9 @@ def test_a_batch_that_does_not_divide_is_refused():
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: no TPU compiler"
 )
-@pytest.mark.parametrize(("name", "slices"), [("v5e:2x2", 1), ("v5p:2x2x1", 2)])
+@pytest.mark.parametrize(
+    ("name", "slices"), [("v4:2x2x1", 1), ("v5e:2x2", 1), ("v6e:2x2", 1), ("v5p:2x2x1", 2)]
+)
 def test_a_plan_for_tpus(name, slices, tiny_config):
     config = tiny_config(**{"model.head_dim": 64, "train.seq_len": 128})
     found = plans.make_plan(config, Topology.parse(name, slices))
@@ -202,8 +206,22 @@ def test_a_plan_for_tpus(name, slices, tiny_config):
     assert "fits" in as_text(found)
 
 
-def test_only_data_spans_slices(tiny_config, monkeypatch):
-    monkeypatch.setattr(Topology, "devices", lambda self: jax.devices()[:8])
-    topology = Topology.parse("v5e:2x2", 2)
-    with pytest.raises(InputError, match=r"mesh\.data=1 does not divide over --slices=2; .*data=2"):
-        plans.pod_mesh(tiny_config(**{"mesh.data": 1, "mesh.fsdp": -1}), topology)
+@dataclasses.dataclass(frozen=True)
+class TpuOfSlice:
+    slice_index: int
+    platform: str = "tpu"
+
+
+@pytest.mark.parametrize("sizes", [{"data": 1, "fsdp": -1}, {"data": 3, "fsdp": 1}])
+def test_only_data_spans_slices(tiny_config, sizes):
+    config = tiny_config(**{f"mesh.{axis}": size for axis, size in sizes.items()}).mesh
+    devices = [TpuOfSlice(0)] * 4 + [TpuOfSlice(1)] * 4
+    expected = rf"mesh\.data={config.data} does not divide over 2 slices; .*data=2"
+    with pytest.raises(InputError, match=expected):
+        make_mesh(config, devices)
+
+
+def test_slices_must_leave_room_for_the_other_axes(tiny_config):
+    config = tiny_config(**{"mesh.data": -1, "mesh.fsdp": 8}).mesh
+    with pytest.raises(InputError, match="8 devices of 2 equal slices"):
+        make_mesh(config, [TpuOfSlice(0)] * 4 + [TpuOfSlice(1)] * 4)

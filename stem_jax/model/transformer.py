@@ -13,6 +13,7 @@ from stem_jax.mesh import constrain_batch
 from stem_jax.model.attention import Attention
 from stem_jax.model.embedding import Embedding
 from stem_jax.model.ffn import GatedFFN
+from stem_jax.model.layer_groups import LayerGroups, repeating_groups, stacked, stacked_rows
 from stem_jax.model.layers import PROJECTION, Linear, RMSNorm, rotary_angles
 from stem_jax.tables.lookup import lookup
 
@@ -101,20 +102,62 @@ class Transformer(nnx.Module):
         config = self.config
         angles = rotary_angles(inputs.positions, config.head_dim, config.rope_theta)
         x = constrain_batch(self.embed(inputs.tokens, config.compute_dtype), self.mesh)
-        seen = [x]
-        stem_index = {layer: index for index, layer in enumerate(config.stem_layers)}
-        new_caches = []
-        for layer, block in enumerate(self.blocks):
-            rows = rows_UxSxF[:, stem_index[layer]] if layer in stem_index else None
+        seen, new_caches = [x], []
+        # Caches and what is collected are lists of layers; only training runs groups.
+        plain = caches is not None or collect is not None
+        groups = None if plain or not config.scan_layers else repeating_groups(config)
+        layer = 0
+        while layer < config.num_layers:
+            if groups is not None and layer == groups.first:
+                x = self._run_groups(groups, x, rows_UxSxF, inputs, angles)
+                layer = groups.end
+                continue
             cache = None if caches is None else caches[layer]
-            run = _remat(block, config.remat)
-            x, cache = run(x, rows, inputs.inverse, angles, inputs.segment_ids, cache)
-            x = constrain_batch(x, self.mesh)
+            rows = self._layer_rows(rows_UxSxF, layer)
+            graph, state = nnx.split(self.blocks[layer])
+            x, cache = self._run(graph, state, x, rows, inputs, angles, cache)
             seen.append(x)
             new_caches.append(cache)
+            layer += 1
         if collect is not None:
             collect.extend(seen)
         return self.norm(x), None if caches is None else new_caches
+
+    def _layer_rows(self, rows_UxSxF, layer: int) -> jax.Array | None:
+        stem_layers = self.config.stem_layers
+        return rows_UxSxF[:, stem_layers.index(layer)] if layer in stem_layers else None
+
+    def _run(self, graph, state, x_BxLxD, rows_UxF, inputs: Inputs, angles, cache=None):
+        """One block, given as nnx has it split, under the rematerialisation policy."""
+        run = _remat(lambda state, *args: nnx.merge(graph, state)(*args), self.config.remat)
+        x_BxLxD, cache = run(
+            state, x_BxLxD, rows_UxF, inputs.inverse, angles, inputs.segment_ids, cache
+        )
+        return constrain_batch(x_BxLxD, self.mesh), cache
+
+    def _run_groups(self, groups: LayerGroups, x_BxLxD, rows_UxSxF, inputs: Inputs, angles):
+        """The same blocks as a scan over groups of them."""
+        places = range(groups.first, groups.first + groups.period)
+        split = [
+            [nnx.split(self.blocks[layer]) for layer in range(place, groups.end, groups.period)]
+            for place in places
+        ]
+        graphs = [blocks[0][0] for blocks in split]
+        states = [stacked([state for _, state in blocks]) for blocks in split]
+        stem = [place for place in places if place in self.config.stem_layers]
+        rows = []
+        if stem:
+            first = self.config.stem_layers.index(stem[0])
+            rows = stacked_rows(rows_UxSxF, first, len(stem), groups.repeats)
+
+        def one_group(x, group):
+            states, rows = group
+            rows_of = dict(zip(stem, rows, strict=True))
+            for place, graph, state in zip(places, graphs, states, strict=True):
+                x, _ = self._run(graph, state, x, rows_of.get(place), inputs, angles)
+            return x, None
+
+        return jax.lax.scan(one_group, x_BxLxD, (states, rows))[0]
 
     def head_weight(self) -> jax.Array:
         """The output head [D, V] in the parameter dtype."""
@@ -136,17 +179,12 @@ def residual_factor(config: ModelConfig, layer: int) -> float:
     }[config.init_std_factor]
 
 
-def _remat(block: Block, policy: str):
+def _remat(apply, policy: str):
+    """`apply(parameters, *args)`, which keeps of its inside what the policy names."""
     if policy == "none":
-        return block
-    # The parameters enter as an argument: what a rematerialised function closes over is kept.
-    graph, state = nnx.split(block)
+        return apply
     names = {
         "full": jax.checkpoint_policies.nothing_saveable,
         "dots": jax.checkpoint_policies.save_only_these_names(PROJECTION),
     }
-
-    def apply(state, *args):
-        return nnx.merge(graph, state)(*args)
-
-    return functools.partial(jax.checkpoint(apply, policy=names[policy]), state)
+    return jax.checkpoint(apply, policy=names[policy])

@@ -13,8 +13,11 @@ from stem_jax.planning.program import Program
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([\d.]+)([KMGT]?)"
+# Two checks refuse in their own words. This one calls "temporaries" what has the arguments in it.
 _TEMPORARIES = re.compile(rf"memory required for HLO temporaries \({_SIZE}i?B?\)")
 _PROGRAM = re.compile(rf"Program hbm requirement {_SIZE}")
+# The compiler's account of one memory space: all that it allocates there, arguments included.
+_ACCOUNT = re.compile(r"^Memory Space: default .*\nTotal bytes: (\d+)", re.MULTILINE)
 # One entry of the list of allocations in the compiler's message.
 _ALLOCATION = re.compile(
     rf"^  \d+\. Size: {_SIZE}$(?P<rest>(?:\n     .*)*)",
@@ -100,7 +103,9 @@ def compile_program(program: Program, *, full_effort: bool = False) -> Compiled:
     module = hlo.parse(text) if text else None
     costs = (compiled.cost_analysis() or {}) if compiled else {}
     return Compiled(
-        memory=_memory(compiled) if compiled else _refused_memory(refused, program),
+        memory=_memory(compiled, texts.get("after_optimizations-memory-usage-report", ""))
+        if compiled
+        else _refused_memory(refused, program),
         refused=refused,
         buffers=_allocations(refused)
         or _buffers(texts.get("after_optimizations-live-range", ""), module),
@@ -123,23 +128,37 @@ def _dumped(folder: Path) -> dict[str, str]:
     }
 
 
-def _memory(compiled: jax.stages.Compiled) -> Memory:
+def _memory(compiled: jax.stages.Compiled, report: str) -> Memory:
+    """By kind, from the executable, and from the compiler's report where there is one."""
     stats = compiled.memory_analysis()
+    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    account = _ACCOUNT.search(report)
+    # Where a program has loops, libtpu's statistics count some temporaries twice: a program that
+    # by them is over the limit compiles. The report has what is compared with the limit.
+    temporaries = (
+        int(account.group(1)) - stats.argument_size_in_bytes - outputs
+        if account
+        else stats.temp_size_in_bytes
+    )
     return Memory(
         arguments=stats.argument_size_in_bytes,
-        outputs=stats.output_size_in_bytes - stats.alias_size_in_bytes,
+        outputs=outputs,
         aliased=stats.alias_size_in_bytes,
-        temporaries=stats.temp_size_in_bytes,
+        temporaries=temporaries,
         code=stats.generated_code_size_in_bytes,
         host=stats.host_argument_size_in_bytes + stats.host_temp_size_in_bytes,
     )
 
 
 def _refused_memory(message: str, program: Program) -> Memory:
-    """What the compiler said it needs: temporaries alone, or the whole program's memory."""
-    found = _TEMPORARIES.search(message) or _PROGRAM.search(message)
-    temporaries = _parsed(*found.groups()) if found else 0
-    return Memory(program.argument_bytes, 0, 0, temporaries, 0, 0)
+    """What the compiler said it needs: everything, or the program without its arguments."""
+    arguments = program.argument_bytes
+    everything, alone = _TEMPORARIES.search(message), _PROGRAM.search(message)
+    if everything:
+        temporaries = max(0, _parsed(*everything.groups()) - arguments)
+    else:
+        temporaries = _parsed(*alone.groups()) if alone else 0
+    return Memory(arguments, 0, 0, temporaries, 0, 0)
 
 
 def _allocations(message: str) -> tuple[Buffer, ...]:

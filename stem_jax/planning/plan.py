@@ -3,19 +3,17 @@
 import dataclasses
 import math
 
-import numpy as np
 from jax.sharding import Mesh
 
 from stem_jax.config import Config
-from stem_jax.errors import InputError
 from stem_jax.hardware import Chip, chip_of
-from stem_jax.mesh import AXES, BATCH_AXES, axis_size, make_mesh
+from stem_jax.mesh import AXES, BATCH_AXES, axis_size, make_mesh, slice_of
 from stem_jax.planning.collectives import KINDS, Collective, collectives_of
 from stem_jax.planning.compiled import Buffer, Compiled, Memory, compile_program
 from stem_jax.planning.hlo import Module
 from stem_jax.planning.program import Program, naive_lookup_program, train_step_program
 from stem_jax.planning.roofline import Roofline, roofline, step_flops
-from stem_jax.planning.topology import Topology, slice_of
+from stem_jax.planning.topology import Topology
 from stem_jax.planning.traffic import hbm_bytes
 from stem_jax.tables.spec import TableSpec
 
@@ -99,7 +97,7 @@ def make_plan(
     Raises:
         InputError: the topology cannot be described, or the configuration does not suit it.
     """
-    mesh = pod_mesh(config, topology)
+    mesh = make_mesh(config.mesh, topology.devices())
     chip = chip_of(mesh.devices.flat[0])
     if naive_lookup:
         program = naive_lookup_program(config, mesh)
@@ -142,31 +140,6 @@ def make_plan(
         if naive_lookup
         else _remedies(config, mesh, compiled, limit),
     )
-
-
-def pod_mesh(config: Config, topology: Topology) -> Mesh:
-    """The mesh of the configuration; several slices follow each other along `data`.
-
-    Raises:
-        InputError: `mesh.data` cannot be split over the slices.
-    """
-    devices, slices = topology.devices(), topology.slices
-    if slices == 1:
-        return make_mesh(config.mesh, devices)
-    data = config.mesh.data
-    if data != -1 and data % slices:
-        raise InputError(
-            f"mesh.data={data} does not divide over --slices={slices}; only data may span slices, "
-            f"so set --config.mesh.data={slices} or a multiple"
-        )
-    inside = dataclasses.replace(config.mesh, data=data if data == -1 else data // slices)
-    numbers = slice_of(devices)
-    parts = [
-        make_mesh(inside, [d for d, number in zip(devices, numbers) if number == part])
-        for part in range(slices)
-    ]
-    stacked = np.concatenate([part.devices for part in parts])
-    return Mesh(stacked, AXES, axis_types=parts[0].axis_types)
 
 
 def _table_bytes(config: Config, mesh: Mesh, program: Program) -> TableBytes | None:

@@ -77,11 +77,6 @@ class Topology:
         return _cpu_devices(self) if self.kind == "cpu" else _tpu_devices(self)
 
 
-def slice_of(devices: list[jax.Device]) -> list[int]:
-    """The slice of each device; 0 for all where there is but one."""
-    return [getattr(device, "slice_index", None) or 0 for device in devices]
-
-
 def _cpu_devices(topology: Topology) -> list[jax.Device]:
     number = topology.chips_per_slice
     # Read when the first backend starts; a process that has one keeps its devices.
