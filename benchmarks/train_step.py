@@ -79,13 +79,13 @@ class JaxStep:
             loss_mask=place(ones, bool),
         )
         self.schedule = make_schedule(config, 10_000)
-        counts = self.programs.count(self.batch) if config.model.stem_layers else None
+        demand = self.programs.demand(self.batch) if config.model.stem_layers else None
         table = self.programs.table(self.batch.tokens)
-        self.sizes = None if counts is None else table.choose_sizes(np.asarray(counts))
+        self.sizes = None if demand is None else table.sizes_for(demand)
 
     def __call__(self) -> None:
         self.state, metrics = self.programs.update(
-            self.state, self.batch, self.schedule, self.sizes
+            self.state, self.batch, self.schedule, sizes=self.sizes
         )
         jax.block_until_ready((self.state, metrics))
 

@@ -54,6 +54,11 @@ def get_config() -> config_dict.ConfigDict:
     # Rows per owner and exchange round; None: 1.25 x the even share, at most 256 MiB a round.
     config.tables.capacity = None
     config.tables.pad_multiple = 256  # rows are padded to a multiple; shards must divide it
+    # Rows (with optimizer state) that the devices hold, over all shards; the others lie in host
+    # memory and come when a batch needs them. None: all. Shards must divide it.
+    config.tables.resident_rows = None
+    config.tables.prefetch = 2  # batches that the look-ahead fetches rows for
+    config.tables.cache_policy = "lfu"  # which rows stay: lfu (with aging) or lru
 
     config.data = config_dict.ConfigDict()
     # Comma-separated name=weight: built-in corpora (pydoc, stdlib, facts), prepared token stores

@@ -20,12 +20,17 @@ from orbax.checkpoint import checkpoint_managers
 
 from stem_jax.config import Config
 from stem_jax.errors import InputError
+from stem_jax.store_handler import StoreField, store_args, table_handler
+from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.spec import TableSpec, TableState
+from stem_jax.tables.store_snapshot import StoreSnapshot
 from stem_jax.training.state import TrainState
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FOLDER = "checkpoints"
 _BEST = "eval/loss"
+# Arrays of the table on disk are cut into values of this size, so that a part can be read alone.
+_CHUNK_BYTES = 2**24
 _ITEMS = ("params", "opt_state", "table_rows", "table_slots", "data", "config", "layout")
 
 
@@ -34,12 +39,14 @@ class CheckpointInfo:
     """The plain part of a checkpoint.
 
     step: batches consumed. updates: optimizer updates completed. bad_steps: skipped batches in a
-    row. tokenizer: fingerprint of the tokenizer whose ids key the tables. data: seed, sources.
+    row. touched_rows: rows that some update had. tokenizer: fingerprint of the tokenizer whose ids
+    key the tables. data: seed, sources.
     """
 
     step: int
     updates: int
     bad_steps: int
+    touched_rows: int
     tokenizer: str
     data: dict[str, Any]
     config: Config
@@ -60,7 +67,15 @@ class Checkpointer:
             ),
             cleanup_tmp_directories=not read_only,
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        registry = ocp.DefaultCheckpointHandlerRegistry()
+        for item in ("table_rows", "table_slots"):
+            handler = table_handler()
+            registry.add(item, ocp.args.PyTreeSave, handler)
+            registry.add(item, ocp.args.PyTreeRestore, handler)
+        self._manager = ocp.CheckpointManager(
+            self.folder, options=options, handler_registry=registry
+        )
+        self._snapshot: StoreSnapshot | None = None
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -70,11 +85,17 @@ class Checkpointer:
 
     def close(self) -> None:
         """Waits for saves under way and releases the threads."""
-        self._manager.close()
+        try:
+            self._manager.close()
+        finally:
+            self._drop_snapshot()
 
     def wait(self) -> None:
         """Returns when every save so far is on disk; a failed save raises here."""
-        self._manager.wait_until_finished()
+        try:
+            self._manager.wait_until_finished()
+        finally:
+            self._drop_snapshot()
 
     def steps(self) -> list[int]:
         """Complete checkpoints, oldest first."""
@@ -84,8 +105,21 @@ class Checkpointer:
         """The newest complete checkpoint, None without any."""
         return max(self.steps(), default=None)
 
-    def save(self, state: TrainState, info: CheckpointInfo, eval_loss: float | None) -> None:
+    def save(
+        self,
+        state: TrainState,
+        info: CheckpointInfo,
+        eval_loss: float | None,
+        store: HostStore | None = None,
+    ) -> None:
         """Starts an asynchronous save; the state may be donated as soon as this returns.
+
+        Args:
+            state: of the run.
+            info: the plain part.
+            eval_loss: decides which checkpoint is the best; None for no validation.
+            store: has the table, resident rows included, in place of `state.table`. It may be
+                written to as soon as this returns; the checkpoint holds what it held before.
 
         Raises:
             InputError: the folder cannot be written.
@@ -99,6 +133,7 @@ class Checkpointer:
                     "step": info.step,
                     "updates": info.updates,
                     "bad_steps": info.bad_steps,
+                    "touched_rows": info.touched_rows,
                     **info.data,
                 }
             ),
@@ -112,25 +147,33 @@ class Checkpointer:
                 }
             ),
         }
-        if state.table is not None:
-            table = state.table
-            slots = {"mu": table.mu, "nu": table.nu, "last_step": table.last_step}
-            items["table_rows"] = ocp.args.StandardSave({"rows": table.rows})
-            items["table_slots"] = ocp.args.StandardSave(slots)
         metrics = None if eval_loss is None else {_BEST: eval_loss}
+        started = False
         try:
-            self._manager.save(info.step, args=ocp.args.Composite(**items), metrics=metrics)
+            if store is not None:
+                # The save before must be done with its snapshot; Orbax would wait for it anyway.
+                self.wait()
+                self._snapshot = store.snapshot()
+                items |= _saved_store(store, self._snapshot)
+            elif state.table is not None:
+                items |= _saved_table(state.table)
+            started = self._manager.save(
+                info.step, args=ocp.args.Composite(**items), metrics=metrics
+            )
         except OSError as error:
             raise InputError(
                 f"cannot write a checkpoint to {self.folder}: {error.strerror or error}; free "
                 "space, or choose another --workdir"
             ) from error
+        finally:
+            if not started:
+                self._drop_snapshot()
 
     def info(self, step: int) -> CheckpointInfo:
         """Reads the plain part of a checkpoint.
 
         Raises:
-            InputError: no such checkpoint, an incomplete one, or one of a newer format.
+            InputError: no such checkpoint, an incomplete one, or one of another format.
         """
         if step not in self.steps():
             known = ", ".join(map(str, self.steps())) or "none"
@@ -141,15 +184,17 @@ class Checkpointer:
             raise self._damaged(step, f"without {', '.join(missing)}")
         found = self._restore(step, {name: ocp.args.JsonRestore() for name in names})
         layout, data = found["layout"], dict(found["data"])
-        if layout["format"] > FORMAT_VERSION:
+        if layout["format"] != FORMAT_VERSION:
+            age = "an older" if layout["format"] < FORMAT_VERSION else "a newer"
             raise InputError(
                 f"checkpoint {self.folder / str(step)} has format {layout['format']}, this version "
-                f"reads up to {FORMAT_VERSION}; update stem_jax"
+                f"reads {FORMAT_VERSION}; it was written by {age} stem_jax, use that"
             )
         info = CheckpointInfo(
             step=data.pop("step"),
             updates=data.pop("updates"),
             bad_steps=data.pop("bad_steps"),
+            touched_rows=data.pop("touched_rows"),
             tokenizer=layout["tokenizer"],
             data=data,
             config=self._config(step, found["config"]),
@@ -168,15 +213,22 @@ class Checkpointer:
             )
         return info
 
-    def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """Restores a state into the shapes, dtypes and shardings of `abstract`."""
+    def restore(
+        self, step: int, abstract: TrainState, store: HostStore | None = None
+    ) -> TrainState:
+        """Restores a state into the shapes, dtypes and shardings of `abstract`.
+
+        With a store, the table is read into it, those fields that it has, and the state has none.
+
+        Raises:
+            InputError: no such checkpoint, or a damaged one; a store then holds parts of it.
+        """
         info = self.info(step)
         items = {
             "params": ocp.args.StandardRestore(abstract.params),
             "opt_state": ocp.args.StandardRestore(_plain(abstract.opt_state)),
+            **_table_targets(abstract.table, store),
         }
-        if abstract.table is not None:
-            items |= _table_items(abstract.table)
         found = self._restore(step, items)
         treedef = jax.tree.structure(abstract.opt_state)
         counters = [
@@ -185,22 +237,35 @@ class Checkpointer:
                 (info.step, abstract.step),
                 (info.updates, abstract.updates),
                 (info.bad_steps, abstract.bad_steps),
+                (info.touched_rows, abstract.touched_rows),
             )
         ]
         return TrainState(
             *counters,
             params=found["params"],
             opt_state=jax.tree.unflatten(treedef, _unplain(found["opt_state"])),
-            table=_table(found) if abstract.table is not None else None,
+            table=None if store is not None or abstract.table is None else _table(found),
         )
 
-    def restore_model(self, step: int, abstract: TrainState) -> tuple[dict, TableState | None]:
-        """Restores the parameters and the table alone, without the backbone's optimizer state."""
-        items = {"params": ocp.args.StandardRestore(abstract.params)}
-        if abstract.table is not None:
-            items |= _table_items(abstract.table)
+    def restore_model(
+        self, step: int, abstract: TrainState, store: HostStore | None = None
+    ) -> tuple[dict, TableState | None]:
+        """Restores the parameters and the table alone, without the backbone's optimizer state.
+
+        With a store, the table is read into it as `restore` does, and returned as None.
+        """
+        items = {
+            "params": ocp.args.StandardRestore(abstract.params),
+            **_table_targets(abstract.table, store),
+        }
         found = self._restore(step, items)
-        return found["params"], _table(found) if abstract.table is not None else None
+        in_state = store is None and abstract.table is not None
+        return found["params"], _table(found) if in_state else None
+
+    def _drop_snapshot(self) -> None:
+        if self._snapshot is not None:
+            self._snapshot.close()
+            self._snapshot = None
 
     def _config(self, step: int, raw: dict[str, Any]) -> Config:
         try:
@@ -217,9 +282,13 @@ class Checkpointer:
                 # Restoring fewer items than were saved is meant.
                 warnings.simplefilter("ignore")
                 return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except (OSError, KeyError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise self._damaged(step, f"{type(error).__name__}: {reason}") from error
+        except Exception as error:
+            # Where a value cannot be read, Orbax raises a bare Exception from the reason.
+            cause = error.__cause__ if type(error) is Exception else error
+            if not isinstance(cause, OSError | KeyError | ValueError):
+                raise
+            reason = " ".join(str(cause).split())[:300]
+            raise self._damaged(step, f"{type(cause).__name__}: {reason}") from error
 
     def _damaged(self, step: int, reason: str) -> InputError:
         return InputError(
@@ -237,12 +306,39 @@ def _unplain(flat: dict[str, Any]) -> list[Any]:
     return [flat[key] for key in sorted(flat)]
 
 
-def _table_items(table: TableState) -> dict[str, Any]:
+def _saved_table(table: TableState) -> dict[str, Any]:
+    def chunked(item):
+        cut = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in item}
+        return ocp.args.PyTreeSave(item, save_args=cut)
+
     slots = {"mu": table.mu, "nu": table.nu, "last_step": table.last_step}
+    return {"table_rows": chunked({"rows": table.rows}), "table_slots": chunked(slots)}
+
+
+def _saved_store(store: HostStore, snapshot: StoreSnapshot) -> dict[str, Any]:
+    fields = {name: StoreField(store, name, snapshot) for name in store.fields}
     return {
-        "table_rows": ocp.args.StandardRestore({"rows": table.rows}),
-        "table_slots": ocp.args.StandardRestore(slots),
+        "table_rows": ocp.args.PyTreeSave({"rows": fields.pop("rows")}),
+        "table_slots": ocp.args.PyTreeSave(fields),
     }
+
+
+def _table_targets(table: TableState | None, store: HostStore | None) -> dict[str, Any]:
+    """Where the items of the table are restored to: a store, arrays, or nowhere."""
+    if store is not None:
+        fields = {name: StoreField(store, name) for name in store.fields}
+        rows, slots = {"rows": fields.pop("rows")}, fields
+        items = {"table_rows": store_args(rows), "table_slots": store_args(slots)}
+        return items if slots else {"table_rows": items["table_rows"]}
+    if table is None:
+        return {}
+
+    def arrays(item):
+        args = ocp.checkpoint_utils.construct_restore_args(item)
+        return ocp.args.PyTreeRestore(item, restore_args=args)
+
+    slots = {"mu": table.mu, "nu": table.nu, "last_step": table.last_step}
+    return {"table_rows": arrays({"rows": table.rows}), "table_slots": arrays(slots)}
 
 
 def _table(found) -> TableState:

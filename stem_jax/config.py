@@ -75,6 +75,9 @@ class TablesConfig:
     vocab_axes: tuple[str, ...]
     capacity: int | None
     pad_multiple: int
+    resident_rows: int | None
+    prefetch: int
+    cache_policy: str
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ _CHOICES = {
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.attention": ("auto", "xla", "cudnn", "splash"),
     "model.remat": ("none", "full", "dots"),
+    "tables.cache_policy": ("lfu", "lru"),
     "tables.optimizer": ("deferred_adamw", "lazy_adamw", "dense_adamw"),
     "data.tokenizer": ("sentencepiece", "hf", "bytes"),
     "optimizer.schedule": ("constant", "linear", "inv_sqrt", "cosine", "wsd"),
@@ -48,6 +49,7 @@ _NOT_NEGATIVE = [
     "train.sample_tokens",
     "eval.every",
     "checkpoint.every",
+    "tables.prefetch",
     "mesh.max_replicated_mib",
 ]
 _POSITIVE = [
@@ -65,6 +67,7 @@ _POSITIVE = [
 _OPTIONAL_POSITIVE = [
     "tables.init_std",
     "tables.capacity",
+    "tables.resident_rows",
     "optimizer.schedule_steps",
     "eval.max_batches",
     "model.init_base_std",
@@ -140,6 +143,12 @@ def _check_tables(config: "Config") -> None:
             f"tables.param_dtype={config.tables.param_dtype!r} is refused: updates smaller than a "
             "rounding step would be lost without stochastic rounding; use float32 (rows travel in "
             "model.compute_dtype all the same)"
+        )
+    if config.tables.resident_rows is not None and config.tables.optimizer == "dense_adamw":
+        raise InputError(
+            "tables.resident_rows needs an optimizer that touches only the rows of a batch; "
+            "tables.optimizer=dense_adamw moves every row in every step. Use deferred_adamw, or "
+            "leave tables.resident_rows unset"
         )
     deferred = config.tables.optimizer == "deferred_adamw"
     beta1, beta2 = config.optimizer.beta1, config.optimizer.beta2

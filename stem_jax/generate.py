@@ -1,7 +1,4 @@
-"""Completes prompts with a trained model.
-
-python -m stem_jax.generate --workdir=runs/tiny --prompt="The module" --max-new-tokens=64
-"""
+"""Completes prompts: python -m stem_jax.generate --workdir=runs/tiny --prompt="The module" """
 
 import argparse
 import dataclasses
@@ -30,21 +27,24 @@ def main(argv: list[str]) -> None:
     add("--greedy", action="store_true", help="always the likeliest token")
     add("--seed", type=int, default=0, help="of the samples")
     add("--no-stream", "--no_stream", action="store_true", help="print when all is done")
+    add("--resident-rows", type=int, help="table rows on the device; without it, as in training")
     add("--json", action="store_true", help="print a JSON list instead")
     args = parser.parse_args(argv)
     if not args.prompt + args.prompt_file:
         parser.error("give --prompt or --prompt-file")
     prompts = args.prompt + [line for path in args.prompt_file for line in read_prompts(path)]
     sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p)
-    run = load_run(args.workdir, args.step)
+    run = load_run(args.workdir, args.step, args.resident_rows)
     generator = Generator(run.config, run.params, run.rows, run.tokenizer, run.mesh)
     # The prompt goes out with the first piece, when no error can follow any more.
     unseen = iter(prompts)
     stream = len(prompts) == 1 and not (args.json or args.no_stream)
-    show = (
-        (lambda _, piece: print(next(unseen, "") + piece, end="", flush=True)) if stream else None
-    )
-    found = generator.complete(prompts, args.max_new_tokens, sampling, args.seed, on_text=show)
+
+    def show(_, piece: str) -> None:
+        print(next(unseen, "") + piece, end="", flush=True)
+
+    on_text = show if stream else None
+    found = generator.complete(prompts, args.max_new_tokens, sampling, args.seed, on_text=on_text)
     if args.json:
         print(json.dumps([dataclasses.asdict(completion) for completion in found]))
         return

@@ -25,8 +25,7 @@ from stem_jax.mesh import replicated
 from stem_jax.model.cache import LayerCache
 from stem_jax.model.transformer import Inputs
 from stem_jax.sampling import Sampling, sample
-from stem_jax.tables.row_source import NoRows, ResidentRows, RowBlock, RowSource
-from stem_jax.tables.spec import TableSpec
+from stem_jax.tables.row_source import RowBlock, RowSource
 from stem_jax.training.state import ModelDef, Params
 
 _SMALLEST_BUCKET = 16
@@ -54,12 +53,12 @@ class Generator:
         self,
         config: Config,
         params: Params,
-        rows: jax.Array | None,
+        rows: RowSource,
         tokenizer: Tokenizer,
         mesh: Mesh | None = None,
     ):
-        """Args: `rows` [V_pad, S, F], up to date, None if dense; `mesh` is where they and the
-        parameters lie, None for one device without a mesh.
+        """Args: `rows` are up to date; `mesh` is where they and the parameters lie, None for one
+        device without a mesh.
 
         On several devices parameters and rows stay sharded; batch and cache are whole on
         every device.
@@ -69,7 +68,7 @@ class Generator:
         self.config = dataclasses.replace(config, model=model)
         self.tokenizer = tokenizer
         self._params = params
-        self._rows = _row_source(config, rows, mesh)
+        self._rows = rows
         self._model = ModelDef(self.config)
         whole = None if mesh is None else replicated(mesh)
         self._place = lambda array: jax.device_put(array, whole)
@@ -242,12 +241,6 @@ def sequence_seeds(seed: int, prompts: Sequence[Sequence[int]]) -> list[int]:
         seeds.append(zlib.crc32(repr((seed, seen[prompt], prompt)).encode()))
         seen[prompt] += 1
     return seeds
-
-
-def _row_source(config: Config, rows: jax.Array | None, mesh: Mesh | None) -> RowSource:
-    if rows is None:
-        return NoRows()
-    return ResidentRows(rows, TableSpec.from_config(config), mesh)
 
 
 def _bucket(size: int) -> int:

@@ -8,9 +8,13 @@ from jax.sharding import Mesh
 
 from stem_jax.checkpoint import FOLDER, Checkpointer
 from stem_jax.config import Config
+from stem_jax.config_checks import validate
 from stem_jax.data.tokenizer import Tokenizer, load_tokenizer_folder
 from stem_jax.errors import InputError
 from stem_jax.mesh import make_mesh
+from stem_jax.tables.host_store import HostStore
+from stem_jax.tables.offloaded_rows import OffloadedRows, caught_up_store
+from stem_jax.tables.row_source import NoRows, ResidentRows, RowSource
 from stem_jax.tables.sharded_table import ShardedTable
 from stem_jax.tables.spec import TableSpec, TableState
 from stem_jax.training.schedule import make_schedule
@@ -22,24 +26,27 @@ class LoadedRun:
     """A checkpoint of a run on one device.
 
     config: as trained, but for the mesh and the attention kernel, which are this machine's.
-    step: of the checkpoint. params: backbone by dotted name. rows: [V_pad, S, F] up to date; None
-    for a dense model.
+    step: of the checkpoint. params: backbone by dotted name. rows: up to date, wherever they lie.
     """
 
     config: Config
     step: int
     params: Params
-    rows: jax.Array | None
+    rows: RowSource
     tokenizer: Tokenizer
     mesh: Mesh
 
 
-def load_run(workdir: str | Path, step: int | None = None) -> LoadedRun:
+def load_run(
+    workdir: str | Path, step: int | None = None, resident_rows: int | None = None
+) -> LoadedRun:
     """Loads a checkpoint of `workdir` onto the first device.
 
     Args:
         workdir: a run folder, as given to `stem_jax.train`.
         step: of the checkpoint; None is the newest.
+        resident_rows: table rows to keep on the device, with the others in host memory; None: as
+            many as in training.
 
     Raises:
         InputError: no such folder, run, checkpoint or tokenizer, or a tokenizer that the checkpoint
@@ -68,25 +75,43 @@ def load_run(workdir: str | Path, step: int | None = None) -> LoadedRun:
                 f"checkpoint {found} was trained with tokenizer {info.tokenizer[:12]}, "
                 f"{workdir / 'tokenizer'} holds {tokenizer.fingerprint[:12]}; restore the original"
             )
-        config = _on_one_device(info.config)
+        config = _on_one_device(info.config, resident_rows)
         mesh = make_mesh(config.mesh, jax.devices()[:1])
-        model = ModelDef(config, mesh)
-        params, table = checkpoints.restore_model(found, abstract_state(config, model, mesh))
-    rows = None if table is None else _caught_up(config, table, info.updates, mesh)
+        spec = TableSpec.from_config(config)
+        store = HostStore.allocate(spec, mesh) if spec.offloaded else None
+        abstract = abstract_state(config, ModelDef(config, mesh), mesh)
+        params, table = checkpoints.restore_model(found, abstract, store)
+    rows = _rows(config, table, store, info.updates, mesh)
     return LoadedRun(config, found, params, rows, tokenizer, mesh)
 
 
-def _caught_up(config: Config, table: TableState, updates: int, mesh: Mesh) -> jax.Array:
+def _rows(
+    config: Config, table: TableState | None, store: HostStore | None, updates: int, mesh: Mesh
+) -> RowSource:
     """The rows as the next training step would see them; the checkpoint holds some that lag."""
-    schedule = make_schedule(config, updates + 1)
-    sharded = ShardedTable(TableSpec.from_config(config), mesh, 1)
-    return jax.jit(sharded.caught_up_rows)(table, updates, schedule.table)
+    spec = TableSpec.from_config(config)
+    history = make_schedule(config, updates + 1).table
+    if store is not None:
+        return OffloadedRows(
+            caught_up_store(store, updates, history), mesh, config.tables.cache_policy
+        )
+    if table is None:
+        return NoRows()
+    caught_up = jax.jit(ShardedTable(spec, mesh, 1).caught_up_rows)
+    return ResidentRows(caught_up(table, updates, history), spec, mesh)
 
 
-def _on_one_device(config: Config) -> Config:
-    return dataclasses.replace(
+def _on_one_device(config: Config, resident_rows: int | None) -> Config:
+    """The configuration for this machine, validated once more."""
+    tables = config.tables
+    if resident_rows is not None:
+        tables = dataclasses.replace(tables, resident_rows=resident_rows)
+    config = dataclasses.replace(
         config,
+        tables=tables,
         mesh=dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1),
         # The kernel it was trained with may not exist on this platform.
         model=dataclasses.replace(config.model, attention="auto"),
     )
+    validate(config)
+    return config

@@ -1,5 +1,7 @@
 """A run from its folder: prepare or resume, report, train, save, and say how it went."""
 
+import contextlib
+import dataclasses
 import signal
 from pathlib import Path
 
@@ -9,13 +11,19 @@ from stem_jax.checkpoint import FOLDER, Checkpointer, CheckpointInfo
 from stem_jax.config import Config
 from stem_jax.errors import InputError
 from stem_jax.mesh import BATCH_AXES, axis_size, check_placement, make_mesh
+from stem_jax.tables.host_memory import available_host_bytes, check_host_memory
+from stem_jax.tables.host_store import HostStore
+from stem_jax.tables.prefetch import Prefetch
+from stem_jax.tables.row_slots import too_few_slots
+from stem_jax.tables.spec import TableState
 from stem_jax.training.evaluation import Validation, unigram_bits_per_byte, xz_bits_per_byte
 from stem_jax.training.loop import Loop
 from stem_jax.training.report import describe_run, placed_arrays
 from stem_jax.training.resume import check_resumable
 from stem_jax.training.run_data import RunData, open_run_data
-from stem_jax.training.state import TrainState, abstract_state, init_state
+from stem_jax.training.state import TrainState, abstract_state, init_state, table_key
 from stem_jax.training.step import TrainStep
+from stem_jax.training.working_set import working_set
 
 
 def train(config: Config, workdir: str | Path) -> bool:
@@ -58,27 +66,36 @@ def train(config: Config, workdir: str | Path) -> bool:
     programs = TrainStep(config, mesh)
     check_placement(placed_arrays(config, programs.model), mesh, config.mesh.max_replicated_mib)
     (workdir / "config.json").write_text(config.to_json())
-    print(describe_run(config, programs.model, mesh), flush=True)
-    with Checkpointer(workdir, keep=config.checkpoint.keep) as checkpoints:
-        if latest is None:
-            state = init_state(config, programs.model, mesh)
-        else:
-            state = checkpoints.restore(latest, abstract_state(config, programs.model, mesh))
-            print(f"resuming from step {latest}", flush=True)
+    working_set = _working_set(config, programs, data, latest or 0)
+    print(describe_run(config, programs.model, mesh, working_set), flush=True)
+    with contextlib.ExitStack() as stack:
+        # Closed in reverse: the last save reads the store, whose threads end before.
+        checkpoints = stack.enter_context(Checkpointer(workdir, keep=config.checkpoint.keep))
+        state, store = _open_state(programs, checkpoints, latest)
+        prefetch = None
+        if store is not None:
+            tables = config.tables
+            prefetch = Prefetch(mesh, store, tables.cache_policy, tables.prefetch)
+            stack.enter_context(prefetch)
+            state = dataclasses.replace(state, table=TableState(**prefetch.load()))
 
         def save(state: TrainState, validation: Validation | None) -> None:
+            if prefetch is not None:
+                prefetch.write_back(vars(state.table))
             info = CheckpointInfo(
                 step=int(state.step),
                 updates=int(state.updates),
                 bad_steps=int(state.bad_steps),
+                touched_rows=int(state.touched_rows),
                 tokenizer=data.tokenizer.fingerprint,
                 data=_data_record(config, data),
                 config=config,
             )
-            checkpoints.save(state, info, None if validation is None else validation.loss)
+            loss = None if validation is None else validation.loss
+            checkpoints.save(state, info, loss, store)
 
         with _StopSignal() as stop:
-            loop = Loop(config, programs, data, workdir, save, stop)
+            loop = Loop(config, programs, data, workdir, prefetch, save, stop)
             state, validation, done = loop.run(state)
             checkpoints.wait()
     if not done:
@@ -88,6 +105,40 @@ def train(config: Config, workdir: str | Path) -> bool:
     if validation is not None:
         print(_verdict(config, data, validation))
     return True
+
+
+def _open_state(
+    programs: TrainStep, checkpoints: Checkpointer, latest: int | None
+) -> tuple[TrainState, HostStore | None]:
+    """The state to begin with. An offloaded table is in the store and not in the state."""
+    config, mesh, spec = programs.config, programs.mesh, programs.spec
+    store = None
+    if latest is None:
+        if spec.offloaded:
+            store = HostStore.create(spec, table_key(config), mesh)
+        return init_state(config, programs.model, mesh), store
+    if spec.offloaded:
+        store = HostStore.allocate(spec, mesh)
+    state = checkpoints.restore(latest, abstract_state(config, programs.model, mesh), store)
+    print(f"resuming from step {latest}", flush=True)
+    return state, store
+
+
+def _working_set(config: Config, programs: TrainStep, data: RunData, start: int) -> int | None:
+    """Rows that the batches in flight need, as far as it can be known before; None if resident.
+
+    Raises:
+        InputError: they do not fit into the slots, or the table not into the host's memory.
+    """
+    spec = programs.spec
+    if not spec.offloaded:
+        return None
+    check_host_memory(HostStore.needed_bytes(spec, programs.mesh), available_host_bytes())
+    owners = axis_size(programs.mesh, spec.vocab_axes)
+    needed = working_set(config, spec, owners, data, start)
+    if needed > spec.num_slots:
+        raise InputError(too_few_slots(spec.num_slots, needed))
+    return needed
 
 
 def _latest(workdir: Path) -> CheckpointInfo | None:

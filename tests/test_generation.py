@@ -34,9 +34,11 @@ VARIED = Sampling(10.0, 0, 1.0)
 PROMPTS = ["abc", "one more.", "a longer prompt: 123"]
 
 
-def table_rows(state):
+def rows_of(config, state, mesh=None):
     """The rows of a fresh state, which lag behind nothing."""
-    return None if state.table is None else state.table.rows
+    if state.table is None:
+        return NoRows()
+    return ResidentRows(state.table.rows, TableSpec.from_config(config), mesh)
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +73,8 @@ def bytes_state(bytes_config, device_mesh):
 
 @pytest.fixture(scope="module")
 def generator(bytes_config, bytes_state, device_mesh):
-    state = bytes_state()
-    return Generator(bytes_config(), state.params, table_rows(state), BYTES, device_mesh((1, 1, 1)))
+    config, state, mesh = bytes_config(), bytes_state(), device_mesh((1, 1, 1))
+    return Generator(config, state.params, rows_of(config, state, mesh), BYTES, mesh)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +117,7 @@ def test_cached_logits_equal_the_training_forward(
     expected_BxLxV = np.asarray(train_forward(state.params, rows))
 
     source = NoRows() if state.table is None else ResidentRows(state.table.rows, spec, None)
-    advance = jax.jit(Generator(config, state.params, table_rows(state), BYTES).advance)
+    advance = jax.jit(Generator(config, state.params, rows_of(config, state), BYTES).advance)
     width = max(prefixes) + 2
     pads = [width - prefix for prefix in prefixes]
     tokens = np.stack([np.pad(t[:p], (w, 0)) for t, p, w in zip(tokens_BxL, prefixes, pads)])
@@ -190,7 +192,8 @@ def test_a_mesh_gives_the_tokens_of_one_device(generator, bytes_config, bytes_st
     state = bytes_state(shape)
     assert len(state.table.rows.sharding.device_set) == 8
     assert state.table.rows.addressable_shards[0].data.shape[0] < state.table.rows.shape[0]
-    sharded = Generator(bytes_config(), state.params, table_rows(state), BYTES, device_mesh(shape))
+    config, mesh = bytes_config(), device_mesh(shape)
+    sharded = Generator(config, state.params, rows_of(config, state, mesh), BYTES, mesh)
     expected = [c.tokens for c in generator.complete(PROMPTS, 8, GREEDY)]
     assert [c.tokens for c in sharded.complete(PROMPTS, 8, GREEDY)] == expected
 
@@ -260,6 +263,7 @@ def run_folder(bytes_config, bytes_state, tmp_path_factory):
         # No update yet: no row lags behind.
         updates=0,
         bad_steps=0,
+        touched_rows=0,
         tokenizer=BYTES.fingerprint,
         data={"seed": 0, "sources": "none"},
         config=bytes_config(**{"model.attention": "splash"}),
@@ -352,4 +356,4 @@ def test_a_loaded_run_is_the_saved_one(run_folder, bytes_state):
     assert (run.step, run.config.model.attention) == (7, "auto")
     for name, value in bytes_state().params.items():
         assert np.array_equal(run.params[name], value)
-    assert np.array_equal(run.rows, bytes_state().table.rows)
+    assert np.array_equal(run.rows.rows, bytes_state().table.rows)

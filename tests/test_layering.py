@@ -18,7 +18,7 @@ LEVELS = [
     ["tables"],
     ["model"],
     ["training"],
-    ["checkpoint"],
+    ["store_handler", "checkpoint"],
     [
         "loading",
         "sampling",

@@ -110,7 +110,7 @@ def _initial_state(step: TrainStep, name: str) -> TrainState:
     params, table = official_to_params(_state_dict(name), step.config.model)
     zero = np.int32(0)
     opt_state = make_optimizer(step.config.optimizer).init(params)
-    state = TrainState(zero, zero, zero, params, opt_state, None)
+    state = TrainState(zero, zero, zero, zero, params, opt_state, None)
     if table is not None:
         rows = table_to_rows(table, step.spec.layout)
         empty = np.zeros_like(rows)

@@ -29,7 +29,7 @@ def saved(train_step, make_batch, tmp_path_factory):
     state = init_state(step.config, step.model, step.mesh)
     state, before = advance(step, state, make_batch, 0, 3)
     workdir = tmp_path_factory.mktemp("saved")
-    info = CheckpointInfo(3, int(state.updates), 0, "none", {}, step.config)
+    info = CheckpointInfo(3, int(state.updates), 0, 0, "none", {}, step.config)
     with Checkpointer(workdir) as checkpoints:
         checkpoints.save(state, info, None)
         checkpoints.wait()

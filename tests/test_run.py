@@ -276,7 +276,7 @@ def test_incomplete_checkpoint_is_refused_with_a_way_out(copied_run, text_file):
 def test_newer_format_is_refused(copied_run, text_file):
     layout = copied_run / "checkpoints" / "12" / "layout" / "metadata"
     layout.write_text(json.dumps(json.loads(layout.read_text()) | {"format": 99}))
-    with pytest.raises(InputError, match=r"format 99.*update stem_jax"):
+    with pytest.raises(InputError, match=r"format 99.*by a newer stem_jax"):
         main(arguments(text_file, copied_run))
 
 

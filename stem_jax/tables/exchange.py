@@ -30,6 +30,8 @@ class Requests:
     rounds: scalar int32, the same on every device.
     distinct: scalar int32, number of distinct rows in `rows`.
     asked: [P] int32, rows asked of each owner by all devices together.
+    slots: [O] int32, where the owner's device holds the rows of `owned`; past the end for what
+        fills the rest. None if all rows are resident, each at its own place.
     """
 
     rows: jax.Array
@@ -38,6 +40,7 @@ class Requests:
     rounds: jax.Array
     distinct: jax.Array
     asked: jax.Array
+    slots: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from stem_jax.mesh import BATCH_AXES, axis_size
@@ -27,6 +28,17 @@ class BlockSizes:
 
     unique: int
     owned: int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Demand:
+    """unique: scalar int32, the most distinct rows that a device needs. tokens_of_row: [V_pad]
+    int32, tokens of each row over all devices.
+    """
+
+    unique: jax.Array
+    tokens_of_row: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,21 +81,33 @@ class ShardedTable:
             capacity=min(self.spec.capacity or min(even_share, small), sizes.unique),
         )
 
-    def count(self, keys_AxBxL: jax.Array, valid_AxBxL: jax.Array) -> jax.Array:
-        """[2] int32: the largest U and the largest O that a step needs, over all devices."""
+    def demand(self, keys_AxBxL: jax.Array, valid_AxBxL: jax.Array) -> Demand:
+        """What a step asks of the table, the same on every device."""
+        num_rows, room = self.spec.num_rows, self.largest_sizes.unique
 
         def local(keys, valid):
-            found = self.exchange.request(self._rows_of(keys, valid))
-            owned = jnp.sum(found.owned < self.spec.num_rows)
-            return jax.lax.pmax(jnp.stack([found.distinct, owned]), BATCH_AXES)
+            rows = self._rows_of(keys, valid)
+            distinct_U, tokens_U = jnp.unique(
+                rows, size=room, fill_value=num_rows, return_counts=True
+            )
+            tokens_V = jnp.zeros(num_rows, jnp.int32).at[distinct_U].set(tokens_U, mode="drop")
+            unique = jax.lax.pmax(jnp.sum(distinct_U < num_rows), BATCH_AXES)
+            return Demand(unique, jax.lax.psum(tokens_V, BATCH_AXES))
 
-        keys_spec = PartitionSpec(None, BATCH_AXES)
-        return self._sharded(local, (keys_spec, keys_spec), PartitionSpec())(
+        keys_spec, whole = PartitionSpec(None, BATCH_AXES), PartitionSpec()
+        return self._sharded(local, (keys_spec, keys_spec), Demand(whole, whole))(
             keys_AxBxL, valid_AxBxL
         )
 
+    def sizes_for(self, demand: Demand) -> BlockSizes:
+        """The sizes for a demand that has come to the host."""
+        owners = axis_size(self.mesh, self.spec.vocab_axes)
+        asked_PxN = np.asarray(demand.tokens_of_row).reshape(owners, -1)
+        owned = np.count_nonzero(asked_PxN, axis=1).max()
+        return self.choose_sizes((int(demand.unique), int(owned)))
+
     def choose_sizes(self, counts: tuple[int, int]) -> BlockSizes:
-        """The smallest powers of two that hold what `count` found.
+        """The smallest powers of two that hold U rows of a device and O rows asked of an owner.
 
         A function of the batch alone: a size that depended on earlier batches would change the
         order of sums, and with it the bits of a resumed run.
@@ -103,6 +127,7 @@ class ShardedTable:
             rounds=whole,
             distinct=batch,
             asked=whole,
+            slots=self.spec.index_spec if self.spec.offloaded else None,
         )
 
     @property
@@ -110,28 +135,31 @@ class ShardedTable:
         """Partition of row blocks [devices * U, S, F]."""
         return PartitionSpec(BATCH_AXES, None, "tensor")
 
-    def request(self, keys_AxBxL: jax.Array, valid_AxBxL: jax.Array) -> Requests:
+    def request(
+        self, keys_AxBxL: jax.Array, valid_AxBxL: jax.Array, slots: jax.Array | None = None
+    ) -> Requests:
         """Distinct rows of a whole step, all its micro-batches together.
 
         Args:
             keys_AxBxL: int32 keys, B over the batch axes.
             valid_AxBxL: bool; padding asks for no row and sends no gradient.
+            slots: [owners * O] int32, where an offloaded table's rows lie, in the order in which
+                the owners are asked for them.
         """
 
-        def local(keys, valid):
+        def local(keys, valid, slots):
             found = self.exchange.request(self._rows_of(keys, valid))
-            return dataclasses.replace(found, distinct=found.distinct[None])
+            return dataclasses.replace(found, distinct=found.distinct[None], slots=slots)
 
         keys_spec = PartitionSpec(None, BATCH_AXES)
-        return self._sharded(local, (keys_spec, keys_spec), self.request_specs)(
-            keys_AxBxL, valid_AxBxL
-        )
+        specs = (keys_spec, keys_spec, self.request_specs.slots)
+        return self._sharded(local, specs, self.request_specs)(keys_AxBxL, valid_AxBxL, slots)
 
     def fetch(self, state, requests, dtype, step, history: UpdateHistory) -> jax.Array:
         """The row blocks [devices * U, S, F] of all devices in `dtype`, as of update `step`."""
 
         def local(state, requests, step, history):
-            block = self._optimizer.read(state, self._local(requests.owned), step, history)
+            block = self._optimizer.read(state, self._places(requests), step, history)
             return self.exchange.fetch(block.rows.astype(dtype), requests)
 
         whole = PartitionSpec()
@@ -148,8 +176,8 @@ class ShardedTable:
         """Update `step + 1` from the owners' summed gradients; see `RowOptimizer.update`."""
 
         def local(state, requests, gradient, step, keep, history):
-            rows = self._local(requests.owned)
-            return self._optimizer.update(state, rows, gradient, step, keep, history)
+            places = self._places(requests)
+            return self._optimizer.update(state, places, gradient, step, keep, history)
 
         whole = PartitionSpec()
         specs = (self._state_specs, self.request_specs, self.spec.row_spec, whole, whole, whole)
@@ -187,9 +215,11 @@ class ShardedTable:
         rows = self.spec.row_spec
         return TableState(rows, rows, rows, self.spec.index_spec)
 
-    def _local(self, owned_O: jax.Array) -> jax.Array:
-        """Row numbers within this device's shard; padding lands past its end."""
-        size = self.exchange.rows_per_owner
+    def _places(self, requests: Requests) -> jax.Array:
+        """[O] where the asked rows lie in this device's shard; padding lands past its end."""
+        if requests.slots is not None:
+            return requests.slots
+        owned_O, size = requests.owned, self.exchange.rows_per_owner
         axes = self.spec.vocab_axes
         first = jax.lax.axis_index(axes) * size if axes else 0
         return jnp.where(owned_O < self.spec.num_rows, owned_O - first, size)

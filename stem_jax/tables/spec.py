@@ -24,6 +24,8 @@ class TableSpec:
         optimizer: name of the row optimizer.
         lr_multiplier: rows learn at this multiple of the backbone's rate.
         weight_decay, beta1, beta2, epsilon, clip_norm: AdamW of the rows.
+        capacity: rows per pair of devices and round of the exchange; None chooses.
+        resident_rows: rows that the devices hold together; None for all.
     """
 
     layout: TableLayout
@@ -39,12 +41,15 @@ class TableSpec:
     epsilon: float
     clip_norm: float
     capacity: int | None
+    resident_rows: int | None = None
 
     @classmethod
     def from_config(cls, config: Config) -> "TableSpec":
         """The table of a run; S is 0 for a dense model."""
+        layout = TableLayout(config.model.vocab_size, config.tables.pad_multiple)
+        resident = config.tables.resident_rows
         return cls(
-            layout=TableLayout(config.model.vocab_size, config.tables.pad_multiple),
+            layout=layout,
             num_layers=config.model.num_stem_layers,
             width=config.model.ffn_dim,
             init_std=config.table_init_std,
@@ -57,6 +62,7 @@ class TableSpec:
             epsilon=config.optimizer.epsilon,
             clip_norm=config.tables.clip_norm,
             capacity=config.tables.capacity,
+            resident_rows=None if resident is None or resident >= layout.num_rows else resident,
         )
 
     @property
@@ -65,25 +71,36 @@ class TableSpec:
         return self.layout.num_rows
 
     @property
+    def offloaded(self) -> bool:
+        """Whether some rows are in host memory."""
+        return self.resident_rows is not None
+
+    @property
+    def num_slots(self) -> int:
+        """R: rows that all devices together have room for; V_pad unless some are offloaded."""
+        return self.num_rows if self.resident_rows is None else self.resident_rows
+
+    @property
     def num_parameters(self) -> int:
         """Trained numbers, padding rows not counted."""
         return self.layout.num_keys * self.num_layers * self.width
 
     @property
     def row_spec(self) -> PartitionSpec:
-        """Partition of [V_pad, S, F]."""
+        """Partition of [V_pad, S, F], as of [R, S, F]."""
         return PartitionSpec(self.vocab_axes or None, None, "tensor")
 
     @property
     def index_spec(self) -> PartitionSpec:
-        """Partition of [V_pad]."""
+        """Partition of [V_pad], as of [R]."""
         return PartitionSpec(self.vocab_axes or None)
 
     def placed(self) -> list[Placed]:
-        """The arrays of the table, for the placement check and the start-up report."""
-        shape = (self.num_rows, self.num_layers, self.width)
+        """The arrays on the devices, for the placement check and the start-up report."""
+        shape = (self.num_slots, self.num_layers, self.width)
+        multiple = "tables.resident_rows" if self.offloaded else "tables.pad_multiple"
         remedy = (
-            "make tables.pad_multiple a multiple of the row shards and model.ffn_dim of "
+            f"make {multiple} a multiple of the row shards and model.ffn_dim of "
             "mesh.tensor, or change tables.vocab_axes or the mesh"
         )
         return [
@@ -98,10 +115,10 @@ class TableSpec:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TableState:
-    """A table and its slot variables.
+    """The rows on the devices, with their slot variables.
 
-    rows, mu, nu: [V_pad, S, F] float32. last_step: [V_pad] int32, the last update whose batch asked
-    for the row, from 1; 0 is never.
+    rows, mu, nu: [R, S, F] float32. last_step: [R] int32, the last update whose batch asked for the
+    row, from 1; 0 is never. With all rows resident R is V_pad and a row lies at its own number.
     """
 
     rows: jax.Array

@@ -1,40 +1,138 @@
-"""Batches with the sizes of their row blocks, counted on the device two steps ahead."""
+"""Batches ahead of their steps: what each asks of the table, and its rows on their way.
 
+Stages by step distance, with `tables.prefetch` = n: batch t+n is placed and its demand counted on
+the device before step t is dispatched, in program order, so that every process reads the same; once
+step t computes, the demand of batch t+n has come to the host, its slots are chosen and its missing
+rows start to travel; before step t+n they are swapped in.
+"""
+
+import dataclasses
 from collections import deque
 from collections.abc import Iterator
 
 import jax
 import numpy as np
 
-from stem_jax.tables.sharded_table import BlockSizes
+from stem_jax.tables.prefetch import Prefetch, Ticket
+from stem_jax.tables.sharded_table import BlockSizes, Demand
+from stem_jax.tables.spec import TableState
+from stem_jax.training.state import TrainState
 from stem_jax.training.step import Batch, TrainStep
 
-_DISTANCE = 2
 
+@dataclasses.dataclass(eq=False)
+class Ready:
+    """A batch and what its step needs besides the state.
 
-class LookAhead(Iterator[tuple[Batch, BlockSizes | None]]):
-    """Yields (batch t, its block sizes) while the counts of batch t+2 are on their way.
-
-    Every process dispatches the count at the same place in its program order and reads the same
-    result, so all of them compile and run the same step. A dense model has no sizes: None.
+    demand: what it asks of the table, None for a dense model. sizes: of its row blocks. ticket: its
+    rows on their way, slots: where they will lie; None if all rows are resident. recorded: whether
+    the caches know of it. metrics: of its rows' way, once they are placed.
     """
 
-    def __init__(self, programs: TrainStep, batches: Iterator[Batch], length: int):
-        """Args: `length` is how many of the batches will be asked for; no more are read."""
+    batch: Batch
+    demand: Demand | None
+    sizes: BlockSizes | None = None
+    ticket: Ticket | None = None
+    slots: jax.Array | None = None
+    recorded: bool = False
+    metrics: dict[str, np.float64] = dataclasses.field(default_factory=dict)
+
+
+class LookAhead(Iterator[Ready]):
+    """Yields batches in order. Between `next` and the batch's step, `place` brings its rows.
+
+    In training the rows of the batches in flight stay where they are, so `settle` may bring all of
+    them at once when the table is needed for something else.
+    """
+
+    def __init__(
+        self,
+        programs: TrainStep,
+        batches: Iterator[Batch],
+        length: int,
+        prefetch: Prefetch | None = None,
+        *,
+        training: bool = True,
+    ):
+        """Args:
+        length: how many of the batches will be asked for; no more are read.
+        prefetch: of an offloaded table.
+        training: rows of batches in flight are kept, and their use is counted.
+        """
         self._programs = programs
         self._batches = batches
         self._unread = length
-        self._queue: deque[tuple[Batch, jax.Array | None]] = deque()
+        self._prefetch = prefetch
+        self._training = training
+        self._distance = programs.config.tables.prefetch
+        self._queue: deque[Ready] = deque()
+        # Rows of the batches that may still be waiting for theirs when the next one chooses.
+        self._window: deque[np.ndarray] = deque(maxlen=self._distance if training else 0)
 
-    def __next__(self) -> tuple[Batch, BlockSizes | None]:
-        while self._unread and len(self._queue) <= _DISTANCE:
+    def __next__(self) -> Ready:
+        # Their demands were dispatched before the step that computes now.
+        for ready in self._queue:
+            self._choose(ready)
+        while self._unread and len(self._queue) <= self._distance:
             batch = next(self._batches)
-            counts = self._programs.count(batch) if self._programs.spec.num_layers else None
-            self._queue.append((batch, counts))
+            demand = self._programs.demand(batch) if self._programs.spec.num_layers else None
+            self._queue.append(Ready(batch, demand))
             self._unread -= 1
         if not self._queue:
             raise StopIteration
-        batch, counts = self._queue.popleft()
-        if counts is None:
-            return batch, None
-        return batch, self._programs.table(batch.tokens).choose_sizes(np.asarray(counts))
+        ready = self._queue.popleft()
+        self._choose(ready)
+        return ready
+
+    def place(self, state: TrainState, ready: Ready) -> TrainState:
+        """The state with the rows of a batch in their slots; the given one is donated."""
+        if ready.ticket is None:
+            return state
+        state = self._apply(state, ready.ticket)
+        ready.metrics = self._measured(ready.ticket)
+        return state
+
+    def settle(self, state: TrainState) -> TrainState:
+        """Brings all rows that are on their way, so that the caches say what lies where.
+
+        The batches choose anew afterwards: what is done meanwhile may take their rows away.
+        """
+        for ready in self._queue:
+            if ready.ticket is not None:
+                state = self._apply(state, ready.ticket)
+                ready.ticket = ready.slots = None
+        self._window.clear()
+        return state
+
+    def _choose(self, ready: Ready) -> None:
+        if ready.demand is None:
+            return
+        if ready.sizes is None:
+            ready.demand = jax.tree.map(np.asarray, ready.demand)
+            ready.sizes = self._programs.table(ready.batch.tokens).sizes_for(ready.demand)
+        if self._prefetch is None or ready.ticket is not None:
+            return
+        tokens_of_row = ready.demand.tokens_of_row
+        pinned = np.logical_or.reduce(self._window) if self._window else None
+        record = self._training and not ready.recorded
+        ready.ticket = self._prefetch.ticket(tokens_of_row, pinned, record=record)
+        ready.slots = self._prefetch.slots(ready.ticket, ready.sizes.owned)
+        ready.recorded = True
+        self._window.append(tokens_of_row > 0)
+
+    def _apply(self, state: TrainState, ticket: Ticket) -> TrainState:
+        arrays = self._prefetch.apply(dict(vars(state.table)), ticket)
+        return dataclasses.replace(state, table=TableState(**arrays))
+
+    def _measured(self, ticket: Ticket) -> dict[str, np.float64]:
+        """Hit rates by row and by token; what had to come, how long it took and who waited."""
+        move = ticket.move
+        values = {
+            "row_hit_rate": 1 - move.missing / max(move.asked, 1),
+            "token_hit_rate": 1 - move.missing_tokens / max(move.tokens, 1),
+            "evictions": move.missing,
+            "missing_bytes": move.missing * self._prefetch.row_bytes,
+            "transfer_seconds": ticket.seconds,
+            "stall_seconds": self._prefetch.take_stall(),
+        }
+        return {name: np.float64(value) for name, value in values.items()}

@@ -1,15 +1,15 @@
 """The loop: dispatch a step, then read the metrics of the step before.
 
-Stages by step distance: batches t+3 .. t+8 are read ahead on threads; batch t+2 is placed and its
-rows are counted on the device; step t runs with the sizes counted two steps ago; metrics of
-step t-1 are fetched, so the host never waits for the step it has just started. The loop drains
-(fetches the last metrics) before validation, before a save, and at the end.
+Stages by step distance: batches beyond t+n are read ahead on threads; up to batch t+n rows are on
+their way (`look_ahead`); step t runs; metrics of step t-1 are fetched, so the host never waits for
+the step it has just started. The loop drains (fetches the last metrics) before validation, before a
+save, and at the end.
 """
 
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,20 @@ from stem_jax.config import Config
 from stem_jax.errors import TrainingError
 from stem_jax.hardware import chip_of
 from stem_jax.model.cost import training_flops_per_token
+from stem_jax.tables.prefetch import Prefetch
 from stem_jax.training.evaluation import Validation, summarize, to_micro_batches
 from stem_jax.training.look_ahead import LookAhead
 from stem_jax.training.metrics import MetricsLog, SpikeCounter
 from stem_jax.training.run_data import RunData
-from stem_jax.training.schedule import make_schedule
+from stem_jax.training.schedule import Schedule, make_schedule
 from stem_jax.training.state import TrainState
 from stem_jax.training.step import Batch, TrainStep
 
 _TABLE_METRICS = frozenset(
-    "distinct_rows never_touched_rows exchange_rounds exchange_bytes busiest_owner".split()
+    """
+    distinct_rows never_touched_rows exchange_rounds exchange_bytes busiest_owner
+    row_hit_rate token_hit_rate evictions missing_bytes transfer_seconds stall_seconds
+    """.split()
 )
 
 
@@ -38,6 +42,7 @@ class Loop:
     """Trains from a state to `train.steps`, or until asked to stop.
 
     Attributes:
+        prefetch: of an offloaded table; None if all rows are resident.
         save: called with (state, validation or None) where a checkpoint is due.
         stop_requested: asked after every step.
     """
@@ -46,6 +51,7 @@ class Loop:
     programs: TrainStep
     data: RunData
     workdir: Path
+    prefetch: Prefetch | None
     save: Callable[[TrainState, Validation | None], None]
     stop_requested: Callable[[], bool]
 
@@ -62,18 +68,22 @@ class Loop:
         validation = None
         try:
             with self.data.batches.iterate(start) as batches:
-                ahead = LookAhead(self.programs, map(self._place, batches), end - start)
-                for step, (batch, sizes) in enumerate(ahead, start=start + 1):
-                    state, metrics = self.programs.update(state, batch, schedule, sizes)
-                    reporter.dispatched(step, metrics)
+                ahead = self._look_ahead(batches, end - start)
+                for step, ready in enumerate(ahead, start=start + 1):
+                    state = ahead.place(state, ready)
+                    state, metrics = self.programs.update(
+                        state, ready.batch, schedule, ready.slots, ready.sizes
+                    )
+                    reporter.dispatched(step, metrics | ready.metrics)
                     last = step == end or self.stop_requested()
                     checkpoint_due = last or _due(step, self.config.checkpoint.every)
                     evaluation_due = step == end or _due(step, self.config.eval.every)
                     if evaluation_due or checkpoint_due:
                         reporter.drain()
-                    validation = (
-                        self._validate(state, schedule, step, log) if evaluation_due else None
-                    )
+                    validation = None
+                    if evaluation_due and self.data.held_out is not None:
+                        state = ahead.settle(state)
+                        state, validation = self._validate(state, schedule, step, log)
                     if checkpoint_due:
                         self.save(state, validation)
                     if evaluation_due or checkpoint_due:
@@ -96,20 +106,27 @@ class Loop:
             }
         )
 
-    def _validate(self, state, schedule, step: int, log: MetricsLog) -> Validation | None:
-        if self.data.held_out is None:
-            return None
-        sums = (
-            self.programs.evaluate(state, self._place(batch), schedule)
-            for batch in self.data.held_out
-        )
-        result = summarize(sums, self.data.held_out.num_bytes)
+    def _look_ahead(self, batches: Iterable, length: int, *, training: bool = True) -> LookAhead:
+        placed = map(self._place, batches)
+        return LookAhead(self.programs, placed, length, self.prefetch, training=training)
+
+    def _validate(
+        self, state: TrainState, schedule: Schedule, step: int, log: MetricsLog
+    ) -> tuple[TrainState, Validation]:
+        held_out, sums = self.data.held_out, []
+        ahead = self._look_ahead(held_out, len(held_out), training=False)
+        for ready in ahead:
+            state = ahead.place(state, ready)
+            sums.append(
+                self.programs.evaluate(state, ready.batch, schedule, ready.slots, ready.sizes)
+            )
+        result = summarize(sums, held_out.num_bytes)
         log.write(step, result.metrics())
         tqdm.write(
             f"step {step}: validation loss {result.loss:.4f} nats per token, "
             f"{result.bits_per_byte:.4f} bits per byte"
         )
-        return result
+        return state, result
 
 
 class _Reporter:

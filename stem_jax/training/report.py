@@ -5,6 +5,7 @@ from jax.sharding import Mesh
 from stem_jax.config import Config
 from stem_jax.mesh import AXES, BATCH_AXES, Placed, axis_size
 from stem_jax.model.cost import count_parameters, training_flops_per_token
+from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.spec import TableSpec
 from stem_jax.training.state import ModelDef
 
@@ -13,12 +14,18 @@ _MIB = 2**20
 _BACKBONE_COPIES = 3
 
 
-def describe_run(config: Config, model: ModelDef, mesh: Mesh) -> str:
-    """The start-up report as text."""
+def describe_run(
+    config: Config, model: ModelDef, mesh: Mesh, working_set: int | None = None
+) -> str:
+    """The start-up report as text.
+
+    Args:
+        working_set: rows that the batches in flight of an offloaded table need at a time.
+    """
     lines = [
         *_parameter_lines(config),
         *_memory_lines(config, model, mesh),
-        *_table_lines(config, mesh),
+        *_table_lines(config, mesh, working_set),
         *_batch_lines(config, mesh),
     ]
     return "\n".join(lines)
@@ -41,29 +48,42 @@ def _memory_lines(config: Config, model: ModelDef, mesh: Mesh) -> list[str]:
     backbone = sum(array.device_bytes(mesh) for array in model.placed()) * _BACKBONE_COPIES
     spec = TableSpec.from_config(config)
     table = sum(array.device_bytes(mesh) for array in spec.placed()) if spec.num_layers else 0
+    host = HostStore.needed_bytes(spec, mesh) if spec.offloaded else 0
     shape = ", ".join(f"{axis} {mesh.shape[axis]}" for axis in AXES)
     return [
         f"mesh         {shape}: {mesh.devices.size} x {mesh.devices.flat[0].device_kind}",
         f"memory       per device {_mib(backbone + table)}: backbone with optimizer "
-        f"{_mib(backbone)}, tables with slots {_mib(table)}; host 0 MiB",
+        f"{_mib(backbone)}, tables with slots {_mib(table)}; host memory {_mib(host)}",
     ]
 
 
-def _table_lines(config: Config, mesh: Mesh) -> list[str]:
+def _table_lines(config: Config, mesh: Mesh, working_set: int | None) -> list[str]:
     spec = TableSpec.from_config(config)
     if not spec.num_layers:
         return ["tables       none: every layer has an up projection"]
     owners = axis_size(mesh, spec.vocab_axes)
     columns = mesh.shape["tensor"]
-    return [
+    where = "resident on device"
+    if spec.offloaded:
+        share = spec.num_slots / spec.num_rows
+        where = f"in host memory, {share:.0%} of the rows resident on device"
+    lines = [
         f"table        layer {layer}: {config.model.vocab_size} x {spec.width} "
-        f"{_mib(4 * config.model.vocab_size * spec.width)}, resident on device, rows over {owners} "
-        f"shards, columns over {columns}"
+        f"{_mib(4 * config.model.vocab_size * spec.width)}, {where}, rows over {owners} shards, "
+        f"columns over {columns}"
         for layer in config.model.stem_layers
     ] + [
         f"             {spec.optimizer}, {spec.num_rows} rows of {spec.num_layers} x {spec.width}, "
         f"{spec.num_rows // owners} a shard"
     ]
+    if spec.offloaded:
+        tables = config.tables
+        known = "" if working_set is None else f"; batches in flight need {working_set:,}"
+        lines.append(
+            f"resident     {spec.num_slots:,} rows, {spec.num_slots // owners:,} a shard{known}; "
+            f"look-ahead of {tables.prefetch} batches, {tables.cache_policy} cache"
+        )
+    return lines
 
 
 def _batch_lines(config: Config, mesh: Mesh) -> list[str]:

@@ -11,7 +11,8 @@ from stem_jax.training.schedule import learning_rates
 # These change where and how the same run computes, or what it reports; not what it computes.
 _HARMLESS = frozenset(
     """
-    model.attention model.remat model.scan_layers tables.vocab_axes tables.capacity data.folder
+    model.attention model.remat model.scan_layers tables.vocab_axes tables.capacity
+    tables.resident_rows tables.prefetch tables.cache_policy data.folder
     mesh.data mesh.fsdp mesh.tensor mesh.max_replicated_mib
     train.micro_batches train.loss_chunk train.max_bad_steps train.log_every
     train.sample_prompt train.sample_tokens

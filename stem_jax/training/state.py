@@ -24,13 +24,14 @@ class TrainState:
 
     step: scalar int32, global batches consumed. updates: scalar int32, completed optimizer updates;
     lower than `step` by the batches skipped for non-finite values. bad_steps: scalar int32, skipped
-    batches in a row. params: backbone by dotted name. opt_state: optax state. table: None for a
-    dense model.
+    batches in a row. touched_rows: scalar int32, rows that some update had. params: backbone by
+    dotted name. opt_state: optax state. table: None for a dense model.
     """
 
     step: jax.Array
     updates: jax.Array
     bad_steps: jax.Array
+    touched_rows: jax.Array
     params: Params
     opt_state: Any
     table: TableState | None
@@ -102,25 +103,29 @@ def state_shardings(config: Config, model: ModelDef, mesh: Mesh) -> TrainState:
     )
     spec = TableSpec.from_config(config)
     table = table_shardings(spec, mesh) if spec.num_layers else None
-    return TrainState(whole, whole, whole, params, opt_state, table)
+    return TrainState(whole, whole, whole, whole, params, opt_state, table)
 
 
 def init_state(config: Config, model: ModelDef, mesh: Mesh) -> TrainState:
-    """A fresh state, every array created in its place."""
+    """A fresh state, every array created in its place; without an offloaded table."""
     shardings = state_shardings(config, model, mesh)
     optimizer = make_optimizer(config.optimizer)
 
     def backbone():
         params = model.init()
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, zero, zero, params, optimizer.init(params), None)
+        return TrainState(zero, zero, zero, zero, params, optimizer.init(params), None)
 
     state = jax.jit(backbone, out_shardings=dataclasses.replace(shardings, table=None))()
     spec = TableSpec.from_config(config)
-    if spec.num_layers:
-        key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
-        state = dataclasses.replace(state, table=init_table(spec, key, mesh))
+    if spec.num_layers and not spec.offloaded:
+        state = dataclasses.replace(state, table=init_table(spec, table_key(config), mesh))
     return state
+
+
+def table_key(config: Config) -> jax.Array:
+    """The random key of the table's first rows."""
+    return jax.random.fold_in(jax.random.key(config.train.seed), 1)
 
 
 def abstract_state(config: Config, model: ModelDef, mesh: Mesh) -> TrainState:
@@ -131,10 +136,10 @@ def abstract_state(config: Config, model: ModelDef, mesh: Mesh) -> TrainState:
     table = None
     spec = TableSpec.from_config(config)
     if spec.num_layers:
-        size = (spec.num_rows, spec.num_layers, spec.width)
+        size = (spec.num_slots, spec.num_layers, spec.width)
         rows = jax.ShapeDtypeStruct(size, jnp.float32)
         table = TableState(rows, rows, rows, jax.ShapeDtypeStruct(size[:1], jnp.int32))
-    state = TrainState(scalar, scalar, scalar, shapes, opt_state, table)
+    state = TrainState(scalar, scalar, scalar, scalar, shapes, opt_state, table)
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         state,

@@ -10,8 +10,8 @@ from stem_jax.config import Config
 from stem_jax.mesh import BATCH_AXES, axis_size
 from stem_jax.model.transformer import Inputs
 from stem_jax.tables.exchange import Requests
-from stem_jax.tables.sharded_table import BlockSizes, ShardedTable
-from stem_jax.tables.spec import TableSpec, TableState
+from stem_jax.tables.sharded_table import BlockSizes, Demand, ShardedTable
+from stem_jax.tables.spec import TableSpec
 from stem_jax.training.loss import head_loss
 from stem_jax.training.optimizer import apply_update, clip_factor, make_optimizer
 from stem_jax.training.schedule import Schedule
@@ -50,8 +50,8 @@ class TrainStep:
             static_argnames="sizes",
             out_shardings=(self.shardings, None),
         )
-        self.count = jax.jit(self._count)
-        self.evaluate = jax.jit(self._evaluate)
+        self.demand = jax.jit(self._demand)
+        self.evaluate = jax.jit(self._evaluate, static_argnames="sizes")
         self.caught_up_rows = jax.jit(self._caught_up_rows)
 
     def table(self, tokens_AxBxL, sizes: BlockSizes | None = None) -> ShardedTable | None:
@@ -66,18 +66,28 @@ class TrainStep:
         table = ShardedTable(self.spec, self.mesh, 1)
         return table.caught_up_rows(state.table, state.updates, schedule.table)
 
-    def _count(self, batch: Batch) -> jax.Array:
-        """What `ShardedTable.choose_sizes` needs to know of a batch."""
-        return self.table(batch.tokens).count(batch.tokens, batch.segment_ids > 0)
+    def _demand(self, batch: Batch) -> Demand:
+        """What a batch asks of the table."""
+        return self.table(batch.tokens).demand(batch.tokens, batch.segment_ids > 0)
 
     def _update(
-        self, state: TrainState, batch: Batch, schedule: Schedule, sizes: BlockSizes | None = None
+        self,
+        state: TrainState,
+        batch: Batch,
+        schedule: Schedule,
+        slots: jax.Array | None = None,
+        sizes: BlockSizes | None = None,
     ):
-        """One step. `sizes` are those of its row blocks; without them there is room for any."""
+        """One step.
+
+        Args:
+            slots: where the rows of an offloaded table lie, see `ShardedTable.request`.
+            sizes: of its row blocks; without them there is room for any.
+        """
         config = self.config
         scored = jnp.sum(batch.loss_mask)
         table = self.table(batch.tokens, sizes)
-        rows, requests = self._rows(state, table, batch, schedule)
+        rows, requests = self._rows(state, table, batch, schedule, slots)
         loss, cross_entropy, gradients, row_gradients = self._gradients(
             state.params, rows, requests, batch, scored
         )
@@ -96,9 +106,14 @@ class TrainStep:
                 state.table, requests, row_gradients, state.updates, finite, schedule.table
             )
             metrics |= {"table_grad_norm": row_norm}
-            metrics |= self._table_metrics(table, requests, new_table)
+            metrics |= self._table_metrics(table, requests)
+            # Counted as they come: rows in host memory are not here to be counted.
+            touched_rows = state.touched_rows + (
+                jnp.sum(new_table.last_step > 0) - jnp.sum(state.table.last_step > 0)
+            )
+            metrics |= {"never_touched_rows": self.spec.layout.num_keys - touched_rows}
         else:
-            new_table = None
+            new_table, touched_rows = None, state.touched_rows
         factor = clip_factor(norm, config.optimizer.clip_norm)
         gradients = jax.tree.map(lambda g: g * factor.astype(g.dtype), gradients)
         updated = apply_update(self._optimizer, state.params, state.opt_state, gradients, rate)
@@ -109,6 +124,7 @@ class TrainStep:
             step=state.step + 1,
             updates=state.updates + finite,
             bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
+            touched_rows=touched_rows,
             params=params,
             opt_state=opt_state,
             table=new_table,
@@ -120,11 +136,11 @@ class TrainStep:
         }
         return new_state, metrics
 
-    def _rows(self, state, table: ShardedTable | None, batch: Batch, schedule: Schedule):
+    def _rows(self, state, table: ShardedTable | None, batch: Batch, schedule: Schedule, slots):
         """The row block that serves all micro-batches of the step, and what was asked for."""
         if table is None:
             return None, None
-        requests = table.request(batch.tokens, batch.segment_ids > 0)
+        requests = table.request(batch.tokens, batch.segment_ids > 0, slots)
         dtype = self.config.model.compute_dtype
         rows = table.fetch(state.table, requests, dtype, state.updates, schedule.table)
         return rows, requests
@@ -171,9 +187,17 @@ class TrainStep:
             self.mesh,
         )
 
-    def _evaluate(self, state: TrainState, batch: Batch, schedule: Schedule):
+    def _evaluate(
+        self,
+        state: TrainState,
+        batch: Batch,
+        schedule: Schedule,
+        slots: jax.Array | None = None,
+        sizes: BlockSizes | None = None,
+    ):
         """Sum of the cross-entropy in nats and number of scored positions of a global batch."""
-        rows, requests = self._rows(state, self.table(batch.tokens), batch, schedule)
+        table = self.table(batch.tokens, sizes)
+        rows, requests = self._rows(state, table, batch, schedule, slots)
         inverse = jnp.zeros_like(batch.tokens) if requests is None else requests.inverse
         total = jnp.float32(0)
         for index in range(batch.tokens.shape[0]):
@@ -181,8 +205,8 @@ class TrainStep:
             total += self._loss(state.params, rows, *piece, jnp.int32(1))[1]
         return total, jnp.sum(batch.loss_mask)
 
-    def _table_metrics(self, table: ShardedTable, requests: Requests, state: TableState):
-        """What a step asked of the table, and what no step so far has.
+    def _table_metrics(self, table: ShardedTable, requests: Requests):
+        """What a step asked of the table.
 
         distinct_rows: over all devices. exchange_bytes: sent by a device, there and back, with
         padding. busiest_owner: rows asked of it over the mean of all owners.
@@ -195,8 +219,6 @@ class TrainStep:
         asked_P = requests.asked.astype(jnp.float32)
         return {
             "distinct_rows": owned,
-            "never_touched_rows": jnp.sum(state.last_step == 0)
-            - (spec.num_rows - spec.layout.num_keys),
             "exchange_rounds": requests.rounds,
             "exchange_bytes": requests.rounds.astype(jnp.float32) * float(round_bytes),
             "busiest_owner": jnp.max(asked_P) / jnp.maximum(jnp.mean(asked_P), 1),

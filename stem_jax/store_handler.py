@@ -1,0 +1,219 @@
+"""How Orbax writes and reads a host store: in its own array format, piece by piece.
+
+Orbax hands each leaf of a tree to a handler for its type. This one takes the fields of a store and
+writes chunks of the whole table's arrays, as Orbax writes sharded jax.Arrays, so that either can be
+restored from what the other saved. Reading fills the store in place.
+"""
+
+import asyncio
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from orbax.checkpoint import type_handlers
+from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals
+
+from stem_jax.tables.host_store import HostBlock, HostStore, field_dtype, field_shape
+from stem_jax.tables.store_snapshot import StoreSnapshot, chunk_rows
+
+# Pieces of an item that are read or written at a time.
+_IN_FLIGHT = 2
+_READ_BYTES = 2**25
+
+Index = tuple[slice, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StoreField:
+    """A leaf: one array of the whole table, in this process's part of it.
+
+    snapshot: what to save; None to restore into the store.
+    """
+
+    store: HostStore
+    name: str
+    snapshot: StoreSnapshot | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole table."""
+        return field_shape(self.store.spec, self.name)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the field."""
+        return field_dtype(self.name)
+
+
+@dataclasses.dataclass
+class StoreRestoreArgs(ocp.RestoreArgs):
+    """Says where a leaf is restored to."""
+
+    field: StoreField | None = None
+
+    def __post_init__(self):
+        self.restore_type = StoreField
+
+
+def store_args(item: dict[str, StoreField]) -> ocp.args.PyTreeRestore:
+    """Restores these fields into their stores."""
+    args = {name: StoreRestoreArgs(field=field) for name, field in item.items()}
+    return ocp.args.PyTreeRestore(item=item, restore_args=args)
+
+
+def table_handler() -> ocp.PyTreeCheckpointHandler:
+    """The handler of an item whose leaves are jax.Arrays or fields of a store."""
+    arrays = type_handlers.get_type_handler(jax.Array)
+    return ocp.PyTreeCheckpointHandler(
+        type_handler_registry=type_handlers.create_type_handler_registry(
+            (jax.Array, arrays), (StoreField, _StoreFieldHandler())
+        )
+    )
+
+
+class _StoreFieldHandler(type_handlers.TypeHandler):
+    def typestr(self) -> str:
+        # What a reader without a target gets. As jax.Array, Orbax would ask for shardings.
+        return "np.ndarray"
+
+    async def metadata(self, infos: Sequence[type_handlers.ParamInfo]):
+        return await type_handlers.NumpyHandler().metadata(infos)
+
+    async def serialize(
+        self,
+        values: Sequence[StoreField],
+        infos: Sequence[type_handlers.ParamInfo],
+        args: Sequence[ocp.SaveArgs] | None = None,
+    ):
+        del args
+
+        async def write_all():
+            try:
+                for field, info in zip(values, infos, strict=True):
+                    await _write(field, info)
+            finally:
+                for field in values:
+                    field.snapshot.finish(field.name)
+
+        # Starts a thread, and waits there for Orbax to create the folders.
+        return [CommitFutureAwaitingContractedSignals(write_all(), name="host_store")]
+
+    async def deserialize(
+        self,
+        infos: Sequence[type_handlers.ParamInfo],
+        args: Sequence[StoreRestoreArgs] | None = None,
+    ) -> Sequence[StoreField]:
+        fields = [arg.field for arg in args]
+        for field, info in zip(fields, infos, strict=True):
+            await _read(field, info)
+        return fields
+
+
+async def _write(field: StoreField, info: type_handlers.ParamInfo) -> None:
+    await info.await_path_creation()
+    shard = field.store.blocks[0].arrays[field.name]
+    chunk = (chunk_rows(len(shard), shard[:1].nbytes), *shard.shape[1:])
+    spec = type_handlers.get_json_tspec_write(
+        info,
+        use_ocdbt=info.is_ocdbt_checkpoint,
+        global_shape=field.shape,
+        local_shape=chunk,
+        dtype=field.dtype,
+        process_index=jax.process_index(),
+        arg=ocp.SaveArgs(),
+    )
+    if jax.process_index() == 0:
+        # One process writes the array's description, the others take it as given.
+        await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
+    target = await ts.open(ts.Spec(spec), open=True, assume_metadata=True, context=info.ts_context)
+
+    async def write(rows: np.ndarray, place: Index) -> None:
+        # No copy: the piece belongs to this write alone.
+        await target[place].write(rows, can_reference_source_data_indefinitely=True)
+
+    await _a_few_at_a_time(
+        write(rows, _place(block, field.name, first, len(rows)))
+        for block in field.store.blocks
+        for first, rows in field.snapshot.pieces(block.index, field.name)
+    )
+
+
+async def _read(field: StoreField, info: type_handlers.ParamInfo) -> None:
+    await info.await_path_creation()
+    spec = type_handlers.get_json_tspec_read(
+        info,
+        use_ocdbt=info.is_ocdbt_checkpoint,
+        raise_array_data_missing_error=info.raise_array_data_missing_error,
+    )
+    source = await ts.open(ts.Spec(spec), open=True, context=info.ts_context)
+    if (source.shape, source.dtype.numpy_dtype) != (field.shape, field.dtype):
+        raise ValueError(
+            f"{info.name} is {source.dtype.name} {source.shape}, not {field.dtype} {field.shape}"
+        )
+    chunk = source.chunk_layout.read_chunk.shape
+
+    async def read(array: np.ndarray, place: Index) -> None:
+        await ts.array(array).write(source[place])
+
+    await _a_few_at_a_time(
+        read(block.arrays[field.name][part], place)
+        for block in field.store.blocks
+        for part, place in _parts(block, field.name, chunk)
+    )
+
+
+def _parts(block: HostBlock, name: str, chunk: tuple[int, ...]) -> Iterator[tuple[Index, Index]]:
+    """(place in the block, place in the table) of parts that end where the table's chunks end.
+
+    A chunk that is read in two parts would be decompressed twice.
+    """
+    row_bytes = block.arrays[name][:1].nbytes
+    for rows in _cut(block.row_range, chunk[0], _READ_BYTES // row_bytes):
+        if name == "last_step":
+            yield (_within(rows, block.row_range),), (_within(rows),)
+            continue
+        narrow = len(rows) * row_bytes > _READ_BYTES
+        for columns in _cut(block.column_range, chunk[2], 1 if narrow else block.column_range.stop):
+            yield (
+                (_within(rows, block.row_range), slice(None), _within(columns, block.column_range)),
+                (_within(rows), slice(None), _within(columns)),
+            )
+
+
+def _cut(whole: range, chunk: int, most: int) -> list[range]:
+    """Parts of a range that end at multiples of the chunk, of up to `most`, but one chunk."""
+    step = chunk * max(1, most // chunk)
+    ends = [*range((whole.start // step + 1) * step, whole.stop, step), whole.stop]
+    return [range(start, stop) for start, stop in zip([whole.start, *ends], ends)]
+
+
+def _place(block: HostBlock, name: str, first: int, size: int) -> Index:
+    """Where rows of a block lie in the whole table."""
+    start = block.row_range.start + first
+    rows = _within(range(start, start + size))
+    return (rows,) if name == "last_step" else (rows, slice(None), _within(block.column_range))
+
+
+def _within(part: range, whole: range = range(0)) -> slice:
+    return slice(part.start - whole.start, part.stop - whole.start)
+
+
+async def _a_few_at_a_time(operations) -> None:
+    """Runs coroutines from a generator, which makes the next one when there is room for it."""
+    running: set[asyncio.Task] = set()
+    try:
+        for operation in operations:
+            running.add(asyncio.ensure_future(operation))
+            if len(running) == _IN_FLIGHT:
+                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+        await asyncio.gather(*running)
+    finally:
+        # On an error: nothing may still write to a folder, or into a store, that is given up.
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)

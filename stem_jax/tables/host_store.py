@@ -1,0 +1,287 @@
+"""A table in host memory: this process's shards, with room for every row of each.
+
+The device holds some rows, the store all of them; the copy here of a row that is on the device is
+stale until it is written back. A checkpoint is then the store alone, once all rows are back.
+
+With 8 rows, 4 columns, two row shards and tensor parallelism of two, a process that has all four
+devices holds four blocks:
+
+    block   shard   row_range   column_range
+    0       0       0..3        0..1
+    1       0       0..3        2..3
+    2       1       4..7        0..1
+    3       1       4..7        2..3
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import threading
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from stem_jax.errors import InputError
+from stem_jax.tables.host_memory import available_host_bytes, check_host_memory
+from stem_jax.tables.spec import TableSpec, initial_rows
+from stem_jax.tables.store_snapshot import StoreSnapshot, kept_bytes
+
+FIELDS = ("rows", "mu", "nu", "last_step")
+# Fresh rows are made this many bytes at a time; making a piece takes about three times as much.
+_PIECE_BYTES = 2**25
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HostBlock:
+    """One shard of a table: a range of rows by a range of columns.
+
+    Attributes:
+        index: in the store's `blocks`.
+        shard: number of the row shard along the spec's vocab_axes.
+        row_range, column_range: of the whole table.
+        devices: of this process, that hold the shard on the device side.
+        saves: fields that this process writes to a checkpoint; shards that several processes have
+            are written by the one with the lowest device.
+        arrays: by field; rows, mu, nu [rows, S, columns] float32, last_step [rows] int32.
+    """
+
+    index: int
+    shard: int
+    row_range: range
+    column_range: range
+    devices: tuple[jax.Device, ...]
+    saves: frozenset[str]
+    arrays: Arrays = dataclasses.field(repr=False)
+
+
+class HostStore:
+    """This process's part of a table. `gather` and `write` may run in several threads at once.
+
+    Attributes:
+        spec: the table.
+        blocks: by row range, then by column range.
+        fields: names of the arrays that each block has.
+    """
+
+    def __init__(self, spec: TableSpec, blocks: tuple[HostBlock, ...]):
+        self.spec = spec
+        self.blocks = blocks
+        self.fields = tuple(blocks[0].arrays)
+        self._changed = threading.Condition()
+        self._writes_under_way = 0
+        self._snapshot: StoreSnapshot | None = None
+
+    @classmethod
+    def allocate(cls, spec: TableSpec, mesh: Mesh, *, slots: bool = True) -> "HostStore":
+        """A store of zeros, whose memory the system provides when it is first written to.
+
+        Args:
+            spec: the table.
+            mesh: where the device side of the table lies.
+            slots: with mu, nu and last_step, as training needs them.
+
+        Raises:
+            InputError: the host has too little memory.
+        """
+        needed = cls.needed_bytes(spec, mesh, slots=slots)
+        # With slots it will be saved while it changes; better refused now than killed then.
+        check_host_memory(needed + slots * kept_bytes(needed), available_host_bytes())
+        blocks = [
+            dataclasses.replace(
+                block,
+                arrays={
+                    name: np.zeros(_block_shape(spec, block, name), field_dtype(name))
+                    for name in _fields(slots)
+                },
+            )
+            for block in _local_blocks(spec, mesh)
+        ]
+        return cls(spec, tuple(blocks))
+
+    @classmethod
+    def create(
+        cls, spec: TableSpec, key: jax.Array, mesh: Mesh, *, slots: bool = True
+    ) -> "HostStore":
+        """A store of fresh rows, those that `init_table` makes for the same key.
+
+        The rows are made on the CPU, a piece at a time, and pass through no other device. Bit for
+        bit the same as on a CPU mesh; other platforms round the normal distribution differently.
+
+        Raises:
+            InputError: the host has too little memory, or JAX has no CPU backend.
+        """
+        cpu = _cpu_device()
+        store = cls.allocate(spec, mesh, slots=slots)
+        key = jax.device_put(key, cpu)
+        make = jax.jit(functools.partial(initial_rows, spec))
+        most = max(1, _PIECE_BYTES // (4 * spec.num_layers * spec.width))
+        # The mesh that a run has set is of other devices.
+        with jax.set_mesh(
+            jax.make_mesh((1,), ("cpu",), axis_types=(AxisType.Auto,), devices=[cpu])
+        ):
+            for row_range in dict.fromkeys(block.row_range for block in store.blocks):
+                size = min(most, len(row_range))
+                for first in range(0, len(row_range), size):
+                    # The last piece overlaps the one before: another size would compile again.
+                    first = min(first, len(row_range) - size)
+                    numbers = np.arange(size, dtype=np.int32) + np.int32(row_range.start + first)
+                    piece = np.asarray(make(key, jax.device_put(numbers, cpu)))
+                    for block in store.blocks:
+                        if block.row_range == row_range:
+                            columns = slice(block.column_range.start, block.column_range.stop)
+                            block.arrays["rows"][first : first + size] = piece[:, :, columns]
+        return store
+
+    @staticmethod
+    def needed_bytes(spec: TableSpec, mesh: Mesh, *, slots: bool = True) -> int:
+        """Bytes that a store takes in this process, before there is one."""
+        return sum(
+            math.prod(_block_shape(spec, block, name)) * field_dtype(name).itemsize
+            for block in _local_blocks(spec, mesh)
+            for name in _fields(slots)
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all blocks."""
+        return sum(array.nbytes for block in self.blocks for array in block.arrays.values())
+
+    def gather(self, block: HostBlock, rows: np.ndarray, out: Arrays) -> None:
+        """Copies rows of every field into staging buffers.
+
+        Args:
+            block: of this store.
+            rows: [n] integers, numbers within the block.
+            out: by field, C-contiguous [>= n, ...] of the field's dtype; the first n are filled.
+
+        Raises:
+            IndexError: a number is not within the block.
+        """
+        _check_rows(block, rows)
+        for name, array in block.arrays.items():
+            # mode="clip" copies straight into `out`, with the GIL released.
+            np.take(array, rows, axis=0, out=out[name][: len(rows)], mode="clip")
+
+    def write(self, block: HostBlock, rows: np.ndarray, values: Arrays) -> None:
+        """Stores rows that came back from the device. Waits where a snapshot's reader is behind.
+
+        Args:
+            block: of this store.
+            rows: [n] distinct integers, numbers within the block.
+            values: by field, [>= n, ...]; the first n are stored.
+
+        Raises:
+            IndexError: a number is not within the block.
+        """
+        _check_rows(block, rows)
+        with self._writing() as snapshot:
+            if snapshot is not None:
+                snapshot.keep(block.index, rows)
+            for name, array in block.arrays.items():
+                array[rows] = values[name][: len(rows)]
+
+    def snapshot(self) -> StoreSnapshot:
+        """The store at this moment, for a save that runs while `write` goes on.
+
+        Raises:
+            RuntimeError: the snapshot before is still open.
+            ValueError: a store without slots is not what a checkpoint holds.
+        """
+        if self.fields != FIELDS:
+            raise ValueError(
+                f"a checkpoint needs the fields {FIELDS}, this store has {self.fields}"
+            )
+        with self._changed:
+            if self._snapshot is not None and not self._snapshot.closed:
+                raise RuntimeError("a snapshot of this store is open; close it first")
+            # A write that began without a snapshot keeps nothing for this one.
+            self._changed.wait_for(lambda: not self._writes_under_way)
+            self._snapshot = StoreSnapshot(
+                [block.arrays for block in self.blocks], [block.saves for block in self.blocks]
+            )
+            return self._snapshot
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[StoreSnapshot | None]:
+        """The open snapshot; none is opened meanwhile."""
+        with self._changed:
+            self._writes_under_way += 1
+            if self._snapshot is not None and self._snapshot.closed:
+                self._snapshot = None
+            snapshot = self._snapshot
+        try:
+            yield snapshot
+        finally:
+            with self._changed:
+                self._writes_under_way -= 1
+                self._changed.notify_all()
+
+
+def field_shape(spec: TableSpec, name: str) -> tuple[int, ...]:
+    """Shape of a field of the whole table."""
+    shape = (spec.num_rows, spec.num_layers, spec.width)
+    return shape[:1] if name == "last_step" else shape
+
+
+def field_dtype(name: str) -> np.dtype:
+    """Dtype of a field."""
+    return np.dtype(np.int32 if name == "last_step" else np.float32)
+
+
+def _fields(slots: bool) -> tuple[str, ...]:
+    return FIELDS if slots else FIELDS[:1]
+
+
+def _block_shape(spec: TableSpec, block: HostBlock, name: str) -> tuple[int, ...]:
+    shape = (len(block.row_range), spec.num_layers, len(block.column_range))
+    return shape[:1] if name == "last_step" else shape
+
+
+def _local_blocks(spec: TableSpec, mesh: Mesh) -> list[HostBlock]:
+    """The distinct shards on this process's devices, without memory."""
+    shape = field_shape(spec, "rows")
+    sharding = NamedSharding(mesh, spec.row_spec)
+    holders: dict[tuple[range, range], list[jax.Device]] = {}
+    for device, index in sharding.devices_indices_map(shape).items():
+        rows, _, columns = (
+            range(*part.indices(size)) for part, size in zip(index, shape, strict=True)
+        )
+        holders.setdefault((rows, columns), []).append(device)
+    lowest = {ranges: min(device.id for device in found) for ranges, found in holders.items()}
+    blocks = []
+    for rows, columns in sorted(holders, key=lambda ranges: (ranges[0].start, ranges[1].start)):
+        devices = holders[rows, columns]
+        local = tuple(d for d in devices if d.process_index == jax.process_index())
+        if not local:
+            continue
+        ids = {device.id for device in local}
+        saves = {"rows", "mu", "nu"} if lowest[rows, columns] in ids else set()
+        # last_step has no columns: of all shards with these rows, one writes it.
+        if min(device for (r, _), device in lowest.items() if r == rows) in ids:
+            saves |= {"last_step"}
+        shard = rows.start // len(rows)
+        blocks.append(HostBlock(len(blocks), shard, rows, columns, local, frozenset(saves), {}))
+    return blocks
+
+
+def _cpu_device() -> jax.Device:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        raise InputError(
+            "tables.resident_rows needs JAX's CPU backend to create the table in host memory; add "
+            f"cpu to JAX_PLATFORMS, as in JAX_PLATFORMS=cuda,cpu ({error})"
+        ) from error
+
+
+def _check_rows(block: HostBlock, rows: np.ndarray) -> None:
+    if len(rows) and not 0 <= rows.min() <= rows.max() < len(block.row_range):
+        raise IndexError(
+            f"rows {rows.min()}..{rows.max()} are not all within the {len(block.row_range)} rows "
+            f"of block {block.index}"
+        )

@@ -1,0 +1,108 @@
+"""Rows of an offloaded table for forward passes without gradients: generation and evaluation."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from stem_jax.errors import InputError
+from stem_jax.mesh import replicated
+from stem_jax.tables.host_store import HostStore
+from stem_jax.tables.prefetch import Prefetch
+from stem_jax.tables.row_optimizer import RowOptimizer
+from stem_jax.tables.spec import TableState
+from stem_jax.tables.update_history import UpdateHistory
+
+# Rows that catch up at a time, as in `ShardedTable.caught_up_rows`.
+_PIECE = 1024
+# As few keys as these get a row each: a program for every number of distinct ones is no gain.
+_FEW_KEYS = 64
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SlotRows:
+    """Rows that lie in slots, as a compiled program reads them.
+
+    rows: [R, S, F] float32. slots: [U] int32 of the distinct keys. inverse: index of each key's row
+    among them, int32 of the shape of the keys.
+    """
+
+    rows: jax.Array
+    slots: jax.Array
+    inverse: jax.Array
+
+    def block(self, keys_BxL: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
+        """See `row_source.RowBlock`."""
+        return self.rows[self.slots].astype(dtype), self.inverse.reshape(keys_BxL.shape)
+
+
+class OffloadedRows:
+    """A row source with R rows on one device and the others in host memory."""
+
+    def __init__(self, store: HostStore, mesh: Mesh, policy: str):
+        """Args:
+        store: rows alone, up to date.
+        mesh: of the one device.
+        policy: of the cache, see `RowCache`.
+        """
+        self.spec = store.spec
+        self._mesh = mesh
+        self._prefetch = Prefetch(mesh, store, policy, ahead=0, read_only=True)
+        self._arrays = self._prefetch.load()
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._prefetch.close()
+
+    def serve(self, keys: jax.Array) -> SlotRows:
+        """Fetches the rows of the distinct keys that are not in a slot; waits for the keys.
+
+        Raises:
+            InputError: there are more distinct keys than slots.
+        """
+        rows = self.spec.layout.row_numbers(np.asarray(keys).reshape(-1))
+        distinct_U, inverse, tokens_U = np.unique(rows, return_inverse=True, return_counts=True)
+        if len(distinct_U) > self.spec.num_slots:
+            raise InputError(
+                f"the prompts have {len(distinct_U)} distinct tokens at a time and "
+                f"tables.resident_rows={self.spec.num_slots} keeps fewer rows on the device; give "
+                f"--resident-rows={len(distinct_U)} or more, or fewer prompts at a time"
+            )
+        tokens_of_row = np.zeros(self.spec.num_rows, np.int64)
+        tokens_of_row[distinct_U] = tokens_U
+        ticket = self._prefetch.ticket(tokens_of_row)
+        self._arrays = self._prefetch.apply(self._arrays, ticket)
+        room = rows.size
+        if room > _FEW_KEYS:
+            room = min(room, 1 << (len(distinct_U) - 1).bit_length())
+        slots_U = np.zeros(room, np.int32)
+        slots_U[: len(distinct_U)] = ticket.move.assignments[0].slots
+        whole = replicated(self._mesh)
+        return SlotRows(
+            self._arrays["rows"],
+            jax.device_put(slots_U, whole),
+            jax.device_put(inverse.reshape(keys.shape).astype(np.int32), whole),
+        )
+
+
+def caught_up_store(store: HostStore, step: int, history: UpdateHistory) -> HostStore:
+    """The rows of a store as of update `step`, in place, without slot variables.
+
+    The store that is given must not be used any more: it shares its rows with the new one.
+    """
+    read = jax.jit(functools.partial(RowOptimizer(store.spec).read, step=step, history=history))
+    blocks = []
+    for block in store.blocks:
+        rows = block.arrays["rows"]
+        size = min(_PIECE, len(rows))
+        # The last piece is shorter, not an overlap: a row must not catch up twice.
+        for first in range(0, len(rows), size):
+            piece = {name: array[first : first + size] for name, array in block.arrays.items()}
+            state = TableState(**{name: jnp.asarray(array) for name, array in piece.items()})
+            rows[first : first + size] = read(state, jnp.arange(len(piece["rows"]))).rows
+        blocks.append(dataclasses.replace(block, arrays={"rows": rows}))
+    return HostStore(store.spec, tuple(blocks))

@@ -1,0 +1,385 @@
+"""Rows on their way between host memory and the devices, under the steps that compute.
+
+For each batch a ticket says which rows must enter which slots. Worker threads gather the missing
+rows from the store into fresh staging buffers and start their transfer; `apply` then swaps them
+into their slots, between two steps, and the rows that leave travel back on another thread.
+
+A row lives in exactly one place at a time. While it travels back its copy in the store is stale,
+so whoever wants it next waits for the ticket that took it away: tickets are applied in the order in
+which they were made, so that wait ends.
+
+Optimizer arithmetic never happens here: rows and slot variables are only copied.
+"""
+
+import dataclasses
+import os
+import time
+from collections import deque
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from stem_jax.mesh import axis_size
+from stem_jax.tables.host_store import Arrays, HostBlock, HostStore, field_dtype
+from stem_jax.tables.row_slots import Move, RowSlots
+from stem_jax.tables.spec import TableSpec
+
+# Bytes that one thread copies at a time, and that filling and writing back whole shards take.
+_PIECE_BYTES = 2**25
+_MAX_THREADS = 8
+_POLL_SECONDS = 5e-4
+
+DeviceArrays = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(eq=False)
+class Ticket:
+    """The rows of one batch, from the choice of their slots to the return of those that left.
+
+    number: in the order of choice. move: which rows. staged: the rows that enter, on the devices;
+    None without any, and once they are in their slots. returned: done when the store has the rows
+    that left. seconds: that gathering and transfer took, once it is staged.
+    """
+
+    number: int
+    move: Move
+    staged: Future | None
+    returned: Future
+    seconds: float = 0.0
+
+
+class Prefetch:
+    """Moves rows between a store and the slots on the devices of this process.
+
+    The device side is a dictionary of the store's fields, each [R, ...] with the table's sharding;
+    `apply` takes it and gives back its successor. Close it, or use it as a context: it has threads.
+    """
+
+    def __init__(
+        self, mesh: Mesh, store: HostStore, policy: str, ahead: int, *, read_only: bool = False
+    ):
+        """Starts with the rows of the lowest keys in the slots, see `load`.
+
+        Args:
+            mesh: with the devices that hold the slots.
+            store: the table on the host.
+            policy: of the caches, see `RowCache`.
+            ahead: tickets that are gathered at a time while others compute.
+            read_only: rows do not change on the devices, so those that leave need not travel back.
+        """
+        self.store = store
+        self.spec: TableSpec = store.spec
+        self._mesh = mesh
+        self._owners = axis_size(mesh, self.spec.vocab_axes)
+        self._slots_per_owner = self.spec.num_slots // self._owners
+        self._slots = RowSlots(self.spec, self._owners, policy)
+        self._numbers = 0
+        self._stall = 0.0
+        # Of each row of a local shard: the last ticket that took it off the device.
+        self._left_with = {
+            block.shard: np.zeros(len(block.row_range), np.int64) for block in store.blocks
+        }
+        self._held = {shard: self._slots.held(shard) for shard in self._left_with}
+        self._under_way: dict[int, Future] = {}
+        self._waiting: deque[Ticket] = deque()
+        self._returning: deque[Future] = deque()
+        self._ahead = ahead
+        self._read_only = read_only
+        # CPUs start programs as threads are free: a step dispatched after a swap would keep the
+        # rows that leave until it ends.
+        self._out_of_order = mesh.devices.flat[0].platform == "cpu"
+        # Returning rows waits for nothing but the device, so gathering may wait for it.
+        copiers = max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // 2))
+        self._copiers = ThreadPoolExecutor(copiers, "rows-copy")
+        self._stagers = ThreadPoolExecutor(max(1, ahead), "rows-stage")
+        self._returners = ThreadPoolExecutor(1, "rows-return")
+        shardings = {name: self._sharding(name) for name in store.fields}
+        self._read_slots = jax.jit(self._read, out_shardings=shardings)
+        self._write_slots = jax.jit(self._write, donate_argnums=0, out_shardings=shardings)
+        self._no_rows = jax.jit(self._empty, out_shardings=shardings)
+        self._cut = jax.jit(jax.lax.dynamic_slice_in_dim, static_argnames="slice_size")
+
+    def __enter__(self) -> "Prefetch":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drops what is under way and ends the threads."""
+        self._returners.shutdown(wait=True)
+        for returned in self._under_way.values():
+            # A ticket that is never applied returns nothing; who waits for it must not wait on.
+            if not returned.done():
+                returned.set_exception(CancelledError())
+        for pool in (self._stagers, self._copiers):
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the slots on all devices of this process, copies of a shard counted each."""
+        share = self.spec.num_slots / self.spec.num_rows
+        return round(sum(share * _nbytes(b.arrays) * len(b.devices) for b in self.store.blocks))
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row with its slot variables, over all columns."""
+        row = 4 * self.spec.num_layers * self.spec.width
+        return sum(4 if name == "last_step" else row for name in self.store.fields)
+
+    def load(self) -> DeviceArrays:
+        """The device side with the rows that the slots hold, from the store, piece by piece."""
+        arrays = self._no_rows()
+        size = max(1, min(self._piece_rows(), self._slots_per_owner))
+        for first in range(0, self._slots_per_owner, size):
+            first = min(first, self._slots_per_owner - size)
+            piece = slice(first, first + size)
+            rows = {shard: held[piece] for shard, held in self._held.items()}
+            staged = self._staged(rows, size)
+            places = np.tile(np.arange(first, first + size, dtype=np.int32), (self._owners, 1))
+            arrays = self._write_slots(arrays, staged, self._per_owner(places))
+            # One piece at a time in memory.
+            jax.block_until_ready(arrays)
+        return arrays
+
+    def ticket(
+        self, tokens_of_row: np.ndarray, pinned: np.ndarray | None = None, *, record: bool = True
+    ) -> Ticket:
+        """Chooses the slots of a batch's rows and starts to fetch those that are missing.
+
+        Args:
+            tokens_of_row: [V_pad] int, how often the batch asks for each row.
+            pinned: [V_pad] bool, rows that must stay because batches before this one, whose
+                tickets may be applied late, need them; None for none.
+            record: whether this counts as use of the rows.
+
+        Raises:
+            InputError: the rows do not fit; names how many slots would do.
+        """
+        move = self._slots.assign(tokens_of_row, pinned, record=record)
+        self._numbers += 1
+        ticket = Ticket(self._numbers, move, None, Future())
+        if not move.size:
+            return ticket
+        self._under_way[ticket.number] = ticket.returned
+        waits: set[int] = set()
+        for shard, left_with in self._left_with.items():
+            assignment = move.assignments[shard]
+            waits.update(np.unique(left_with[assignment.missing]).tolist())
+            left_with[assignment.evicted] = ticket.number
+        # A returned ticket is struck off by its thread, perhaps at this moment.
+        futures = [f for number in waits if (f := self._under_way.get(number)) is not None]
+        ticket.staged = self._stagers.submit(self._stage, ticket, futures)
+        self._waiting.append(ticket)
+        return ticket
+
+    def apply(self, arrays: DeviceArrays, ticket: Ticket) -> DeviceArrays:
+        """Swaps a ticket's rows into their slots; `arrays` is donated.
+
+        Tickets are applied in the order in which they were made. Waits for the rows, and raises
+        what went wrong in the threads since the last call, as it was.
+        """
+        self._raise_failures()
+        if not ticket.move.size:
+            return arrays
+        start = time.perf_counter()
+        staged = ticket.staged.result()
+        self._stall += time.perf_counter() - start
+        # Whoever keeps the ticket through the step must not keep the buffers on the device.
+        self._waiting.popleft().staged = None
+        arrays, left = self._swap(arrays, staged, ticket.move.places(self._slots_per_owner))
+        for shard, held in self._held.items():
+            assignment = ticket.move.assignments[shard]
+            held[assignment.places] = assignment.missing
+        if self._read_only:
+            ticket.returned.set_result(None)
+            del self._under_way[ticket.number]
+            return arrays
+        if self._out_of_order:
+            jax.block_until_ready(left)
+        for array in left.values():
+            array.copy_to_host_async()
+        self._returning.append(self._returners.submit(self._return, ticket, left))
+        # Rows that travel back take memory on the device.
+        while len(self._returning) > self._ahead + 1:
+            self._returning.popleft().result()
+        return arrays
+
+    def slots(self, ticket: Ticket, room: int) -> jax.Array:
+        """[owners * room] int32 on the devices: slots of the rows that each owner is asked for."""
+        return self._per_owner(ticket.move.slots(room, self._slots_per_owner))
+
+    def write_back(self, arrays: DeviceArrays) -> None:
+        """Brings the store up to date with the devices, and waits for rows that travel back."""
+        while self._returning:
+            self._returning.popleft().result()
+        size = max(1, min(self._piece_rows(), self._slots_per_owner))
+        for block in self.store.blocks:
+            shards = _on_device(arrays, block.devices[0])
+            held = self._held[block.shard]
+            for first in range(0, len(held), size):
+                first = min(first, len(held) - size)
+                piece = {
+                    name: np.asarray(self._cut(shard, first, slice_size=size))
+                    for name, shard in shards.items()
+                }
+                self.store.write(block, held[first : first + size], piece)
+
+    def take_stall(self) -> float:
+        """Seconds since the last call in which devices had no work because rows were missing."""
+        stall, self._stall = self._stall, 0.0
+        return stall
+
+    def _wait_for(self, staged: Future, arrays: DeviceArrays) -> DeviceArrays | None:
+        """The staged rows; counts as stall the time in which the devices have nothing else to do.
+
+        The devices are still computing as long as `arrays`, the result of the last step, is not
+        there.
+        """
+        idle_since = None
+        while not staged.done():
+            if idle_since is None and all(array.is_ready() for array in arrays.values()):
+                idle_since = time.perf_counter()
+            wait([staged], timeout=_POLL_SECONDS)
+        if idle_since is not None:
+            self._stall += time.perf_counter() - idle_since
+        return staged.result()
+
+    def _raise_failures(self) -> None:
+        while self._returning and self._returning[0].done():
+            self._returning.popleft().result()
+        # Those of later tickets too: they would be noticed some steps from now.
+        for ticket in self._waiting:
+            if ticket.staged.done():
+                ticket.staged.result()
+
+    def _stage(self, ticket: Ticket, waits: list[Future]) -> DeviceArrays:
+        for returned in waits:
+            returned.result()
+        start = time.perf_counter()
+        rows = {shard: ticket.move.assignments[shard].missing for shard in self._held}
+        staged = self._staged(rows, ticket.move.size)
+        jax.block_until_ready(staged)
+        ticket.seconds = time.perf_counter() - start
+        return staged
+
+    def _staged(self, rows: dict[int, np.ndarray], size: int) -> DeviceArrays:
+        """Rows of each local shard on its devices: by field [owners * size, ...]."""
+        parts: dict[str, list[jax.Array]] = {name: [] for name in self.store.fields}
+        for block in self.store.blocks:
+            buffers = self._gathered(block, rows[block.shard], size)
+            for name, buffer in buffers.items():
+                # Nobody writes to the buffers again: a transfer may read them as long as it likes.
+                parts[name] += [jax.device_put(buffer, device) for device in block.devices]
+        return {
+            name: jax.make_array_from_single_device_arrays(
+                self._shape(name, self._owners * size), self._sharding(name), arrays
+            )
+            for name, arrays in parts.items()
+        }
+
+    def _gathered(self, block: HostBlock, rows: np.ndarray, size: int) -> Arrays:
+        """Fresh buffers [size, ...] of every field, the first of them filled with the rows."""
+        buffers = {
+            name: np.empty((size, *array.shape[1:]), array.dtype)
+            for name, array in block.arrays.items()
+        }
+        step = max(1, _PIECE_BYTES * size // max(1, _nbytes(buffers)) // 4)
+        jobs = [
+            self._copiers.submit(
+                self.store.gather,
+                block,
+                rows[first : first + step],
+                {name: buffer[first:] for name, buffer in buffers.items()},
+            )
+            for first in range(0, len(rows), step)
+        ]
+        for job in jobs:
+            job.result()
+        return buffers
+
+    def _return(self, ticket: Ticket, left: DeviceArrays) -> None:
+        try:
+            for block in self.store.blocks:
+                evicted = ticket.move.assignments[block.shard].evicted
+                shards = _on_device(left, block.devices[0])
+                self.store.write(block, evicted, {n: np.asarray(a) for n, a in shards.items()})
+        except BaseException as error:
+            ticket.returned.set_exception(error)
+            raise
+        ticket.returned.set_result(None)
+        del self._under_way[ticket.number]
+
+    def _swap(self, arrays: DeviceArrays, staged: DeviceArrays, places_PxM: np.ndarray):
+        """(arrays with the staged rows in their places, the rows that were there)."""
+        places = self._per_owner(places_PxM)
+        # Two programs: in one, the compiler would copy the whole table between reading and writing.
+        left = self._read_slots(arrays, places)
+        return self._write_slots(arrays, staged, places), left
+
+    def _read(self, arrays: DeviceArrays, places):
+        def local(arrays, places_M):
+            inside_M = jnp.minimum(places_M, self._slots_per_owner - 1)
+            return {name: array[inside_M] for name, array in arrays.items()}
+
+        return self._sharded(local, 1)(arrays, places)
+
+    def _write(self, arrays: DeviceArrays, staged: DeviceArrays, places):
+        def local(arrays, staged, places_M):
+            return {
+                name: array.at[places_M].set(staged[name], mode="drop", unique_indices=True)
+                for name, array in arrays.items()
+            }
+
+        return self._sharded(local, 2)(arrays, staged, places)
+
+    def _sharded(self, function, trees: int):
+        """A function of `trees` dictionaries of fields and of places, on every device."""
+        specs = {name: self._sharding(name).spec for name in self.store.fields}
+        return jax.shard_map(
+            function,
+            mesh=self._mesh,
+            in_specs=(*(specs,) * trees, self.spec.index_spec),
+            out_specs=specs,
+            check_vma=False,
+        )
+
+    def _empty(self) -> DeviceArrays:
+        return {
+            name: jnp.zeros(self._shape(name, self.spec.num_slots), field_dtype(name))
+            for name in self.store.fields
+        }
+
+    def _shape(self, name: str, rows: int) -> tuple[int, ...]:
+        return (rows,) if name == "last_step" else (rows, self.spec.num_layers, self.spec.width)
+
+    def _sharding(self, name: str) -> NamedSharding:
+        spec = self.spec.index_spec if name == "last_step" else self.spec.row_spec
+        return NamedSharding(self._mesh, spec)
+
+    def _per_owner(self, numbers_PxN: np.ndarray) -> jax.Array:
+        """[P * N] on the devices, each owner with its line."""
+        flat = numbers_PxN.reshape(-1)
+        return jax.make_array_from_callback(
+            flat.shape, NamedSharding(self._mesh, self.spec.index_spec), lambda index: flat[index]
+        )
+
+    def _piece_rows(self) -> int:
+        """Rows of every block together that are `_PIECE_BYTES`."""
+        blocks = self.store.blocks
+        return _PIECE_BYTES * len(blocks[0].row_range) // sum(_nbytes(b.arrays) for b in blocks)
+
+
+def _nbytes(arrays: Arrays) -> int:
+    return sum(array.nbytes for array in arrays.values())
+
+
+def _on_device(arrays: DeviceArrays, device: jax.Device) -> DeviceArrays:
+    """The shard of each array that a device of this process has."""
+    return {
+        name: next(shard.data for shard in array.addressable_shards if shard.device == device)
+        for name, array in arrays.items()
+    }

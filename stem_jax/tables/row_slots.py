@@ -1,0 +1,129 @@
+"""Which rows lie in the slots of all owners, and how a batch changes that.
+
+Every process keeps the books of every owner, not only of its own: they follow from what the
+batches ask for, which all processes know, so all agree on the moves and on their sizes without
+another word.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from stem_jax.errors import InputError
+from stem_jax.tables.row_cache import Assignment, CacheTooSmall, RowCache
+from stem_jax.tables.spec import TableSpec
+
+_SMALLEST_MOVE = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Move:
+    """How the rows of a batch become resident; numbers count within an owner's shard.
+
+    assignments: of each owner. size: M, room for the rows that enter a shard. asked, missing: rows
+    over all owners. tokens, missing_tokens: their tokens.
+    """
+
+    assignments: tuple[Assignment, ...]
+    size: int
+    asked: int
+    missing: int
+    tokens: int
+    missing_tokens: int
+
+    def slots(self, room: int, slots_per_owner: int) -> np.ndarray:
+        """[P, room] int32: slots of the asked rows in their order; past the end fills the rest."""
+        table = np.full((len(self.assignments), room), slots_per_owner, np.int32)
+        for line, assignment in zip(table, self.assignments, strict=True):
+            line[: len(assignment.slots)] = assignment.slots
+        return table
+
+    def places(self, slots_per_owner: int) -> np.ndarray:
+        """[P, M] int32: slots that rows enter; what fills the rest lies past the end, distinct."""
+        outside = slots_per_owner + np.arange(self.size, dtype=np.int32)
+        table = np.tile(outside, (len(self.assignments), 1))
+        for line, assignment in zip(table, self.assignments, strict=True):
+            line[: len(assignment.places)] = assignment.places
+        return table
+
+
+class RowSlots:
+    """The caches of all owners of a table."""
+
+    def __init__(self, spec: TableSpec, num_owners: int, policy: str):
+        """At first the rows of the lowest keys are resident: the frequent ones, in a vocabulary."""
+        self._rows_per_owner = spec.num_rows // num_owners
+        self._num_owners = num_owners
+        resident = spec.num_slots // num_owners
+        keys_PxN = spec.layout.key_numbers(np.arange(spec.num_rows)).reshape(num_owners, -1)
+        self._caches = [
+            RowCache(np.argsort(keys)[:resident], self._rows_per_owner, policy) for keys in keys_PxN
+        ]
+
+    def held(self, owner: int) -> np.ndarray:
+        """[R / P] rows of an owner's shard by slot, a copy."""
+        return self._caches[owner].rows.copy()
+
+    def assign(
+        self, tokens_of_row: np.ndarray, pinned: np.ndarray | None = None, *, record: bool = True
+    ) -> Move:
+        """Makes the rows of a batch resident.
+
+        Args:
+            tokens_of_row: [V_pad], how often the batch asks for each row.
+            pinned: [V_pad] bool, further rows that must not leave; None for no others.
+            record: whether this counts as use of the rows.
+
+        Raises:
+            InputError: there are too few slots; names how many would do.
+        """
+        asked_PxN = tokens_of_row.reshape(self._num_owners, -1)
+        pinned_PxN = None if pinned is None else pinned.reshape(self._num_owners, -1)
+        assignments, missing, missing_tokens = [], 0, 0
+        for owner, cache in enumerate(self._caches):
+            rows = np.flatnonzero(asked_PxN[owner])
+            stay = None if pinned_PxN is None else np.flatnonzero(pinned_PxN[owner])
+            try:
+                found = cache.assign(rows, stay, record)
+            except CacheTooSmall as error:
+                needed = asked_PxN if pinned_PxN is None else asked_PxN + pinned_PxN
+                raise InputError(
+                    too_few_slots(self._num_owners * cache.num_slots, slots_needed(needed))
+                ) from error
+            assignments.append(found)
+            missing += len(found.missing)
+            missing_tokens += int(asked_PxN[owner][found.missing].sum())
+        return Move(
+            tuple(assignments),
+            _room(max(len(a.missing) for a in assignments)),
+            sum(len(a.slots) for a in assignments),
+            missing,
+            int(tokens_of_row.sum()),
+            missing_tokens,
+        )
+
+
+def slots_needed(asked_PxN: np.ndarray) -> int:
+    """Slots, over all owners, that hold the rows that are asked for at a time.
+
+    Args:
+        asked_PxN: not zero where a row of an owner is asked for. Every owner has as many slots.
+    """
+    return len(asked_PxN) * int(np.count_nonzero(asked_PxN, axis=1).max())
+
+
+def too_few_slots(resident_rows: int, needed: int) -> str:
+    """The refusal of batches that need more slots than there are, with a number that will do."""
+    return (
+        f"tables.resident_rows={resident_rows} is less than the rows that the batches in flight "
+        f"need at a time; the smallest that works for them is {needed}. Raise it to that or more, "
+        "or lower tables.prefetch or train.global_batch_size"
+    )
+
+
+def _room(size: int) -> int:
+    """The next of 16, 20, 24, 28, 32, 40, ...: a program for each, a fifth of padding at most."""
+    if size <= _SMALLEST_MOVE:
+        return _SMALLEST_MOVE if size else 0
+    step = 1 << ((size - 1).bit_length() - 3)
+    return -(-size // step) * step

@@ -1,0 +1,51 @@
+"""Rows that the batches in flight need at a time, read from the data before a run begins."""
+
+from collections import deque
+from collections.abc import Iterator
+
+import numpy as np
+
+from stem_jax.config import Config
+from stem_jax.data.loader import Batch
+from stem_jax.tables.row_slots import slots_needed
+from stem_jax.tables.spec import TableSpec
+from stem_jax.training.run_data import RunData
+
+# Reading them takes a second or two; later batches may need more, and the run then says so.
+_TOKENS = 2**22
+
+
+def working_set(config: Config, spec: TableSpec, num_owners: int, data: RunData, start: int) -> int:
+    """The smallest `tables.resident_rows` for the batches from step `start` on, and for validation.
+
+    Looks at as many batches as hold some four million tokens; with several processes at this
+    process's share of them, which asks for fewer rows.
+    """
+    window: deque[np.ndarray] = deque(maxlen=config.tables.prefetch + 1)
+    needed = 0
+    for batch in _training_batches(config, data, start):
+        window.append(_asked(spec, num_owners, batch))
+        needed = max(needed, slots_needed(np.logical_or.reduce(window)))
+    for batch in _few(config, data.held_out or ()):
+        # Validation keeps nothing for the batches around it.
+        needed = max(needed, slots_needed(_asked(spec, num_owners, batch)))
+    return needed
+
+
+def _training_batches(config: Config, data: RunData, start: int) -> Iterator[Batch]:
+    batches = (data.batches.batch(step) for step in range(start, config.train.steps))
+    return _few(config, batches)
+
+
+def _few(config: Config, batches) -> Iterator[Batch]:
+    # A full window at least, or the figure would be too small from the start.
+    number = max(config.tables.prefetch + 1, _TOKENS // config.tokens_per_step)
+    return (batch for _, batch in zip(range(number), batches, strict=False))
+
+
+def _asked(spec: TableSpec, num_owners: int, batch: Batch) -> np.ndarray:
+    """[P, N] bool: the rows of each owner that the batch asks for."""
+    rows = spec.layout.row_numbers(batch["tokens"][batch["segment_ids"] > 0])
+    asked = np.zeros(spec.num_rows, bool)
+    asked[rows] = True
+    return asked.reshape(num_owners, -1)
