@@ -185,9 +185,7 @@ class Prefetch:
         self._raise_failures()
         if not ticket.move.size:
             return arrays
-        start = time.perf_counter()
-        staged = ticket.staged.result()
-        self._stall += time.perf_counter() - start
+        staged = self._wait_for(ticket.staged, arrays)
         # Whoever keeps the ticket through the step must not keep the buffers on the device.
         self._waiting.popleft().staged = None
         arrays, left = self._swap(arrays, staged, ticket.move.places(self._slots_per_owner))
@@ -233,7 +231,7 @@ class Prefetch:
         stall, self._stall = self._stall, 0.0
         return stall
 
-    def _wait_for(self, staged: Future, arrays: DeviceArrays) -> DeviceArrays | None:
+    def _wait_for(self, staged: Future, arrays: DeviceArrays) -> DeviceArrays:
         """The staged rows; counts as stall the time in which the devices have nothing else to do.
 
         The devices are still computing as long as `arrays`, the result of the last step, is not
