@@ -206,6 +206,21 @@ def test_a_plan_for_tpus(name, slices, tiny_config):
     assert "fits" in as_text(found)
 
 
+def test_a_plan_of_an_offloaded_table(tiny_config):
+    config = tiny_config(**{"tables.resident_rows": 32, "mesh.data": -1})
+    resident = tiny_config(**{"mesh.data": -1})
+    plan_of = {
+        name: plans.make_plan(c, Topology.parse("cpu:8"))
+        for name, c in (("offloaded", config), ("resident", resident))
+    }
+    rows, width = 96, 2 * 48
+    assert plan_of["resident"].table.host == 0
+    assert plan_of["offloaded"].table.host == rows * (3 * 4 * width + 4)
+    assert plan_of["offloaded"].table.rows == 32 // 8 * 4 * width
+    assert plan_of["resident"].table.rows == rows // 8 * 4 * width
+    assert "host memory, over all hosts" in as_text(plan_of["offloaded"])
+
+
 @dataclasses.dataclass(frozen=True)
 class TpuOfSlice:
     slice_index: int

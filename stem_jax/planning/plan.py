@@ -24,7 +24,8 @@ _NAIVE = ("the train step, without --naive-lookup: there distinct rows travel on
 class TableBytes:
     """Bytes of one chip for the tables: parameters; mu, nu and last_step; the step's row block;
     one of the exchange's padded buffers. unique_rows: room in the row block. owned_rows: room for
-    what an owner is asked. Zeros without an exchange.
+    what an owner is asked. Zeros without an exchange. host: bytes in the memory of all hosts
+    together; 0 if all rows are resident.
     """
 
     rows: int
@@ -33,6 +34,7 @@ class TableBytes:
     owned_rows: int
     row_block: int
     exchange: int
+    host: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +154,9 @@ def _table_bytes(config: Config, mesh: Mesh, program: Program) -> TableBytes | N
     exchange = program.exchange
     if exchange is None:
         return TableBytes(rows, sum(slots), 0, 0, 0, 0)
+    vectors = 4 * spec.num_rows * spec.num_layers * spec.width
     return TableBytes(
+        host=3 * vectors + 4 * spec.num_rows if spec.offloaded else 0,
         rows=rows,
         slots=sum(slots),
         unique_rows=exchange.unique_rows,

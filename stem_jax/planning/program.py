@@ -61,7 +61,12 @@ def train_step_program(config: Config, mesh: Mesh, *, all_distinct: bool = False
         table = dataclasses.replace(table, sizes=table.choose_sizes(counts))
     sizes = None if table is None else table.sizes
     exchange = None if table is None else table.exchange
-    return _program(step.update, (state, batch, schedule), exchange, sizes=sizes)
+    slots = None
+    if step.spec.offloaded:
+        size = exchange.num_owners * exchange.owned_rows
+        sharding = NamedSharding(mesh, step.spec.index_spec)
+        slots = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=sharding)
+    return _program(step.update, (state, batch, schedule, slots), exchange, sizes=sizes)
 
 
 def zipf_counts(config: Config, mesh: Mesh) -> tuple[int, int]:

@@ -70,6 +70,8 @@ def _table_lines(plan: Plan) -> list[str]:
             f"distinct rows; {table.owned_rows:,} rows asked of an owner; a padded exchange buffer "
             f"{_bytes(table.exchange)}"
         )
+    if table.host:
+        lines.append(f"             host memory, over all hosts: {_bytes(table.host)}")
     return lines
 
 

@@ -5,6 +5,7 @@ from jax.sharding import Mesh
 from stem_jax.config import Config
 from stem_jax.mesh import AXES, BATCH_AXES, Placed, axis_size
 from stem_jax.model.cost import count_parameters, training_flops_per_token
+from stem_jax.tables.host_memory import available_host_bytes
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.spec import TableSpec
 from stem_jax.training.state import ModelDef
@@ -48,12 +49,16 @@ def _memory_lines(config: Config, model: ModelDef, mesh: Mesh) -> list[str]:
     backbone = sum(array.device_bytes(mesh) for array in model.placed()) * _BACKBONE_COPIES
     spec = TableSpec.from_config(config)
     table = sum(array.device_bytes(mesh) for array in spec.placed()) if spec.num_layers else 0
-    host = HostStore.needed_bytes(spec, mesh) if spec.offloaded else 0
+    host = "0 MiB"
+    if spec.offloaded:
+        host = _mib(HostStore.needed_bytes(spec, mesh))
+        available = available_host_bytes()
+        host += "" if available is None else f" of {_mib(available)} available"
     shape = ", ".join(f"{axis} {mesh.shape[axis]}" for axis in AXES)
     return [
         f"mesh         {shape}: {mesh.devices.size} x {mesh.devices.flat[0].device_kind}",
         f"memory       per device {_mib(backbone + table)}: backbone with optimizer "
-        f"{_mib(backbone)}, tables with slots {_mib(table)}; host memory {_mib(host)}",
+        f"{_mib(backbone)}, tables with slots {_mib(table)}; host memory {host}",
     ]
 
 
