@@ -1,4 +1,4 @@
-"""tiny.py with most of its tables in host memory: 1,280 of 4,096 rows are on the device.
+"""tiny.py with half of its table rows in host memory: 2,048 of 4,096 are on the device.
 
 python -m stem_jax.train --config=configs/tiny_offload.py
 

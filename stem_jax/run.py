@@ -6,6 +6,8 @@ import signal
 from pathlib import Path
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from stem_jax.checkpoint import FOLDER, Checkpointer, CheckpointInfo
 from stem_jax.config import Config
@@ -136,6 +138,8 @@ def _working_set(config: Config, programs: TrainStep, data: RunData, start: int)
     check_host_memory(HostStore.needed_bytes(spec, programs.mesh), available_host_bytes())
     owners = axis_size(programs.mesh, spec.vocab_axes)
     needed = working_set(config, spec, owners, data, start)
+    # Every process has seen its share of the data; all of them must come to the same verdict.
+    needed = int(np.max(multihost_utils.process_allgather(np.int32(needed))))
     if needed > spec.num_slots:
         raise InputError(too_few_slots(spec.num_slots, needed))
     return needed

@@ -25,8 +25,8 @@ class Ready:
     """A batch and what its step needs besides the state.
 
     demand: what it asks of the table, None for a dense model. sizes: of its row blocks. ticket: its
-    rows on their way, slots: where they will lie; None if all rows are resident. recorded: whether
-    the caches know of it. metrics: of its rows' way, once they are placed.
+    rows on their way, slots: where they will lie; None if all rows are resident. settled: a ticket
+    before it whose rows were brought early. metrics: of its rows' way, once they are placed.
     """
 
     batch: Batch
@@ -34,7 +34,7 @@ class Ready:
     sizes: BlockSizes | None = None
     ticket: Ticket | None = None
     slots: jax.Array | None = None
-    recorded: bool = False
+    settled: Ticket | None = None
     metrics: dict[str, np.float64] = dataclasses.field(default_factory=dict)
 
 
@@ -89,7 +89,7 @@ class LookAhead(Iterator[Ready]):
         if ready.ticket is None:
             return state
         state = self._apply(state, ready.ticket)
-        ready.metrics = self._measured(ready.ticket)
+        ready.metrics = self._measured([t for t in (ready.settled, ready.ticket) if t is not None])
         return state
 
     def settle(self, state: TrainState) -> TrainState:
@@ -100,7 +100,7 @@ class LookAhead(Iterator[Ready]):
         for ready in self._queue:
             if ready.ticket is not None:
                 state = self._apply(state, ready.ticket)
-                ready.ticket = ready.slots = None
+                ready.settled, ready.ticket, ready.slots = ready.ticket, None, None
         self._window.clear()
         return state
 
@@ -114,25 +114,28 @@ class LookAhead(Iterator[Ready]):
             return
         tokens_of_row = ready.demand.tokens_of_row
         pinned = np.logical_or.reduce(self._window) if self._window else None
-        record = self._training and not ready.recorded
+        # The caches know of a batch that chose before.
+        record = self._training and ready.settled is None
         ready.ticket = self._prefetch.ticket(tokens_of_row, pinned, record=record)
         ready.slots = self._prefetch.slots(ready.ticket, ready.sizes.owned)
-        ready.recorded = True
         self._window.append(tokens_of_row > 0)
 
     def _apply(self, state: TrainState, ticket: Ticket) -> TrainState:
         arrays = self._prefetch.apply(dict(vars(state.table)), ticket)
         return dataclasses.replace(state, table=TableState(**arrays))
 
-    def _measured(self, ticket: Ticket) -> dict[str, np.float64]:
+    def _measured(self, tickets: list[Ticket]) -> dict[str, np.float64]:
         """Hit rates by row and by token; what had to come, how long it took and who waited."""
-        move = ticket.move
+        asked, tokens = max(tickets[-1].move.asked, 1), max(tickets[-1].move.tokens, 1)
+        missing = sum(ticket.move.missing for ticket in tickets)
+        missing_tokens = sum(ticket.move.missing_tokens for ticket in tickets)
         values = {
-            "row_hit_rate": 1 - move.missing / max(move.asked, 1),
-            "token_hit_rate": 1 - move.missing_tokens / max(move.tokens, 1),
-            "evictions": move.missing,
-            "missing_bytes": move.missing * self._prefetch.row_bytes,
-            "transfer_seconds": ticket.seconds,
+            # A row that came early and left again counts twice, as it travelled.
+            "row_hit_rate": max(0.0, 1 - missing / asked),
+            "token_hit_rate": max(0.0, 1 - missing_tokens / tokens),
+            "evictions": missing,
+            "missing_bytes": missing * self._prefetch.row_bytes,
+            "transfer_seconds": sum(ticket.seconds for ticket in tickets),
             "stall_seconds": self._prefetch.take_stall(),
         }
         return {name: np.float64(value) for name, value in values.items()}

@@ -1,0 +1,103 @@
+"""What the compiled programs of an offloaded table hold: the donated slots, nothing of their size.
+
+The step and the programs that move rows; see `test_table_memory` for resident tables.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from stem_jax.tables.host_store import HostStore
+from stem_jax.tables.prefetch import Prefetch
+from stem_jax.training.schedule import make_schedule
+from stem_jax.training.state import abstract_state
+from stem_jax.training.step import Batch
+
+VOCAB, RESIDENT = 16384, 4096
+# In place: what scatters into the donated buffer, or loops over it. A copy, a broadcast of zeros or
+# a select over all slots would be a buffer of its own.
+IN_PLACE = {"parameter", "get-tuple-element", "scatter", "dynamic-update-slice", "fusion"}
+IN_PLACE |= {"bitcast", "while", "call", "tuple"}
+MESHES = [(1, 1, 1), (2, 2, 2)]
+
+
+@pytest.fixture(scope="module")
+def offloaded(train_step):
+    """offloaded(mesh shape): a train step and its abstract table."""
+
+    def make(shape):
+        step = train_step(shape, **{"model.vocab_size": VOCAB, "tables.resident_rows": RESIDENT})
+        return step, abstract_state(step.config, step.model, step.mesh)
+
+    return make
+
+
+def shard_shapes(table) -> dict[str, tuple[int, ...]]:
+    return {name: a.sharding.shard_shape(a.shape) for name, a in vars(table).items()}
+
+
+def defined(compiled, table) -> set[str]:
+    """Opcodes of the instructions that define an array of the shape of rows, mu and nu.
+
+    last_step is left out: it is summed over, and has one number for a row.
+    """
+    dims = ",".join(map(str, shard_shapes(table)["rows"]))
+    opcodes = re.findall(rf"= f32\[{dims}\]\S* ([a-z-]+)\(", compiled.as_text())
+    assert "parameter" in opcodes
+    return set(opcodes)
+
+
+def donated_bytes(table) -> int:
+    shapes = shard_shapes(table)
+    rows = shapes["rows"]
+    return 4 * (3 * rows[0] * rows[1] * rows[2] + rows[0])
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_the_step_has_no_second_buffer_of_the_slots(offloaded, shape):
+    step, state = offloaded(shape)
+    assert state.table.rows.shape[0] == RESIDENT
+    A, B, L = 1, step.config.train.global_batch_size, step.config.train.seq_len
+    ids = jax.ShapeDtypeStruct((A, B, L), jnp.int32, sharding=step.batch_sharding)
+    mask = jax.ShapeDtypeStruct((A, B, L), bool, sharding=step.batch_sharding)
+    room = step.table(ids).largest_sizes.owned
+    owners = step.table(ids).exchange.num_owners
+    slots = jax.ShapeDtypeStruct(
+        (owners * room,), jnp.int32, sharding=state.table.last_step.sharding
+    )
+    schedule = make_schedule(step.config, 10)
+    batch = Batch(ids, ids, ids, ids, mask)
+    compiled = step.update.lower(state, batch, schedule, slots).compile()
+    assert defined(compiled, state.table) <= IN_PLACE
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= donated_bytes(state.table)
+    # Nor one of the whole table, which is four times as large.
+    local = shard_shapes(state.table)["rows"]
+    assert f"[{VOCAB // RESIDENT * local[0]},{local[1]},{local[2]}]" not in compiled.as_text()
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_moving_rows_has_no_second_buffer_of_the_slots(offloaded, shape):
+    step, state = offloaded(shape)
+    table = vars(state.table)
+    room = 32
+    owners = RESIDENT // shard_shapes(state.table)["rows"][0]
+    staged = {
+        name: jax.ShapeDtypeStruct((owners * room, *a.shape[1:]), a.dtype, sharding=a.sharding)
+        for name, a in table.items()
+    }
+    places = jax.ShapeDtypeStruct((owners * room,), jnp.int32, sharding=table["last_step"].sharding)
+    store = HostStore.allocate(step.spec, step.mesh)
+    with Prefetch(step.mesh, store, "lfu", 2) as prefetch:
+        read = prefetch._read_slots.lower(table, places).compile()
+        write = prefetch._write_slots.lower(table, staged, places).compile()
+    table_bytes = donated_bytes(state.table)
+    assert defined(read, state.table) == {"parameter"}
+    assert read.memory_analysis().output_size_in_bytes < table_bytes / 16
+    assert defined(write, state.table) <= IN_PLACE
+    # Donated and given back in place.
+    assert write.memory_analysis().alias_size_in_bytes >= table_bytes
+    for program in (read, write):
+        assert program.memory_analysis().temp_size_in_bytes < table_bytes / 16

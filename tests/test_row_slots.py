@@ -1,0 +1,154 @@
+"""The books of all owners: every asked row has a slot, and every process writes the same."""
+
+import dataclasses
+import re
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+
+from stem_jax.errors import InputError
+from stem_jax.tables.row_slots import RowSlots, _room, slots_needed
+from stem_jax.tables.spec import TableSpec
+
+ROWS = 64
+
+
+@pytest.fixture(scope="session")
+def table_spec(tiny_config):
+    """table_spec(resident rows): a table of 64 rows, the last two of them padding."""
+    spec = TableSpec.from_config(
+        tiny_config(**{"model.vocab_size": ROWS - 2, "tables.pad_multiple": 16})
+    )
+    return lambda resident: dataclasses.replace(spec, resident_rows=resident)
+
+
+def tokens_of(rows) -> np.ndarray:
+    """[V_pad]: each row asked for by one more token than the row before."""
+    tokens = np.zeros(ROWS, np.int32)
+    tokens[sorted(rows)] = np.arange(1, len(rows) + 1)
+    return tokens
+
+
+def mask_of(rows) -> np.ndarray:
+    mask = np.zeros(ROWS, bool)
+    mask[list(rows)] = True
+    return mask
+
+
+def held(slots: RowSlots, owners: int) -> list[np.ndarray]:
+    return [slots.held(owner) for owner in range(owners)]
+
+
+def test_the_lowest_keys_are_resident_at_first(table_spec):
+    spec = table_spec(16)
+    slots = RowSlots(spec, 4, "lfu")
+    for owner, rows in enumerate(held(slots, 4)):
+        keys = spec.layout.key_numbers(owner * 16 + np.arange(16))
+        assert sorted(keys[rows]) == sorted(keys)[:4]
+
+
+def test_a_move_by_hand(table_spec):
+    slots = RowSlots(table_spec(8), 2, "lfu")
+    before = held(slots, 2)
+    new = [next(r for r in range(32) if r not in before[owner]) for owner in range(2)]
+    # Owner 0 is asked for a row it has and one it has not, owner 1 for one it has not.
+    asked = [before[0][2], new[0], 32 + new[1]]
+    move = slots.assign(tokens_of(asked))
+    assert (move.asked, move.missing, move.tokens) == (3, 2, 6)
+    absent = [r for r in asked if r != before[0][2]]
+    assert move.missing_tokens == sum(tokens_of(asked)[r] for r in absent)
+    after = held(slots, 2)
+    lines, places = move.slots(5, 4), move.places(4)
+    for owner, rows in enumerate([sorted(asked[:2]), [new[1]]]):
+        found = lines[owner, : len(rows)]
+        assert (after[owner][found] == rows).all()
+        # What pads the slots lies past the end, and so do the places, no two of them equal.
+        assert (lines[owner, len(rows) :] == 4).all()
+        assert places[owner, 0] == np.flatnonzero(before[owner] != after[owner])
+        assert (places[owner, 1:] >= 4).all() and len(set(places[owner])) == move.size
+
+
+batches = st.lists(st.sets(st.integers(0, ROWS - 1), max_size=16), min_size=1, max_size=12)
+
+
+@hypothesis.given(batches, st.sampled_from([1, 4]), st.sampled_from(["lfu", "lru"]), st.data())
+def test_asked_and_pinned_rows_are_resident(table_spec, asked, owners, policy, data):
+    """Against a plain model: which row is in which slot, and what each move says of it."""
+    window = [set(), *asked]
+    needed = max(
+        slots_needed((mask_of(a) | mask_of(b)).reshape(owners, -1)) for a, b in zip(window, asked)
+    )
+    resident = min(ROWS, needed + owners * data.draw(st.integers(0, 3)) or owners)
+    slots = RowSlots(table_spec(resident), owners, policy)
+    twin = RowSlots(table_spec(resident), owners, policy)
+    per_owner, shard = resident // owners, ROWS // owners
+    model = held(slots, owners)
+    for before, rows in zip(window, asked):
+        record = data.draw(st.booleans())
+        move = slots.assign(tokens_of(rows), mask_of(before), record=record)
+        # Another process, which has heard the same, finds the same.
+        other = twin.assign(tokens_of(rows), mask_of(before), record=record)
+        np.testing.assert_array_equal(other.places(per_owner), move.places(per_owner))
+        missing = 0
+        for owner, assignment in enumerate(move.assignments):
+            mine = sorted(r - owner * shard for r in rows if r // shard == owner)
+            assert set(assignment.missing) == set(mine) - set(model[owner])
+            assert (model[owner][assignment.places] == assignment.evicted).all()
+            model[owner][assignment.places] = assignment.missing
+            assert (model[owner][assignment.slots] == mine).all()
+            stay = {r - owner * shard for r in before if r // shard == owner}
+            assert stay <= set(model[owner])
+            assert len(set(model[owner])) == per_owner
+            assert len(assignment.missing) <= move.size
+            missing += len(assignment.missing)
+        assert (move.asked, move.missing) == (len(rows), missing)
+        assert (move.size == 0) == (missing == 0)
+        for line, rows_of_owner in zip(model, held(slots, owners), strict=True):
+            np.testing.assert_array_equal(line, rows_of_owner)
+
+
+@hypothesis.given(
+    st.sets(st.integers(0, ROWS - 1), min_size=9, max_size=20),
+    st.sets(st.integers(0, ROWS - 1), min_size=9, max_size=20),
+    st.sampled_from([1, 4]),
+)
+def test_a_refusal_names_the_smallest_that_works(table_spec, before, rows, owners):
+    resident = owners
+    while True:
+        slots = RowSlots(table_spec(resident), owners, "lfu")
+        try:
+            slots.assign(tokens_of(before))
+            slots.assign(tokens_of(rows), mask_of(before))
+            break
+        except InputError as error:
+            found = re.search(r"resident_rows=(\d+) is less .* for them is (\d+)\.", str(error))
+            assert int(found[1]) == resident and int(found[2]) > resident
+            resident = int(found[2])
+    for one in (before, before | rows):
+        assert resident >= slots_needed(mask_of(one).reshape(owners, -1))
+    assert resident == slots_needed(mask_of(before | rows).reshape(owners, -1))
+
+
+def test_use_that_is_not_recorded_leaves_the_choice_as_it_was(table_spec):
+    rows = [{1, 2, 3}, {4, 5, 6}, {7, 8, 9}]
+    choices = []
+    for evaluations in (0, 3):
+        slots = RowSlots(table_spec(6), 1, "lfu")
+        for batch in rows[:2] * 2:
+            slots.assign(tokens_of(batch))
+        for _ in range(evaluations):
+            slots.assign(tokens_of({4, 5}), record=False)
+        slots.assign(tokens_of({1, 2, 3}))
+        choices.append(set(slots.assign(tokens_of(rows[2])).assignments[0].evicted))
+    assert choices == [{4, 5, 6}] * 2
+
+
+def test_moves_have_few_sizes_and_little_padding():
+    sizes = [_room(number) for number in range(100_000)]
+    assert sizes[0] == 0 and sizes[1] == 16
+    assert all(size >= number for number, size in enumerate(sizes))
+    assert all(size < 1.25 * number for number, size in enumerate(sizes) if number > 16)
+    assert sizes == sorted(sizes)
+    assert len(set(sizes)) <= 4 * 13 + 2
