@@ -57,7 +57,7 @@ def get_config() -> config_dict.ConfigDict:
     # Rows (with optimizer state) that the devices hold, over all shards; the others lie in host
     # memory and come when a batch needs them. None: all. Shards must divide it.
     config.tables.resident_rows = None
-    config.tables.prefetch = 2  # batches that the look-ahead fetches rows for
+    config.tables.prefetch = 2  # batches that the loop looks ahead; 0: it waits for each one's rows
     config.tables.cache_policy = "lfu"  # which rows stay: lfu (with aging) or lru
 
     config.data = config_dict.ConfigDict()

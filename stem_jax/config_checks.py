@@ -49,7 +49,6 @@ _NOT_NEGATIVE = [
     "train.sample_tokens",
     "eval.every",
     "checkpoint.every",
-    "tables.prefetch",
     "mesh.max_replicated_mib",
 ]
 _POSITIVE = [
@@ -83,6 +82,7 @@ def validate(config: "Config") -> None:
     _check_range(config, _NOT_NEGATIVE, lambda v: v >= 0, "0 or more")
     _check_range(config, _POSITIVE, lambda v: 0 < v < math.inf, "more than 0")
     _check_range(config, _OPTIONAL_POSITIVE, lambda v: v is None or v > 0, "more than 0, or none")
+    _check_range(config, ["tables.prefetch"], lambda v: 0 <= v <= 16, "0 to 16")
     _check_range(
         config, ["tables.weight_decay"], lambda v: v is None or v >= 0, "0 or more, or none"
     )

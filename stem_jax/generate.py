@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
     add("--greedy", action="store_true", help="always the likeliest token")
     add("--seed", type=int, default=0, help="of the samples")
     add("--no-stream", "--no_stream", action="store_true", help="print when all is done")
-    add("--resident-rows", type=int, help="table rows on the device; without it, as in training")
+    add("--resident-rows", "--resident_rows", type=int, help="table rows kept on the device")
     add("--json", action="store_true", help="print a JSON list instead")
     args = parser.parse_args(argv)
     if not args.prompt + args.prompt_file:

@@ -105,7 +105,9 @@ def _on_one_device(config: Config, resident_rows: int | None) -> Config:
     """The configuration for this machine, validated once more."""
     tables = config.tables
     if resident_rows is not None:
-        tables = dataclasses.replace(tables, resident_rows=resident_rows)
+        # Rows of dense AdamW never lag behind, like those of the lazy one, which may be offloaded.
+        optimizer = tables.optimizer.replace("dense_adamw", "lazy_adamw")
+        tables = dataclasses.replace(tables, resident_rows=resident_rows, optimizer=optimizer)
     config = dataclasses.replace(
         config,
         tables=tables,

@@ -67,9 +67,9 @@ def train(config: Config, workdir: str | Path) -> bool:
         return False
     programs = TrainStep(config, mesh)
     check_placement(placed_arrays(config, programs.model), mesh, config.mesh.max_replicated_mib)
+    rows_in_flight = _check_fits(config, programs, data, latest or 0)
     (workdir / "config.json").write_text(config.to_json())
-    working_set = _working_set(config, programs, data, latest or 0)
-    print(describe_run(config, programs.model, mesh, working_set), flush=True)
+    print(describe_run(config, programs.model, mesh, rows_in_flight), flush=True)
     with contextlib.ExitStack() as stack:
         # Closed in reverse: the last save reads the store, whose threads end before.
         checkpoints = stack.enter_context(Checkpointer(workdir, keep=config.checkpoint.keep))
@@ -83,6 +83,8 @@ def train(config: Config, workdir: str | Path) -> bool:
 
         def save(state: TrainState, validation: Validation | None) -> None:
             if prefetch is not None:
+                # While the save before still reads the store, old rows would be kept for it.
+                checkpoints.wait()
                 prefetch.write_back(vars(state.table))
             info = CheckpointInfo(
                 step=int(state.step),
@@ -126,7 +128,7 @@ def _open_state(
     return state, store
 
 
-def _working_set(config: Config, programs: TrainStep, data: RunData, start: int) -> int | None:
+def _check_fits(config: Config, programs: TrainStep, data: RunData, start: int) -> int | None:
     """Rows that the batches in flight need, as far as it can be known before; None if resident.
 
     Raises:
@@ -135,11 +137,19 @@ def _working_set(config: Config, programs: TrainStep, data: RunData, start: int)
     spec = programs.spec
     if not spec.offloaded:
         return None
-    check_host_memory(HostStore.needed_bytes(spec, programs.mesh), available_host_bytes())
+    store_bytes, available = HostStore.peak_bytes(spec, programs.mesh), available_host_bytes()
+    fits = available is None or store_bytes <= available
     owners = axis_size(programs.mesh, spec.vocab_axes)
-    needed = working_set(config, spec, owners, data, start)
-    # Every process has seen its share of the data; all of them must come to the same verdict.
-    needed = int(np.max(multihost_utils.process_allgather(np.int32(needed))))
+    share = working_set(config, spec, owners, data, start)
+    # Each process has seen its memory and its share of the data; all must come to one verdict,
+    # or those that go on would wait for the others for ever.
+    found = multihost_utils.process_allgather(np.array([share, not fits], np.int32)).reshape(-1, 2)
+    check_host_memory(store_bytes, available)
+    if found[:, 1].any():
+        raise InputError(
+            "another host has too little memory for its part of the tables; see its log"
+        )
+    needed = int(found[:, 0].max())
     if needed > spec.num_slots:
         raise InputError(too_few_slots(spec.num_slots, needed))
     return needed

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import ml_collections
+import numpy as np
 import pytest
 
 from configs.base import get_config as base_config
@@ -43,6 +44,24 @@ def test_shipped_config_builds(path):
     if path.stem != "base":
         # It opens with the command that runs it.
         assert f"python -m stem_jax.train --config=configs/{path.name}" in text
+
+
+@pytest.mark.parametrize("name", ["stem_1b_offload", "tiny_offload"])
+def test_shipped_offload_configs_hold_the_batches_in_flight(name):
+    """Text repeats itself more than tokens drawn by Zipf's law: what these ask for is enough."""
+    config = load_config(ROOT / "configs" / f"{name}.py")
+    spec = TableSpec.from_config(config)
+    tokens = (config.tables.prefetch + 1) * config.tokens_per_step
+    share_V = 1 / np.arange(1, config.model.vocab_size + 1)
+    asked = np.sum(1 - (1 - share_V / share_V.sum()) ** tokens)
+    assert spec.offloaded and asked * 1.05 < spec.num_slots
+    for devices in (1, 2, 4, 8, 16):
+        assert spec.num_slots % devices == 0
+
+
+def test_a_dense_model_has_no_rows_to_offload():
+    spec = TableSpec.from_config(_build(**{"model.stem_layers": "none", "tables.resident_rows": 8}))
+    assert not spec.offloaded
 
 
 @pytest.mark.parametrize(

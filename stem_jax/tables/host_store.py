@@ -88,9 +88,8 @@ class HostStore:
         Raises:
             InputError: the host has too little memory.
         """
-        needed = cls.needed_bytes(spec, mesh, slots=slots)
-        # With slots it will be saved while it changes; better refused now than killed then.
-        check_host_memory(needed + slots * kept_bytes(needed), available_host_bytes())
+        needed = cls.peak_bytes(spec, mesh) if slots else cls.needed_bytes(spec, mesh, slots=False)
+        check_host_memory(needed, available_host_bytes())
         blocks = [
             dataclasses.replace(
                 block,
@@ -145,6 +144,12 @@ class HostStore:
             for block in _local_blocks(spec, mesh)
             for name in _fields(slots)
         )
+
+    @classmethod
+    def peak_bytes(cls, spec: TableSpec, mesh: Mesh) -> int:
+        """Bytes of a store with slots while it is saved and goes on changing."""
+        needed = cls.needed_bytes(spec, mesh)
+        return needed + kept_bytes(needed)
 
     @property
     def num_bytes(self) -> int:

@@ -88,6 +88,8 @@ class Prefetch:
         self._returning: deque[Future] = deque()
         self._ahead = ahead
         self._read_only = read_only
+        # The same in every process, whatever shards it has: filling slots is one program of all.
+        self._piece_rows = max(1, min(_PIECE_BYTES // self.row_bytes, self._slots_per_owner))
         # CPUs start programs as threads are free: a step dispatched after a swap would keep the
         # rows that leave until it ends.
         self._out_of_order = mesh.devices.flat[0].platform == "cpu"
@@ -133,7 +135,7 @@ class Prefetch:
     def load(self) -> DeviceArrays:
         """The device side with the rows that the slots hold, from the store, piece by piece."""
         arrays = self._no_rows()
-        size = max(1, min(self._piece_rows(), self._slots_per_owner))
+        size = self._piece_rows
         for first in range(0, self._slots_per_owner, size):
             first = min(first, self._slots_per_owner - size)
             piece = slice(first, first + size)
@@ -188,7 +190,10 @@ class Prefetch:
         staged = self._wait_for(ticket.staged, arrays)
         # Whoever keeps the ticket through the step must not keep the buffers on the device.
         self._waiting.popleft().staged = None
-        arrays, left = self._swap(arrays, staged, ticket.move.places(self._slots_per_owner))
+        places = self._per_owner(ticket.move.places(self._slots_per_owner))
+        # Two programs: in one, the compiler would copy the whole table between reading and writing.
+        left = None if self._read_only else self._read_slots(arrays, places)
+        arrays = self._write_slots(arrays, staged, places)
         for shard, held in self._held.items():
             assignment = ticket.move.assignments[shard]
             held[assignment.places] = assignment.missing
@@ -214,7 +219,7 @@ class Prefetch:
         """Brings the store up to date with the devices, and waits for rows that travel back."""
         while self._returning:
             self._returning.popleft().result()
-        size = max(1, min(self._piece_rows(), self._slots_per_owner))
+        size = self._piece_rows
         for block in self.store.blocks:
             shards = _on_device(arrays, block.devices[0])
             held = self._held[block.shard]
@@ -311,13 +316,6 @@ class Prefetch:
         ticket.returned.set_result(None)
         del self._under_way[ticket.number]
 
-    def _swap(self, arrays: DeviceArrays, staged: DeviceArrays, places_PxM: np.ndarray):
-        """(arrays with the staged rows in their places, the rows that were there)."""
-        places = self._per_owner(places_PxM)
-        # Two programs: in one, the compiler would copy the whole table between reading and writing.
-        left = self._read_slots(arrays, places)
-        return self._write_slots(arrays, staged, places), left
-
     def _read(self, arrays: DeviceArrays, places):
         def local(arrays, places_M):
             inside_M = jnp.minimum(places_M, self._slots_per_owner - 1)
@@ -364,11 +362,6 @@ class Prefetch:
         return jax.make_array_from_callback(
             flat.shape, NamedSharding(self._mesh, self.spec.index_spec), lambda index: flat[index]
         )
-
-    def _piece_rows(self) -> int:
-        """Rows of every block together that are `_PIECE_BYTES`."""
-        blocks = self.store.blocks
-        return _PIECE_BYTES * len(blocks[0].row_range) // sum(_nbytes(b.arrays) for b in blocks)
 
 
 def _nbytes(arrays: Arrays) -> int:

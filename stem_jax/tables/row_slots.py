@@ -75,7 +75,8 @@ class RowSlots:
             record: whether this counts as use of the rows.
 
         Raises:
-            InputError: there are too few slots; names how many would do.
+            InputError: there are too few slots; names how many would do. Some owners may have
+                made room already: the caches are of no use afterwards.
         """
         asked_PxN = tokens_of_row.reshape(self._num_owners, -1)
         pinned_PxN = None if pinned is None else pinned.reshape(self._num_owners, -1)

@@ -47,10 +47,10 @@ class TableSpec:
     def from_config(cls, config: Config) -> "TableSpec":
         """The table of a run; S is 0 for a dense model."""
         layout = TableLayout(config.model.vocab_size, config.tables.pad_multiple)
-        resident = config.tables.resident_rows
+        resident, S = config.tables.resident_rows, config.model.num_stem_layers
         return cls(
             layout=layout,
-            num_layers=config.model.num_stem_layers,
+            num_layers=S,
             width=config.model.ffn_dim,
             init_std=config.table_init_std,
             vocab_axes=config.tables.vocab_axes,
@@ -62,7 +62,7 @@ class TableSpec:
             epsilon=config.optimizer.epsilon,
             clip_norm=config.tables.clip_norm,
             capacity=config.tables.capacity,
-            resident_rows=None if resident is None or resident >= layout.num_rows else resident,
+            resident_rows=resident if resident and S and resident < layout.num_rows else None,
         )
 
     @property
