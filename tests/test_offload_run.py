@@ -1,7 +1,8 @@
 """A run with rows in host memory as a user sees it: kills, signals, resumes and refusals.
 
 The file is its own child: `python tests/test_offload_run.py THREAD CALL FLAGS...` trains, and kills
-itself with SIGKILL in a call of `HostStore.write` after the first checkpoint.
+itself with SIGKILL in a call of `HostStore.write` after the first checkpoint, or, where THREAD is
+`restore`, when a checkpoint is read half.
 """
 
 import contextlib
@@ -153,6 +154,8 @@ def test_killed_during_a_write_back(resident_run, text_file, tmp_path, thread, c
     train([thread, str(call), *argv], -signal.SIGKILL, program=(__file__,))
     steps = [int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]
     assert steps and max(steps) < STEPS
+    # Once more, while the rows come from the checkpoint: reading changes nothing there.
+    train(["restore", "1", *argv], -signal.SIGKILL, program=(__file__,))
     out = train(argv)
     assert f"resuming from step {max(steps)}" in out
     assert_same_run(resident_run, workdir)
@@ -245,6 +248,22 @@ def _killed(name: str, call: int) -> None:
     Checkpointer.save, HostStore.write = counted, killing
 
 
+def _killed_in_restore() -> None:
+    """Makes this process kill itself when one field of the store has come from a checkpoint."""
+    from stem_jax import store_handler
+
+    read = store_handler._read
+
+    async def killing(field, info):
+        await read(field, info)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    store_handler._read = killing
+
+
 if __name__ == "__main__":
-    _killed(sys.argv[1], int(sys.argv[2]))
+    if sys.argv[1] == "restore":
+        _killed_in_restore()
+    else:
+        _killed(sys.argv[1], int(sys.argv[2]))
     main(sys.argv[3:])
