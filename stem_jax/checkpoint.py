@@ -91,9 +91,15 @@ class Checkpointer:
             self._drop_snapshot()
 
     def wait(self) -> None:
-        """Returns when every save so far is on disk; a failed save raises here."""
+        """Returns when every save so far is on disk.
+
+        Raises:
+            InputError: the folder cannot be written.
+        """
         try:
             self._manager.wait_until_finished()
+        except OSError as error:
+            raise self._unwritable(error) from error
         finally:
             self._drop_snapshot()
 
@@ -161,10 +167,7 @@ class Checkpointer:
                 info.step, args=ocp.args.Composite(**items), metrics=metrics
             )
         except OSError as error:
-            raise InputError(
-                f"cannot write a checkpoint to {self.folder}: {error.strerror or error}; free "
-                "space, or choose another --workdir"
-            ) from error
+            raise self._unwritable(error) from error
         finally:
             if not started:
                 self._drop_snapshot()
@@ -289,6 +292,12 @@ class Checkpointer:
                 raise
             reason = " ".join(str(cause).split())[:300]
             raise self._damaged(step, f"{type(cause).__name__}: {reason}") from error
+
+    def _unwritable(self, error: OSError) -> InputError:
+        return InputError(
+            f"cannot write a checkpoint to {self.folder}: {error.strerror or error}; free space, "
+            "or choose another --workdir"
+        )
 
     def _damaged(self, step: int, reason: str) -> InputError:
         return InputError(

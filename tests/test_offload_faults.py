@@ -108,7 +108,8 @@ def test_slow_write_backs_are_waited_for(tight, whole, tmp_path, monkeypatch, pr
 
     def slow(*args):
         if threading.current_thread().name.startswith("rows-return"):
-            time.sleep(0.05)
+            # Longer than the next batch takes to ask for its rows.
+            time.sleep(0.2)
         write(*args)
 
     def counted(self, ticket, waits):
@@ -118,8 +119,7 @@ def test_slow_write_backs_are_waited_for(tight, whole, tmp_path, monkeypatch, pr
     monkeypatch.setattr(HostStore, "write", slow)
     monkeypatch.setattr(Prefetch, "_stage", counted)
     run(tight(prefetch), tmp_path).assert_equals(whole)
-    # How often depends on the machine; that it happens is what makes this a test.
-    assert sum(waited) >= 5
+    assert sum(waited) > 20
 
 
 def test_an_error_of_the_loop_ends_the_threads(tight, tmp_path):

@@ -5,14 +5,13 @@ The file is its own child: `python tests/test_offload_processes.py FOLDER CONFIG
 
 import contextlib
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from children import finish, pair
 from offloading import SIZES, run
 
 from stem_jax.checkpoint import Checkpointer
@@ -35,46 +34,19 @@ OVERRIDES = SIZES | {
 PLACES = [((8, 1, 1), ("data", "fsdp"), 208), ((2, 2, 2), ("fsdp",), 208)]
 
 
-@contextlib.contextmanager
-def child(number: int, address: str, folder: Path, config: Config):
-    """One of two processes with four devices each; none outlives the test."""
-    environment = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "PYTHONPATH": str(Path(__file__).parent.parent),
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "PAIR_ADDRESS": address,
-        "PAIR_ID": str(number),
-    }
-    process = subprocess.Popen(
-        [sys.executable, __file__, str(folder), config.to_json()],
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    with process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
 @pytest.mark.parametrize(("shape", "vocab_axes", "rows"), PLACES)
 def test_two_processes_train_as_one(train_step, tiny_config, tmp_path, shape, vocab_axes, rows):
     overrides = OVERRIDES | {"tables.vocab_axes": vocab_axes}
     sizes = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), shape, strict=True))
     config = tiny_config(**overrides, **sizes, **{"tables.resident_rows": rows})
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
+    argv = [__file__, str(tmp_path), config.to_json()]
     with contextlib.ExitStack() as stack:
-        pair = [stack.enter_context(child(n, address, tmp_path, config)) for n in range(2)]
+        both = [stack.enter_context(process) for process in pair(*argv, devices=4)]
         # Meanwhile, in this process.
         resident = train_step(shape, **overrides)
         expected = run(resident, tmp_path / "alone")
-        for process in pair:
-            out, _ = process.communicate(timeout=300)
-            assert process.returncode == 0, out[-5000:]
+        for process in both:
+            finish(process)
     found = [np.load(tmp_path / f"process_{number}.npz") for number in range(2)]
     for key in ("train/loss", "eval/loss"):
         values = list(expected.values(key).values())

@@ -5,7 +5,6 @@ itself with SIGKILL in a call of `HostStore.write` after the first checkpoint, o
 `restore`, when a checkpoint is read half.
 """
 
-import contextlib
 import json
 import os
 import signal
@@ -15,16 +14,15 @@ import threading
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
+from children import child, finish, train_flags
 
 from stem_jax import run as run_module
 from stem_jax.errors import InputError
 from stem_jax.tables.host_store import HostStore
 from stem_jax.train import main
 
-ROOT = Path(__file__).parent.parent
 STEPS = 36
 SMALL = {
     "model.vocab_size": 320,
@@ -67,44 +65,13 @@ def text_file(tmp_path_factory) -> Path:
 
 
 def arguments(text_file: Path, workdir: Path, **overrides) -> list[str]:
-    """Command-line arguments of a small run; overrides are section__key."""
-    values = SMALL | {"data.sources": text_file}
-    values |= {key.replace("__", "."): value for key, value in overrides.items()}
-    flags = [f"--config.{key}={value}" for key, value in values.items()]
-    return ["--config=configs/tiny_offload.py", f"--workdir={workdir}", *flags]
-
-
-@contextlib.contextmanager
-def started(program: list[str], argv: list[str], devices: int = 1):
-    """A process that trains on CPU devices; none outlives the test."""
-    environment = {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": str(ROOT),
-        # All of them compile the same programs.
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-    }
-    process = subprocess.Popen(
-        [sys.executable, *program, *argv],
-        cwd=ROOT,
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    with process:
-        try:
-            yield process
-        finally:
-            process.kill()
+    return train_flags("tiny_offload", workdir, SMALL | {"data.sources": text_file}, overrides)
 
 
 def train(argv: list[str], code: int = 0, program=("-m", "stem_jax.train")) -> str:
     """What a run printed; fails if it ends with another code."""
-    with started([*program], argv) as process:
-        out, err = process.communicate(timeout=300)
-    assert process.returncode == code, err[-3000:]
-    return out
+    with child(*program, *argv) as process:
+        return finish(process, code)
 
 
 def records(workdir: Path) -> list[dict]:
@@ -167,7 +134,7 @@ def test_sigterm_saves_and_a_resident_run_goes_on(resident_run, text_file, tmp_p
     workdir = tmp_path / "run"
     # No checkpoint is due before the end: what is saved, the signal saved.
     argv = arguments(text_file, workdir, checkpoint__every=0)
-    with started(["-m", "stem_jax.train"], argv) as process:
+    with child("-m", "stem_jax.train", *argv, stderr=subprocess.PIPE) as process:
         metrics, deadline = workdir / "metrics.jsonl", time.monotonic() + 200
         while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
             assert process.poll() is None, process.stderr.read()[-3000:]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from children import train_flags
 
 from stem_jax.errors import InputError, TrainingError
 from stem_jax.train import main
@@ -48,11 +49,7 @@ def text_file(tmp_path_factory) -> Path:
 
 
 def arguments(text_file: Path, workdir: Path, **overrides) -> list[str]:
-    """Command-line arguments of a small run; overrides are section__key."""
-    values = SMALL | {"data.sources": text_file}
-    values |= {key.replace("__", "."): value for key, value in overrides.items()}
-    flags = [f"--config.{key}={value}" for key, value in values.items()]
-    return ["--config=configs/tiny.py", f"--workdir={workdir}", *flags]
+    return train_flags("tiny", workdir, SMALL | {"data.sources": text_file}, overrides)
 
 
 def start(argv: list[str]) -> subprocess.Popen:

@@ -7,8 +7,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import threading
 import time
@@ -17,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from children import child, finish, pair
 from jax.sharding import Mesh
 
 from stem_jax.checkpoint import Checkpointer, CheckpointInfo
@@ -31,33 +30,9 @@ from stem_jax.training.state import TrainState
 GIB = 2**30
 
 
-@contextlib.contextmanager
-def child(task, folder, configs, *, devices=1, **environment):
-    """A process that runs one of the tasks below; none outlives the test."""
-    process = subprocess.Popen(
-        [sys.executable, __file__, task, str(folder), *(config.to_json() for config in configs)],
-        env={
-            **os.environ,
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "PYTHONPATH": str(Path(__file__).parent.parent),
-            **environment,
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    with process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def finish(process, code=0) -> str:
-    """What it printed; fails if it exits with another code."""
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == code, out[-5000:]
-    return out
+def task(name: str, folder: Path, *configs: Config) -> list[str]:
+    """Arguments of a process that runs one of the tasks below."""
+    return [__file__, name, str(folder), *(config.to_json() for config in configs)]
 
 
 @pytest.fixture
@@ -143,7 +118,7 @@ def test_peak_memory_is_little_over_the_store(on_mesh, tmp_path):
     if min(free // 2, memory) < needed:
         pytest.skip(f"needs 5 GiB of memory, has {memory}, and 10 GiB of disk, has {free}")
     large = on_mesh((2, 1, 2), **{"model.vocab_size": ROWS, "model.ffn_dim": WIDTH})
-    with child("memory", tmp_path, [on_mesh((2, 1, 2)), large], devices=4) as process:
+    with child(*task("memory", tmp_path, on_mesh((2, 1, 2)), large), devices=4) as process:
         out = finish(process)
     print(out)
     figures = {line.split()[0]: line.split() for line in out.splitlines() if " MiB" in line}
@@ -237,7 +212,7 @@ def _peak_since_last() -> int:
 
 def test_a_save_that_is_killed_leaves_the_one_before(on_mesh, tmp_path):
     config = on_mesh()
-    with child("killed", tmp_path, [config]) as process:
+    with child(*task("killed", tmp_path, config)) as process:
         finish(process, code=-signal.SIGKILL)
     folders = [path.name for path in (tmp_path / "checkpoints").iterdir()]
     assert any(name.startswith("2") for name in folders), folders
@@ -281,18 +256,10 @@ def test_two_processes_write_and_read_one_table(on_mesh, tmp_path):
     with Checkpointer(tmp_path / "single") as checkpoints:
         save(checkpoints, config, store, 9)
         checkpoints.wait()
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
     configs = [on_mesh(shape, **{"tables.vocab_axes": axes}) for shape, axes in PAIR_PLACES]
     with contextlib.ExitStack() as stack:
-        pair = [
-            stack.enter_context(
-                child("pair", tmp_path, configs, devices=4, PAIR_ADDRESS=address, PAIR_ID=number)
-            )
-            for number in "01"
-        ]
-        printed = [finish(process).splitlines() for process in pair]
+        both = map(stack.enter_context, pair(*task("pair", tmp_path, *configs), devices=4))
+        printed = [finish(process).splitlines() for process in list(both)]
     # No number of a table is written twice, also where both processes have it.
     for number, config in enumerate(configs):
         spec = TableSpec.from_config(config)
@@ -326,5 +293,5 @@ def _pair(folder, *configs):
 
 
 if __name__ == "__main__":
-    task = {"memory": _memory, "killed": _killed, "pair": _pair}[sys.argv[1]]
-    task(sys.argv[2], *map(Config.from_json, sys.argv[3:]))
+    run = {"memory": _memory, "killed": _killed, "pair": _pair}[sys.argv[1]]
+    run(sys.argv[2], *map(Config.from_json, sys.argv[3:]))

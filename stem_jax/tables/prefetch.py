@@ -121,12 +121,6 @@ class Prefetch:
             pool.shutdown(wait=True, cancel_futures=True)
 
     @property
-    def device_bytes(self) -> int:
-        """Bytes of the slots on all devices of this process, copies of a shard counted each."""
-        share = self.spec.num_slots / self.spec.num_rows
-        return round(sum(share * _nbytes(b.arrays) * len(b.devices) for b in self.store.blocks))
-
-    @property
     def row_bytes(self) -> int:
         """Bytes of one row with its slot variables, over all columns."""
         row = 4 * self.spec.num_layers * self.spec.width

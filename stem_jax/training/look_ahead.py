@@ -25,8 +25,8 @@ class Ready:
     """A batch and what its step needs besides the state.
 
     demand: what it asks of the table, None for a dense model. sizes: of its row blocks. ticket: its
-    rows on their way, slots: where they will lie; None if all rows are resident. settled: a ticket
-    before it whose rows were brought early. metrics: of its rows' way, once they are placed.
+    rows on their way, slots: where they will lie; None if all rows are resident. settled: tickets
+    before it, whose rows were brought early. metrics: of its rows' way, once they are placed.
     """
 
     batch: Batch
@@ -34,7 +34,7 @@ class Ready:
     sizes: BlockSizes | None = None
     ticket: Ticket | None = None
     slots: jax.Array | None = None
-    settled: Ticket | None = None
+    settled: list[Ticket] = dataclasses.field(default_factory=list)
     metrics: dict[str, np.float64] = dataclasses.field(default_factory=dict)
 
 
@@ -89,7 +89,7 @@ class LookAhead(Iterator[Ready]):
         if ready.ticket is None:
             return state
         state = self._apply(state, ready.ticket)
-        ready.metrics = self._measured([t for t in (ready.settled, ready.ticket) if t is not None])
+        ready.metrics = self._measured([*ready.settled, ready.ticket])
         return state
 
     def settle(self, state: TrainState) -> TrainState:
@@ -100,7 +100,8 @@ class LookAhead(Iterator[Ready]):
         for ready in self._queue:
             if ready.ticket is not None:
                 state = self._apply(state, ready.ticket)
-                ready.settled, ready.ticket, ready.slots = ready.ticket, None, None
+                ready.settled.append(ready.ticket)
+                ready.ticket = ready.slots = None
         self._window.clear()
         return state
 
@@ -115,7 +116,7 @@ class LookAhead(Iterator[Ready]):
         tokens_of_row = ready.demand.tokens_of_row
         pinned = np.logical_or.reduce(self._window) if self._window else None
         # The caches know of a batch that chose before.
-        record = self._training and ready.settled is None
+        record = self._training and not ready.settled
         ready.ticket = self._prefetch.ticket(tokens_of_row, pinned, record=record)
         ready.slots = self._prefetch.slots(ready.ticket, ready.sizes.owned)
         self._window.append(tokens_of_row > 0)

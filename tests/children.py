@@ -1,0 +1,59 @@
+"""Processes of their own for tests: with so many CPU devices, and none outlives its test."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+
+ROOT = Path(__file__).parent.parent
+
+
+@contextlib.contextmanager
+def child(*argv: str, devices: int = 1, stderr: int = subprocess.STDOUT, **environment: str):
+    """`python argv...` in the repository, with the compilation cache of all tests."""
+    settings = {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(ROOT),
+        # All of them compile the same programs.
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+    }
+    process = subprocess.Popen(
+        [sys.executable, *argv],
+        cwd=ROOT,
+        env=os.environ | settings | environment,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def pair(*argv: str, devices: int):
+    """Two such processes that find each other by PAIR_ADDRESS; PAIR_ID is 0 and 1."""
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    return [child(*argv, devices=devices, PAIR_ADDRESS=address, PAIR_ID=n) for n in ("0", "1")]
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    """What it printed; fails if it exits with another code."""
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, (err or out)[-5000:]
+    return out
+
+
+def train_flags(config: str, workdir: Path, values: dict, overrides: dict) -> list[str]:
+    """Command-line arguments of a run; keys of `overrides` are section__key."""
+    values = values | {key.replace("__", "."): value for key, value in overrides.items()}
+    flags = [f"--config.{key}={value}" for key, value in values.items()]
+    return [f"--config=configs/{config}.py", f"--workdir={workdir}", *flags]
