@@ -103,6 +103,11 @@ def get_config() -> config_dict.ConfigDict:
     config.train.loss_chunk = 256  # positions of each sequence whose logits exist at a time
     config.train.max_bad_steps = 5  # non-finite steps in a row before the run stops
     config.train.log_every = 10  # steps
+    # Seconds without a step, a validation batch or a save after which a process gives up with the
+    # stacks of its threads and exit status 75; compiling counts. None: it waits for ever.
+    config.train.step_timeout = 1800.0
+    # Folder of compiled programs, for fast restarts: shared by all hosts. None: compile anew.
+    config.train.compilation_cache = None
     config.train.sample_prompt = "The"  # completed at the end of training; empty: no sample
     config.train.sample_tokens = 64
 

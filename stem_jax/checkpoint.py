@@ -18,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from stem_jax.checkpoint_files import write_list
 from stem_jax.config import Config
 from stem_jax.errors import InputError
 from stem_jax.store_handler import StoreField, store_args, table_handler
@@ -66,6 +67,7 @@ class Checkpointer:
                 [policies.LatestN(keep), best(n=1, keep_checkpoints_without_metrics=False)]
             ),
             cleanup_tmp_directories=not read_only,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._list_files),
         )
         registry = ocp.DefaultCheckpointHandlerRegistry()
         for item in ("table_rows", "table_slots"):
@@ -76,6 +78,8 @@ class Checkpointer:
             self.folder, options=options, handler_registry=registry
         )
         self._snapshot: StoreSnapshot | None = None
+        # The step under way.
+        self._saving: int | None = None
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -156,9 +160,10 @@ class Checkpointer:
         metrics = None if eval_loss is None else {_BEST: eval_loss}
         started = False
         try:
+            # The save before must be done with its snapshot and step; Orbax would wait anyway.
+            self.wait()
+            self._saving = info.step
             if store is not None:
-                # The save before must be done with its snapshot; Orbax would wait for it anyway.
-                self.wait()
                 self._snapshot = store.snapshot()
                 items |= _saved_store(store, self._snapshot)
             elif state.table is not None:
@@ -264,6 +269,11 @@ class Checkpointer:
         found = self._restore(step, items)
         in_state = store is None and abstract.table is not None
         return found["params"], _table(found) if in_state else None
+
+    def _list_files(self) -> None:
+        """Called when all files of a step are written, before its folder gets its final name."""
+        [folder] = [path for path in self.folder.glob(f"{self._saving}.*") if path.is_dir()]
+        write_list(folder)
 
     def _drop_snapshot(self) -> None:
         if self._snapshot is not None:

@@ -27,6 +27,9 @@ _STEM_PATTERNS = {
     "all": lambda n: tuple(range(n)),
 }
 
+# Keys that texts written by earlier versions lack, with what held before they existed.
+_ADDED = {"train.step_timeout": None, "train.compilation_cache": None}
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -135,6 +138,8 @@ class TrainConfig:
     loss_chunk: int
     max_bad_steps: int
     log_every: int
+    step_timeout: float | None
+    compilation_cache: str | None
     sample_prompt: str
     sample_tokens: int
 
@@ -201,7 +206,11 @@ class Config:
     @classmethod
     def from_json(cls, text: str) -> "Config":
         """Builds a configuration from `to_json`'s text; raises InputError on unknown keys."""
-        return build(json.loads(text))
+        raw = json.loads(text)
+        for key, value in _ADDED.items():
+            section, name = key.split(".")
+            raw.get(section, {}).setdefault(name, value)
+        return build(raw)
 
 
 def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> Config:

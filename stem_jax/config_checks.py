@@ -69,6 +69,7 @@ _OPTIONAL_POSITIVE = [
     "tables.resident_rows",
     "optimizer.schedule_steps",
     "eval.max_batches",
+    "train.step_timeout",
     "model.init_base_std",
 ]
 

@@ -99,6 +99,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def own_batch_shards(mesh: Mesh) -> tuple[int, ...]:
+    """Which shards of the batch, in their order, lie on devices of this process."""
+    groups = mesh.devices.reshape(axis_size(mesh, BATCH_AXES), -1)
+    own = jax.process_index()
+    return tuple(
+        shard for shard, group in enumerate(groups) if own in {d.process_index for d in group}
+    )
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Sharding of a small array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())

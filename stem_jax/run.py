@@ -2,17 +2,25 @@
 
 import contextlib
 import dataclasses
-import signal
+import errno
+import json
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
+from stem_jax.agreement import check_same, check_shared, code_version, is_first, unanimous
 from stem_jax.checkpoint import FOLDER, Checkpointer, CheckpointInfo
+from stem_jax.checkpoint_files import set_aside_damaged
 from stem_jax.config import Config
+from stem_jax.data.loader import Share
 from stem_jax.errors import InputError
-from stem_jax.mesh import BATCH_AXES, axis_size, check_placement, make_mesh
+from stem_jax.mesh import BATCH_AXES, axis_size, check_placement, make_mesh, own_batch_shards
+from stem_jax.process_log import log, process_log
+from stem_jax.start_clock import StartClock
+from stem_jax.stop_signal import StopSignal
 from stem_jax.tables.host_memory import available_host_bytes, check_host_memory
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.prefetch import Prefetch
@@ -26,60 +34,75 @@ from stem_jax.training.run_data import RunData, open_run_data
 from stem_jax.training.state import TrainState, abstract_state, init_state, table_key
 from stem_jax.training.step import TrainStep
 from stem_jax.training.working_set import working_set
+from stem_jax.watchdog import Watchdog
 
 
 def train(config: Config, workdir: str | Path) -> bool:
     """Trains, or continues, the run in `workdir`; returns whether this call made its last step.
 
-    SIGTERM and SIGINT end it after the step under way, with a checkpoint.
+    Every process of a run calls it. SIGTERM and SIGINT, to any of them, end it after the step under
+    way, with a checkpoint.
 
     Raises:
         InputError: the configuration, the data or the folder cannot be used.
         TrainingError: the run cannot go on.
     """
-    workdir = _writable(Path(workdir))
-    mesh = make_mesh(config.mesh)
-    _check_batch(config, mesh)
-    info = _latest(workdir)
-    latest = None if info is None else info.step
-    if info is not None:
-        check_resumable(info.config, config, info.updates)
-    data = open_run_data(
-        config,
-        workdir,
-        resuming=info is not None,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+    clock = StartClock()
+    clock.mark("joining")
+    workdir = Path(workdir)
+    with unanimous():
+        _check_writable(workdir)
+    check_same(_facts_of_command(config))
+    check_shared(workdir)
+    with process_log(workdir, jax.process_index()) as own_log:
+        try:
+            return _train(config, workdir, clock, own_log)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise InputError(
+                f"no space left at {error.filename or workdir}; the last checkpoint stands: free "
+                "space, and the same command continues"
+            ) from error
+
+
+def _train(config: Config, workdir: Path, clock: StartClock, own_log: Path) -> bool:
+    with unanimous():
+        mesh = make_mesh(config.mesh)
+        _check_batch(config, mesh)
+        info = _latest(workdir)
+        if info is not None:
+            check_resumable(info.config, config, info.updates)
+    latest = 0 if info is None else info.step
+    data = _open_data(config, workdir, mesh, info)
+    record = _data_record(config, data)
+    check_same(
+        {"the newest checkpoint": str(latest), "the tokenizer": data.tokenizer.fingerprint}
+        | {f"the text of source {i}": text for i, text in enumerate(record["checksums"])}
     )
-    if info is not None and info.tokenizer != data.tokenizer.fingerprint:
-        raise InputError(
-            f"checkpoint {latest} was trained with tokenizer {info.tokenizer[:12]}, "
-            f"{workdir / 'tokenizer'} holds {data.tokenizer.fingerprint[:12]}; restore it, or "
-            "start in another --workdir"
-        )
-    if info is not None and info.data != _data_record(config, data):
-        raise InputError(
-            f"the text behind data.sources={config.data.sources!r} is not what checkpoint "
-            f"{latest} was trained on; bring it back, or start in another --workdir"
-        )
-    if latest is not None and latest >= config.train.steps:
-        print(f"run complete: {workdir} is at step {latest} of {config.train.steps}")
+    _check_continues(info, data, record, workdir)
+    if latest >= config.train.steps:
+        log.info(f"run complete: {workdir} is at step {latest} of {config.train.steps}")
         return False
+    clock.mark("data")
     programs = TrainStep(config, mesh)
     check_placement(placed_arrays(config, programs.model), mesh, config.mesh.max_replicated_mib)
-    rows_in_flight = _check_fits(config, programs, data, latest or 0)
-    (workdir / "config.json").write_text(config.to_json())
-    print(describe_run(config, programs.model, mesh, rows_in_flight), flush=True)
+    rows_in_flight = _check_fits(config, programs, data, latest)
+    if is_first():
+        (workdir / "config.json").write_text(config.to_json())
+    log.info(describe_run(config, programs.model, mesh, rows_in_flight))
     with contextlib.ExitStack() as stack:
         # Closed in reverse: the last save reads the store, whose threads end before.
+        watchdog = stack.enter_context(Watchdog(config.train.step_timeout, own_log))
         checkpoints = stack.enter_context(Checkpointer(workdir, keep=config.checkpoint.keep))
-        state, store = _open_state(programs, checkpoints, latest)
+        state, store = _open_state(programs, checkpoints, info)
         prefetch = None
         if store is not None:
             tables = config.tables
             prefetch = Prefetch(mesh, store, tables.cache_policy, tables.prefetch)
             stack.enter_context(prefetch)
             state = dataclasses.replace(state, table=TableState(**prefetch.load()))
+        clock.mark("state")
 
         def save(state: TrainState, validation: Validation | None) -> None:
             if prefetch is not None:
@@ -92,39 +115,81 @@ def train(config: Config, workdir: str | Path) -> bool:
                 bad_steps=int(state.bad_steps),
                 touched_rows=int(state.touched_rows),
                 tokenizer=data.tokenizer.fingerprint,
-                data=_data_record(config, data),
+                data=record,
                 config=config,
             )
             loss = None if validation is None else validation.loss
             checkpoints.save(state, info, loss, store)
 
-        with _StopSignal() as stop:
-            loop = Loop(config, programs, data, workdir, prefetch, save, stop)
+        with StopSignal() as stop:
+            loop = Loop(config, programs, data, workdir, prefetch, save, stop, watchdog.beat, clock)
             state, validation, done = loop.run(state)
             checkpoints.wait()
     if not done:
-        print(f"stopped at step {int(state.step)}; the same command continues")
+        log.info(f"stopped at step {int(state.step)}; the same command continues")
         return False
-    print(f"run complete: step {config.train.steps}, {workdir}")
-    if validation is not None:
-        print(_verdict(config, data, validation))
+    log.info(f"run complete: step {config.train.steps}, {workdir}")
+    if validation is not None and is_first():
+        log.info(_verdict(config, data, validation))
     return True
 
 
+def _facts_of_command(config: Config) -> dict[str, str]:
+    """What must be the same in all processes from the start."""
+    facts = {"the version of stem_jax": code_version(), "the version of jax": jax.__version__}
+    for section, values in json.loads(config.to_json()).items():
+        facts |= {f"config.{section}.{key}": json.dumps(value) for key, value in values.items()}
+    return facts
+
+
+def _open_data(config: Config, workdir: Path, mesh: Mesh, info: CheckpointInfo | None) -> RunData:
+    """Process 0 prepares what was not prepared before; then the others open it."""
+    shards = own_batch_shards(mesh)
+    num_shards = axis_size(mesh, BATCH_AXES)
+    share = Share.of_devices(shards, num_shards, config.train.micro_batches)
+    data = None
+    with unanimous():
+        if is_first():
+            data = open_run_data(config, workdir, prepared=info is not None, share=share)
+    with unanimous():
+        if data is None:
+            data = open_run_data(config, workdir, prepared=True, share=share)
+    return data
+
+
+def _check_continues(
+    info: CheckpointInfo | None, data: RunData, record: dict, workdir: Path
+) -> None:
+    """Refuses a tokenizer or a text other than those of the checkpoint."""
+    if info is None:
+        return
+    if info.tokenizer != data.tokenizer.fingerprint:
+        raise InputError(
+            f"checkpoint {info.step} was trained with tokenizer {info.tokenizer[:12]}, "
+            f"{workdir / 'tokenizer'} holds {data.tokenizer.fingerprint[:12]}; restore it, or "
+            "start in another --workdir"
+        )
+    if info.data != record:
+        raise InputError(
+            f"the text behind data.sources={info.config.data.sources!r} is not what checkpoint "
+            f"{info.step} was trained on; bring it back, or start in another --workdir"
+        )
+
+
 def _open_state(
-    programs: TrainStep, checkpoints: Checkpointer, latest: int | None
+    programs: TrainStep, checkpoints: Checkpointer, info: CheckpointInfo | None
 ) -> tuple[TrainState, HostStore | None]:
     """The state to begin with. An offloaded table is in the store and not in the state."""
     config, mesh, spec = programs.config, programs.mesh, programs.spec
     store = None
-    if latest is None:
+    if info is None:
         if spec.offloaded:
             store = HostStore.create(spec, table_key(config), mesh)
         return init_state(config, programs.model, mesh), store
     if spec.offloaded:
         store = HostStore.allocate(spec, mesh)
-    state = checkpoints.restore(latest, abstract_state(config, programs.model, mesh), store)
-    print(f"resuming from step {latest}", flush=True)
+    state = checkpoints.restore(info.step, abstract_state(config, programs.model, mesh), store)
+    log.info(f"resuming from step {info.step}")
     return state, store
 
 
@@ -156,8 +221,14 @@ def _check_fits(config: Config, programs: TrainStep, data: RunData, start: int) 
 
 
 def _latest(workdir: Path) -> CheckpointInfo | None:
-    """The newest checkpoint's plain part, read before anything is prepared or written."""
-    if not (workdir / FOLDER).is_dir():
+    """The newest whole checkpoint's plain part, read before anything is prepared or written."""
+    with unanimous():
+        # A folder that another process is about to make is not asked for twice.
+        exists = (workdir / FOLDER).is_dir()
+        if exists and is_first():
+            for line in set_aside_damaged(workdir / FOLDER):
+                log.warning(line)
+    if not exists:
         return None
     with Checkpointer(workdir, read_only=True) as checkpoints:
         latest = checkpoints.latest_step()
@@ -186,20 +257,19 @@ def _verdict(config: Config, data: RunData, validation: Validation) -> str:
     return "\n".join(lines)
 
 
-def _writable(workdir: Path) -> Path:
+def _check_writable(workdir: Path) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / ".writable"
+        probe = workdir / f".writable-{jax.process_index()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise InputError(
             f"--workdir={workdir} cannot be written ({error.strerror}); choose another folder"
         ) from error
-    return workdir
 
 
-def _check_batch(config: Config, mesh) -> None:
+def _check_batch(config: Config, mesh: Mesh) -> None:
     devices = axis_size(mesh, BATCH_AXES)
     if config.micro_batch_size % devices:
         raise InputError(
@@ -208,26 +278,3 @@ def _check_batch(config: Config, mesh) -> None:
             f"divide over the {devices} devices of mesh axes {', '.join(BATCH_AXES)}; change one "
             "of them"
         )
-
-
-class _StopSignal:
-    """Remembers SIGTERM and SIGINT instead of dying of them; the previous handlers come back."""
-
-    def __init__(self):
-        self._received = False
-        self._previous = {}
-
-    def __call__(self) -> bool:
-        return self._received
-
-    def __enter__(self) -> "_StopSignal":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._remember)
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _remember(self, number, frame) -> None:
-        self._received = True

@@ -177,7 +177,7 @@ def run(
                 saving.save(state, _info(config, state), None, store)
 
         data = zipf_data(config, processes)
-        loop = Loop(config, step, data, workdir, prefetch, save, lambda: False)
+        loop = Loop(config, step, data, workdir, prefetch, save, lambda step: False)
         state, _, _ = loop.run(state)
         if saving:
             saving.wait()

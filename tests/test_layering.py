@@ -12,13 +12,25 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "stem_jax"
 # From the bottom up; a module imports from its own level and those below. Inside a level no cycles.
 LEVELS = [
-    ["errors", "config", "config_checks", "cli", "hardware"],
+    [
+        "errors",
+        "config",
+        "config_checks",
+        "cli",
+        "hardware",
+        "cluster",
+        "agreement",
+        "process_log",
+        "start_clock",
+        "stop_signal",
+        "watchdog",
+    ],
     ["mesh"],
     ["data"],
     ["tables"],
     ["model"],
     ["training"],
-    ["store_handler", "checkpoint"],
+    ["store_handler", "checkpoint_files", "checkpoint"],
     [
         "loading",
         "sampling",

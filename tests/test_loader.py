@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stem_jax.data.loader import GlobalBatches, ValidationBatches
+from stem_jax.data.loader import GlobalBatches, Share, ValidationBatches
 from stem_jax.data.token_store import TokenStore, TokenStoreWriter
 from stem_jax.errors import InputError
 
@@ -48,7 +48,7 @@ def _equal(first, second):
 
 
 def test_shapes_and_dtypes(stores):
-    batch = _batches(stores, process_index=1, process_count=2).batch(0)
+    batch = _batches(stores, share=Share((1,), 2)).batch(0)
     assert batch.keys() == KEYS
     assert all(value.shape == (4, 16) for value in batch.values())
     assert batch["loss_mask"].dtype == np.float32 and batch["tokens"].dtype == np.int32
@@ -58,13 +58,22 @@ def test_shapes_and_dtypes(stores):
 def test_global_batches_do_not_depend_on_the_process_count(stores, process_count):
     whole = _batches(stores)
     parts = [
-        _batches(stores, process_index=index, process_count=process_count)
-        for index in range(process_count)
+        _batches(stores, share=Share((index,), process_count)) for index in range(process_count)
     ]
     for step in (0, 1, 7, 50, 12345):
         slices = [part.batch(step) for part in parts]
         joined = {key: np.concatenate([piece[key] for piece in slices]) for key in KEYS}
         assert _equal(joined, whole.batch(step))
+
+
+def test_shares_follow_micro_batches_and_shards(stores):
+    # Two micro-batches of two shards with two rows each; the devices of one process hold shard 1.
+    share = Share.of_devices(shards=[1], num_shards=2, micro_batches=2)
+    found, whole = _batches(stores, share=share).batch(5), _batches(stores).batch(5)
+    assert all(np.array_equal(found[key], whole[key][[2, 3, 6, 7]]) for key in KEYS)
+    # Devices may lie along the mesh in another order than the processes.
+    scattered = _batches(stores, share=Share.of_devices([0, 2], 4, 1)).batch(5)
+    assert all(np.array_equal(scattered[key], whole[key][[0, 1, 4, 5]]) for key in KEYS)
 
 
 def test_batches_are_a_function_of_seed_and_step(stores):
@@ -75,7 +84,7 @@ def test_batches_are_a_function_of_seed_and_step(stores):
 
 @pytest.mark.parametrize("start", [0, 1, 13])
 def test_resuming_needs_the_step_alone(stores, start):
-    kwargs = {"process_index": 1, "process_count": 2}
+    kwargs = {"share": Share((1,), 2)}
     with (
         _batches(stores, **kwargs).iterate() as through,
         _batches(stores, **kwargs).iterate(start) as resumed,
@@ -129,13 +138,11 @@ def test_equal_stores_are_not_in_lockstep(stores):
 
 
 def test_refusals_name_value_and_remedy(stores):
-    match = "global_batch_size 8 does not divide over 3 processes: use a positive multiple of 3"
+    match = r"global_batch_size 8 does not divide into 3 parts .*: use a positive multiple of 3"
     with pytest.raises(InputError, match=match):
-        _batches(stores, process_count=3)
+        _batches(stores, share=Share((0,), 3))
     with pytest.raises(InputError, match=match):
-        ValidationBatches(stores, seq_len=4, global_batch_size=8, process_count=3)
-    with pytest.raises(InputError, match=r"process index 2 must lie in \[0, 2\)"):
-        _batches(stores, process_index=2, process_count=2)
+        ValidationBatches(stores, seq_len=4, global_batch_size=8, share=Share((0,), 3))
     with pytest.raises(InputError, match="global_batch_size 0"):
         _batches(stores, global_batch_size=0)
     with pytest.raises(InputError, match="weight 0 of source 'b' must be a positive number"):
@@ -202,9 +209,7 @@ def test_validation_scores_a_prefix_of_the_documents(
 def test_validation_is_the_same_on_any_number_of_processes(stores, process_count):
     whole = ValidationBatches(stores, seq_len=24, global_batch_size=8)
     parts = [
-        ValidationBatches(
-            stores, seq_len=24, global_batch_size=8, process_index=i, process_count=process_count
-        )
+        ValidationBatches(stores, seq_len=24, global_batch_size=8, share=Share((i,), process_count))
         for i in range(process_count)
     ]
     assert all(part.num_batches == whole.num_batches for part in parts)

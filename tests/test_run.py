@@ -265,13 +265,46 @@ def test_other_tokenizer_is_refused(copied_run, text_file):
 
 
 def test_incomplete_checkpoint_is_refused_with_a_way_out(copied_run, text_file):
-    shutil.rmtree(copied_run / "checkpoints" / "12" / "table_rows")
+    newest = copied_run / "checkpoints" / "12"
+    # One of an earlier version, which wrote no list of its files.
+    (newest / "files.json").unlink()
+    shutil.rmtree(newest / "table_rows")
     with pytest.raises(InputError, match=r"12 is incomplete .* delete that folder"):
         main(arguments(text_file, copied_run))
 
 
+@pytest.mark.parametrize("cut", ["missing", "short"])
+def test_a_damaged_checkpoint_is_set_aside(copied_run, text_file, cut):
+    expected = final_arrays(copied_run, 12)
+    newest = copied_run / "checkpoints" / "12"
+    [path, *_] = sorted((newest / "table_rows").rglob("d/*"))
+    size = path.stat().st_size
+    if cut == "missing":
+        path.unlink()
+    else:
+        os.truncate(path, size - 1)
+    out, _ = finish(start(arguments(text_file, copied_run)))
+    what = "is missing" if cut == "missing" else f"has {size - 1} bytes of {size}"
+    assert f"checkpoint 12 is damaged ({path.relative_to(newest)} {what})" in out
+    assert "resuming from step 8" in out
+    assert (copied_run / "damaged_checkpoints" / "12" / "params").is_dir()
+    for name, array in final_arrays(copied_run, 12).items():
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+
+
+def test_damage_to_every_checkpoint_is_refused(copied_run, text_file):
+    for folder in (copied_run / "checkpoints").iterdir():
+        os.truncate(folder / "params" / "manifest.ocdbt", 1)
+    with pytest.raises(
+        InputError, match=r"is whole \(the newest, 12: params/manifest.ocdbt has 1 "
+    ):
+        main(arguments(text_file, copied_run))
+    assert not (copied_run / "damaged_checkpoints").exists()
+
+
 def test_newer_format_is_refused(copied_run, text_file):
     layout = copied_run / "checkpoints" / "12" / "layout" / "metadata"
+    (layout.parent.parent / "files.json").unlink()
     layout.write_text(json.dumps(json.loads(layout.read_text()) | {"format": 99}))
     with pytest.raises(InputError, match=r"format 99.*by a newer stem_jax"):
         main(arguments(text_file, copied_run))

@@ -4,6 +4,8 @@ A training batch is a pure function of (seed, step): a run resumes, on any numbe
 from its step alone.
 """
 
+import dataclasses
+import sys
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Self
@@ -17,11 +19,42 @@ from stem_jax.errors import InputError
 Batch = dict[str, np.ndarray]
 
 
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What one process reads of each global batch: some of the equal `parts` it is cut into."""
+
+    parts: tuple[int, ...] = (0,)
+    num_parts: int = 1
+
+    @classmethod
+    def of_devices(cls, shards: Sequence[int], num_shards: int, micro_batches: int) -> "Share":
+        """The share of a process whose devices hold these of the batch's shards.
+
+        A global batch is one micro-batch after the other, and each of them one shard after the
+        other: what a row is trained with does not depend on the processes.
+        """
+        parts = (a * num_shards + shard for a in range(micro_batches) for shard in shards)
+        return cls(tuple(parts), micro_batches * num_shards)
+
+    def rows_of_part(self, global_batch_size: int) -> int:
+        """Rows in a part. Raises InputError if the batch does not divide."""
+        if global_batch_size < 1 or global_batch_size % self.num_parts:
+            raise InputError(
+                f"train.global_batch_size {global_batch_size} does not divide into "
+                f"{self.num_parts} parts (micro-batches x devices that share the batch): use a "
+                f"positive multiple of {self.num_parts}"
+            )
+        return global_batch_size // self.num_parts
+
+
+WHOLE = Share()
+
+
 class GlobalBatches:
     """Endless shuffled batches from a weighted mixture of stores.
 
     Rows are drawn without replacement, in another order each epoch. The rows of global batch t are
-    the slices of all processes in process order, whatever their number.
+    its parts in their order, whichever processes read them.
     """
 
     def __init__(
@@ -31,21 +64,21 @@ class GlobalBatches:
         seq_len: int,
         global_batch_size: int,
         seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
+        share: Share = WHOLE,
         num_threads: int = 4,
         prefetch: int = 8,
     ):
         """stores: (store, weight); a batch holds rows in proportion to the weights.
 
         seq_len: tokens per row. global_batch_size: rows per step over all processes.
+        share: the parts of a batch that this process reads.
         prefetch: batches that `iterate` reads ahead, on `num_threads` threads.
-        Raises InputError if the batch does not divide over the processes, a weight is not positive,
-        or a store is shorter than a row.
+        Raises InputError if the batch does not divide into parts, a weight is not positive, or a
+        store is shorter than a row.
         """
         if not stores:
             raise InputError("data needs at least one source: set data.sources")
-        local_batch_size = _local_batch_size(global_batch_size, process_index, process_count)
+        rows_of_part = share.rows_of_part(global_batch_size)
         sources, weights = [], []
         for index, (store, weight) in enumerate(stores):
             if not weight > 0:
@@ -60,14 +93,14 @@ class GlobalBatches:
             weights.append(float(weight))
         mixture = grain.MapDataset.mix(sources, weights)
         # Dropping a remainder that never comes: grain rounds the other length up past sys.maxsize.
-        batches = mixture.batch(local_batch_size, drop_remainder=True)
-        self._batches = batches[process_index::process_count]
+        parts = mixture.batch(rows_of_part, drop_remainder=True)
+        self._batches = grain.MapDataset.source(_Shares(parts, share))
         self._read_options = grain.ReadOptions(
             num_threads=num_threads, prefetch_buffer_size=prefetch
         )
 
     def batch(self, step: int) -> Batch:
-        """This process's slice of global batch `step`; every array is [B_local, L].
+        """This process's share of global batch `step`; every array is [B_local, L].
 
         Keys: tokens, targets, segment_ids, positions (int32) and loss_mask (float32), as described
         at `TokenStore.row`.
@@ -128,20 +161,22 @@ class ValidationBatches:
         *,
         seq_len: int,
         global_batch_size: int,
-        process_index: int = 0,
-        process_count: int = 1,
+        share: Share = WHOLE,
         max_batches: int | None = None,
     ):
-        """Raises InputError if there is no store, or the batch does not divide over processes."""
+        """Raises InputError if there is no store, or the batch does not divide into parts."""
         if not stores:
             raise InputError("validation needs a store: set data.validation_fraction above 0")
         if max_batches is not None and max_batches < 1:
             raise InputError(f"max_batches {max_batches} must be at least 1, or None for all")
         self.stores = tuple(stores)
         self._seq_len = seq_len
-        self._local_batch_size = _local_batch_size(global_batch_size, process_index, process_count)
         self._global_batch_size = global_batch_size
-        self._first_row = process_index * self._local_batch_size
+        rows_of_part = share.rows_of_part(global_batch_size)
+        # Rows of this process in a global batch.
+        self._own_rows = [
+            part * rows_of_part + row for part in share.parts for row in range(rows_of_part)
+        ]
         rows = [store.num_rows(seq_len, drop_last=False) for store in self.stores]
         # Store s holds the rows [row_starts[s], row_starts[s + 1]).
         self._row_starts = np.concatenate([[0], np.cumsum(rows)])
@@ -158,11 +193,11 @@ class ValidationBatches:
         return (self.batch(index) for index in range(self.num_batches))
 
     def batch(self, index: int) -> Batch:
-        """This process's slice of global batch `index`, shaped as in `GlobalBatches.batch`."""
+        """This process's share of global batch `index`, shaped as in `GlobalBatches.batch`."""
         if not 0 <= index < self.num_batches:
             raise IndexError(f"validation batch {index} of {self.num_batches}")
-        first = index * self._global_batch_size + self._first_row
-        rows = [self._row(first + offset) for offset in range(self._local_batch_size)]
+        first = index * self._global_batch_size
+        rows = [self._row(first + offset) for offset in self._own_rows]
         return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
     def document_ids(self) -> Iterator[np.ndarray]:
@@ -220,14 +255,20 @@ class _Rows:
         return f"_Rows({self._store.folder}, seq_len={self._seq_len})"
 
 
-def _local_batch_size(global_batch_size: int, process_index: int, process_count: int) -> int:
-    if not 0 <= process_index < process_count:
-        raise InputError(
-            f"process index {process_index} must lie in [0, {process_count}), the process count"
-        )
-    if global_batch_size < 1 or global_batch_size % process_count:
-        raise InputError(
-            f"train.global_batch_size {global_batch_size} does not divide over {process_count}"
-            f" processes: use a positive multiple of {process_count}"
-        )
-    return global_batch_size // process_count
+class _Shares:
+    """A process's share of each global batch, from a data set of the parts of all batches."""
+
+    def __init__(self, parts: grain.MapDataset, share: Share):
+        self._parts = parts
+        self._share = share
+
+    def __len__(self) -> int:
+        return sys.maxsize // self._share.num_parts
+
+    def __getitem__(self, step: int) -> Batch:
+        first = int(step) * self._share.num_parts
+        found = [self._parts[first + part] for part in self._share.parts]
+        return {key: np.concatenate([part[key] for part in found]) for key in found[0]}
+
+    def __repr__(self) -> str:
+        return f"_Shares({self._share})"

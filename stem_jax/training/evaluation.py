@@ -8,7 +8,6 @@ from collections.abc import Iterable
 import jax
 import numpy as np
 
-from stem_jax.data.loader import Batch as HostBatch
 from stem_jax.data.loader import ValidationBatches
 from stem_jax.data.token_store import TokenStore
 from stem_jax.data.tokenizer import Tokenizer
@@ -63,10 +62,3 @@ def xz_bits_per_byte(held_out: ValidationBatches, tokenizer: Tokenizer) -> float
     )
     text = "\n".join(texts).encode()
     return 8 * len(lzma.compress(text, preset=9)) / len(text)
-
-
-def to_micro_batches(batch: HostBatch, micro_batches: int) -> dict[str, np.ndarray]:
-    """Splits the sequences of a host batch [B, L] into [A, B / A, L]."""
-    return {
-        name: array.reshape(micro_batches, -1, array.shape[-1]) for name, array in batch.items()
-    }

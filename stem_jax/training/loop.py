@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import jax
 from tqdm import tqdm
@@ -20,14 +19,16 @@ from stem_jax.config import Config
 from stem_jax.errors import TrainingError
 from stem_jax.hardware import chip_of
 from stem_jax.model.cost import training_flops_per_token
+from stem_jax.process_log import log
+from stem_jax.start_clock import StartClock
 from stem_jax.tables.prefetch import Prefetch
-from stem_jax.training.evaluation import Validation, summarize, to_micro_batches
+from stem_jax.training.evaluation import Validation, summarize
 from stem_jax.training.look_ahead import LookAhead
 from stem_jax.training.metrics import MetricsLog, SpikeCounter
 from stem_jax.training.run_data import RunData
 from stem_jax.training.schedule import Schedule, make_schedule
 from stem_jax.training.state import TrainState
-from stem_jax.training.step import Batch, TrainStep
+from stem_jax.training.step import TrainStep
 
 _TABLE_METRICS = frozenset(
     """
@@ -44,7 +45,9 @@ class Loop:
     Attributes:
         prefetch: of an offloaded table; None if all rows are resident.
         save: called with (state, validation or None) where a checkpoint is due.
-        stop_requested: asked after every step.
+        stop_requested: asked after every step, with its number.
+        beat: told what was just done, several times a minute if all is well.
+        clock: of the start, read at the first step.
     """
 
     config: Config
@@ -53,7 +56,9 @@ class Loop:
     workdir: Path
     prefetch: Prefetch | None
     save: Callable[[TrainState, Validation | None], None]
-    stop_requested: Callable[[], bool]
+    stop_requested: Callable[[int], bool]
+    beat: Callable[[str], None] = lambda place: None
+    clock: StartClock = dataclasses.field(default_factory=StartClock)
 
     def run(self, state: TrainState) -> tuple[TrainState, Validation | None, bool]:
         """Returns the final state, the last validation, and whether all steps were done.
@@ -63,8 +68,10 @@ class Loop:
         """
         start, end = int(state.step), self.config.train.steps
         schedule = make_schedule(self.config, end + 1)
-        log = MetricsLog(self.workdir, start)
-        reporter = _Reporter(self.config, log, self.programs.mesh.devices.size, start)
+        metrics_log = MetricsLog(self.workdir, start, writing=jax.process_index() == 0)
+        reporter = _Reporter(
+            self.config, metrics_log, self.clock, self.programs.mesh.devices.size, start
+        )
         validation = None
         try:
             with self.data.batches.iterate(start) as batches:
@@ -75,7 +82,8 @@ class Loop:
                         state, ready.batch, schedule, ready.slots, ready.sizes
                     )
                     reporter.dispatched(step, metrics | ready.metrics)
-                    last = step == end or self.stop_requested()
+                    self.beat(f"step {step - 1}")
+                    last = self.stop_requested(step) or step == end
                     checkpoint_due = last or _due(step, self.config.checkpoint.every)
                     evaluation_due = step == end or _due(step, self.config.eval.every)
                     if evaluation_due or checkpoint_due:
@@ -83,35 +91,25 @@ class Loop:
                     validation = None
                     if evaluation_due and self.data.held_out is not None:
                         state = ahead.settle(state)
-                        state, validation = self._validate(state, schedule, step, log)
+                        state, validation = self._validate(state, schedule, step, metrics_log)
                     if checkpoint_due:
                         self.save(state, validation)
+                        self.beat(f"the save of step {step}")
                     if evaluation_due or checkpoint_due:
                         reporter.resume_clock()
                     if last:
                         return state, validation, step == end
         finally:
             reporter.close()
-            log.close()
+            metrics_log.close()
         return state, validation, True
 
-    def _place(self, batch: dict[str, Any]) -> Batch:
-        micro = to_micro_batches(batch, self.config.train.micro_batches)
-        micro["loss_mask"] = micro["loss_mask"] > 0
-        sharding = self.programs.batch_sharding
-        return Batch(
-            **{
-                name: jax.make_array_from_process_local_data(sharding, array)
-                for name, array in micro.items()
-            }
-        )
-
     def _look_ahead(self, batches: Iterable, length: int, *, training: bool = True) -> LookAhead:
-        placed = map(self._place, batches)
+        placed = map(self.programs.place, batches)
         return LookAhead(self.programs, placed, length, self.prefetch, training=training)
 
     def _validate(
-        self, state: TrainState, schedule: Schedule, step: int, log: MetricsLog
+        self, state: TrainState, schedule: Schedule, step: int, metrics_log: MetricsLog
     ) -> tuple[TrainState, Validation]:
         held_out, sums = self.data.held_out, []
         ahead = self._look_ahead(held_out, len(held_out), training=False)
@@ -120,9 +118,10 @@ class Loop:
             sums.append(
                 self.programs.evaluate(state, ready.batch, schedule, ready.slots, ready.sizes)
             )
+            self.beat(f"validation batch {len(sums)} at step {step}")
         result = summarize(sums, held_out.num_bytes)
-        log.write(step, result.metrics())
-        tqdm.write(
+        metrics_log.write(step, result.metrics())
+        log.info(
             f"step {step}: validation loss {result.loss:.4f} nats per token, "
             f"{result.bits_per_byte:.4f} bits per byte"
         )
@@ -132,11 +131,19 @@ class Loop:
 class _Reporter:
     """Reads metrics one step late, logs them, and moves the progress bar."""
 
-    def __init__(self, config: Config, log: MetricsLog, num_devices: int, start: int):
+    def __init__(
+        self,
+        config: Config,
+        metrics_log: MetricsLog,
+        clock: StartClock,
+        num_devices: int,
+        start: int,
+    ):
         self._config = config
-        self._log = log
+        self._log = metrics_log
+        self._clock = clock
         self._pending: tuple[int, dict] | None = None
-        logged = [r["train/loss"] for r in log.records if "train/loss" in r]
+        logged = [r["train/loss"] for r in metrics_log.records if "train/loss" in r]
         # A non-finite loss is logged as null.
         losses = [math.nan if loss is None else loss for loss in logged]
         self._spikes = SpikeCounter(losses)
@@ -144,7 +151,12 @@ class _Reporter:
         chip = chip_of(jax.devices()[0])
         self._peak = chip.flops * num_devices if chip else None
         self._bar = tqdm(
-            total=config.train.steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1
+            total=config.train.steps,
+            initial=start,
+            unit="step",
+            dynamic_ncols=True,
+            smoothing=0.1,
+            disable=jax.process_index() > 0,
         )
         self.resume_clock()
 
@@ -166,6 +178,8 @@ class _Reporter:
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
+        if self._clock.running:
+            values["startup_seconds"] = self._clock.stop(step)
         self._spikes.add(values["loss"])
         self._bar.update(1)
         tokens_per_second = self._config.tokens_per_step / seconds

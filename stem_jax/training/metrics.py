@@ -21,10 +21,14 @@ class MetricsLog:
     in the file once.
     """
 
-    def __init__(self, workdir: Path, start_step: int):
+    def __init__(self, workdir: Path, start_step: int, *, writing: bool = True):
+        """writing: of the processes of a run one writes, the others keep the records alone."""
         self._path = workdir / "metrics.jsonl"
         self._picture = workdir / "loss.png"
+        self._writing = writing
         self.records = [r for r in _read(self._path) if r["step"] <= start_step]
+        if not writing:
+            return
         text = "".join(json.dumps(record) + "\n" for record in self.records)
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text(text)
@@ -40,6 +44,8 @@ class MetricsLog:
         }
         record = {"step": step, **clean}
         self.records.append(record)
+        if not self._writing:
+            return
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         for key, value in clean.items():
@@ -48,6 +54,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Writes the picture and closes the files."""
+        if not self._writing:
+            return
         self._file.close()
         self._events.close()
         draw_loss(self.records, self._picture)

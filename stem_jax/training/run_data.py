@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from stem_jax.config import Config
-from stem_jax.data.loader import GlobalBatches, ValidationBatches
+from stem_jax.data.loader import WHOLE, GlobalBatches, Share, ValidationBatches
 from stem_jax.data.sources import is_store_folder, open_sources, parse_sources, read_source
 from stem_jax.data.token_store import TokenStore
 from stem_jax.data.tokenizer import (
@@ -32,20 +32,20 @@ def open_run_data(
     config: Config,
     workdir: Path,
     *,
-    resuming: bool = False,
-    process_index: int = 0,
-    process_count: int = 1,
+    prepared: bool = False,
+    share: Share = WHOLE,
 ) -> RunData:
     """Prepares what was not prepared before and opens the sources.
 
     Args:
-        resuming: read the tokenizer and the prepared text of the work folder as they are.
+        prepared: read the tokenizer and the prepared text of the work folder as they are.
+        share: what this process reads of each global batch.
 
     Raises:
         InputError: sources that cannot be read, or a tokenizer that does not fit the model.
     """
     data, train = config.data, config.train
-    tokenizer = run_tokenizer(config, workdir, resuming)
+    tokenizer = run_tokenizer(config, workdir, prepared)
     sources = open_sources(
         parse_sources(data.sources),
         tokenizer,
@@ -53,13 +53,12 @@ def open_run_data(
         validation_fraction=data.validation_fraction,
         seed=train.seed,
         vocab_size=config.model.vocab_size,
-        keep=resuming,
+        keep=prepared,
     )
     slices = {
         "seq_len": train.seq_len,
         "global_batch_size": train.global_batch_size,
-        "process_index": process_index,
-        "process_count": process_count,
+        "share": share,
     }
     held_out = [source.validation for source in sources if source.validation is not None]
     return RunData(
@@ -72,7 +71,7 @@ def open_run_data(
     )
 
 
-def run_tokenizer(config: Config, workdir: Path, resuming: bool) -> Tokenizer:
+def run_tokenizer(config: Config, workdir: Path, prepared: bool) -> Tokenizer:
     """The run's tokenizer, which stays in `<workdir>/tokenizer` as long as the run has checkpoints.
 
     It is the configured one, else that of the first prepared token store among the sources, else a
@@ -80,7 +79,7 @@ def run_tokenizer(config: Config, workdir: Path, resuming: bool) -> Tokenizer:
     """
     folder = workdir / TOKENIZER_FOLDER
     data = config.data
-    tokenizer = load_tokenizer_folder(folder) if resuming else _first_tokenizer(config, workdir)
+    tokenizer = load_tokenizer_folder(folder) if prepared else _first_tokenizer(config, workdir)
     if tokenizer.kind != data.tokenizer:
         raise InputError(
             f"data.tokenizer={data.tokenizer!r}, but the tokenizer of this run is "
@@ -91,7 +90,7 @@ def run_tokenizer(config: Config, workdir: Path, resuming: bool) -> Tokenizer:
             f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's "
             f"{tokenizer.vocab_size} ids; set model.vocab_size={tokenizer.vocab_size}"
         )
-    if not resuming:
+    if not prepared:
         tokenizer.save(folder)
     return tokenizer
 

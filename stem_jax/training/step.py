@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stem_jax.config import Config
+from stem_jax.data.loader import Batch as HostBatch
 from stem_jax.mesh import BATCH_AXES, axis_size
 from stem_jax.model.transformer import Inputs
 from stem_jax.tables.exchange import Requests
@@ -53,6 +54,18 @@ class TrainStep:
         self.demand = jax.jit(self._demand)
         self.evaluate = jax.jit(self._evaluate, static_argnames="sizes")
         self.caught_up_rows = jax.jit(self._caught_up_rows)
+
+    def place(self, batch: HostBatch) -> Batch:
+        """A global batch on the devices, from this process's share [B_local, L] of it."""
+        train = self.config.train
+        shape = (train.micro_batches, self.config.micro_batch_size, train.seq_len)
+
+        def whole(share_BxL) -> jax.Array:
+            share_AxBxL = share_BxL.reshape(train.micro_batches, -1, train.seq_len)
+            return jax.make_array_from_process_local_data(self.batch_sharding, share_AxBxL, shape)
+
+        scored = {"loss_mask": batch["loss_mask"] > 0}
+        return Batch(**{name: whole(array) for name, array in (batch | scored).items()})
 
     def table(self, tokens_AxBxL, sizes: BlockSizes | None = None) -> ShardedTable | None:
         """The table as a step exchanges it; None for a dense model."""

@@ -1,0 +1,130 @@
+"""How the processes of a run come to one verdict.
+
+A process that raises alone leaves the others waiting in a collective. So whatever a process may be
+refused for by itself is asked under `unanimous`, and whatever must be the same everywhere is
+compared by `check_same`, both before the first step.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from stem_jax.cluster import wait_for_all
+from stem_jax.errors import InputError
+
+# Preparing text may take one process hours while the others wait for it.
+_PATIENCE_SECONDS = 24 * 3600
+# What a folder on a network may need to show a file that another host wrote.
+_FOLDER_SECONDS = 15
+# Every process asks for the same verdicts in the same order.
+_verdicts = itertools.count()
+
+
+def is_first() -> bool:
+    """Whether this process speaks and writes for all."""
+    return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def unanimous() -> Iterator[None]:
+    """Every process runs the body; if it is refused in one of them, it is refused in all.
+
+    Raises:
+        InputError: its own, or the first one of another process, with that process's number.
+    """
+    error = None
+    try:
+        yield
+    except InputError as own:
+        error = own
+    if jax.process_count() > 1:
+        wait_for_all(f"unanimous_{next(_verdicts)}", _PATIENCE_SECONDS)
+        messages = _gather("" if error is None else str(error))
+        others = [f"process {i}: {text}" for i, text in enumerate(messages) if text]
+        if error is None and others:
+            raise InputError(others[0])
+    if error is not None:
+        raise error
+
+
+def check_same(facts: dict[str, str]) -> None:
+    """Refuses, in every process, facts that are not the same in all of them.
+
+    Raises:
+        InputError: names the first process that differs from process 0, the fact and both values.
+    """
+    everyone = [json.loads(text) for text in _gather(json.dumps(facts))]
+    for index, found in enumerate(everyone):
+        for name in {**everyone[0], **found}:
+            here, there = everyone[0].get(name), found.get(name)
+            if here != there:
+                raise InputError(
+                    f"process {index} differs from process 0 in {name}: {_short(there)}, not "
+                    f"{_short(here)}; start all processes with the same command and code"
+                )
+
+
+def check_shared(folder: Path) -> None:
+    """Refuses, in every process, a folder that is not one and the same for all of them.
+
+    Raises:
+        InputError: names a process and its host that do not see what process 0 writes there.
+    """
+    if jax.process_count() == 1:
+        return
+    token = _gather(secrets.token_hex(8))[0]
+    mark = folder / f".seen-by-all-{token}"
+    with unanimous():
+        if is_first():
+            mark.touch()
+    first_host = _gather(socket.gethostname())[0]
+    try:
+        with unanimous():
+            deadline = time.monotonic() + _FOLDER_SECONDS
+            while not mark.exists():
+                # Listing makes some network file systems look again.
+                list(folder.iterdir())
+                if time.monotonic() > deadline:
+                    raise InputError(
+                        f"--workdir={folder} on host {socket.gethostname()} is another folder than "
+                        f"on host {first_host} of process 0; use one that all hosts mount, such "
+                        "as NFS, Filestore or a bucket"
+                    )
+                time.sleep(0.2)
+    finally:
+        if is_first():
+            mark.unlink(missing_ok=True)
+
+
+def code_version() -> str:
+    """A digest of this package's sources."""
+    digest, root = hashlib.sha256(), Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _gather(text: str) -> list[str]:
+    """The texts of all processes, in their order."""
+    if jax.process_count() == 1:
+        return [text]
+    data = np.frombuffer(text.encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.array([data.size], np.int32)).reshape(-1)
+    padded = np.zeros(max(int(lengths.max()), 1), np.uint8)
+    padded[: data.size] = data
+    rows = multihost_utils.process_allgather(padded).reshape(len(lengths), -1)
+    return [row[:length].tobytes().decode() for row, length in zip(rows, lengths, strict=True)]
+
+
+def _short(value: str | None) -> str:
+    return "nothing" if value is None else value[:80]

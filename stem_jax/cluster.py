@@ -1,0 +1,151 @@
+"""The processes of a run: how one joins the others, and how it leaves them."""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+
+import jax
+from orbax.checkpoint import multihost as orbax_multihost
+
+from stem_jax.errors import InputError, TrainingError
+
+# How long a process that fails waits for others that fail for the same reason.
+_LEAVE_SECONDS = 10
+_ROUTES = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+
+
+@dataclasses.dataclass(frozen=True)
+class Gang:
+    """Where to find the other processes; what is None is detected (TPU VM, Slurm, Kubernetes...).
+
+    coordinator: HOST:PORT of process 0. timeout: seconds to wait for all others.
+    """
+
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_index: int | None = None
+    timeout: int = 600
+
+    @classmethod
+    def from_environment(cls) -> "Gang":
+        """What JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say."""
+        address, count, index = (os.environ.get(name) or None for name in _ROUTES)
+        try:
+            return cls(address, *(None if text is None else int(text) for text in (count, index)))
+        except ValueError:
+            raise InputError(
+                f"{_ROUTES[1]}={count!r} and {_ROUTES[2]}={index!r} must be whole numbers"
+            ) from None
+
+    @classmethod
+    def from_flags(cls, args: argparse.Namespace) -> "Gang | None":
+        """What the flags of `add_flags` say; None for a run of one process."""
+        if not args.multihost:
+            return None
+        return cls(args.coordinator, args.num_processes, args.process_index, args.init_timeout)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds --multihost and where the other processes are."""
+    known = Gang.from_environment()
+    parser.add_argument(
+        "--multihost", action="store_true", help="this is one of several processes of a run"
+    )
+    parser.add_argument(
+        "--coordinator",
+        default=known.coordinator,
+        help="HOST:PORT of process 0, where no cluster is detected (TPU VM, Slurm, Kubernetes)",
+    )
+    parser.add_argument("--num-processes", type=int, default=known.num_processes)
+    parser.add_argument("--process-index", type=int, default=known.process_index)
+    parser.add_argument(
+        "--init-timeout", type=int, default=known.timeout, help="seconds to wait for the others"
+    )
+
+
+def join(gang: Gang) -> None:
+    """Makes this process one of the gang. Call it before JAX touches a device.
+
+    Raises:
+        InputError: an incomplete address, or no cluster that can be detected.
+        SystemExit: the others, or process 0, were not there within the timeout; exits with 1.
+    """
+    explicit = (gang.coordinator, gang.num_processes, gang.process_index)
+    if gang.coordinator is not None and not gang.coordinator.rpartition(":")[2].isdigit():
+        raise InputError(f"--coordinator={gang.coordinator} has no port; give HOST:PORT")
+    if gang.num_processes is not None and not 0 <= (gang.process_index or 0) < gang.num_processes:
+        raise InputError(
+            f"--process-index={gang.process_index} must lie in [0, {gang.num_processes}), the "
+            "processes of --num-processes"
+        )
+    # Past its own timeout JAX aborts the process with a stack of C++; this one says why before.
+    watch = threading.Timer(gang.timeout, _not_joined, [gang])
+    watch.daemon = True
+    watch.start()
+    try:
+        jax.distributed.initialize(
+            *explicit,
+            cluster_detection_method="deactivate" if None not in explicit else None,
+            initialization_timeout=gang.timeout + 60,
+        )
+    except ValueError as error:
+        raise InputError(
+            f"no cluster was detected ({error}); give --coordinator=HOST:PORT --num-processes=N "
+            "--process-index=I, or leave out --multihost for a run of one process"
+        ) from error
+    finally:
+        watch.cancel()
+
+
+def _not_joined(gang: Gang) -> None:
+    where = gang.coordinator or "the coordinator (process 0)"
+    who = "this process" if gang.process_index is None else f"process {gang.process_index}"
+    count = "" if gang.num_processes is None else f"all {gang.num_processes} "
+    print(
+        f"error: {who} on {socket.gethostname()} waited {gang.timeout} s at {where} without "
+        f"success; start {count}processes, check that the address is that of process 0's host and "
+        "that its port is open between the hosts, or raise --init-timeout",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def membership(gang: Gang | None) -> Iterator[None]:
+    """Joins the gang, and on an error leaves it without waiting long for the others.
+
+    A process that failed would otherwise wait minutes, on its way out, for others that hang in a
+    collective. If all fail for one reason they meet, so that none vanishes before another has said
+    its word; if one fails alone, the others learn it from their launcher, or by the heartbeat that
+    is missed.
+    """
+    if gang is None:
+        yield
+        return
+    join(gang)
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, InputError | TrainingError):
+            print(f"error: process {jax.process_index()}: {error}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        with contextlib.suppress(Exception):
+            wait_for_all("leave", _LEAVE_SECONDS)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def wait_for_all(name: str, seconds: int) -> None:
+    """Returns when every process asked for the same name; raises after so many seconds."""
+    # Not a collective of the devices: on CPUs those give up after half a minute.
+    wait = orbax_multihost.get_barrier_sync_fn()
+    wait(key=f"stem_jax_{name}", timeout_ms=seconds * 1000)

@@ -1,0 +1,61 @@
+"""What a run says: process 0 on the terminal, every process in a file of its own."""
+
+import contextlib
+import logging
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+FOLDER = "logs"
+log = logging.getLogger("stem_jax")
+
+
+def log_path(workdir: Path, process_index: int) -> Path:
+    """The file of a process."""
+    return workdir / FOLDER / f"process_{process_index:03d}.log"
+
+
+@contextlib.contextmanager
+def process_log(workdir: Path, process_index: int) -> Iterator[Path]:
+    """Sends what `log` is told to the process's file, and that of process 0 to stdout as well.
+
+    An error that leaves the context is written to the file.
+    """
+    path = log_path(workdir, process_index)
+    path.parent.mkdir(exist_ok=True)
+    file = logging.FileHandler(path)
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handlers = [file, _Terminal()] if process_index == 0 else [file]
+    for handler in handlers:
+        log.addHandler(handler)
+    level, propagate = log.level, log.propagate
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        _into_file(file, logging.INFO, f"process {process_index} on {socket.gethostname()}")
+        yield path
+    except BaseException as error:
+        _into_file(file, logging.ERROR, f"{type(error).__name__}: {error}", error)
+        raise
+    finally:
+        log.setLevel(level)
+        log.propagate = propagate
+        for handler in handlers:
+            log.removeHandler(handler)
+            handler.close()
+
+
+def _into_file(
+    file: logging.FileHandler, level: int, text: str, error: BaseException | None = None
+) -> None:
+    info = None if error is None else (type(error), error, error.__traceback__)
+    file.handle(logging.LogRecord(log.name, level, __file__, 0, text, None, info))
+
+
+class _Terminal(logging.Handler):
+    """Writes plain lines above the progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record))

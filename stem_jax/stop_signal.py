@@ -1,0 +1,41 @@
+"""SIGTERM and SIGINT as a wish to stop, the same step in every process."""
+
+import signal
+
+import jax
+from jax.experimental import multihost_utils
+
+
+class StopSignal:
+    """Remembers SIGTERM and SIGINT instead of dying of them; the previous handlers come back.
+
+    With several processes JAX's preemption service hears SIGTERM, on whichever of them it arrives,
+    and picks a step that none has passed.
+    """
+
+    def __init__(self):
+        self._received = False
+        self._previous = {}
+        self._many = jax.process_count() > 1
+
+    def __call__(self, step: int) -> bool:
+        """Whether to stop after `step`. Every process asks after every step."""
+        if self._many:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._received
+
+    def __enter__(self) -> "StopSignal":
+        # The service's own handler of SIGTERM stays where it is.
+        heard = [signal.SIGINT] if self._many else [signal.SIGTERM, signal.SIGINT]
+        for number in heard:
+            self._previous[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number, frame) -> None:
+        self._received = True
+        if self._many:
+            signal.raise_signal(signal.SIGTERM)

@@ -1,0 +1,61 @@
+"""Ends a process that makes no progress, and says where each of its threads was."""
+
+import faulthandler
+import os
+import sys
+import threading
+from pathlib import Path
+
+# "Try again" of sysexits.h: a launcher may start the same command once more.
+EXIT_STUCK = 75
+
+
+class Watchdog:
+    """Aborts the process when `beat` was not called for so many seconds. Use it as a context.
+
+    A peer that hangs, or that was stopped, leaves this process waiting in a collective for ever:
+    missing heartbeats tell of dead processes alone.
+    """
+
+    def __init__(self, timeout: float | None, log: Path):
+        """timeout: seconds; None never aborts. log: file that gets the stacks, beside stderr."""
+        self._timeout = timeout
+        self._log = log
+        self._progress = ["start"]
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        self.beat("start")
+        if self._timeout is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._ended.set()
+
+    def beat(self, place: str) -> None:
+        """Tells that work got to `place`."""
+        self._progress = [place]
+
+    def _watch(self) -> None:
+        pause = min(self._timeout / 4, 5.0)
+        seen, idle = self._progress, 0.0
+        while not self._ended.wait(pause):
+            # Pauses are counted, not the clock: a process that was suspended is not stuck.
+            seen, idle = self._progress, idle + pause if self._progress is seen else 0.0
+            if idle >= self._timeout:
+                self._abort(seen[0])
+
+    def _abort(self, place: str) -> None:
+        text = (
+            f"error: no progress for {self._timeout:g} s (train.step_timeout) after {place}: this "
+            "process or one it waits for is stuck. Stacks of all threads follow; the last "
+            "checkpoint stands, and the same command continues\n"
+        )
+        with self._log.open("a") as log:
+            for file in (log, sys.stderr):
+                file.write(text)
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+        os._exit(EXIT_STUCK)

@@ -1,0 +1,343 @@
+"""Several processes as one run: real processes over gloo, real signals, what they refuse.
+
+The file is its own child: `python tests/test_multihost.py FOLDER CONFIG...` prints a digest of
+every global batch.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import psutil
+import pytest
+from children import ROOT, child, finish, train_flags
+from jax.experimental import multihost_utils
+
+from benchmarks.faults import FAULTS, campaign
+from stem_jax.agreement import is_first
+from stem_jax.cluster import Gang, join
+from stem_jax.config import Config
+from stem_jax.data.loader import Share
+from stem_jax.mesh import BATCH_AXES, axis_size, make_mesh, own_batch_shards
+from stem_jax.training.run_data import open_run_data
+from stem_jax.training.step import TrainStep
+
+STEPS = 30
+SMALL = {
+    "model.vocab_size": 300,
+    "model.embed_dim": 32,
+    "model.num_layers": 2,
+    "model.num_heads": 2,
+    "model.num_kv_heads": 1,
+    "model.ffn_dim": 48,
+    "model.stem_layers": "1",
+    "data.sources": "facts",
+    "data.tokenizer": "bytes",
+    "train.seq_len": 32,
+    "train.steps": STEPS,
+    "eval.every": 15,
+    "eval.max_batches": 6,
+    "eval.baselines": "False",
+    "checkpoint.every": 10,
+    "train.sample_prompt": "",
+}
+PLACES = {"resident": {}, "offloaded": {"tables__resident_rows": 256}}
+
+
+def flags(workdir: Path, **overrides) -> list[str]:
+    return train_flags("tiny", workdir, SMALL, overrides)
+
+
+def free_port() -> int:
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def gang(*commands: list[str]):
+    """One process of a run for each list of training flags."""
+    port, count = free_port(), len(commands)
+    where = [f"--coordinator=localhost:{port}", f"--num-processes={count}"]
+    return [
+        child("-m", "stem_jax.train", "--multihost", *where, f"--process-index={i}", *argv)
+        for i, argv in enumerate(commands)
+    ]
+
+
+@contextlib.contextmanager
+def local_multihost(*argv: str):
+    """launch/local_multihost.sh with the compilation cache of all tests."""
+    settings = {
+        "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+        "GRACE_SECONDS": "3",
+        "PYTHON": sys.executable,
+    }
+    script = subprocess.Popen(
+        ["launch/local_multihost.sh", *argv],
+        cwd=ROOT,
+        env=os.environ | settings,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    with script:
+        try:
+            yield script
+        finally:
+            for process in members(script):
+                process.kill()
+            script.kill()
+
+
+def members(script: subprocess.Popen) -> list[psutil.Process]:
+    """The training processes of a script, in their order."""
+    found = {}
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process(script.pid).children(recursive=True):
+            index = re.search(r"--process-index=(\d+)", " ".join(process.cmdline()))
+            if index:
+                found[int(index[1])] = process
+    return [found[index] for index in sorted(found)]
+
+
+def wait_for_step(workdir: Path, script: subprocess.Popen, step: int) -> None:
+    deadline = time.monotonic() + 300
+    while not (values(workdir, "train/loss") or {0: 0.0}).keys() >= {step}:
+        assert script.poll() is None, script.stdout.read()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def values(workdir: Path, key: str) -> dict[int, float]:
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    return {record["step"]: record[key] for record in records if key in record}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """The run of one process with eight devices and all rows resident."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    with child("-m", "stem_jax.train", *flags(workdir), devices=8) as process:
+        finish(process)
+    return workdir
+
+
+def assert_same_losses(workdir: Path, other: Path) -> None:
+    """Up to two rounding steps of a float32 near 6: reductions add in another order."""
+    for key, count in (("train/loss", STEPS), ("eval/loss", 2)):
+        found, expected = values(workdir, key), values(other, key)
+        assert len(expected) == count and expected.keys() <= found.keys()
+        for step, value in expected.items():
+            assert found[step] == pytest.approx(value, rel=0, abs=1e-6), (key, step)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_two_processes_equal_one(alone, tmp_path, place):
+    with local_multihost("2", *flags(tmp_path / "run", **PLACES[place])) as script:
+        finish(script)
+    assert_same_losses(tmp_path / "run", alone)
+    # Everything is said once on the terminal, and by each process in its own file.
+    logs = [(tmp_path / "run" / "logs" / f"process_{i:03d}.log").read_text() for i in range(2)]
+    for log in logs:
+        assert log.count("run complete: step 30") == 1
+        assert re.search(r"first step \(1\) [\d.]+ s after the start: joining [\d.]+, data", log)
+    assert "process 1 on " in logs[1]
+    assert values(tmp_path / "run", "train/startup_seconds").keys() == {1}
+
+
+def test_sigterm_to_one_process_saves_once_and_others_go_on(alone, tmp_path):
+    workdir = tmp_path / "run"
+    with local_multihost("2", *flags(workdir)) as script:
+        wait_for_step(workdir, script, 3)
+        began = time.monotonic()
+        members(script)[1].send_signal(signal.SIGTERM)
+        out = finish(script)
+        assert time.monotonic() - began < 30
+    stopped = int(re.search(r"stopped at step (\d+); the same command continues", out)[1])
+    assert 3 <= stopped < STEPS
+    assert (workdir / "checkpoints" / str(stopped)).is_dir()
+    # The script passes its own signal on. Twice as many processes continue.
+    with local_multihost("4", "--devices=2", *flags(workdir)) as script:
+        wait_for_step(workdir, script, stopped + 2)
+        script.send_signal(signal.SIGTERM)
+        out = finish(script)
+    assert f"resuming from step {stopped}\n" in out
+    again = re.search(r"stopped at step (\d+);", out)
+    with child("-m", "stem_jax.train", *flags(workdir), devices=8) as process:
+        out = finish(process)
+    assert not again or f"resuming from step {again[1]}\n" in out
+    assert_same_losses(workdir, alone)
+
+
+def test_a_stuck_process_is_told_from_a_slow_one(tmp_path):
+    workdir = tmp_path / "run"
+    argv = flags(workdir, train__step_timeout=25, train__steps=2000)
+    with local_multihost("2", *argv) as script:
+        wait_for_step(workdir, script, 5)
+        stuck = members(script)[1]
+        stuck.suspend()
+        out = finish(script, code=75)
+        assert not stuck.is_running()
+    assert re.search(r"error: no progress for 25 s \(train.step_timeout\) after step \d+", out)
+    log = (workdir / "logs" / "process_000.log").read_text()
+    # Every thread's stack, and where the loop waits.
+    assert "most recent call first" in log and re.search(r"loop.py.* in (drain|run)", log)
+
+
+def test_one_process_with_another_config(tmp_path):
+    argv = flags(tmp_path / "run")
+    with contextlib.ExitStack() as stack:
+        both = [stack.enter_context(p) for p in gang(argv, [*argv, "--config.train.seed=7"])]
+        for index, process in enumerate(both):
+            out = finish(process, code=1)
+            assert (
+                f"error: process {index}: process 1 differs from process 0 in config.train.seed: "
+                "7, not 0; start all processes with the same command" in out
+            )
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_folder_that_the_others_do_not_see(tmp_path):
+    own = [flags(tmp_path / f"disk_{index}") for index in range(2)]
+    with contextlib.ExitStack() as stack:
+        both = [stack.enter_context(process) for process in gang(*own)]
+        for process in both:
+            out = finish(process, code=1)
+            assert f"--workdir={tmp_path / 'disk_1'} on host" in out
+            assert "is another folder than on host" in out and "such as NFS" in out
+
+
+def test_processes_that_do_not_divide_the_batch(tmp_path):
+    with local_multihost("3", "--devices=1", *flags(tmp_path / "run")) as script:
+        out = finish(script, code=1)
+    why = "train.global_batch_size=8 .* do not divide over the 3 devices"
+    for index in range(3):
+        assert re.search(f"error: process {index}: {why}", out)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_coordinator_that_nobody_reaches(tmp_path, index):
+    where = [f"--coordinator=localhost:{free_port()}", "--num-processes=2", "--init-timeout=4"]
+    argv = ["--multihost", *where, f"--process-index={index}", *flags(tmp_path)]
+    began = time.monotonic()
+    with child("-m", "stem_jax.train", *argv) as process:
+        out = finish(process, code=1)
+    assert time.monotonic() - began < 60
+    assert re.search(rf"error: process {index} on .* waited 4 s at localhost:\d+", out)
+    assert "start all 2 processes" in out and "--init-timeout" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "no cluster was detected"),
+        (["--coordinator=localhost"], "--coordinator=localhost has no port; give HOST:PORT"),
+        (
+            ["--coordinator=a:1", "--num-processes=2", "--process-index=2"],
+            r"--process-index=2 must lie in [0, 2)",
+        ),
+    ],
+)
+def test_half_an_address_is_refused(tmp_path, argv, message):
+    with child("-m", "stem_jax.train", "--multihost", *argv, *flags(tmp_path)) as process:
+        assert f"error: {message}" in finish(process, code=1)
+
+
+# With tensor=8 both of two processes hold every sequence; with 4 processes of 2 devices each axis
+# of (2, 2, 2) lies differently over them.
+MESHES = [((8, 1, 1), 1), ((2, 2, 2), 2), ((1, 1, 8), 1)]
+
+
+def test_the_same_batches_on_any_number_of_processes(tiny_config, tmp_path):
+    configs = []
+    for (data, fsdp, tensor), micro_batches in MESHES:
+        configs.append(
+            tiny_config(
+                **{"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor},
+                **{"train.micro_batches": micro_batches, "train.global_batch_size": 16},
+                **{"data.sources": "facts", "data.tokenizer": "bytes", "model.vocab_size": 300},
+                **{"eval.max_batches": 2},
+            ).to_json()
+        )
+    found = {}
+    for count in (1, 2, 4):
+        port = free_port()
+        with contextlib.ExitStack() as stack:
+            processes = [
+                stack.enter_context(
+                    child(
+                        *[__file__, str(tmp_path), *configs],
+                        devices=8 // count,
+                        JAX_COORDINATOR_ADDRESS=f"localhost:{port}",
+                        JAX_NUM_PROCESSES=str(count),
+                        JAX_PROCESS_ID=str(index),
+                        stderr=subprocess.DEVNULL,
+                    )
+                )
+                for index in range(count)
+            ]
+            lines = [re.findall(r"^batch (.*)$", finish(p), re.MULTILINE) for p in processes]
+        found[count] = lines[0]
+    # Training batches and validation batches of each mesh.
+    assert len(found[1]) == len(MESHES) * (6 + 2)
+    assert found[2] == found[1] and found[4] == found[1]
+    # The rows are those of the loader, whatever the mesh.
+    by_mesh = [found[1][i : i + 8] for i in range(0, len(found[1]), 8)]
+    assert by_mesh[0] == by_mesh[1] == by_mesh[2]
+    assert len(set(by_mesh[0])) == 8
+
+
+def _digest_batches(folder: Path, texts: list[str]) -> None:
+    join(Gang.from_environment())
+    for text in texts:
+        config = Config.from_json(text)
+        mesh = make_mesh(config.mesh)
+        step = TrainStep(config, mesh)
+        shards = axis_size(mesh, BATCH_AXES)
+        share = Share.of_devices(own_batch_shards(mesh), shards, config.train.micro_batches)
+        # Each process prepares the few facts for itself.
+        own = folder / f"{jax.process_count()}_{jax.process_index()}"
+        data = open_run_data(config, own, share=share)
+        with data.batches.iterate(3) as batches:
+            placed = [step.place(next(batches)) for _ in range(6)]
+        placed += [step.place(batch) for batch in data.held_out]
+        for batch in placed:
+            whole = jax.tree.map(_whole, vars(batch))
+            digest = hashlib.sha256(b"".join(whole[name].tobytes() for name in sorted(whole)))
+            if is_first():
+                print("batch", digest.hexdigest(), flush=True)
+
+
+def _whole(array: jax.Array) -> np.ndarray:
+    """[B, L] of [A, B / A, L], from all processes."""
+    found = np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return found.reshape(-1, found.shape[-1])
+
+
+def test_nothing_is_lost_by_faults(tmp_path):
+    names = ["newest checkpoint truncated", "kill -9 of the coordinator"]
+    # Mounting a small disk needs root.
+    names += ["full disk"] if os.geteuid() == 0 else ["newest checkpoint lacks a file"]
+    assert set(names) <= set(FAULTS)
+    records = campaign(tmp_path, rounds=3, seed=5, every=5, faults=names)
+    assert [record["fault"] for record in records] == names
+    assert all(record["lost_steps"] <= 5 for record in records)
+    assert [record["exit_status"] == 0 for record in records] == [True, False, False]
+
+
+if __name__ == "__main__":
+    _digest_batches(Path(sys.argv[1]), sys.argv[2:])
