@@ -16,8 +16,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 def run(main: Callable[[list[str]], None]) -> None:
     """Runs `main(argv)`; exits 0 on success, 1 on refused input, 2 on wrong flags (argparse)."""
-    # Orbax and grain report their routine at the levels of warnings.
-    absl.logging.set_verbosity(absl.logging.ERROR)
+    # Orbax and grain report their routine as warnings, and what they raise once more as errors.
+    absl.logging.set_verbosity(absl.logging.FATAL)
     try:
         main(sys.argv[1:])
     except (InputError, TrainingError) as error:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 Record = dict[str, Any]
 
@@ -34,7 +37,14 @@ class MetricsLog:
         temporary.write_text(text)
         temporary.replace(self._path)
         self._file = self._path.open("a")
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+        folder = workdir / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        # SummaryWriter writes in a thread; when that dies of a full disk, its queue fills up and
+        # the loop would wait for ever.
+        self._events = EventsWriter(str(folder / "events"))
+        # Hides what an interrupted run logged after its last checkpoint.
+        restart = SessionLog(status=SessionLog.START)
+        self._events.write_event(Event(step=start_step + 1, session_log=restart))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Appends one record; numbers keep their full precision, non-finite ones become null."""
@@ -48,9 +58,14 @@ class MetricsLog:
             return
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        for key, value in clean.items():
-            if isinstance(value, int | float):
-                self._events.add_scalar(key, value, step)
+        scalars = [
+            Summary.Value(tag=key, simple_value=value)
+            for key, value in clean.items()
+            if isinstance(value, int | float)
+        ]
+        summary = Summary(value=scalars)
+        self._events.write_event(Event(step=step, wall_time=time.time(), summary=summary))
+        self._events.flush()
 
     def close(self) -> None:
         """Writes the picture and closes the files."""
