@@ -29,6 +29,11 @@ def get_config() -> config_dict.ConfigDict:
     config.model.tie_embeddings = False  # the output head is the token embedding
     config.model.norm_eps = 1e-5
     config.model.rope_theta = 10000.0
+    # Contexts of rope_factor times rope_original_len tokens for a model trained on the latter:
+    # none, llama3, yarn.
+    config.model.rope_scaling = "none"
+    config.model.rope_factor = 1.0
+    config.model.rope_original_len = None  # tokens
     # Divides the std of the projections back into the residual stream: "disabled" (1),
     # "current_depth" (sqrt(2 (layer + 1))), "global_depth" (sqrt(2 (layers + 1))), "dim_ratio".
     config.model.init_std_factor = "disabled"
@@ -94,6 +99,9 @@ def get_config() -> config_dict.ConfigDict:
     config.optimizer.clip_norm = 1.0  # global norm of the backbone's gradients
 
     config.train = config_dict.ConfigDict()
+    # A work folder whose newest checkpoint a new run begins with: its parameters, tables and
+    # tokenizer, with fresh optimizer state at step 0. None: random parameters.
+    config.train.init_from = None
     config.train.steps = 100
     config.train.global_batch_size = 16  # sequences per step over all devices
     config.train.micro_batches = 1  # gradient accumulation: slices of the global batch

@@ -28,7 +28,14 @@ _STEM_PATTERNS = {
 }
 
 # Keys that texts written by earlier versions lack, with what held before they existed.
-_ADDED = {"train.step_timeout": None, "train.compilation_cache": None}
+_ADDED = {
+    "train.step_timeout": None,
+    "train.compilation_cache": None,
+    "train.init_from": None,
+    "model.rope_scaling": "none",
+    "model.rope_factor": 1.0,
+    "model.rope_original_len": None,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +53,9 @@ class ModelConfig:
     tie_embeddings: bool
     norm_eps: float
     rope_theta: float
+    rope_scaling: str
+    rope_factor: float
+    rope_original_len: int | None
     init_std_factor: str
     init_base_std: float | None
     param_dtype: str
@@ -140,6 +150,7 @@ class TrainConfig:
     log_every: int
     step_timeout: float | None
     compilation_cache: str | None
+    init_from: str | None
     sample_prompt: str
     sample_tokens: int
 

@@ -16,6 +16,7 @@ _CHOICES = {
     "model.param_dtype": ("float32", "bfloat16"),
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.attention": ("auto", "xla", "cudnn", "splash"),
+    "model.rope_scaling": ("none", "llama3", "yarn"),
     "model.remat": ("none", "full", "dots"),
     "tables.cache_policy": ("lfu", "lru"),
     "tables.optimizer": ("deferred_adamw", "lazy_adamw", "dense_adamw"),
@@ -71,6 +72,7 @@ _OPTIONAL_POSITIVE = [
     "eval.max_batches",
     "train.step_timeout",
     "model.init_base_std",
+    "model.rope_original_len",
 ]
 
 
@@ -83,6 +85,7 @@ def validate(config: "Config") -> None:
     _check_range(config, _NOT_NEGATIVE, lambda v: v >= 0, "0 or more")
     _check_range(config, _POSITIVE, lambda v: 0 < v < math.inf, "more than 0")
     _check_range(config, _OPTIONAL_POSITIVE, lambda v: v is None or v > 0, "more than 0, or none")
+    _check_range(config, ["model.rope_factor"], lambda v: 1 <= v < math.inf, "at least 1")
     _check_range(config, ["tables.prefetch"], lambda v: 0 <= v <= 16, "0 to 16")
     _check_range(
         config, ["tables.weight_decay"], lambda v: v is None or v >= 0, "0 or more, or none"
@@ -120,6 +123,16 @@ def _check_model(config: "Config") -> None:
         raise InputError(
             f"model.num_heads={model.num_heads} does not divide by model.num_kv_heads="
             f"{model.num_kv_heads}; each KV head serves the same number of query heads"
+        )
+    if model.rope_scaling != "none" and model.rope_original_len is None:
+        raise InputError(
+            f"model.rope_scaling={model.rope_scaling} needs model.rope_original_len, the tokens of "
+            "a sequence in the training before"
+        )
+    if model.rope_scaling == "none" and model.rope_factor != 1:
+        raise InputError(
+            f"model.rope_factor={model.rope_factor} does nothing with model.rope_scaling=none; set "
+            "it to llama3 or yarn"
         )
     layers = model.stem_layers
     if any(not 0 <= layer < model.num_layers for layer in layers):

@@ -18,6 +18,7 @@ from stem_jax.config import Config
 from stem_jax.data.loader import Share
 from stem_jax.errors import InputError
 from stem_jax.mesh import BATCH_AXES, axis_size, check_placement, make_mesh, own_batch_shards
+from stem_jax.origin import Origin, begin_from, find_origin
 from stem_jax.process_log import log, process_log
 from stem_jax.start_clock import StartClock
 from stem_jax.stop_signal import StopSignal
@@ -73,6 +74,7 @@ def _train(config: Config, workdir: Path, clock: StartClock, own_log: Path) -> b
         info = _latest(workdir)
         if info is not None:
             check_resumable(info.config, config, info.updates)
+        origin = find_origin(config) if info is None else None
     latest = 0 if info is None else info.step
     data = _open_data(config, workdir, mesh, info)
     record = _data_record(config, data)
@@ -81,6 +83,7 @@ def _train(config: Config, workdir: Path, clock: StartClock, own_log: Path) -> b
         | {f"the text of source {i}": text for i, text in enumerate(record["checksums"])}
     )
     _check_continues(info, data, record, workdir)
+    _check_origin(origin, data)
     if latest >= config.train.steps:
         log.info(f"run complete: {workdir} is at step {latest} of {config.train.steps}")
         return False
@@ -95,7 +98,7 @@ def _train(config: Config, workdir: Path, clock: StartClock, own_log: Path) -> b
         # Closed in reverse: the last save reads the store, whose threads end before.
         watchdog = stack.enter_context(Watchdog(config.train.step_timeout, own_log))
         checkpoints = stack.enter_context(Checkpointer(workdir, keep=config.checkpoint.keep))
-        state, store = _open_state(programs, checkpoints, info)
+        state, store = _open_state(programs, checkpoints, info, origin)
         prefetch = None
         if store is not None:
             tables = config.tables
@@ -176,12 +179,28 @@ def _check_continues(
         )
 
 
+def _check_origin(origin: Origin | None, data: RunData) -> None:
+    if origin is not None and origin.info.tokenizer != data.tokenizer.fingerprint:
+        raise InputError(
+            f"train.init_from={origin.folder} was trained with tokenizer "
+            f"{origin.info.tokenizer[:12]}, this run has {data.tokenizer.fingerprint[:12]}: its "
+            "rows would belong to other tokens; leave out data.tokenizer_path, and prepare the "
+            "text with that tokenizer"
+        )
+
+
 def _open_state(
-    programs: TrainStep, checkpoints: Checkpointer, info: CheckpointInfo | None
+    programs: TrainStep,
+    checkpoints: Checkpointer,
+    info: CheckpointInfo | None,
+    origin: Origin | None,
 ) -> tuple[TrainState, HostStore | None]:
     """The state to begin with. An offloaded table is in the store and not in the state."""
     config, mesh, spec = programs.config, programs.mesh, programs.spec
     store = None
+    if origin is not None:
+        log.info(f"beginning with checkpoint {origin.info.step} of {origin.folder}")
+        return begin_from(origin, programs)
     if info is None:
         if spec.offloaded:
             store = HostStore.create(spec, table_key(config), mesh)

@@ -40,6 +40,7 @@ LEVELS = [
         "planning",
         "knowledge",
         "evaluation",
+        "origin",
         "run",
     ],
 ]

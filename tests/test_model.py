@@ -1,6 +1,7 @@
 """The decoder: what it may see, how it starts, and that its kernels and policies agree."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ import pytest
 
 from stem_jax.errors import InputError
 from stem_jax.model.attention import attend
-from stem_jax.model.layers import rotary_angles, rotate, truncated_normal
+from stem_jax.model.layers import rotate, truncated_normal
+from stem_jax.model.rotary import rotary_angles
 from stem_jax.model.transformer import Inputs
 from stem_jax.tables.spec import TableSpec, init_table, initial_rows
 from stem_jax.training.state import ModelDef
@@ -198,7 +200,10 @@ def test_initial_table_does_not_depend_on_the_mesh(tiny_config, device_mesh):
 
 
 def _rotated(x, places, theta=100.0):
-    return rotate(x, rotary_angles(jnp.asarray(places)[None], x.shape[-1], theta))
+    config = types.SimpleNamespace(
+        head_dim=x.shape[-1], rope_theta=theta, rope_scaling="none", rope_factor=1.0
+    )
+    return rotate(x, rotary_angles(jnp.asarray(places)[None], config))
 
 
 def test_rotation_keeps_norms_and_leaves_the_first_position():

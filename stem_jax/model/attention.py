@@ -41,7 +41,7 @@ class Attention(nnx.Module):
 
         Args:
             x_BxLxD: normalised residual stream.
-            angles: cosines and sines of `layers.rotary_angles`.
+            angles: cosines and sines of `rotary.rotary_angles`.
             segment_ids_BxL: document number of each position; 0 is padding.
             cache: None, or a `cache.LayerCache` to read from and extend.
 

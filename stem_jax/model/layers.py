@@ -62,13 +62,6 @@ class RMSNorm(nnx.Module):
         return (x32 * inverse_rms * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 
-def rotary_angles(positions_BxL: jax.Array, head_dim: int, theta: float):
-    """Cosines and sines of position * theta^(-2i / head_dim), each [B, L, head_dim / 2]."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions_BxL[..., None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
 def rotate(x_BxLxHxD: jax.Array, angles) -> jax.Array:
     """Turns the adjacent pairs (x[2i], x[2i+1]) by their angle, in float32 (RoFormer, eq. 34)."""
     cos, sin = (a[:, :, None, :] for a in angles)

@@ -14,7 +14,8 @@ from stem_jax.model.attention import Attention
 from stem_jax.model.embedding import Embedding
 from stem_jax.model.ffn import GatedFFN
 from stem_jax.model.layer_groups import LayerGroups, repeating_groups, stacked, stacked_rows
-from stem_jax.model.layers import PROJECTION, Linear, RMSNorm, rotary_angles
+from stem_jax.model.layers import PROJECTION, Linear, RMSNorm
+from stem_jax.model.rotary import rotary_angles
 from stem_jax.tables.lookup import lookup
 
 
@@ -100,7 +101,7 @@ class Transformer(nnx.Module):
             The normalised final hidden states [B, L, D] and the extended caches.
         """
         config = self.config
-        angles = rotary_angles(inputs.positions, config.head_dim, config.rope_theta)
+        angles = rotary_angles(inputs.positions, config)
         x = constrain_batch(self.embed(inputs.tokens, config.compute_dtype), self.mesh)
         seen, new_caches = [x], []
         # Caches and what is collected are lists of layers; only training runs groups.

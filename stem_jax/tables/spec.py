@@ -137,15 +137,21 @@ def initial_rows(spec: TableSpec, key: jax.Array, rows: jax.Array) -> jax.Array:
     return jax.vmap(one_row)(rows) * spec.init_std
 
 
-def init_table(spec: TableSpec, key: jax.Array, mesh: Mesh) -> TableState:
-    """Creates a table in place, shard by shard, under jit with the table's shardings."""
+def init_table(
+    spec: TableSpec, key: jax.Array, mesh: Mesh, rows: jax.Array | None = None
+) -> TableState:
+    """Creates a table in place, shard by shard, under jit with the table's shardings.
 
-    def create() -> TableState:
-        rows = initial_rows(spec, key, jnp.arange(spec.num_rows))
+    Args:
+        rows: [V_pad, S, F] to begin with, in their place; donated. None: random ones.
+    """
+
+    def create(rows) -> TableState:
+        rows = initial_rows(spec, key, jnp.arange(spec.num_rows)) if rows is None else rows
         zeros = jnp.zeros_like(rows)
         return TableState(rows, zeros, zeros, jnp.zeros(spec.num_rows, jnp.int32))
 
-    return jax.jit(create, out_shardings=table_shardings(spec, mesh))()
+    return jax.jit(create, donate_argnums=0, out_shardings=table_shardings(spec, mesh))(rows)
 
 
 def table_shardings(spec: TableSpec, mesh: Mesh) -> TableState:

@@ -74,8 +74,8 @@ def open_run_data(
 def run_tokenizer(config: Config, workdir: Path, prepared: bool) -> Tokenizer:
     """The run's tokenizer, which stays in `<workdir>/tokenizer` as long as the run has checkpoints.
 
-    It is the configured one, else that of the first prepared token store among the sources, else a
-    sentencepiece model trained here on the sources.
+    It is the configured one, else that of `train.init_from`, else that of the first prepared token
+    store among the sources, else a sentencepiece model trained here on the sources.
     """
     folder = workdir / TOKENIZER_FOLDER
     data = config.data
@@ -100,6 +100,8 @@ def _first_tokenizer(config: Config, workdir: Path) -> Tokenizer:
     specs = parse_sources(data.sources)
     if data.tokenizer_path is not None or data.tokenizer == "bytes":
         return load_tokenizer(data.tokenizer, data.tokenizer_path)
+    if config.train.init_from is not None:
+        return load_tokenizer_folder(Path(config.train.init_from) / TOKENIZER_FOLDER)
     for spec in specs:
         beside = Path(spec.source) / TOKENIZER_FOLDER
         if is_store_folder(spec.source) and beside.is_dir():

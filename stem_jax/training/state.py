@@ -106,20 +106,35 @@ def state_shardings(config: Config, model: ModelDef, mesh: Mesh) -> TrainState:
     return TrainState(whole, whole, whole, whole, params, opt_state, table)
 
 
-def init_state(config: Config, model: ModelDef, mesh: Mesh) -> TrainState:
-    """A fresh state, every array created in its place; without an offloaded table."""
+def init_state(
+    config: Config,
+    model: ModelDef,
+    mesh: Mesh,
+    params: Params | None = None,
+    rows: jax.Array | None = None,
+) -> TrainState:
+    """A state at step 0, every array created in its place; without an offloaded table.
+
+    Args:
+        params: to begin with, in their places; donated. None: random ones.
+        rows: [V_pad, S, F] likewise.
+    """
     shardings = state_shardings(config, model, mesh)
     optimizer = make_optimizer(config.optimizer)
 
-    def backbone():
-        params = model.init()
+    def backbone(params):
+        params = model.init() if params is None else params
         zero = jnp.zeros((), jnp.int32)
         return TrainState(zero, zero, zero, zero, params, optimizer.init(params), None)
 
-    state = jax.jit(backbone, out_shardings=dataclasses.replace(shardings, table=None))()
+    make = jax.jit(
+        backbone, donate_argnums=0, out_shardings=dataclasses.replace(shardings, table=None)
+    )
+    state = make(params)
     spec = TableSpec.from_config(config)
     if spec.num_layers and not spec.offloaded:
-        state = dataclasses.replace(state, table=init_table(spec, table_key(config), mesh))
+        table = init_table(spec, table_key(config), mesh, rows)
+        state = dataclasses.replace(state, table=table)
     return state
 
 
