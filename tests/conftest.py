@@ -21,6 +21,9 @@ from stem_jax.config import Config, build
 from stem_jax.mesh import make_mesh
 from stem_jax.training.step import Batch, TrainStep
 
+# Their fixtures.
+pytest_plugins = ["pod"]
+
 # One folder per user: what another user wrote there could be read but not extended.
 jax.config.update(
     "jax_compilation_cache_dir",

@@ -1,0 +1,47 @@
+"""A stand-in for the training command: notes how it was started and does what a test planned.
+
+--plan=FILE holds, by process, what each start does: "complete", "wait" (until SIGTERM, then saves),
+"deaf" (until killed), "killed", or an exit code. FILE.started gets a line per start. Like a real
+one, it does nothing before its one peer is there.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+index = os.environ.get("JAX_PROCESS_ID") or os.environ["SLURM_PROCID"]
+plan = next(Path(flag[7:]) for flag in sys.argv if flag.startswith("--plan="))
+started = Path(f"{plan}.started")
+before = started.read_text().splitlines() if started.exists() else []
+count = sum(json.loads(line)["process"] == index for line in before)
+action = json.loads(plan.read_text())[index][count]
+
+
+def stop(*_) -> None:
+    print("stopped at step 7; the same command continues", flush=True)
+    sys.exit(0)
+
+
+signal.signal(signal.SIGTERM, signal.SIG_IGN if action == "deaf" else stop)
+with started.open("a") as file:
+    record = {"process": index, "argv": sys.argv[1:], "folder": os.getcwd()}
+    file.write(json.dumps(record | {"environment": dict(os.environ)}) + "\n")
+while len(started.read_text().splitlines()) < 2 * (count + 1):
+    time.sleep(0.02)
+if index == "0":
+    print(f"step {count + 1}: loss 1.0", flush=True)
+    print("\r 50%|", end="", file=sys.stderr, flush=True)
+if action == "complete":
+    if index == "0":
+        print("\rrun complete: step 9", flush=True)
+elif action in ("wait", "deaf"):
+    while True:
+        time.sleep(0.1)
+elif action == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+else:
+    print(f"error: process {index}: refused by plan", file=sys.stderr)
+    sys.exit(int(action))
