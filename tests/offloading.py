@@ -181,7 +181,8 @@ def run(
         state, _, _ = loop.run(state)
         if saving:
             saving.wait()
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    # Only process 0 writes metrics.
+    lines = (workdir / "metrics.jsonl").read_text().splitlines() if processes[0] == 0 else []
     return Outcome(
         records=[json.loads(line) for line in lines],
         params={name: _local(array) for name, array in state.params.items()},
