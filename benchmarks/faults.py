@@ -91,6 +91,11 @@ class Run:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
 
+    def unfinished_saves(self) -> list[int]:
+        """Steps of checkpoints whose writing was begun and not ended."""
+        names = [path.name for path in (self.workdir / "checkpoints").iterdir()]
+        return [int(name.split(".")[0]) for name in names if ".orbax-checkpoint-tmp" in name]
+
     def wait_for(self, step: int) -> None:
         """Returns when a step is logged; fails if the processes end before."""
         while self.last_step() < step:
@@ -218,13 +223,12 @@ def campaign(folder: Path, rounds: int, seed: int, every: int, faults: list[str]
             began = time.monotonic()
             code = FAULTS[name](run, rng)
             down = time.monotonic() - began
-            reached = run.last_step()
+            reached, saving = run.last_step(), run.unfinished_saves()
             run.start()
             run.wait_for(reached + 1)
             resumed = run.resumed_from()
-            # Steps after a save that was due when the fault struck, if it did not get to the disk.
-            due = reached // every * every
-            in_flight = reached - due if resumed == due - every else 0
+            # Steps beside a save that the fault found on its way to the disk.
+            in_flight = reached - min(saving) if saving else 0
             records.append(
                 {
                     "fault": name,

@@ -7,6 +7,7 @@
 # stderr carries their number, and all of it is in DIR/logs. SIGTERM and SIGINT go to every process:
 # they save one checkpoint together and exit 0. If one fails, the others are ended after a grace
 # period, and its exit status is the script's. The same command continues the run.
+# Needs bash 5.1.
 set -euo pipefail
 
 usage() {

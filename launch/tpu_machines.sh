@@ -38,9 +38,14 @@ is_coming() {
 }
 
 wait_ready() {
-  local state last=''
+  local state last='' known=$SECONDS
   while :; do
     state=$(pod_state)
+    if [[ $state != UNKNOWN ]]; then known=$SECONDS; fi
+    if ((SECONDS - known >= silence)); then
+      say "gcloud has not told the state of $name for $silence s; its message is above"
+      return 1
+    fi
     if [[ $state != "$last" ]]; then say "$name in $zone is $state"; fi
     last=$state
     if [[ $state == READY ]]; then return 0; fi

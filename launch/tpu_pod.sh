@@ -25,6 +25,7 @@
 #   --folder=stem_jax        where code, packages and logs are, under a worker's home folder
 #   --coordinator-port=8476  where process 0 listens; firewalls may block JAX's own choice, 8482
 #   --poll=10 --grace=60     seconds between looks; seconds to end in before being killed (stop: x10)
+#   --silence=1800           seconds after which machines that never answer are made again
 #   --dry-run --yes --help   prints every command and runs none; asks nothing; prints this
 #
 # Flags with a value can be set as STEM_TPU_NAME, STEM_TPU_RUNTIME_VERSION..., --spot as
@@ -38,12 +39,12 @@ source "$root/launch/tpu_worker.sh"
 # shellcheck source=launch/tpu_machines.sh
 source "$root/launch/tpu_machines.sh"
 
-say() { printf 'tpu_pod: %s\n' "$*" >&2; }
+say() { printf 'tpu_pod%s: %s\n' "${dry_run:+ (dry run)}" "$*" >&2; }
 die() {
   say "error: ${*:2}"
   exit "$1"
 }
-wrong() { die 2 "$1; see launch/tpu_pod.sh --help"; }
+wrong() { die 2 "$*; see launch/tpu_pod.sh --help"; }
 
 # Runs a command, or prints it in a dry run, past whatever captures its output.
 run() {
@@ -73,7 +74,7 @@ setup() {
   local ready
   if [[ -z ${setting[repo]} ]]; then
     # What git tracks or would track, less what was deleted from the working tree.
-    (
+    [[ $dry_run ]] || (
       cd "$root" && git ls-files -z --cached --others --exclude-standard |
         while IFS= read -r -d '' path; do
           if [[ -e $path ]]; then printf '%s\0' "$path"; fi
@@ -148,7 +149,7 @@ end_stream() {
 # Watches the run to its end. outcome: complete, stopped, refused, failed, gone (the machines) or
 # broken (machines that are there and do not answer). culprit: a worker that failed.
 follow() {
-  local index state unanswered=0 first='' failed useless
+  local index state unanswered=0 answered=$SECONDS first='' failed useless
   outcome=''
   while [[ ! $outcome ]]; do
     probe
@@ -168,7 +169,9 @@ follow() {
       if [[ $state != READY ]] && ! is_coming "$state"; then outcome=gone; fi
       if [[ $state == READY ]]; then unanswered=$((unanswered + 1)); fi
       # If none answers, our own network may be down, and the run well.
-      if ((unanswered >= 5 && ${#states[@]} > 0)); then outcome=broken; fi
+      if ((unanswered >= 5 && ${#states[@]} > 0 || SECONDS - answered >= silence)); then
+        outcome=broken
+      fi
     elif (($(count exit:0) == workers)) && [[ " ${notes[*]} " == *" complete "* ]]; then
       outcome=complete
     elif [[ " ${notes[*]} " == *" stopped "* ]]; then
@@ -187,7 +190,7 @@ follow() {
       say "the run ended before it was complete"
       outcome=failed
     else
-      unanswered=0
+      unanswered=0 answered=$SECONDS
       if ! streams && [[ ! $dry_run ]]; then stream; fi
     fi
     if [[ ! $outcome ]]; then nap "$poll"; fi
@@ -202,10 +205,13 @@ prepare() {
   if is_coming "$state" && wait_ready; then state=READY; fi
   case $state in
     READY) return ;;
+    # Deleted by this very command, which then did not get new ones.
+    NONE) [[ ! $remaking ]] || { request && wait_ready && setup; return; } ;;&
     NONE) die 1 "there is no $name in $zone; launch/tpu_pod.sh create ${identity[*]}" ;;
   esac
   ((retries > 0)) || die 75 "$name is $state; delete and create it, or give train --retries=N"
   say "$name is $state; making it again: ${setting[type]} ${setting[topology]}${spot:+, spot}"
+  remaking=1
   delete '' && request && wait_ready && setup
 }
 
@@ -257,6 +263,7 @@ train() {
       "(--retries=$retries); the same command continues it"
     tries=$((tries + 1))
     say "retry $tries of $retries"
+    nap "$poll"
   done
 }
 
@@ -285,7 +292,7 @@ leave() {
   local code=$? state what="${setting[type]:-TPU} $name in $zone"
   trap - EXIT INT TERM HUP
   end_stream 0
-  if [[ ! $dry_run && $subcommand =~ ^(create|setup|train|stop|delete)$ ]]; then
+  if [[ ! $dry_run && $name && $subcommand != logs ]]; then
     state=$(pod_state)
     case $state in
       NONE) say "$what is not there, and costs nothing" ;;
@@ -312,7 +319,7 @@ option() {
 declare -A setting=(
   [name]='' [zone]='' [project]='' [type]='' [topology]='' ["runtime-version"]='' [retries]=0
   [repo]='' [ref]='' ["setup-command"]='' [folder]=stem_jax ["coordinator-port"]=8476 [worker]=0
-  [poll]=10 [grace]=60
+  [poll]=10 [grace]=60 [silence]=1800
 )
 for key in "${!setting[@]}"; do
   variable=STEM_TPU_${key^^}
@@ -321,7 +328,7 @@ for key in "${!setting[@]}"; do
 done
 environment=() flags=() states=() notes=()
 spot=${STEM_TPU_SPOT-} dry_run='' dry_state='idle -' ask=1 lasting='' subcommand=''
-streaming='' outcome='' culprit=0 culprit_code=1
+streaming='' outcome='' remaking='' culprit=0 culprit_code=1
 
 while (($#)); do
   case $1 in
@@ -348,10 +355,14 @@ done
   wrong "no command '$subcommand'"
 name=${setting[name]} zone=${setting[zone]} folder=${setting[folder]}
 retries=${setting[retries]} poll=${setting[poll]} grace=${setting[grace]}
+silence=${setting[silence]} port=${setting["coordinator-port"]} worker=${setting[worker]}
 [[ $zone ]] || wrong "--zone is missing"
 [[ $name || $subcommand == status ]] || wrong "--name is missing"
-[[ $retries =~ ^[0-9]+$ && $grace =~ ^[0-9]+$ && $poll =~ ^[0-9.]+$ ]] ||
-  wrong "--retries=$retries, --grace=$grace and --poll=$poll must be numbers"
+[[ "$retries $grace $silence $port" =~ ^[0-9]+\ [0-9]+\ [0-9]+\ [0-9]+$ ]] &&
+  [[ $poll =~ ^([0-9]+\.)?[0-9]+$ ]] || wrong "--retries=$retries, --grace=$grace," \
+  "--silence=$silence, --coordinator-port=$port and --poll=$poll must be numbers"
+[[ $worker =~ ^([0-9]+|all)$ ]] || wrong "--worker=$worker must be a number, or all"
+[[ $folder =~ ^[A-Za-z0-9._-]+$ ]] || wrong "--folder=$folder must be a name, without slashes"
 [[ $dry_run ]] || command -v gcloud >/dev/null ||
   die 1 "there is no gcloud; get it from https://cloud.google.com/sdk/docs/install or --dry-run"
 

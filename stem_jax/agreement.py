@@ -22,8 +22,9 @@ from jax.experimental import multihost_utils
 from stem_jax.cluster import wait_for_all
 from stem_jax.errors import InputError
 
-# Preparing text may take one process hours while the others wait for it.
-_PATIENCE_SECONDS = 24 * 3600
+# What a look into a folder may take, and preparing text, which one process does for all.
+_PATIENCE_SECONDS = 600
+PREPARING_SECONDS = 24 * 3600
 # What a folder on a network may need to show a file that another host wrote.
 _FOLDER_SECONDS = 15
 # Every process asks for the same verdicts in the same order.
@@ -36,8 +37,11 @@ def is_first() -> bool:
 
 
 @contextlib.contextmanager
-def unanimous() -> Iterator[None]:
+def unanimous(patience: int = _PATIENCE_SECONDS) -> Iterator[None]:
     """Every process runs the body; if it is refused in one of them, it is refused in all.
+
+    Args:
+        patience: seconds to wait for the others.
 
     Raises:
         InputError: its own, or the first one of another process, with that process's number.
@@ -48,7 +52,7 @@ def unanimous() -> Iterator[None]:
     except InputError as own:
         error = own
     if jax.process_count() > 1:
-        wait_for_all(f"unanimous_{next(_verdicts)}", _PATIENCE_SECONDS)
+        wait_for_all(f"unanimous_{next(_verdicts)}", patience)
         messages = _gather("" if error is None else str(error))
         others = [f"process {i}: {text}" for i, text in enumerate(messages) if text]
         if error is None and others:

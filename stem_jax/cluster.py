@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 
@@ -17,6 +18,13 @@ from stem_jax.errors import InputError, TrainingError
 
 # How long a process that fails waits for others that fail for the same reason.
 _LEAVE_SECONDS = 10
+# The others exit within this; then process 0 may, which serves their connections.
+_LAST_SECONDS = 2
+# When waiting for others is worth a word.
+_NOTE_SECONDS = 15
+# sysexits.h: a failure that is not the command's, and one that may pass. Launchers try again.
+EXIT_FAILED = 70
+EXIT_NOT_JOINED = 75
 _ROUTES = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
 
@@ -45,8 +53,21 @@ class Gang:
 
     @classmethod
     def from_flags(cls, args: argparse.Namespace) -> "Gang | None":
-        """What the flags of `add_flags` say; None for a run of one process."""
+        """What the flags of `add_flags` say; None for a run of one process.
+
+        Raises:
+            InputError: an address without --multihost, or a timeout that is none.
+        """
+        if args.init_timeout <= 0:
+            raise InputError(f"--init-timeout={args.init_timeout} must be above 0 seconds")
         if not args.multihost:
+            given = (args.coordinator, args.num_processes, args.process_index)
+            known = cls.from_environment()
+            if given != (known.coordinator, known.num_processes, known.process_index):
+                raise InputError(
+                    "--coordinator, --num-processes and --process-index need --multihost; without "
+                    "it every process would train a run of its own"
+                )
             return None
         return cls(args.coordinator, args.num_processes, args.process_index, args.init_timeout)
 
@@ -74,11 +95,18 @@ def join(gang: Gang) -> None:
 
     Raises:
         InputError: an incomplete address, or no cluster that can be detected.
-        SystemExit: the others, or process 0, were not there within the timeout; exits with 1.
+        SystemExit: the others, or process 0, were not there within the timeout; exits with
+            EXIT_NOT_JOINED.
     """
     explicit = (gang.coordinator, gang.num_processes, gang.process_index)
-    if gang.coordinator is not None and not gang.coordinator.rpartition(":")[2].isdigit():
-        raise InputError(f"--coordinator={gang.coordinator} has no port; give HOST:PORT")
+    if gang.coordinator is not None:
+        port = gang.coordinator.rpartition(":")[2]
+        if not port.isdigit() or not 0 < int(port) < 2**16:
+            raise InputError(f"--coordinator={gang.coordinator} has no port; give HOST:PORT")
+        if gang.num_processes is None or gang.process_index is None:
+            raise InputError(
+                f"--coordinator={gang.coordinator} needs --num-processes=N and --process-index=I"
+            )
     if gang.num_processes is not None and not 0 <= (gang.process_index or 0) < gang.num_processes:
         raise InputError(
             f"--process-index={gang.process_index} must lie in [0, {gang.num_processes}), the "
@@ -86,8 +114,10 @@ def join(gang: Gang) -> None:
         )
     # Past its own timeout JAX aborts the process with a stack of C++; this one says why before.
     watch = threading.Timer(gang.timeout, _not_joined, [gang])
-    watch.daemon = True
-    watch.start()
+    note = threading.Timer(_NOTE_SECONDS, _still_waiting, [gang])
+    for timer in (watch, note):
+        timer.daemon = True
+        timer.start()
     try:
         jax.distributed.initialize(
             *explicit,
@@ -101,6 +131,12 @@ def join(gang: Gang) -> None:
         ) from error
     finally:
         watch.cancel()
+        note.cancel()
+
+
+def _still_waiting(gang: Gang) -> None:
+    where = gang.coordinator or "the coordinator (process 0)"
+    print(f"waiting for the other processes at {where}, up to {gang.timeout} s", file=sys.stderr)
 
 
 def _not_joined(gang: Gang) -> None:
@@ -114,7 +150,7 @@ def _not_joined(gang: Gang) -> None:
         file=sys.stderr,
         flush=True,
     )
-    os._exit(1)
+    os._exit(EXIT_NOT_JOINED)
 
 
 @contextlib.contextmanager
@@ -133,15 +169,23 @@ def membership(gang: Gang | None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, InputError | TrainingError):
-            print(f"error: process {jax.process_index()}: {error}", file=sys.stderr)
+        index, refused = jax.process_index(), isinstance(error, InputError | TrainingError)
+        if refused:
+            print(f"error: process {index}: {error}", file=sys.stderr)
         else:
             traceback.print_exc()
+            print(
+                f"error: process {index} failed, or lost another one; the last checkpoint stands, "
+                "and the same command continues",
+                file=sys.stderr,
+            )
         with contextlib.suppress(Exception):
             wait_for_all("leave", _LEAVE_SECONDS)
+            if index == 0:
+                time.sleep(_LAST_SECONDS)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)
+        os._exit(1 if refused else EXIT_FAILED)
 
 
 def wait_for_all(name: str, seconds: int) -> None:

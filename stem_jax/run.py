@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import enum
 import errno
 import json
 from pathlib import Path
@@ -11,7 +12,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from stem_jax.agreement import check_same, check_shared, code_version, is_first, unanimous
+from stem_jax.agreement import (
+    PREPARING_SECONDS,
+    check_same,
+    check_shared,
+    code_version,
+    is_first,
+    unanimous,
+)
 from stem_jax.checkpoint import FOLDER, Checkpointer, CheckpointInfo
 from stem_jax.checkpoint_files import set_aside_damaged
 from stem_jax.config import Config
@@ -38,8 +46,16 @@ from stem_jax.training.working_set import working_set
 from stem_jax.watchdog import Watchdog
 
 
-def train(config: Config, workdir: str | Path) -> bool:
-    """Trains, or continues, the run in `workdir`; returns whether this call made its last step.
+class Ending(enum.Enum):
+    """How a call of `train` ended: with the last step, without a step to make, or told to stop."""
+
+    COMPLETED = enum.auto()
+    WAS_COMPLETE = enum.auto()
+    STOPPED = enum.auto()
+
+
+def train(config: Config, workdir: str | Path) -> Ending:
+    """Trains, or continues, the run in `workdir`.
 
     Every process of a run calls it. SIGTERM and SIGINT, to any of them, end it after the step under
     way, with a checkpoint.
@@ -67,7 +83,7 @@ def train(config: Config, workdir: str | Path) -> bool:
             ) from error
 
 
-def _train(config: Config, workdir: Path, clock: StartClock, own_log: Path) -> bool:
+def _train(config: Config, workdir: Path, clock: StartClock, own_log: Path) -> Ending:
     with unanimous():
         mesh = make_mesh(config.mesh)
         _check_batch(config, mesh)
@@ -86,7 +102,7 @@ def _train(config: Config, workdir: Path, clock: StartClock, own_log: Path) -> b
     _check_origin(origin, data)
     if latest >= config.train.steps:
         log.info(f"run complete: {workdir} is at step {latest} of {config.train.steps}")
-        return False
+        return Ending.WAS_COMPLETE
     clock.mark("data")
     programs = TrainStep(config, mesh)
     check_placement(placed_arrays(config, programs.model), mesh, config.mesh.max_replicated_mib)
@@ -130,11 +146,11 @@ def _train(config: Config, workdir: Path, clock: StartClock, own_log: Path) -> b
             checkpoints.wait()
     if not done:
         log.info(f"stopped at step {int(state.step)}; the same command continues")
-        return False
+        return Ending.STOPPED
     log.info(f"run complete: step {config.train.steps}, {workdir}")
     if validation is not None and is_first():
         log.info(_verdict(config, data, validation))
-    return True
+    return Ending.COMPLETED
 
 
 def _facts_of_command(config: Config) -> dict[str, str]:
@@ -151,7 +167,7 @@ def _open_data(config: Config, workdir: Path, mesh: Mesh, info: CheckpointInfo |
     num_shards = axis_size(mesh, BATCH_AXES)
     share = Share.of_devices(shards, num_shards, config.train.micro_batches)
     data = None
-    with unanimous():
+    with unanimous(PREPARING_SECONDS):
         if is_first():
             data = open_run_data(config, workdir, prepared=info is not None, share=share)
     with unanimous():

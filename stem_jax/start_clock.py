@@ -1,5 +1,6 @@
 """How long a run takes from the start of its process to its first step, and where it goes."""
 
+import os
 import time
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def _process_age() -> float:
     try:
         # proc(5): field 22 is the start in clock ticks after boot; field 2 may hold spaces.
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        ticks_per_second = 100  # USER_HZ, the same on every Linux
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / ticks_per_second
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        return age
     except (OSError, AttributeError):
         return 0.0

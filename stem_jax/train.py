@@ -1,6 +1,7 @@
 """Trains a model: python -m stem_jax.train --config=configs/tiny.py [--config.section.key=value]"""
 
 import argparse
+import sys
 from pathlib import Path
 
 import jax
@@ -11,7 +12,7 @@ from stem_jax.cluster import Gang, add_flags, membership
 from stem_jax.config import Config, load_config
 from stem_jax.generation import Generator
 from stem_jax.loading import load_run
-from stem_jax.run import train
+from stem_jax.run import Ending, train
 from stem_jax.sampling import Sampling
 
 
@@ -25,6 +26,12 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--config", required=True, help="config file, e.g. configs/tiny.py")
     parser.add_argument("--workdir", help="run folder; without it, runs/NAME of the config")
+    parser.add_argument(
+        "--stopped-status",
+        type=int,
+        default=0,
+        help="exit status if told to stop before the end; not 0 where 0 ends a job for good",
+    )
     add_flags(parser)
     flags, overrides = cli.split_overrides(argv)
     args = parser.parse_args(flags)
@@ -34,9 +41,11 @@ def main(argv: list[str]) -> None:
         jax.config.update("jax_compilation_cache_dir", config.train.compilation_cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     with membership(Gang.from_flags(args)):
-        finished = train(config, workdir)
-        if finished and config.train.sample_prompt and is_first():
+        ending = train(config, workdir)
+        if ending is Ending.COMPLETED and config.train.sample_prompt and is_first():
             show_sample(config, workdir)
+    if ending is Ending.STOPPED:
+        sys.exit(args.stopped_status)
 
 
 def show_sample(config: Config, workdir: str | Path) -> None:

@@ -1,13 +1,16 @@
 """Ends a process that makes no progress, and says where each of its threads was."""
 
+import contextlib
 import faulthandler
 import os
 import sys
 import threading
 from pathlib import Path
+from typing import TextIO
 
 # "Try again" of sysexits.h: a launcher may start the same command once more.
 EXIT_STUCK = 75
+_WRITE_SECONDS = 5
 
 
 class Watchdog:
@@ -53,9 +56,23 @@ class Watchdog:
             "process or one it waits for is stuck. Stacks of all threads follow; the last "
             "checkpoint stands, and the same command continues\n"
         )
-        with self._log.open("a") as log:
-            for file in (log, sys.stderr):
-                file.write(text)
-                file.flush()
-                faulthandler.dump_traceback(file, all_threads=True)
+        # Whatever is stuck may be the folder of the log, or a full disk: each file gets its time.
+        for write in (self._write_stderr, self._write_log):
+            writer = threading.Thread(target=write, args=(text,), daemon=True)
+            writer.start()
+            writer.join(_WRITE_SECONDS)
         os._exit(EXIT_STUCK)
+
+    def _write_stderr(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            _write_stacks(sys.stderr, text)
+
+    def _write_log(self, text: str) -> None:
+        with contextlib.suppress(OSError), self._log.open("a") as log:
+            _write_stacks(log, text)
+
+
+def _write_stacks(file: TextIO, text: str) -> None:
+    file.write(text)
+    file.flush()
+    faulthandler.dump_traceback(file, all_threads=True)

@@ -235,7 +235,7 @@ def test_a_coordinator_that_nobody_reaches(tmp_path, index):
     argv = ["--multihost", *where, f"--process-index={index}", *flags(tmp_path)]
     began = time.monotonic()
     with child("-m", "stem_jax.train", *argv) as process:
-        out = finish(process, code=1)
+        out = finish(process, code=75)
     assert time.monotonic() - began < 60
     assert re.search(rf"error: process {index} on .* waited 4 s at localhost:\d+", out)
     assert "start all 2 processes" in out and "--init-timeout" in out
@@ -246,6 +246,9 @@ def test_a_coordinator_that_nobody_reaches(tmp_path, index):
     [
         ([], "no cluster was detected"),
         (["--coordinator=localhost"], "--coordinator=localhost has no port; give HOST:PORT"),
+        (["--coordinator=localhost:99999"], "--coordinator=localhost:99999 has no port; give HOST"),
+        (["--coordinator=localhost:1"], "--coordinator=localhost:1 needs --num-processes=N and"),
+        (["--init-timeout=0"], "--init-timeout=0 must be above 0 seconds"),
         (
             ["--coordinator=a:1", "--num-processes=2", "--process-index=2"],
             r"--process-index=2 must lie in [0, 2)",
@@ -255,6 +258,58 @@ def test_a_coordinator_that_nobody_reaches(tmp_path, index):
 def test_half_an_address_is_refused(tmp_path, argv, message):
     with child("-m", "stem_jax.train", "--multihost", *argv, *flags(tmp_path)) as process:
         assert f"error: {message}" in finish(process, code=1)
+
+
+def test_an_address_without_multihost_is_refused(tmp_path):
+    with child("-m", "stem_jax.train", "--num-processes=2", *flags(tmp_path)) as process:
+        assert "need --multihost; without it every process would" in finish(process, code=1)
+
+
+FAILING = """
+import sys
+from stem_jax.cluster import Gang, membership
+from stem_jax.errors import InputError
+with membership(Gang(sys.argv[1], 2, int(sys.argv[2]))):
+    raise [OSError(5, "disk"), InputError("refused by a test")][int(sys.argv[3])]
+"""
+
+
+@pytest.mark.parametrize("errors", [(0, 1), (1, 1)])
+def test_exit_statuses_tell_refusals_from_failures(errors):
+    address = f"localhost:{free_port()}"
+    with contextlib.ExitStack() as stack:
+        both = [
+            stack.enter_context(child("-c", FAILING, address, str(index), str(error)))
+            for index, error in enumerate(errors)
+        ]
+        for index, (process, error) in enumerate(zip(both, errors)):
+            out = finish(process, code=[70, 1][error])
+            said = ["failed, or lost another one; the last checkpoint", "refused by a test"][error]
+            assert f"error: process {index}" in out and said in out
+
+
+STUCK = """
+import sys, time
+from pathlib import Path
+from stem_jax.watchdog import Watchdog
+with Watchdog(0.5, Path(sys.argv[1])):
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("log", ["file", "full disk", "folder that hangs"])
+def test_the_watchdog_ends_a_process_whose_log_cannot_be_written(tmp_path, log):
+    path = tmp_path / "log"
+    if log == "full disk":
+        path = Path("/dev/full")
+    elif log == "folder that hangs":
+        # Opening it waits for a reader.
+        os.mkfifo(path)
+    with child("-c", STUCK, str(path)) as process:
+        out = finish(process, code=75)
+    assert "error: no progress for 0.5 s" in out and "most recent call first" in out
+    if log == "file":
+        assert "most recent call first" in path.read_text()
 
 
 # With tensor=8 both of two processes hold every sequence; with 4 processes of 2 devices each axis

@@ -233,6 +233,10 @@ def bash_unquoted(line: str) -> str:
         (["train", "--name=a", "--zone=b", "--retries=1"], "needs --type and --runtime-version"),
         (["train", "--name=a", "--zone=b", "--retries=x"], "--retries=x"),
         (["train", "--name=a", "--zone=b", "--env=x"], "--env=x is not NAME=VALUE"),
+        (["train", "--name=a", "--zone=b", "--poll=."], "--poll=. must be numbers"),
+        (["train", "--name=a", "--zone=b", "--coordinator-port=x"], "--coordinator-port=x and"),
+        (["logs", "--name=a", "--zone=b", "--worker=x"], "--worker=x must be a number, or all"),
+        (["setup", "--name=a", "--zone=b", "--folder=/x"], "--folder=/x must be a name"),
         (["create", "--name=a", "--zone=b"], "create needs --type and --runtime-version"),
     ],
 )

@@ -124,6 +124,28 @@ def test_preempted_slice_is_made_again(ready):
     assert len(ready.called("tpu-vm", "scp")) == 2
 
 
+def test_machines_that_are_not_to_be_had_at_once(ready):
+    """The quota is used up for a while after a preemption."""
+    ready.preempt()
+    (ready.state / "refusals").write_text("2")
+    out, err = ready.train({"0": ["complete"], "1": ["complete"]}, "--retries=3")
+    assert "run complete" in out
+    assert err.count("RESOURCE_EXHAUSTED: quota") == 2 and "retry 2 of 3" in err
+    assert len(ready.called("queued-resources", "delete")) == 1
+
+
+def test_machines_that_never_answer_are_made_again(ready):
+    process = ready.start_training(
+        {"0": ["deaf", "complete"], "1": ["deaf", "complete"]}, "--retries=1", "--silence=2"
+    )
+    ready.wait_for_starts(2)
+    ready.change(cut=[0, 1])
+    _, err = finish(process)
+    assert "0 of 2 workers answer; pod is READY" in err
+    assert "pod is BROKEN; making it again" in err
+    assert len(ready.starts()) == 4
+
+
 def test_preempted_slice_without_retries(ready):
     ready.preempt()
     _, err = ready.train({}, code=75)

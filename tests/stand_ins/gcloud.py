@@ -5,8 +5,9 @@ $GCLOUD_STATE is its memory: calls.jsonl (what it was asked), slice.json (what t
 it to preempt the slice or cut off workers), workers/N (the home of worker N; other commands of its
 are in worker.sh).
 $GCLOUD_PYTHON is the Python of the workers, $GCLOUD_OLD_PYTHON=1 makes that of their image too old.
-$GCLOUD_STATES are the states that a new slice goes through. A flag that the real one does not have
-is refused.
+$GCLOUD_STATES are the states that a new slice goes through. The file refusals, if it is there, is
+the number of slices that it will refuse to create. A flag that the real one does not have is
+refused.
 """
 
 import json
@@ -65,6 +66,10 @@ def there(names: list[str]) -> dict:
 
 
 def queued_resources_create(names, flags):
+    refusals = STATE / "refusals"
+    if refusals.exists() and (left := int(refusals.read_text())):
+        refusals.write_text(str(left - 1))
+        fail("RESOURCE_EXHAUSTED: quota")
     if SLICE.exists():
         fail(f"ALREADY_EXISTS: Resource '{names[0]}' already exists")
     shutil.rmtree(STATE / "workers", ignore_errors=True)
