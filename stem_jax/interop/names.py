@@ -26,17 +26,22 @@ from stem_jax.errors import InputError
 from stem_jax.tables.layout import TableLayout
 
 STEM_PREFIX = "lm_transformer."
-_TIED_HEAD = "output.tied_module.weight"
+TIED_HEAD = "output.tied_module.weight"
 _LISTED = 8
 
 
-class _Pair(NamedTuple):
+class Pair(NamedTuple):
     """One parameter: both names, and its shape here (transposed there if `is_linear`)."""
 
     ours: str
     official: str
     shape: tuple[int, ...]
     is_linear: bool
+
+    @property
+    def official_shape(self) -> tuple[int, ...]:
+        """Its shape there."""
+        return self.shape[::-1] if self.is_linear else self.shape
 
 
 def official_to_params(
@@ -52,18 +57,26 @@ def official_to_params(
             configuration gives them, or a tied head that differs from the embedding.
     """
     prefix = STEM_PREFIX if any(name.startswith(STEM_PREFIX) for name in tensors) else ""
-    _check({name: value.shape for name, value in tensors.items()}, official_shapes(config, prefix))
-    embedding = tensors[f"{prefix}tok_embeddings.weight"]
-    if config.tie_embeddings and not np.array_equal(embedding, tensors[prefix + _TIED_HEAD]):
-        raise InputError(
-            f"{prefix}{_TIED_HEAD} differs from {prefix}tok_embeddings.weight; set "
-            "model.tie_embeddings=False and rename it output.weight"
-        )
+    check_official(tensors, config, prefix)
     params = {
-        pair.ours: _turn(tensors[prefix + pair.official], pair.is_linear) for pair in _pairs(config)
+        pair.ours: _turn(tensors[prefix + pair.official], pair.is_linear)
+        for pair in official_pairs(config)
     }
-    layers = [tensors[_table_name(index)] for index in range(config.num_stem_layers)]
+    layers = [tensors[name] for name in official_table_names(config)]
     return params, np.stack(layers, axis=1) if layers else None
+
+
+def check_official(tensors: Mapping[str, np.ndarray], config: ModelConfig, prefix: str) -> None:
+    """Raises InputError as `official_to_params` does."""
+    check_shapes(tensors, official_shapes(config, prefix))
+    embedding = f"{prefix}tok_embeddings.weight"
+    if config.tie_embeddings and not np.array_equal(
+        tensors[embedding], tensors[prefix + TIED_HEAD]
+    ):
+        raise InputError(
+            f"{prefix}{TIED_HEAD} differs from {embedding}; set model.tie_embeddings=False and "
+            "rename it output.weight"
+        )
 
 
 def params_to_official(
@@ -83,34 +96,33 @@ def params_to_official(
     Raises:
         InputError: names the parameters that are missing, unknown or of another shape.
     """
-    given = {name: value.shape for name, value in params.items()}
-    expected = {pair.ours: pair.shape for pair in _pairs(config)}
-    if table_VxSxF is not None:
-        given["table"] = table_VxSxF.shape
+    given = dict(params) if table_VxSxF is None else {**params, "table": table_VxSxF}
+    expected = {pair.ours: pair.shape for pair in official_pairs(config)}
     if config.num_stem_layers:
         expected["table"] = (config.vocab_size, config.num_stem_layers, config.ffn_dim)
-    _check(given, expected)
+    check_shapes(given, expected)
     tensors = {
-        prefix + pair.official: _turn(params[pair.ours], pair.is_linear) for pair in _pairs(config)
+        prefix + pair.official: _turn(params[pair.ours], pair.is_linear)
+        for pair in official_pairs(config)
     }
     if config.tie_embeddings:
-        tensors[prefix + _TIED_HEAD] = params["embed.weight"]
-    for index in range(config.num_stem_layers):
-        tensors[_table_name(index)] = np.ascontiguousarray(table_VxSxF[:, index])
+        tensors[prefix + TIED_HEAD] = params["embed.weight"]
+    for index, name in enumerate(official_table_names(config)):
+        tensors[name] = np.ascontiguousarray(table_VxSxF[:, index])
     return tensors
 
 
 def official_shapes(config: ModelConfig, prefix: str) -> dict[str, tuple[int, ...]]:
     """Every tensor of an official state dict, with its shape."""
-    shapes = {
-        prefix + pair.official: pair.shape[::-1] if pair.is_linear else pair.shape
-        for pair in _pairs(config)
-    }
+    shapes = {prefix + pair.official: pair.official_shape for pair in official_pairs(config)}
     if config.tie_embeddings:
-        shapes[prefix + _TIED_HEAD] = (config.vocab_size, config.embed_dim)
-    for index in range(config.num_stem_layers):
-        shapes[_table_name(index)] = (config.vocab_size, config.ffn_dim)
-    return shapes
+        shapes[prefix + TIED_HEAD] = (config.vocab_size, config.embed_dim)
+    return shapes | dict.fromkeys(official_table_names(config), (config.vocab_size, config.ffn_dim))
+
+
+def official_table_names(config: ModelConfig) -> list[str]:
+    """The tables, in the order of the STEM layers."""
+    return [f"stem_embeddings.{index}.weight" for index in range(config.num_stem_layers)]
 
 
 def table_to_rows(table_VxSxF: np.ndarray, layout: TableLayout) -> np.ndarray:
@@ -125,10 +137,11 @@ def rows_to_table(rows_VxSxF: np.ndarray, layout: TableLayout) -> np.ndarray:
     return rows_VxSxF[layout.row_numbers(np.arange(layout.num_keys))]
 
 
-def _pairs(config: ModelConfig) -> Iterator[_Pair]:
+def official_pairs(config: ModelConfig) -> Iterator[Pair]:
+    """Every parameter of the backbone."""
     D, F, V = config.embed_dim, config.ffn_dim, config.vocab_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    yield _Pair("embed.weight", "tok_embeddings.weight", (V, D), False)
+    yield Pair("embed.weight", "tok_embeddings.weight", (V, D), False)
     for layer in range(config.num_layers):
         linear = [
             ("attention.q_proj", "attention.wq", (D, queries), True),
@@ -141,27 +154,25 @@ def _pairs(config: ModelConfig) -> Iterator[_Pair]:
         if layer not in config.stem_layers:
             linear.append(("ffn.up_proj", "feed_forward.w3", (D, F), True))
         for ours, official, shape, turned in linear:
-            yield _Pair(
+            yield Pair(
                 f"blocks.{layer}.{ours}.kernel", f"layers.{layer}.{official}.weight", shape, turned
             )
         for norm in ("attention_norm", "ffn_norm"):
-            yield _Pair(
-                f"blocks.{layer}.{norm}.scale", f"layers.{layer}.{norm}.weight", (D,), False
-            )
-    yield _Pair("norm.scale", "norm.weight", (D,), False)
+            yield Pair(f"blocks.{layer}.{norm}.scale", f"layers.{layer}.{norm}.weight", (D,), False)
+    yield Pair("norm.scale", "norm.weight", (D,), False)
     if not config.tie_embeddings:
-        yield _Pair("head.kernel", "output.weight", (D, V), True)
-
-
-def _table_name(index: int) -> str:
-    return f"stem_embeddings.{index}.weight"
+        yield Pair("head.kernel", "output.weight", (D, V), True)
 
 
 def _turn(value: np.ndarray, is_linear: bool) -> np.ndarray:
     return np.ascontiguousarray(value.T) if is_linear else value
 
 
-def _check(given: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+def check_shapes(
+    tensors: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raises InputError that names the tensors that are missing, unknown or of another shape."""
+    given = {name: value.shape for name, value in tensors.items()}
     problems = [f"{name} is missing" for name in expected if name not in given]
     problems += [f"{name} is unknown" for name in given if name not in expected]
     problems += [

@@ -1,0 +1,135 @@
+"""Export for the transformers library: a folder that `AutoModelForCausalLM` loads.
+
+A dense model becomes a plain `LlamaForCausalLM`; one with STEM layers brings `modeling_stem.py`
+along. Weights go from the checkpoint into safetensors files piece by piece.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stem_jax.config import Config, ModelConfig
+from stem_jax.data.tokenizer import Tokenizer
+from stem_jax.errors import InputError
+from stem_jax.interop.llama_names import llama_shapes, llama_weights, table_names
+from stem_jax.interop.new_folder import new_folder
+from stem_jax.interop.safetensors_files import BFLOAT16, SafetensorsWriter
+from stem_jax.interop.saved_model import SavedModel
+from stem_jax.interop.tokenizer_export import write_tokenizer
+
+MODELING_FILE = "modeling_stem.py"
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": BFLOAT16}
+# Constants of `model.rotary`: in turns within the trained context.
+_ROPE = {
+    "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "yarn": {"beta_fast": 32.0, "beta_slow": 1.0},
+}
+
+
+def export_hf(
+    saved: SavedModel,
+    out: str | Path,
+    *,
+    dtype: str = "float32",
+    file_bytes: int = 4 * 2**30,
+    with_tokenizer: bool = True,
+) -> None:
+    """Writes weights, configuration, generation configuration, tokenizer and modeling code.
+
+    Args:
+        saved: the model.
+        out: a folder that does not exist.
+        dtype: of the weights, float32 or bfloat16.
+        file_bytes: a weights file is no larger, unless one tensor is.
+        with_tokenizer: export the tokenizer, after a check that its ids are the same.
+
+    Raises:
+        InputError: the folder exists or does not fit onto the disk, the model has a shape that
+            Llama has not, or the tokenizer would give other ids.
+    """
+    out = Path(out)
+    config = hf_config(saved.config, saved.tokenizer, dtype)
+    with new_folder(out, "--out") as folder:
+        if with_tokenizer:
+            write_tokenizer(saved.tokenizer, folder, saved.config.train.seq_len)
+        _write_json(folder / "config.json", config)
+        _write_json(folder / "generation_config.json", _generation_config(saved.tokenizer))
+        if saved.model.stem_layers:
+            shutil.copyfile(Path(__file__).with_name(MODELING_FILE), folder / MODELING_FILE)
+        shapes = llama_shapes(saved.model)
+        with SafetensorsWriter(folder, shapes, DTYPES[dtype], file_bytes) as writer:
+            for weight in llama_weights(saved.model):
+                writer.write(weight.theirs, weight.to_theirs(saved.param(weight.ours)))
+            tables = table_names(saved.model)
+            for ids, columns, rows_nxSxC in saved.table_pieces() if tables else ():
+                for index, name in enumerate(tables):
+                    writer.write_rows(name, ids, columns, rows_nxSxC[:, index])
+
+
+def hf_config(config: Config, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
+    """The content of config.json.
+
+    Raises:
+        InputError: a shape that Llama has not.
+    """
+    model = config.model
+    if not model.stem_layers and model.embed_dim % model.num_heads:
+        raise InputError(
+            f"model.embed_dim={model.embed_dim} does not divide by model.num_heads="
+            f"{model.num_heads}, which LlamaForCausalLM asks for; use --format=official"
+        )
+    kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
+    if model.stem_layers:
+        module = MODELING_FILE.removesuffix(".py")
+        kind = {
+            "architectures": ["StemForCausalLM"],
+            "model_type": "stem",
+            "auto_map": {
+                "AutoConfig": f"{module}.StemConfig",
+                "AutoModelForCausalLM": f"{module}.StemForCausalLM",
+            },
+            "stem_layers": list(model.stem_layers),
+        }
+    return {
+        **kind,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.embed_dim,
+        "intermediate_size": model.ffn_dim,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
+        "max_position_embeddings": config.train.seq_len,
+        "rms_norm_eps": model.norm_eps,
+        "rope_parameters": _rope_parameters(model),
+        "tie_word_embeddings": model.tie_embeddings,
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "use_cache": True,
+        "dtype": dtype,
+    }
+
+
+def _rope_parameters(model: ModelConfig) -> dict[str, Any]:
+    if model.rope_scaling == "none":
+        return {"rope_type": "default", "rope_theta": model.rope_theta}
+    return {
+        "rope_type": model.rope_scaling,
+        "rope_theta": model.rope_theta,
+        "factor": model.rope_factor,
+        "original_max_position_embeddings": model.rope_original_len,
+        **_ROPE[model.rope_scaling],
+    }
+
+
+def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    # There is no padding token: batches are padded with eos, and masked.
+    eos = tokenizer.eos_id
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos, "pad_token_id": eos}
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")

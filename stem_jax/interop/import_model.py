@@ -1,0 +1,138 @@
+"""A checkpoint of step 0 from the tensors of another code.
+
+The tensors are mapped files: each is read when its parameter is made, a table slice by slice. What
+is in memory whole is the new state: parameters with optimizer state, and the rows.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stem_jax.checkpoint import Checkpointer, CheckpointInfo
+from stem_jax.config import Config, ModelConfig, load_config
+from stem_jax.config_checks import validate
+from stem_jax.data.tokenizer import Tokenizer
+from stem_jax.errors import InputError
+from stem_jax.interop.new_folder import new_folder
+from stem_jax.mesh import make_mesh, replicated
+from stem_jax.tables.host_store import HostStore
+from stem_jax.tables.spec import TableSpec
+from stem_jax.training.optimizer import make_optimizer
+from stem_jax.training.run_data import TOKENIZER_FOLDER
+from stem_jax.training.state import TrainState
+
+BASE_CONFIG = Path(__file__).parents[2] / "configs" / "base.py"
+_SLICE_BYTES = 2**25
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+    """A model of another code under our names.
+
+    model: values of the model section that it decides. context: tokens it was trained with. params:
+    our parameters by name, in our layout. tables: [V, F] by token id, one for each STEM layer.
+    """
+
+    model: dict[str, Any]
+    context: int
+    params: Mapping[str, np.ndarray]
+    tables: list[np.ndarray]
+
+
+def import_config(
+    imported: Imported, tokenizer: Tokenizer, path: str | Path, overrides: dict[str, str]
+) -> Config:
+    """The configuration of the new checkpoint: a config file, with the model as it was found.
+
+    Args:
+        path: the config file, for what the model does not decide.
+        overrides: as of `load_config`; those of what the model decides are refused.
+
+    Raises:
+        InputError: such an override, or a model or a tokenizer that does not fit.
+    """
+    for name, value in imported.model.items():
+        if f"model.{name}" in overrides:
+            raise InputError(
+                f"--config.model.{name}={overrides[f'model.{name}']} is given, the model has "
+                f"{value}; leave the flag out"
+            )
+    config = load_config(path, overrides)
+    values = {field.name: getattr(config.model, field.name) for field in _fields(ModelConfig)}
+    train, data = config.train, config.data
+    if "train.seq_len" not in overrides:
+        train = dataclasses.replace(train, seq_len=imported.context)
+    data = dataclasses.replace(data, tokenizer=tokenizer.kind, tokenizer_path=None)
+    model = ModelConfig(**{**values, **imported.model})
+    config = dataclasses.replace(config, model=model, train=train, data=data)
+    validate(config)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise InputError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.vocab_size}: it is "
+            "not the one that the model was trained with; give that with --tokenizer-path"
+        )
+    return config
+
+
+def write_checkpoint(
+    imported: Imported, config: Config, tokenizer: Tokenizer, workdir: str | Path
+) -> None:
+    """Writes a work folder: checkpoint of step 0, configuration and tokenizer.
+
+    Raises:
+        InputError: the folder exists, or a parameter is not finite.
+    """
+    mesh = make_mesh(dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1), jax.devices()[:1])
+    whole, dtype = replicated(mesh), config.model.param_dtype
+    with new_folder(Path(workdir), "--workdir") as folder:
+        tokenizer.save(folder / TOKENIZER_FOLDER)
+        (folder / "config.json").write_text(config.to_json())
+        params = {}
+        for name, value in imported.params.items():
+            params[name] = jax.device_put(jnp.asarray(value, dtype), whole)
+            if not bool(jnp.isfinite(params[name]).all()):
+                raise InputError(f"{name} has values that are not finite; the file is damaged")
+        store = None
+        if imported.tables:
+            store = HostStore.allocate(TableSpec.from_config(config), mesh)
+            _fill(store, imported.tables)
+        optimizer = make_optimizer(config.optimizer)
+        zero = jax.device_put(np.int32(0), whole)
+        opt_state = jax.jit(optimizer.init)(params)
+        state = TrainState(zero, zero, zero, zero, params, opt_state, None)
+        data = {"seed": config.train.seed, "sources": config.data.sources, "checksums": []}
+        info = CheckpointInfo(0, 0, 0, 0, tokenizer.fingerprint, data, config)
+        with Checkpointer(folder) as checkpoints:
+            checkpoints.save(state, info, None, store)
+            checkpoints.wait()
+
+
+def float32(value: np.ndarray) -> np.ndarray:
+    """A tensor of any dtype that is imported, exactly."""
+    return np.asarray(value, np.float32)
+
+
+def _fill(store: HostStore, tables: list[np.ndarray]) -> None:
+    """Puts tables by token id into the rows of a store; padding rows stay zero."""
+    [block] = store.blocks
+    layout, rows = store.spec.layout, block.arrays["rows"]
+    size = max(1, _SLICE_BYTES // (4 * store.spec.width))
+    for index, table in enumerate(tables):
+        for first in range(0, layout.num_keys, size):
+            ids = np.arange(first, min(first + size, layout.num_keys))
+            piece = float32(table[first : first + size])
+            if not np.isfinite(piece).all():
+                raise InputError(
+                    f"table {index} has rows that are not finite, near token {first}; the file is "
+                    "damaged"
+                )
+            rows[layout.row_numbers(ids), index] = piece
+
+
+def _fields(cls):
+    return dataclasses.fields(cls)

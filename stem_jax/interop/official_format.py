@@ -1,0 +1,284 @@
+"""The folder format of the official PyTorch code.
+
+    consolidated/consolidated.pth       {"model": backbone and tables}
+    consolidated/consolidated_stem.pth  tables alone
+    consolidated/params.json            sizes, dtype, tokenizer
+
+The official code reads the tables from the one or the other, depending on the program.
+"""
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stem_jax.config import Config, ModelConfig
+from stem_jax.data.tokenizer import Tokenizer
+from stem_jax.errors import InputError
+from stem_jax.interop.hf_export import DTYPES
+from stem_jax.interop.names import (
+    STEM_PREFIX,
+    TIED_HEAD,
+    Pair,
+    official_pairs,
+    official_table_names,
+)
+from stem_jax.interop.new_folder import new_folder
+from stem_jax.interop.safetensors_files import BFLOAT16, SINGLE_FILE, SafetensorsWriter, read_file
+from stem_jax.interop.saved_model import SavedModel
+
+FOLDER = "consolidated"
+_BACKBONE, _TABLES, _PARAMS = "consolidated.pth", "consolidated_stem.pth", "params.json"
+_MODEL_DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
+# The official code's names of our tokenizer kinds; it has none for a tokenizer.json.
+_TOKENIZERS = {"sentencepiece": "sp", "bytes": "bytes"}
+
+
+def export_official(
+    saved: SavedModel, out: str | Path, *, dtype: str = "float32", with_tokenizer: bool = True
+) -> None:
+    """Writes the `consolidated` folder.
+
+    Tensors lie in a temporary file meanwhile, mapped into memory: that takes as much disk space
+    again, but no memory.
+
+    Raises:
+        InputError: the folder exists, torch is missing, or the model has what the official code
+            has not: rotary scaling, or a tokenizer.json.
+    """
+    torch = import_torch()
+    out = Path(out)
+    # The path is in params.json, so it is that of the finished folder.
+    params = official_params(saved.config, dtype)
+    params["data"] = {"tokenizer": _tokenizer_entry(saved.tokenizer, out, with_tokenizer)}
+    prefix = STEM_PREFIX if saved.model.stem_layers else ""
+    with new_folder(out, "--out") as folder:
+        target = folder / FOLDER
+        target.mkdir()
+        if with_tokenizer and saved.tokenizer.file_name is not None:
+            (target / saved.tokenizer.file_name).write_bytes(saved.tokenizer.source)
+        (target / _PARAMS).write_text(json.dumps(params, indent=2) + "\n")
+        arrays = _mapped_tensors(saved, folder, prefix, DTYPES[dtype])
+        tensors = {name: _to_torch(array, torch) for name, array in arrays.items()}
+        if saved.model.tie_embeddings:
+            tensors[prefix + TIED_HEAD] = tensors[f"{prefix}tok_embeddings.weight"]
+        torch.save({"model": tensors}, target / _BACKBONE)
+        if saved.model.stem_layers:
+            names = official_table_names(saved.model)
+            torch.save({name: tensors[name] for name in names}, target / _TABLES)
+        (folder / SINGLE_FILE).unlink()
+
+
+def official_params(config: Config, dtype: str) -> dict[str, Any]:
+    """params.json without its tokenizer.
+
+    Raises:
+        InputError: the model has rotary scaling, which the official code has not.
+    """
+    model = config.model
+    if model.rope_scaling != "none":
+        raise InputError(
+            f"model.rope_scaling={model.rope_scaling} has no counterpart in the official code; "
+            "use --format=hf"
+        )
+    sizes = {
+        "dim": model.embed_dim,
+        "n_layers": model.num_layers,
+        "head_dim": model.head_dim,
+        "n_heads": model.num_heads,
+        "n_kv_heads": model.num_kv_heads,
+        **_ffn_sizes(model),
+        "norm_eps": model.norm_eps,
+        "rope_theta": model.rope_theta,
+        "init_base_std": model.init_base_std,
+        "init_std_factor": model.init_std_factor,
+        "max_seqlen": config.train.seq_len,
+        "seed": config.train.seed,
+        "vocab_size": model.vocab_size,
+        "weight_tying": model.tie_embeddings,
+        "sliding_window": None,
+    }
+    if model.stem_layers:
+        sizes |= {"stem_layers": list(model.stem_layers), "stem_embedding_dim": model.ffn_dim}
+    return {"model": sizes, "distributed": {"model_dtype": _MODEL_DTYPES[dtype]}}
+
+
+def read_official(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """params.json and the tensors of a `consolidated` folder, or of the one above it.
+
+    Only tensors are read from the files: code that a pickle may hold is refused, not run.
+
+    Raises:
+        InputError: missing or unreadable files, or tensors of another dtype than float32, float16
+            and bfloat16.
+    """
+    folder = path / FOLDER if (path / FOLDER).is_dir() else path
+    try:
+        params = json.loads((folder / _PARAMS).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--path={path} has no readable {_PARAMS} ({error}); give the {FOLDER} folder of a "
+            "checkpoint of the official code"
+        ) from error
+    loaded = _load(folder / _BACKBONE)
+    tensors = loaded.get("model", loaded)
+    if (folder / _TABLES).is_file():
+        tensors = {**tensors, **_load(folder / _TABLES)}
+    not_tensors = [name for name, value in tensors.items() if not hasattr(value, "numpy")]
+    if not_tensors:
+        raise InputError(f"{folder / _BACKBONE}: {not_tensors[0]} is not a tensor; remove it")
+    return params, {name: _to_numpy(name, tensor) for name, tensor in tensors.items()}
+
+
+def official_model_values(
+    params: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """The values of our model section that params.json and the shape of the FFN give.
+
+    Raises:
+        InputError: params.json lacks a key, or asks for what we have not.
+    """
+    try:
+        model = dict(params["model"])
+        dim, heads = model["dim"], model["n_heads"]
+        values = {
+            "vocab_size": model["vocab_size"],
+            "embed_dim": dim,
+            "num_layers": model["n_layers"],
+            "num_heads": heads,
+            "num_kv_heads": model.get("n_kv_heads") or heads,
+            "head_dim": model.get("head_dim") or dim // heads,
+            "stem_layers": tuple(model.get("stem_layers") or ()),
+            "tie_embeddings": bool(model.get("weight_tying", False)),
+            "norm_eps": float(model["norm_eps"]),
+            "rope_theta": float(model["rope_theta"]),
+            "init_base_std": model.get("init_base_std"),
+            "init_std_factor": model.get("init_std_factor", "disabled"),
+        }
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"{_PARAMS} lacks model.{error}; give the file that was written with the checkpoint"
+        ) from error
+    if model.get("sliding_window"):
+        raise InputError(
+            f"{_PARAMS}: model.sliding_window={model['sliding_window']} is not supported; only "
+            "models that attend to the whole document can be imported"
+        )
+    gate = "layers.0.feed_forward.w1.weight"
+    found = [tensor for name, tensor in tensors.items() if name.endswith(gate)]
+    if not found:
+        raise InputError(f"{_BACKBONE} has no {gate}; it is not a checkpoint of a transformer")
+    # The formula behind it needs two more values, which not every file has.
+    return values | {"ffn_dim": found[0].shape[0]}
+
+
+def official_tokenizer(params: Mapping[str, Any], path: Path) -> tuple[str, Path | None] | None:
+    """Kind and file of the tokenizer that params.json names; None if it is not here."""
+    entry = (params.get("data") or {}).get("tokenizer") or {}
+    kinds = {name: kind for kind, name in _TOKENIZERS.items()}
+    kind = kinds.get(entry.get("name"))
+    if kind in (None, "bytes"):
+        return None if kind is None else (kind, None)
+    named = Path(entry.get("path") or "")
+    places = (named, path / named.name, path / FOLDER / named.name)
+    return next(((kind, place) for place in places if place.is_file()), None)
+
+
+def import_torch():
+    """The torch module.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(
+            "the official format is that of torch.save: pip install torch (the CPU build will do)"
+        ) from error
+    return torch
+
+
+def _mapped_tensors(
+    saved: SavedModel, folder: Path, prefix: str, dtype: np.dtype
+) -> dict[str, np.ndarray]:
+    """All tensors under the official names, in a file in `folder`."""
+    pairs = list(official_pairs(saved.model))
+    tables = official_table_names(saved.model)
+    shapes = {prefix + pair.official: pair.official_shape for pair in pairs}
+    shapes |= dict.fromkeys(tables, (saved.model.vocab_size, saved.model.ffn_dim))
+    total = 8 * sum(int(np.prod(shape)) for shape in shapes.values())
+    with SafetensorsWriter(folder, shapes, dtype, total) as writer:
+        for pair in pairs:
+            writer.write(prefix + pair.official, _theirs(pair, saved.param(pair.ours)))
+        for ids, columns, rows_nxSxC in saved.table_pieces() if tables else ():
+            for index, name in enumerate(tables):
+                writer.write_rows(name, ids, columns, rows_nxSxC[:, index])
+    return read_file(folder / SINGLE_FILE)
+
+
+def _theirs(pair: Pair, value: np.ndarray) -> np.ndarray:
+    return value.T if pair.is_linear else value
+
+
+def _to_torch(array: np.ndarray, torch):
+    kind = torch.bfloat16 if array.dtype == BFLOAT16 else torch.float32
+    with warnings.catch_warnings():
+        # The array is read-only; nothing writes to the tensor.
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(array.view(np.uint8)).view(kind)
+
+
+def _to_numpy(name: str, tensor) -> np.ndarray:
+    torch = import_torch()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.detach().view(torch.int16).numpy().view(BFLOAT16)
+    if tensor.dtype not in (torch.float32, torch.float16):
+        raise InputError(
+            f"{name} has dtype {tensor.dtype}; convert it to float32, float16 or bfloat16 first"
+        )
+    return tensor.detach().numpy()
+
+
+def _load(path: Path) -> dict[str, Any]:
+    torch = import_torch()
+    if not path.is_file():
+        raise InputError(f"{path} is missing; consolidate the checkpoint with the official code")
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises what its unpickler and its reader meet
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{path} cannot be read as tensors alone ({reason}); a file with other objects or code "
+            "is not loaded: save it again with tensors only"
+        ) from error
+    if not isinstance(loaded, dict):
+        raise InputError(
+            f"{path} holds a {type(loaded).__name__}, expected a dictionary of tensors"
+        )
+    return loaded
+
+
+def _tokenizer_entry(tokenizer: Tokenizer, out: Path, with_tokenizer: bool) -> dict[str, Any]:
+    if not with_tokenizer:
+        return {"name": None, "path": None}
+    if tokenizer.kind not in _TOKENIZERS:
+        raise InputError(
+            f"tokenizer kind {tokenizer.kind!r} has no counterpart in the official code; give "
+            "--no-tokenizer"
+        )
+    file = tokenizer.file_name
+    path = None if file is None else str(out.absolute() / FOLDER / file)
+    return {"name": _TOKENIZERS[tokenizer.kind], "path": path}
+
+
+def _ffn_sizes(model: ModelConfig) -> dict[str, Any]:
+    """The two values from which the official code computes F: up to a multiple of 8/3 D times m."""
+    third = int(2 * 4 * model.embed_dim / 3)
+    if -(-third // 256) * 256 == model.ffn_dim:
+        return {"ffn_dim_multiplier": None, "multiple_of": 256}
+    # In the middle between two integers, so that rounding does not matter.
+    return {"ffn_dim_multiplier": (model.ffn_dim + 0.5) / third, "multiple_of": 1}

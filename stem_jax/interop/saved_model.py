@@ -1,0 +1,159 @@
+"""A checkpoint read piece by piece: the model is never in memory whole.
+
+`loading.load_run` puts the parameters and the table with its slot variables onto a device. Here one
+parameter, or a few MiB of rows, are read at a time, straight from the arrays of the checkpoint.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorstore as ts
+
+from stem_jax.checkpoint import FOLDER, Checkpointer, CheckpointInfo
+from stem_jax.config import Config, ModelConfig
+from stem_jax.data.tokenizer import Tokenizer, load_tokenizer_folder
+from stem_jax.errors import InputError
+from stem_jax.tables.row_optimizer import RowOptimizer
+from stem_jax.tables.spec import TableSpec, TableState
+from stem_jax.training.schedule import make_schedule
+
+# Of rows that are read at a time; with both moments there are three arrays of this size.
+_PIECE_BYTES = 2**24
+# Of rows that catch up at a time, which takes some ten arrays of this size.
+_SLICE_BYTES = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedModel:
+    """One checkpoint. folder: of the step. info: its plain part. tokenizer: that of its rows."""
+
+    folder: Path
+    info: CheckpointInfo
+    tokenizer: Tokenizer
+
+    @property
+    def config(self) -> Config:
+        """As trained."""
+        return self.info.config
+
+    @property
+    def model(self) -> ModelConfig:
+        """The model section of the configuration."""
+        return self.config.model
+
+    def param(self, name: str) -> np.ndarray:
+        """A parameter of the backbone."""
+        return self._read("params", name, ...)
+
+    def table_pieces(self) -> Iterator[tuple[np.ndarray, slice, np.ndarray]]:
+        """Token ids [n], columns, and these columns of their rows [n, S, columns].
+
+        Together they are the rows of all ids below the vocabulary size, each once, as the next
+        training step would see them: rows of `deferred_adamw` that lag behind catch up here.
+        """
+        spec = TableSpec.from_config(self.config)
+        lagging = spec.optimizer == "deferred_adamw" and self.info.updates > 0
+        catch_up = self._catch_up(spec) if lagging else None
+        num_rows, num_columns = self._piece_sizes(spec)
+        for first in range(0, spec.num_rows, num_rows):
+            part = slice(first, min(first + num_rows, spec.num_rows))
+            keys = spec.layout.key_numbers(np.arange(part.start, part.stop))
+            real = keys < spec.layout.num_keys
+            for left in range(0, spec.width, num_columns):
+                columns = slice(left, min(left + num_columns, spec.width))
+                for places, rows in self._rows(part, columns, catch_up):
+                    yield keys[places][real[places]], columns, rows[real[places]]
+
+    def _rows(
+        self, part: slice, columns: slice, catch_up: Callable[[TableState], jax.Array] | None
+    ) -> Iterator[tuple[slice, np.ndarray]]:
+        """Places in the part, from 0, and their rows."""
+        wanted = (part, slice(None), columns)
+        stored = self._read("table_rows", "rows", wanted)
+        if catch_up is None:
+            yield slice(0, len(stored)), stored
+            return
+        slots = {name: self._read("table_slots", name, wanted) for name in ("mu", "nu")}
+        slots["last_step"] = self._read("table_slots", "last_step", part)
+        size = max(1, _SLICE_BYTES // stored[0].nbytes)
+        for first in range(0, len(stored), size):
+            places = slice(first, first + size)
+            state = TableState(
+                rows=stored[places], **{name: slot[places] for name, slot in slots.items()}
+            )
+            yield places, np.asarray(catch_up(state))
+
+    def _catch_up(self, spec: TableSpec) -> Callable[[TableState], jax.Array]:
+        """Rows of some row numbers as the next step would see them."""
+        updates, optimizer = self.info.updates, RowOptimizer(spec)
+        history = make_schedule(self.config, updates + 1).table
+
+        @jax.jit
+        def catch_up(state: TableState) -> jax.Array:
+            return optimizer.read(state, jnp.arange(len(state.rows)), updates, history).rows
+
+        return catch_up
+
+    def _piece_sizes(self, spec: TableSpec) -> tuple[int, int]:
+        """Rows and columns of a piece: those of whole chunks, which are decompressed at once."""
+        rows, _, columns = self._open("table_rows", "rows").chunk_layout.read_chunk.shape
+        return rows * max(1, _PIECE_BYTES // (4 * rows * spec.num_layers * columns)), columns
+
+    def _open(self, item: str, name: str) -> ts.TensorStore:
+        store = {"driver": "ocdbt", "base": (self.folder / item).as_uri(), "path": f"{name}/"}
+        # Without a cache: every chunk is read once.
+        context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+        spec = {"driver": "zarr", "kvstore": store}
+        try:
+            return ts.open(spec, open=True, read=True, context=context).result()
+        except ValueError as error:
+            raise self._damaged(item, name, error) from error
+
+    def _read(self, item: str, name: str, part) -> np.ndarray:
+        source = self._open(item, name)
+        try:
+            return source[part].read().result()
+        except ValueError as error:
+            raise self._damaged(item, name, error) from error
+
+    def _damaged(self, item: str, name: str, error: ValueError) -> InputError:
+        reason = " ".join(str(error).split())[:200]
+        return InputError(
+            f"checkpoint {self.folder} is incomplete or damaged ({item}/{name}: {reason}); give "
+            "another --step"
+        )
+
+
+def open_saved_model(workdir: str | Path, step: int | None = None) -> SavedModel:
+    """Opens a checkpoint of a run.
+
+    Args:
+        workdir: a run folder, as given to `stem_jax.train`.
+        step: of the checkpoint; None is the newest.
+
+    Raises:
+        InputError: no such folder, run, checkpoint or tokenizer, or a tokenizer that the checkpoint
+            was not trained with.
+    """
+    workdir = Path(workdir)
+    if not (workdir / FOLDER).is_dir():
+        raise InputError(
+            f"--workdir={workdir} has no {FOLDER} folder; give the folder of a training run"
+        )
+    with Checkpointer(workdir, read_only=True) as checkpoints:
+        found = checkpoints.latest_step() if step is None else step
+        if found is None:
+            raise InputError(f"--workdir={workdir} has no complete checkpoint yet")
+        info = checkpoints.info(found)
+        folder = checkpoints.folder / str(found)
+    tokenizer = load_tokenizer_folder(workdir / "tokenizer")
+    if tokenizer.fingerprint != info.tokenizer:
+        raise InputError(
+            f"checkpoint {found} was trained with tokenizer {info.tokenizer[:12]}, "
+            f"{workdir / 'tokenizer'} holds {tokenizer.fingerprint[:12]}; restore the original"
+        )
+    return SavedModel(folder, info, tokenizer)

@@ -1,0 +1,207 @@
+"""Tokenizers for the transformers library, written only if they give the same ids.
+
+Rows belong to token ids, so another id is another row: a tokenizer that differs on some texts
+spoils the model on them without a sign. The file that is written is read again and compared on a
+corpus of texts that tokenizers are known to differ on.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+from stem_jax.data.tokenizer import (
+    BytesTokenizer,
+    HfTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+)
+from stem_jax.errors import InputError
+
+NATIVE_FOLDER = "native_tokenizer"
+_SPACE = "\u2581"
+_TOPICS = 40
+_PROBES = (
+    "",
+    " ",
+    "      six spaces, and three at the end   ",
+    "\ttab\t\ttabs\n\n\nnewlines\r\nand carriage returns\r",
+    "def f(x):\n    if x > 10_000:\n        return [x ** 2, 0xFF, 1.5e-3]\n",
+    "1 12 123 1234567890 3.14159 ١٢٣ ①②③ ½ x² H₂O",
+    "ﬁne ligatures ﬀ, ＦＵＬＬ ｗｉｄｔｈ, ℌ, ™, Å and Å",
+    "café, cafe\u0301, naïve, Straße, İstanbul, ǅ",
+    "日本語のテキスト、中文文本。한국어 텍스트",
+    "Русский текст, Ελληνικά, עברית, العربية, हिन्दी, ไทย",
+    "👍🏽 👨‍👩‍👧‍👦 🇫🇷 ☕\ufe0f",
+    "no\u00a0break, zero\u200bwidth, em\u2003space, line\u2028separator, \ufeffmark",
+    "<s>",
+    "</s> and <s> in a text, <unk>, <0x41>, [INST], <|endoftext|>",
+    "quotes “”‘’ … — – ¿¡ «»",
+    "ALL CAPS CamelCase snake_case kebab-case http://a.b/c?d=e&f#g",
+    "control \x00\x01\x1f\x7f characters",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa ======= -------- ......... !!!!!!",
+)
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
+    """Writes `tokenizer.json`, its configuration, and ours beside them for an import.
+
+    Args:
+        tokenizer: of the model. Its ids are `[bos, *encode(text)]`, as in training.
+        folder: of the export.
+        context: tokens that the model takes.
+
+    Raises:
+        InputError: the file gives other ids than the tokenizer, or there is no way to write it.
+    """
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise InputError(
+            "exporting the tokenizer needs the tokenizers package: pip install tokenizers, or give "
+            "--no-tokenizer"
+        ) from error
+    description = _description(tokenizer)
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(description, ensure_ascii=False, indent=1), "utf-8")
+    vocabulary = {
+        number: token
+        for token, number in tokenizers.Tokenizer.from_file(str(path)).get_vocab().items()
+    }
+    settings = {
+        # Text that looks like a special token is text, as in training.
+        "split_special_tokens": True,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": vocabulary[tokenizer.bos_id],
+        "eos_token": vocabulary[tokenizer.eos_id],
+        "pad_token": vocabulary[tokenizer.eos_id],
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": context,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    read_back = tokenizers.Tokenizer.from_file(str(path))
+    read_back.encode_special_tokens = True
+    for text in probe_texts():
+        ours = [tokenizer.bos_id, *tokenizer.encode(text)]
+        theirs = read_back.encode(text).ids
+        if ours != theirs:
+            raise InputError(_difference(text, ours, theirs))
+    tokenizer.save(folder / NATIVE_FOLDER)
+
+
+def probe_texts() -> Iterator[str]:
+    """Texts on which tokenizers are known to differ, and documentation of Python."""
+    yield from _PROBES
+    for name in sorted(topics)[:_TOPICS]:
+        yield topics[name]
+
+
+def _difference(text: str, ours: list[int], theirs: list[int]) -> str:
+    place = next(
+        (i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs))
+    )
+    return (
+        f"the exported tokenizer differs on {text[:40]!r}: token {place} is "
+        f"{theirs[place : place + 1]}, in training it was {ours[place : place + 1]}, so that rows "
+        "of other tokens would be read; give --no-tokenizer to export without it, and encode texts "
+        "with the tokenizer of the work folder"
+    )
+
+
+def _description(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The content of tokenizer.json."""
+    if isinstance(tokenizer, HfTokenizer):
+        description = json.loads(tokenizer.source)
+        vocabulary = tokenizer.processor.get_vocab(with_added_tokens=True)
+        bos = next(token for token, number in vocabulary.items() if number == tokenizer.bos_id)
+    elif isinstance(tokenizer, SentencePieceTokenizer):
+        description, bos = _sentencepiece(tokenizer)
+    elif isinstance(tokenizer, BytesTokenizer):
+        pieces = [f"<0x{value:02X}>" for value in range(256)]
+        description, bos = _byte_fallback([*pieces, "<s>", "</s>"], {256, 257}, None, []), "<s>"
+    else:
+        raise InputError(
+            f"tokenizer kind {tokenizer.kind!r} has no form in transformers; give --no-tokenizer"
+        )
+    # Documents begin with bos in training, and prompts in generation.
+    bos_first = {"SpecialToken": {"id": bos, "type_id": 0}}
+    text, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    special = {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}}
+    description["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [bos_first, text],
+        "pair": [bos_first, text, second],
+        "special_tokens": special,
+    }
+    return description
+
+
+def _sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[dict[str, Any], str]:
+    processor = tokenizer.processor
+    numbers = range(tokenizer.vocab_size)
+    pieces = [processor.id_to_piece(number) for number in numbers]
+    special = {n for n in numbers if processor.is_control(n) or processor.is_unknown(n)}
+    normal = {
+        piece: number
+        for number, piece in enumerate(pieces)
+        if number not in special
+        and not processor.is_byte(number)
+        and not processor.is_unused(number)
+    }
+    # SentencePiece joins the neighbours whose joint piece has the best score.
+    merges = [
+        [piece[:cut], piece[cut:]]
+        for piece in sorted(normal, key=lambda piece: -processor.get_score(normal[piece]))
+        for cut in range(1, len(piece))
+        if piece[:cut] in normal and piece[cut:] in normal
+    ]
+    unknown = processor.id_to_piece(processor.unk_id()) if processor.unk_id() >= 0 else None
+    description = _byte_fallback(pieces, special, unknown, merges)
+    description["normalizer"] = _replace(" ", _SPACE)
+    return description, pieces[tokenizer.bos_id]
+
+
+def _byte_fallback(
+    pieces: list[str], special: set[int], unknown: str | None, merges: list[list[str]]
+) -> dict[str, Any]:
+    """A BPE model that takes unknown characters as bytes, and U+2581 for a space."""
+    return {
+        "version": "1.0",
+        "added_tokens": [
+            {
+                "id": number,
+                "content": pieces[number],
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+            for number in sorted(special)
+        ],
+        "normalizer": None,
+        "pre_tokenizer": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [_replace(_SPACE, " "), {"type": "ByteFallback"}, {"type": "Fuse"}],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": unknown,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": {piece: number for number, piece in enumerate(pieces)},
+            "merges": merges,
+        },
+    }
+
+
+def _replace(pattern: str, content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"String": pattern}, "content": content}

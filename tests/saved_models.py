@@ -1,0 +1,89 @@
+"""Small trained models in work folders, and what both sides of an export say about a batch."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stem_jax.checkpoint import Checkpointer, CheckpointInfo
+from stem_jax.data.tokenizer import Tokenizer, load_tokenizer
+from stem_jax.generation import Generator
+from stem_jax.loading import LoadedRun
+from stem_jax.model.transformer import Inputs
+from stem_jax.sampling import Sampling
+from stem_jax.training.schedule import make_schedule
+from stem_jax.training.state import ModelDef, TrainState, init_state
+from stem_jax.training.step import TrainStep
+
+BYTES = load_tokenizer("bytes")
+UPDATES = 40
+CONTEXT = 128
+SIZES = {
+    "model.vocab_size": 258,
+    "model.num_layers": 3,
+    "model.stem_layers": (0, 2),
+    "train.seq_len": 16,
+    "train.steps": UPDATES,
+    "optimizer.learning_rate": 0.01,
+    "mesh.data": 1,
+}
+
+
+def trained_state(step: TrainStep, make_batch) -> TrainState:
+    """A state after some updates. Rows lag behind by different numbers of them.
+
+    Ids of a sequence come from a group of 16, each followed by the same one. Batch by batch another
+    group is left out.
+    """
+    schedule = make_schedule(step.config, UPDATES)
+    state = init_state(step.config, step.model, step.mesh)
+    for number in range(UPDATES):
+        batch = make_batch(step, seed=number)
+        group = batch.tokens[..., :1] % 16
+        group = jnp.where(group == number % 16, group + 1, group) % 16
+        series = [batch.tokens[..., 0] % 16]
+        for _ in range(batch.tokens.shape[-1]):
+            series.append((5 * series[-1] + 3) % 16)
+        ids = 16 * group + jnp.stack(series, axis=-1)
+        batch = dataclasses.replace(batch, tokens=ids[..., :-1], targets=ids[..., 1:])
+        state, _ = step.update(state, batch, schedule)
+    return state
+
+
+def save_run(folder: Path, step: TrainStep, state: TrainState, tokenizer: Tokenizer = BYTES):
+    """A work folder with this state, whose context is longer than what it was trained on."""
+    train = dataclasses.replace(step.config.train, seq_len=CONTEXT)
+    config = dataclasses.replace(step.config, train=train)
+    tokenizer.save(folder / "tokenizer")
+    info = CheckpointInfo(
+        UPDATES, UPDATES, 0, 0, tokenizer.fingerprint, {"seed": 0, "sources": "none"}, config
+    )
+    with Checkpointer(folder) as checkpoints:
+        checkpoints.save(state, info, None)
+
+
+def logits(run: LoadedRun, tokens_BxL: np.ndarray) -> np.ndarray:
+    """Our logits [B, L, V] of whole sequences."""
+    B, L = tokens_BxL.shape
+    tokens = jnp.asarray(tokens_BxL, jnp.int32)
+    rows = run.rows.serve(tokens)
+
+    @jax.jit
+    def forward(params, rows):
+        block, inverse = rows.block(tokens, run.config.model.compute_dtype)
+        positions = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), (B, L))
+        model = ModelDef(run.config).bind(params)
+        hidden, _ = model(Inputs(tokens, inverse, positions, jnp.ones_like(tokens)), block)
+        return model.logits(hidden)
+
+    return np.asarray(forward(run.params, rows))
+
+
+def greedy(run: LoadedRun, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    """Our greedy completions of a batch, ended by eos."""
+    generator = Generator(run.config, run.params, run.rows, run.tokenizer, run.mesh)
+    steps = generator.steps(prompts, new_tokens, Sampling(temperature=0.0))
+    columns = list(zip(*steps, strict=True))
+    return [[token for token in column if token is not None] for column in columns]
