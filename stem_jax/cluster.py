@@ -73,7 +73,7 @@ class Gang:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds --multihost and where the other processes are."""
+    """Adds --multihost, where the other processes are, and what a launcher is told."""
     known = Gang.from_environment()
     parser.add_argument(
         "--multihost", action="store_true", help="this is one of several processes of a run"
@@ -87,6 +87,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--process-index", type=int, default=known.process_index)
     parser.add_argument(
         "--init-timeout", type=int, default=known.timeout, help="seconds to wait for the others"
+    )
+    parser.add_argument(
+        "--stopped-status",
+        type=int,
+        default=0,
+        help="exit status if told to stop before the end; not 0 where 0 ends a job for good",
     )
 
 

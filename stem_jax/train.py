@@ -26,12 +26,6 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--config", required=True, help="config file, e.g. configs/tiny.py")
     parser.add_argument("--workdir", help="run folder; without it, runs/NAME of the config")
-    parser.add_argument(
-        "--stopped-status",
-        type=int,
-        default=0,
-        help="exit status if told to stop before the end; not 0 where 0 ends a job for good",
-    )
     add_flags(parser)
     flags, overrides = cli.split_overrides(argv)
     args = parser.parse_args(flags)
