@@ -10,7 +10,7 @@ from pathlib import Path
 
 from stem_jax import cli
 from stem_jax.data.tokenizer import KINDS
-from stem_jax.interop.conversion import Calibration, convert
+from stem_jax.interop.conversion import Calibration, check_overrides, convert
 from stem_jax.interop.import_model import BASE_CONFIG, import_config, write_checkpoint
 from stem_jax.interop.imports import FORMATS, find_tokenizer, read_model
 from stem_jax.interop.new_folder import check_absent
@@ -40,6 +40,7 @@ def main(argv: list[str]) -> None:
         parser.error("--calibration-... and --table-... need --stem-layers, which are not given")
     if args.tokenizer_path and not args.tokenizer:
         parser.error("--tokenizer-path needs --tokenizer, the kind")
+    check_overrides(overrides if args.stem_layers else {})
     check_absent(Path(args.workdir), "--workdir")
     start = time.perf_counter()
     given = (args.tokenizer, args.tokenizer_path) if args.tokenizer else None

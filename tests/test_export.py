@@ -26,6 +26,7 @@ from stem_jax.loading import load_run
 LOGITS = 1e-4
 # With bos: 4, 10 and 21 tokens.
 PROMPTS = ["abc", "one more.", "a longer prompt: 123"]
+# Rotary factors are not the context over the original one, from which they could be guessed.
 MODELS = {
     "stem_gqa": {"model.head_dim": 10, "model.norm_eps": 1e-3},
     "stem_tied": {
@@ -33,7 +34,7 @@ MODELS = {
         "model.num_kv_heads": 4,
         "model.rope_theta": 5e5,
         "model.rope_scaling": "llama3",
-        "model.rope_factor": 8.0,
+        "model.rope_factor": 4.0,
         "model.rope_original_len": 16,
     },
     "dense": {"model.stem_layers": "none"},
@@ -41,7 +42,7 @@ MODELS = {
         "model.stem_layers": "none",
         "model.tie_embeddings": True,
         "model.rope_scaling": "yarn",
-        "model.rope_factor": 8.0,
+        "model.rope_factor": 4.0,
         "model.rope_original_len": 16,
     },
 }

@@ -51,6 +51,8 @@ def llama(text, tmp_path_factory):
         num_key_value_heads=2,
         max_position_embeddings=CONTEXT,
         initializer_range=0.1,
+        bos_token_id=BYTES.bos_id,
+        eos_token_id=BYTES.eos_id,
     )
     model = transformers.LlamaForCausalLM(config)
     ids = torch.tensor(BYTES.encode(text.read_text()))
@@ -200,6 +202,13 @@ def test_without_training_the_tables(llama, text, tmp_path, capsys):
         (["--stem_layers=1", "--calibration-text=nothing.txt"], 1, "'nothing.txt' matches no file"),
         (["--stem_layers=1", "--calibration-tokens=0"], 1, "--calibration-tokens=0 must be"),
         (["--stem_layers=1", "--table-steps=-1"], 1, "--table-steps=-1 must be 0 or more"),
+        (
+            ["--stem_layers=1", "--config.optimizer.learning_rate=1e-4"],
+            1,
+            "learning_rate=1e-4 does not apply to --stem-layers, whose tables are trained as "
+            "--table-rate says",
+        ),
+        (["--stem_layers=1", "--config.train.steps=9"], 1, "are trained as --table-steps says"),
         (["--stem_layers=1", "--table-rate=0"], 1, "--table-rate=0.0 must be between"),
         (
             ["--stem_layers=1", "--config.data.validation_fraction=0"],

@@ -9,7 +9,7 @@ before, in between and after.
 import argparse
 import dataclasses
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -35,6 +35,13 @@ from stem_jax.training.step import TrainStep
 # Longer sequences say little more about a token, and cost more.
 _LONGEST = 512
 _PIECE_BYTES = 2**25
+# Keys of the configuration that flags of the conversion stand for.
+_NOT_FOLLOWED = {
+    "optimizer.learning_rate": "--table-rate",
+    "tables.lr_multiplier": "--table-rate",
+    "optimizer.schedule_steps": "--table-steps",
+    "train.steps": "--table-steps",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +118,16 @@ class ConversionReport:
         if self.trained is not None:
             lines.append(_line(f"after {self.steps} steps of the tables alone", self.trained))
         return "\n".join(lines)
+
+
+def check_overrides(overrides: Mapping[str, str]) -> None:
+    """Raises InputError for keys that a conversion does not follow."""
+    for key, flag in _NOT_FOLLOWED.items():
+        if key in overrides:
+            raise InputError(
+                f"--config.{key}={overrides[key]} does not apply to --stem-layers, whose tables "
+                f"are trained as {flag} says; give that, and this one to the run that follows"
+            )
 
 
 def convert(
@@ -243,8 +260,7 @@ def _train_tables(
             if int(metrics["bad_steps"]) >= train.max_bad_steps:
                 raise TrainingError(
                     f"loss or gradients were not finite in {train.max_bad_steps} steps in a row, "
-                    f"up to step {step + 1}; lower --config.optimizer.learning_rate, or look at "
-                    "the text"
+                    f"up to step {step + 1}; lower --table-rate, or look at the text"
                 )
     return state
 

@@ -44,6 +44,15 @@ _ONLY = {
     "partial_rotary_factor": 1.0,
     "sliding_window": None,
 }
+_SIZES = (
+    "vocab_size",
+    "embed_dim",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "ffn_dim",
+)
 _ROPE_ONLY = {
     "default": {},
     "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
@@ -100,16 +109,26 @@ def find_tokenizer(kind: str, path: Path, given: tuple[str, str | None] | None) 
         given: kind and file, which come first; None to look for them in the folder.
 
     Raises:
-        InputError: there is none, or it cannot be read.
+        InputError: there is none, it cannot be read, or another one was exported with the model.
     """
+    native = path / NATIVE_FOLDER
     if given is not None:
-        return load_tokenizer(*given)
+        tokenizer = load_tokenizer(*given)
+        if kind != "official" and native.is_dir():
+            own = load_tokenizer_folder(native)
+            if tokenizer.fingerprint != own.fingerprint:
+                raise InputError(
+                    f"--tokenizer={tokenizer.kind} has fingerprint {tokenizer.fingerprint[:12]}, "
+                    f"the model was exported with {own.fingerprint[:12]}, which is in {native}; "
+                    "leave the flag out"
+                )
+        return tokenizer
     if kind == "official":
         found = official_tokenizer(json.loads(_params_file(path).read_text()), path)
         if found is not None:
             return load_tokenizer(*found)
-    elif (path / NATIVE_FOLDER).is_dir():
-        return load_tokenizer_folder(path / NATIVE_FOLDER)
+    elif native.is_dir():
+        return load_tokenizer_folder(native)
     elif (path / "tokenizer.json").is_file():
         return load_tokenizer("hf", path / "tokenizer.json")
     elif (path / "tokenizer.model").is_file():
@@ -148,7 +167,7 @@ def llama_model_values(config: Mapping[str, Any], tied: bool) -> dict[str, Any]:
         }
     except InputError:
         raise
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise InputError(
             f"config.json: {type(error).__name__} {error}; give the file that belongs to the model"
         ) from error
@@ -205,12 +224,28 @@ def _transformers(kind: str, path: Path) -> Imported:
 
     makers = {weight.ours: maker(weight) for weight in llama_weights(model)}
     tables = [tensors[name] for name in table_names(model)]
-    return Imported(values, config.get("max_position_embeddings", 2048), LazyParams(makers), tables)
+    context = config.get("max_position_embeddings", 2048)
+    return Imported(values, context, LazyParams(makers), tables, _special_ids(config))
+
+
+def _special_ids(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    ids = {}
+    for name in ("bos_token_id", "eos_token_id"):
+        value = config.get(name)
+        found = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(one) is int for one in found):
+            raise InputError(f"config.json has {name}={value!r}, expected token ids; correct it")
+        ids[name] = tuple(found)
+    return ids
 
 
 def _rope_values(config: Mapping[str, Any]) -> dict[str, Any]:
     # Before transformers 5 the base stood by itself, and the rest under rope_scaling.
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise InputError(
+            f"config.json has {rope!r} as its rotary parameters, expected a dictionary; correct it"
+        )
     theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in _ROPE_ONLY:
@@ -240,7 +275,17 @@ def _rope_values(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _model(values: dict[str, Any]) -> ModelConfig:
-    """A model of these sizes; the other values do not matter for its tensors."""
+    """A model of these sizes; the other values do not matter for its tensors.
+
+    Raises:
+        InputError: a size that is none.
+    """
+    for name in _SIZES:
+        if type(values[name]) is not int or values[name] < 1:
+            raise InputError(
+                f"the configuration beside the tensors gives {name}={values[name]!r}, expected a "
+                "number of at least 1; give the file that belongs to the model"
+            )
     others = dict.fromkeys(ModelConfig.__dataclass_fields__)
     return ModelConfig(**{**others, **values})
 

@@ -132,8 +132,9 @@ class StemAttention(nn.Module):
         self.layer = layer
 
     def forward(self, x_BxLxD, angles, mask_Bx1xLxT, cache):
+        """Without a mask, one query sees every key, and several are as many as there are keys."""
         B, L, _ = x_BxLxD.shape
-        Dh = self.config.head_dim
+        H, Dh = self.config.num_attention_heads, self.config.head_dim
         q, k, v = (
             project(x_BxLxD).view(B, L, -1, Dh).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -141,14 +142,22 @@ class StemAttention(nn.Module):
         q, k = _rotate(q, angles), _rotate(k, angles)
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
-        group = self.config.num_attention_heads // self.config.num_key_value_heads
-        k, v = (part.repeat_interleave(group, dim=1) for part in (k, v))
+        group = H // self.config.num_key_value_heads
         if self.config._attn_implementation == "eager":
+            k, v = (part.repeat_interleave(group, dim=1) for part in (k, v))
             scores = (q @ k.transpose(2, 3)).float() * Dh**-0.5
             scores = scores.masked_fill(~mask_Bx1xLxT, float("-inf"))
             out = scores.softmax(-1).to(v.dtype) @ v
-        else:
+        elif L == 1:
+            # The heads of a group as if they were positions: the cache is not copied for each.
+            q = q.reshape(B, -1, group, Dh)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_Bx1xLxT)
+            out = out.reshape(B, H, 1, Dh)
+        else:
+            causal, gqa = mask_Bx1xLxT is None, group > 1
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask_Bx1xLxT, is_causal=causal, enable_gqa=gqa
+            )
         return self.o_proj(out.transpose(1, 2).reshape(B, L, -1))
 
 
@@ -198,7 +207,8 @@ class StemModel(nn.Module):
         self.norm = StemRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.config = config
 
-    def forward(self, input_ids, x_BxLxD, attention_mask, position_ids, cache):
+    def forward(self, input_ids, x_BxLxD, attention_mask, position_ids, cache, keep_hidden=False):
+        """The normed output, and the hidden states before and between the layers if kept."""
         B, L = input_ids.shape
         past = 0 if cache is None else cache.get_seq_length()
         if past + L > self.config.max_position_embeddings:
@@ -210,29 +220,38 @@ class StemModel(nn.Module):
         device = x_BxLxD.device
         slots_T = torch.arange(past + L, device=device)
         queries_L = slots_T[past:]
-        mask = slots_T[None, :] <= queries_L[:, None]
         if attention_mask is not None:
             if attention_mask.shape != (B, past + L):
                 raise ValueError(
                     f"attention_mask is {tuple(attention_mask.shape)}; it must be "
                     f"{(B, past + L)}: one value for each token so far, 0 for padding"
                 )
-            real_BxT = attention_mask.to(device).bool()
+            attention_mask = attention_mask.to(device).bool()
+            # Asking for values would end a compilation.
+            if not (attention_mask.is_meta or torch.compiler.is_compiling()):
+                attention_mask = None if attention_mask.all() else attention_mask
+        # Attention needs none for the whole causal square, nor for one token that sees all others.
+        plain = attention_mask is None and (past == 0 or L == 1)
+        if plain and self.config._attn_implementation != "eager":
+            mask_Bx1xLxT = None
+        else:
+            mask = slots_T[None, :] <= queries_L[:, None]
+            mask_Bx1xLxT = mask.expand(B, L, past + L)[:, None]
+        if attention_mask is not None:
             # Padding sees itself, so that no row is empty and becomes NaN.
             itself = slots_T[None, :] == queries_L[:, None]
-            mask = (mask & real_BxT[:, None, :]) | itself
+            mask_Bx1xLxT = (mask_Bx1xLxT & attention_mask[:, None, None, :]) | itself
             if position_ids is None:
-                position_ids = (real_BxT.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
-        mask_Bx1xLxT = mask.expand(B, L, past + L)[:, None]
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
         if position_ids is None:
             position_ids = queries_L[None]
         angles = self._angles(position_ids.to(device))
-        hidden = [x_BxLxD]
+        before = []
         for layer in self.layers:
+            if keep_hidden:
+                before.append(x_BxLxD)
             x_BxLxD = layer(x_BxLxD, input_ids, angles, mask_Bx1xLxT, cache)
-            hidden.append(x_BxLxD)
-        hidden[-1] = self.norm(x_BxLxD)
-        return tuple(hidden)
+        return self.norm(x_BxLxD), before
 
     def _angles(self, position_ids):
         """Cosines and sines [B, 1, L, head_dim / 2], float32."""
@@ -266,7 +285,14 @@ class StemForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(cls, path, *args, config=None, device_map=None, **kwargs):
         """As in the base class; with `table_device`, `device_map` may name one device only."""
-        pinned = kwargs.get("table_device") or getattr(config, "table_device", None)
+        pinned = None
+        if "table_device" in kwargs:
+            pinned = kwargs["table_device"]
+        elif isinstance(config, PretrainedConfig):
+            pinned = getattr(config, "table_device", None)
+        elif device_map is not None:
+            values, _ = cls.config_class.get_config_dict(config or path, **kwargs)
+            pinned = values.get("table_device")
         if pinned is None or device_map is None:
             return super().from_pretrained(
                 path, *args, config=config, device_map=device_map, **kwargs
@@ -294,6 +320,15 @@ class StemForCausalLM(PreTrainedModel, GenerationMixin):
     def resize_token_embeddings(self, *args, **kwargs):
         raise ValueError("the tables have a row for each token id: the vocabulary cannot change")
 
+    def generate(self, inputs=None, *args, **kwargs):
+        """As in the base class, from token ids."""
+        if kwargs.get("inputs_embeds") is not None:
+            raise ValueError(
+                "inputs_embeds are for forward only: the tokens that generate adds have none; give "
+                "input_ids alone"
+            )
+        return super().generate(inputs, *args, **kwargs)
+
     def forward(
         self,
         input_ids=None,
@@ -318,16 +353,30 @@ class StemForCausalLM(PreTrainedModel, GenerationMixin):
                 "input_ids are missing: STEM layers look up rows by token id, so inputs_embeds "
                 "alone are not enough; give the ids of the same tokens too"
             )
+        if inputs_embeds is not None and inputs_embeds.shape[:2] != input_ids.shape:
+            raise ValueError(
+                f"inputs_embeds are {tuple(inputs_embeds.shape)}, input_ids "
+                f"{tuple(input_ids.shape)}; give the ids of the same tokens"
+            )
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if cache is None:
             cache = past_key_values
         if cache is None and use_cache:
             cache = DynamicCache()
+        if getattr(cache, "is_compileable", False):
+            raise ValueError(
+                f"a {type(cache).__name__} has a fixed length, which this model does not support; "
+                'give a DynamicCache, or leave out cache_implementation="static"'
+            )
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        hidden = self.model(input_ids, x, attention_mask, position_ids, cache)
+        last, before = self.model(
+            input_ids, x, attention_mask, position_ids, cache, output_hidden_states
+        )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden[-1][:, keep])
+        logits = self.lm_head(last[:, keep])
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -336,7 +385,7 @@ class StemForCausalLM(PreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            hidden_states=hidden if output_hidden_states else None,
+            hidden_states=(*before, last) if output_hidden_states else None,
             **{_CACHE_FIELD: cache if use_cache else None},
         )
         return output.to_tuple() if return_dict is False else output

@@ -8,6 +8,8 @@ The official code reads the tables from the one or the other, depending on the p
 """
 
 import json
+import re
+import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,6 +37,8 @@ _BACKBONE, _TABLES, _PARAMS = "consolidated.pth", "consolidated_stem.pth", "para
 _MODEL_DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 # The official code's names of our tokenizer kinds; it has none for a tokenizer.json.
 _TOKENIZERS = {"sentencepiece": "sp", "bytes": "bytes"}
+# Of two tables that are compared at a time.
+_PIECE_BYTES = 2**25
 
 
 def export_official(
@@ -46,8 +50,8 @@ def export_official(
     again, but no memory.
 
     Raises:
-        InputError: the folder exists, torch is missing, or the model has what the official code
-            has not: rotary scaling, or a tokenizer.json.
+        InputError: the folder exists or does not fit onto the disk, torch is missing, or the model
+            has what the official code has not: rotary scaling, or a tokenizer.json.
     """
     torch = import_torch()
     out = Path(out)
@@ -56,6 +60,7 @@ def export_official(
     params["data"] = {"tokenizer": _tokenizer_entry(saved.tokenizer, out, with_tokenizer)}
     prefix = STEM_PREFIX if saved.model.stem_layers else ""
     with new_folder(out, "--out") as folder:
+        _check_space(saved.model, folder, DTYPES[dtype], out)
         target = folder / FOLDER
         target.mkdir()
         if with_tokenizer and saved.tokenizer.file_name is not None:
@@ -65,10 +70,10 @@ def export_official(
         tensors = {name: _to_torch(array, torch) for name, array in arrays.items()}
         if saved.model.tie_embeddings:
             tensors[prefix + TIED_HEAD] = tensors[f"{prefix}tok_embeddings.weight"]
-        torch.save({"model": tensors}, target / _BACKBONE)
+        _save(torch, {"model": tensors}, target / _BACKBONE, out)
         if saved.model.stem_layers:
             names = official_table_names(saved.model)
-            torch.save({name: tensors[name] for name in names}, target / _TABLES)
+            _save(torch, {name: tensors[name] for name in names}, target / _TABLES, out)
         (folder / SINGLE_FILE).unlink()
 
 
@@ -112,8 +117,8 @@ def read_official(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     Only tensors are read from the files: code that a pickle may hold is refused, not run.
 
     Raises:
-        InputError: missing or unreadable files, or tensors of another dtype than float32, float16
-            and bfloat16.
+        InputError: missing or unreadable files, tensors of another dtype than float32, float16 and
+            bfloat16, or a table that is in both files with different values.
     """
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
     try:
@@ -124,13 +129,18 @@ def read_official(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             "checkpoint of the official code"
         ) from error
     loaded = _load(folder / _BACKBONE)
-    tensors = loaded.get("model", loaded)
+    tensors = _arrays(loaded.get("model", loaded), folder / _BACKBONE)
     if (folder / _TABLES).is_file():
-        tensors = {**tensors, **_load(folder / _TABLES)}
-    not_tensors = [name for name, value in tensors.items() if not hasattr(value, "numpy")]
-    if not_tensors:
-        raise InputError(f"{folder / _BACKBONE}: {not_tensors[0]} is not a tensor; remove it")
-    return params, {name: _to_numpy(name, tensor) for name, tensor in tensors.items()}
+        tables = _arrays(_load(folder / _TABLES), folder / _TABLES)
+        for name in tables.keys() & tensors.keys():
+            if not _same_values(tables[name], tensors[name]):
+                raise InputError(
+                    f"{name} in {folder / _BACKBONE} differs from {name} in {folder / _TABLES}; "
+                    "remove the file whose tables are not those of the checkpoint, or consolidate "
+                    "it again"
+                )
+        tensors |= tables
+    return params, tensors
 
 
 def official_model_values(
@@ -162,6 +172,11 @@ def official_model_values(
         raise InputError(
             f"{_PARAMS} lacks model.{error}; give the file that was written with the checkpoint"
         ) from error
+    except (ValueError, ZeroDivisionError) as error:
+        raise InputError(
+            f"{_PARAMS}: {error} in its model section; give the file that was written with the "
+            "checkpoint"
+        ) from error
     if model.get("sliding_window"):
         raise InputError(
             f"{_PARAMS}: model.sliding_window={model['sliding_window']} is not supported; only "
@@ -176,14 +191,23 @@ def official_model_values(
 
 
 def official_tokenizer(params: Mapping[str, Any], path: Path) -> tuple[str, Path | None] | None:
-    """Kind and file of the tokenizer that params.json names; None if it is not here."""
-    entry = (params.get("data") or {}).get("tokenizer") or {}
-    kinds = {name: kind for kind, name in _TOKENIZERS.items()}
-    kind = kinds.get(entry.get("name"))
+    """Kind and file of the tokenizer that params.json names; None if it is not here.
+
+    The file beside the weights comes first: folders are moved and copied, and another file may lie
+    where this one was.
+    """
+    try:
+        entry = (params.get("data") or {}).get("tokenizer") or {}
+        name, named = entry.get("name"), Path(entry.get("path") or "")
+    except (AttributeError, TypeError) as error:
+        raise InputError(
+            f"{_PARAMS}: data.tokenizer is not {{name, path}}; give the tokenizer by --tokenizer "
+            "and --tokenizer-path"
+        ) from error
+    kind = next((ours for ours, theirs in _TOKENIZERS.items() if theirs == name), None)
     if kind in (None, "bytes"):
         return None if kind is None else (kind, None)
-    named = Path(entry.get("path") or "")
-    places = (named, path / named.name, path / FOLDER / named.name)
+    places = (path / FOLDER / named.name, path / named.name, named)
     return next(((kind, place) for place in places if place.is_file()), None)
 
 
@@ -220,6 +244,29 @@ def _mapped_tensors(
     return read_file(folder / SINGLE_FILE)
 
 
+def _check_space(model: ModelConfig, folder: Path, dtype: np.dtype, out: Path) -> None:
+    """All of it is there at once: the temporary file, the model with its tables, the tables."""
+    backbone = sum(int(np.prod(pair.shape)) for pair in official_pairs(model))
+    tables = model.num_stem_layers * model.vocab_size * model.ffn_dim
+    needed, free = (2 * backbone + 3 * tables) * dtype.itemsize, shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(
+            f"--format=official takes {needed / 2**30:.1f} GiB for --out={out}, with a temporary "
+            f"file, and {free / 2**30:.1f} GiB are free; free some, or choose another --out"
+        )
+
+
+def _save(torch, value: dict[str, Any], path: Path, out: Path) -> None:
+    try:
+        torch.save(value, path)
+    except RuntimeError as error:
+        # What torch makes of a write that failed; it does not say why.
+        raise InputError(
+            f"{path.name} of --out={out} cannot be written; the disk may be full: free some space, "
+            "or choose another --out"
+        ) from error
+
+
 def _theirs(pair: Pair, value: np.ndarray) -> np.ndarray:
     return value.T if pair.is_linear else value
 
@@ -230,6 +277,41 @@ def _to_torch(array: np.ndarray, torch):
         # The array is read-only; nothing writes to the tensor.
         warnings.simplefilter("ignore", UserWarning)
         return torch.from_numpy(array.view(np.uint8)).view(kind)
+
+
+def _arrays(tensors: Any, path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a file, which stay mapped."""
+    torch = import_torch()
+    if not isinstance(tensors, dict):
+        raise InputError(
+            f"{path} holds a {type(tensors).__name__} as its model, expected a dictionary of "
+            "tensors; consolidate the checkpoint with the official code"
+        )
+    for name, value in tensors.items():
+        if not isinstance(name, str):
+            raise InputError(f"{path} has the key {name!r}, expected names of tensors; remove it")
+        if not isinstance(value, torch.Tensor):
+            raise InputError(f"{path}: {name} is not a tensor; remove it")
+        if value.layout != torch.strided or value.is_meta:
+            kind = "meta" if value.is_meta else str(value.layout).removeprefix("torch.")
+            raise InputError(
+                f"{path}: {name} is a {kind} tensor; save it as a dense tensor on the CPU"
+            )
+    return {name: _to_numpy(name, tensor) for name, tensor in tensors.items()}
+
+
+def _same_values(one: np.ndarray, other: np.ndarray) -> bool:
+    if one.shape != other.shape:
+        return False
+    one, other = np.atleast_1d(one), np.atleast_1d(other)
+    size = max(1, _PIECE_BYTES // max(1, one[:1].nbytes))
+    return all(
+        np.array_equal(
+            *(np.asarray(part[first : first + size], np.float32) for part in (one, other)),
+            equal_nan=True,
+        )
+        for first in range(0, len(one), size)
+    )
 
 
 def _to_numpy(name: str, tensor) -> np.ndarray:
@@ -250,10 +332,12 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises what its unpickler and its reader meet
-        reason = " ".join(str(error).split())[:200]
+        # Its message advises to run the code.
+        asked = re.search(r"\bGLOBAL ([\w.]+)", str(error))
+        reason = f"it asks for {asked[1]}" if asked else "it is damaged, or of another format"
         raise InputError(
             f"{path} cannot be read as tensors alone ({reason}); a file with other objects or code "
-            "is not loaded: save it again with tensors only"
+            "is not loaded: save it again with torch.save and tensors only"
         ) from error
     if not isinstance(loaded, dict):
         raise InputError(
