@@ -27,6 +27,9 @@ def get_config() -> config_dict.ConfigDict:
     # "all_but_first" (the official default), "all", or indices such as "1,3" or (1, 3).
     config.model.stem_layers = config_dict.FieldReference("third", field_type=object)
     config.model.tie_embeddings = False  # the output head is the token embedding
+    # Probability that training replaces a token's embedding by one learned vector, while its rows
+    # stay: then what the model knows of a token is in the rows, where an edit finds it.
+    config.model.token_embedding_dropout = 0.0
     config.model.norm_eps = 1e-5
     config.model.rope_theta = 10000.0
     # Contexts of rope_factor times rope_original_len tokens for a model trained on the latter:

@@ -35,6 +35,7 @@ _ADDED = {
     "model.rope_scaling": "none",
     "model.rope_factor": 1.0,
     "model.rope_original_len": None,
+    "model.token_embedding_dropout": 0.0,
 }
 
 
@@ -51,6 +52,7 @@ class ModelConfig:
     ffn_dim: int
     stem_layers: str | tuple[int, ...]
     tie_embeddings: bool
+    token_embedding_dropout: float
     norm_eps: float
     rope_theta: float
     rope_scaling: str

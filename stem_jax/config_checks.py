@@ -124,6 +124,10 @@ def _check_model(config: "Config") -> None:
             f"model.num_heads={model.num_heads} does not divide by model.num_kv_heads="
             f"{model.num_kv_heads}; each KV head serves the same number of query heads"
         )
+    if not 0 <= model.token_embedding_dropout < 1:
+        raise InputError(
+            f"model.token_embedding_dropout={model.token_embedding_dropout} must be in [0, 1)"
+        )
     if model.rope_scaling != "none" and model.rope_original_len is None:
         raise InputError(
             f"model.rope_scaling={model.rope_scaling} needs model.rope_original_len, the tokens of "

@@ -21,6 +21,7 @@ from stem_jax.training.step import TrainStep
 _SHAPING = """
     model.vocab_size model.embed_dim model.num_layers model.num_heads model.num_kv_heads
     model.head_dim model.ffn_dim model.stem_layers model.tie_embeddings tables.pad_multiple
+    model.token_embedding_dropout
 """.split()
 
 

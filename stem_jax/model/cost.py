@@ -31,7 +31,8 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
     ffn = (2 * model.num_layers + up_layers) * D * F
     norms = (2 * model.num_layers + 1) * D
     embeddings = (1 if model.tie_embeddings else 2) * model.vocab_size * D
-    active = model.num_layers * attention + ffn + norms + embeddings
+    dropped = D if model.token_embedding_dropout > 0 else 0
+    active = model.num_layers * attention + ffn + norms + embeddings + dropped
     row = model.num_stem_layers * F
     return ParameterCount(active, model.vocab_size * row, active + row)
 

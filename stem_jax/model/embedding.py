@@ -30,6 +30,7 @@ class Embedding(nnx.Module):
         embed_dim: int,
         mesh: Mesh | None,
         *,
+        has_dropout: bool,
         param_dtype: str,
         rngs: nnx.Rngs,
     ):
@@ -37,10 +38,16 @@ class Embedding(nnx.Module):
         value = truncated_normal(rngs.params(), (vocab_size, embed_dim), std, 3 * std, param_dtype)
         self.weight = nnx.Param(value, logical_axes=("vocab", "embed"))
         self.mesh = mesh
+        if has_dropout:
+            instead = truncated_normal(rngs.params(), (embed_dim,), std, 3 * std, param_dtype)
+            self.dropped = nnx.Param(instead, logical_axes=("norm",))
 
-    def __call__(self, tokens_BxL: jax.Array, dtype) -> jax.Array:
-        """Vectors [B, L, D] in `dtype`."""
-        return embed(self.weight[...], tokens_BxL, dtype, self.mesh)
+    def __call__(self, tokens_BxL: jax.Array, dtype, dropped_BxL=None) -> jax.Array:
+        """Vectors [B, L, D] in `dtype`; where `dropped_BxL`, one learned vector instead."""
+        vectors_BxLxD = embed(self.weight[...], tokens_BxL, dtype, self.mesh)
+        if dropped_BxL is None:
+            return vectors_BxLxD
+        return jnp.where(dropped_BxL[..., None], self.dropped[...].astype(dtype), vectors_BxLxD)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -26,12 +26,14 @@ class Inputs:
 
     tokens: [B, L] int32 ids. inverse: [B, L] int32, index of each token's row in the row block of
     its device. positions: [B, L] int32 within the document. segment_ids: [B, L] int32, 0 = padding.
+    dropped: [B, L] bool, tokens whose embedding is replaced (their rows stay), or None.
     """
 
     tokens: jax.Array
     inverse: jax.Array
     positions: jax.Array
     segment_ids: jax.Array
+    dropped: jax.Array | None = None
 
 
 class Block(nnx.Module):
@@ -64,7 +66,12 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: ModelConfig, mesh: Mesh | None = None, *, rngs: nnx.Rngs):
         self.embed = Embedding(
-            config.vocab_size, config.embed_dim, mesh, param_dtype=config.param_dtype, rngs=rngs
+            config.vocab_size,
+            config.embed_dim,
+            mesh,
+            has_dropout=config.token_embedding_dropout > 0,
+            param_dtype=config.param_dtype,
+            rngs=rngs,
         )
         self.blocks = nnx.List(
             [Block(config, layer, mesh, rngs=rngs) for layer in range(config.num_layers)]
@@ -102,7 +109,8 @@ class Transformer(nnx.Module):
         """
         config = self.config
         angles = rotary_angles(inputs.positions, config)
-        x = constrain_batch(self.embed(inputs.tokens, config.compute_dtype), self.mesh)
+        x = self.embed(inputs.tokens, config.compute_dtype, inputs.dropped)
+        x = constrain_batch(x, self.mesh)
         seen, new_caches = [x], []
         # Caches and what is collected are lists of layers; only training runs groups.
         plain = caches is not None or collect is not None

@@ -143,6 +143,11 @@ def table_key(config: Config) -> jax.Array:
     return jax.random.fold_in(jax.random.key(config.train.seed), 1)
 
 
+def dropout_key(config: Config) -> jax.Array:
+    """The random key of what training drops."""
+    return jax.random.fold_in(jax.random.key(config.train.seed), 2)
+
+
 def abstract_state(config: Config, model: ModelDef, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, with no memory behind them."""
     shapes = model.shapes()

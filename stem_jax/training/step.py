@@ -16,7 +16,7 @@ from stem_jax.tables.spec import TableSpec
 from stem_jax.training.loss import head_loss
 from stem_jax.training.optimizer import apply_update, clip_factor, make_optimizer
 from stem_jax.training.schedule import Schedule
-from stem_jax.training.state import ModelDef, TrainState, state_shardings
+from stem_jax.training.state import ModelDef, TrainState, dropout_key, state_shardings
 
 
 @jax.tree_util.register_dataclass
@@ -101,8 +101,9 @@ class TrainStep:
         scored = jnp.sum(batch.loss_mask)
         table = self.table(batch.tokens, sizes)
         rows, requests = self._rows(state, table, batch, schedule, slots)
+        dropped = self._dropped(state.step, batch.tokens)
         loss, cross_entropy, gradients, row_gradients = self._gradients(
-            state.params, rows, requests, batch, scored
+            state.params, rows, requests, batch, dropped, scored
         )
         norm = global_norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -158,7 +159,15 @@ class TrainStep:
         rows = table.fetch(state.table, requests, dtype, state.updates, schedule.table)
         return rows, requests
 
-    def _gradients(self, params, rows, requests, batch: Batch, scored):
+    def _dropped(self, step: jax.Array, tokens_AxBxL: jax.Array) -> jax.Array | None:
+        """The tokens whose embedding this step replaces: a function of seed, step and place."""
+        rate = self.config.model.token_embedding_dropout
+        if rate == 0:
+            return None
+        key = jax.random.fold_in(dropout_key(self.config), step)
+        return jax.random.bernoulli(key, rate, tokens_AxBxL.shape)
+
+    def _gradients(self, params, rows, requests, batch: Batch, dropped, scored):
         """Loss and gradients of the mean over all scored positions of all micro-batches."""
 
         def micro_batch(carry, piece):
@@ -172,22 +181,24 @@ class TrainStep:
 
         inverse = jnp.zeros_like(batch.tokens) if requests is None else requests.inverse
         if batch.tokens.shape[0] == 1:
-            first = jax.tree.map(lambda x: x[0], (batch, inverse))
+            first = jax.tree.map(lambda x: x[0], (batch, inverse, dropped))
             total = micro_batch(None, first)
         else:
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (params, rows))
             start = ((jnp.float32(0), jnp.float32(0)), zeros)
             total, _ = jax.lax.scan(
-                lambda carry, piece: (micro_batch(carry, piece), None), start, (batch, inverse)
+                lambda carry, piece: (micro_batch(carry, piece), None),
+                start,
+                (batch, inverse, dropped),
             )
         (loss, cross_entropy), (gradients, row_gradients) = total
         return loss, cross_entropy, gradients, row_gradients
 
-    def _loss(self, params, rows, batch: Batch, inverse, scored):
+    def _loss(self, params, rows, batch: Batch, inverse, dropped, scored):
         """This micro-batch's part of the mean loss, and of the cross-entropy alone."""
         train = self.config.train
         model = self.model.bind(params)
-        inputs = Inputs(batch.tokens, inverse, batch.positions, batch.segment_ids)
+        inputs = Inputs(batch.tokens, inverse, batch.positions, batch.segment_ids, dropped)
         hidden, _ = model(inputs, rows)
         weights = batch.loss_mask / jnp.maximum(scored, 1).astype(jnp.float32)
         return head_loss(
@@ -215,7 +226,7 @@ class TrainStep:
         total = jnp.float32(0)
         for index in range(batch.tokens.shape[0]):
             piece = jax.tree.map(lambda x, i=index: x[i], (batch, inverse))
-            total += self._loss(state.params, rows, *piece, jnp.int32(1))[1]
+            total += self._loss(state.params, rows, *piece, None, jnp.int32(1))[1]
         return total, jnp.sum(batch.loss_mask)
 
     def _table_metrics(self, table: ShardedTable, requests: Requests):
