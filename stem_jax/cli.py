@@ -29,6 +29,16 @@ def run(main: Callable[[list[str]], None]) -> None:
         sys.exit(0)
 
 
+def integers(text: str) -> tuple[int, ...]:
+    """The value of a flag such as --layers=0,1."""
+    return tuple(int(part) for part in text.split(",") if part.strip())
+
+
+def names(text: str) -> list[str]:
+    """The value of a flag such as --edits=a,b."""
+    return [part for part in text.split(",") if part]
+
+
 def split_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
     """Separates `--config.section.key=value` from the other flags.
 

@@ -8,6 +8,7 @@ import sys
 from stem_jax import cli
 from stem_jax.completion import read_prompts
 from stem_jax.generation import Generator
+from stem_jax.knowledge.patch import edited_run, read_patch
 from stem_jax.loading import load_run
 from stem_jax.sampling import Sampling
 
@@ -28,13 +29,15 @@ def main(argv: list[str]) -> None:
     add("--seed", type=int, default=0, help="of the samples")
     add("--no-stream", "--no_stream", action="store_true", help="print when all is done")
     add("--resident-rows", "--resident_rows", type=int, help="table rows kept on the device")
+    add("--edits", type=cli.names, default=[], help="patches of stem_jax.edit, in their order")
     add("--json", action="store_true", help="print a JSON list instead")
     args = parser.parse_args(argv)
     if not args.prompt + args.prompt_file:
         parser.error("give --prompt or --prompt-file")
     prompts = args.prompt + [line for path in args.prompt_file for line in read_prompts(path)]
     sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p)
-    run = load_run(args.workdir, args.step, args.resident_rows)
+    patches = [read_patch(path) for path in args.edits]
+    run = edited_run(load_run(args.workdir, args.step, args.resident_rows), patches)
     generator = Generator(run.config, run.params, run.rows, run.tokenizer, run.mesh)
     # The prompt goes out with the first piece, when no error can follow any more.
     unseen = iter(prompts)

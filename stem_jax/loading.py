@@ -1,9 +1,12 @@
 """A trained run opened for reading: configuration, parameters, table and tokenizer."""
 
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from stem_jax.checkpoint import FOLDER, Checkpointer
@@ -35,6 +38,24 @@ class LoadedRun:
     rows: RowSource
     tokenizer: Tokenizer
     mesh: Mesh
+
+    @property
+    def fingerprint(self) -> str:
+        """See `checkpoint_fingerprint`."""
+        norm = np.asarray(self.params["norm.scale"])
+        return checkpoint_fingerprint(self.config, self.step, self.tokenizer, norm)
+
+
+def checkpoint_fingerprint(
+    config: Config, step: int, tokenizer: Tokenizer, norm_D: np.ndarray
+) -> str:
+    """sha256 (hex) that tells checkpoints apart: by step, tokenizer, model and final norm."""
+    # The kernel is this machine's, not the checkpoint's.
+    model = dataclasses.replace(config.model, attention="auto")
+    facts = [step, tokenizer.fingerprint, dataclasses.asdict(model)]
+    digest = hashlib.sha256(json.dumps(facts, default=list).encode())
+    digest.update(norm_D.astype(np.float32).tobytes())
+    return digest.hexdigest()
 
 
 def load_run(

@@ -17,6 +17,8 @@ from stem_jax.checkpoint import FOLDER, Checkpointer, CheckpointInfo
 from stem_jax.config import Config, ModelConfig
 from stem_jax.data.tokenizer import Tokenizer, load_tokenizer_folder
 from stem_jax.errors import InputError
+from stem_jax.knowledge.patch import Patch, PatchStack
+from stem_jax.loading import checkpoint_fingerprint
 from stem_jax.tables.row_optimizer import RowOptimizer
 from stem_jax.tables.spec import TableSpec, TableState
 from stem_jax.training.schedule import make_schedule
@@ -29,11 +31,16 @@ _SLICE_BYTES = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class SavedModel:
-    """One checkpoint. folder: of the step. info: its plain part. tokenizer: that of its rows."""
+    """One checkpoint.
+
+    folder: of the step. info: its plain part. tokenizer: that of its rows. patches: edits of the
+    rows, in the order in which they apply.
+    """
 
     folder: Path
     info: CheckpointInfo
     tokenizer: Tokenizer
+    patches: tuple[Patch, ...] = ()
 
     @property
     def config(self) -> Config:
@@ -59,6 +66,7 @@ class SavedModel:
         lagging = spec.optimizer == "deferred_adamw" and self.info.updates > 0
         catch_up = self._catch_up(spec) if lagging else None
         num_rows, num_columns = self._piece_sizes(spec)
+        edits = self._edits()
         for first in range(0, spec.num_rows, num_rows):
             part = slice(first, min(first + num_rows, spec.num_rows))
             keys = spec.layout.key_numbers(np.arange(part.start, part.stop))
@@ -66,7 +74,19 @@ class SavedModel:
             for left in range(0, spec.width, num_columns):
                 columns = slice(left, min(left + num_columns, spec.width))
                 for places, rows in self._rows(part, columns, catch_up):
-                    yield keys[places][real[places]], columns, rows[real[places]]
+                    ids, rows = keys[places][real[places]], rows[real[places]]
+                    yield ids, columns, edits.apply(ids, rows, columns)
+
+    def _edits(self) -> PatchStack:
+        norm, step = self.param("norm.scale"), self.info.step
+        fingerprint = checkpoint_fingerprint(self.config, step, self.tokenizer, norm)
+        return PatchStack(
+            self.patches,
+            fingerprint,
+            self.tokenizer.fingerprint,
+            self.model.stem_layers,
+            self.model.ffn_dim,
+        )
 
     def _rows(
         self, part: slice, columns: slice, catch_up: Callable[[TableState], jax.Array] | None

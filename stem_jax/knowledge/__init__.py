@@ -1,0 +1,1 @@
+"""What rows hold: edits, and measurements of what they do."""

@@ -1,0 +1,65 @@
+"""Rows laid over a table: the table stays as it is, wherever its rows lie."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stem_jax.tables.row_source import RowBlock, RowSource
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OverlaidBlock:
+    """The rows of a block and E more, as a compiled program reads them.
+
+    base: the block of the table. extra: [E, S, F] float32. keys: int32 of the shape of the tokens;
+    below V a row of the table, V + e is `extra[e]`. vocab_size: V.
+    """
+
+    base: RowBlock
+    extra: jax.Array
+    keys: jax.Array
+    vocab_size: int = dataclasses.field(metadata={"static": True})
+
+    def block(self, keys_BxL: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
+        """See `row_source.RowBlock`; which rows are read was settled by `serve`."""
+        keys_BxL = self.keys.reshape(keys_BxL.shape)
+        is_extra_BxL = keys_BxL >= self.vocab_size
+        rows_UxSxF, inverse_BxL = self.base.block(jnp.where(is_extra_BxL, 0, keys_BxL), dtype)
+        place_BxL = keys_BxL - self.vocab_size + rows_UxSxF.shape[0]
+        rows = jnp.concatenate([rows_UxSxF, self.extra.astype(dtype)])
+        return rows, jnp.where(is_extra_BxL, place_BxL, inverse_BxL)
+
+
+class OverlaidRows:
+    """A row source with E rows of its own beside those of another source.
+
+    Keys from V on are its own rows. Token ids can be led to them too, which edits a model: the ids
+    of the text, and so the token embedding, stay what they are.
+    """
+
+    def __init__(
+        self, base: RowSource, vocab_size: int, extra_ExSxF: np.ndarray, token_ids: np.ndarray
+    ):
+        """Args:
+        base: of a model with STEM layers.
+        vocab_size: V.
+        extra_ExSxF: the rows, float32.
+        token_ids: [E] whose row each of them replaces; -1: it is read by its key V + e alone.
+        """
+        self._base = base
+        self._vocab_size = vocab_size
+        self._extra = jnp.asarray(extra_ExSxF, jnp.float32)
+        keys_K = np.arange(vocab_size + len(extra_ExSxF), dtype=np.int32)
+        numbers = np.arange(len(token_ids), dtype=np.int32)
+        led = np.asarray(token_ids) >= 0
+        keys_K[np.asarray(token_ids)[led]] = vocab_size + numbers[led]
+        self._keys = jnp.asarray(keys_K)
+
+    def serve(self, keys: jax.Array) -> OverlaidBlock:
+        """See `row_source.RowSource`."""
+        keys = self._keys[keys]
+        of_table = jnp.where(keys >= self._vocab_size, 0, keys)
+        return OverlaidBlock(self._base.serve(of_table), self._extra, keys, self._vocab_size)

@@ -1,0 +1,282 @@
+"""Patches: edits of rows as small files, which leave the checkpoint alone.
+
+A safetensors file holds `ids` [n], `layers` [m] (of the model, all with tables), `before` and
+`after` [n, m, F] float32; its metadata are fingerprints of run and tokenizer, and a description.
+Reverting a patch is leaving it out.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError, safe_open
+
+from stem_jax.errors import InputError
+from stem_jax.knowledge.overlay import OverlaidRows
+from stem_jax.knowledge.swaps import RowRecipe
+from stem_jax.loading import LoadedRun
+from stem_jax.tables.row_source import RowSource
+
+_FORMAT = "stem_jax patch 1"
+_METADATA = ("format", "run", "tokenizer", "description")
+
+
+@dataclasses.dataclass(frozen=True)
+class Patch:
+    """Rows before and after an edit.
+
+    name: for messages. ids: [n] int32 token ids. layers: [m] int32 layers of the model. before,
+    after: [n, m, F] float32. run: fingerprint of the checkpoint. tokenizer: its fingerprint.
+    description: what the edit was, for people.
+    """
+
+    name: str
+    ids: np.ndarray
+    layers: np.ndarray
+    before: np.ndarray
+    after: np.ndarray
+    run: str
+    tokenizer: str
+    description: str
+
+    def save(self, path: str | Path) -> None:
+        """Writes the file; raises InputError if it exists or cannot be written."""
+        path = Path(path)
+        if path.exists():
+            raise InputError(f"--save={path} exists; choose another name, or remove it first")
+        arrays = {name: getattr(self, name) for name in ("ids", "layers", "before", "after")}
+        values = (_FORMAT, self.run, self.tokenizer, self.description)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(f".{path.name}.part")
+            safetensors.numpy.save_file(arrays, part, dict(zip(_METADATA, values)))
+            part.rename(path)
+        except OSError as error:
+            raise InputError(
+                f"--save={path} cannot be written ({error}); choose another"
+            ) from error
+
+
+def read_patch(path: str | Path) -> Patch:
+    """Reads a patch file.
+
+    Raises:
+        InputError: no such file, not a patch, or arrays that do not fit each other.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"patch {path} cannot be read ({error}); check the path") from error
+    if metadata.get("format") != _FORMAT or set(arrays) != {"ids", "layers", "before", "after"}:
+        raise InputError(f"{path} is not a patch of stem_jax.edit; give a file that --save wrote")
+    ids, layers = arrays["ids"], arrays["layers"]
+    for name in ("before", "after"):
+        shape = arrays[name].shape
+        if (
+            len(shape) != 3
+            or shape[:2] != (len(ids), len(layers))
+            or shape != arrays["after"].shape
+        ):
+            raise InputError(
+                f"patch {path}: {name} is {shape}, its {len(ids)} tokens and {len(layers)} layers "
+                "ask for one row of each; make the patch again"
+            )
+    described = {name: metadata[name] for name in ("run", "tokenizer", "description")}
+    return Patch(name=path.name, **arrays, **described)
+
+
+class PatchStack:
+    """Patches in the order in which they apply, on the rows of one checkpoint."""
+
+    def __init__(
+        self,
+        patches: Sequence[Patch],
+        run: str,
+        tokenizer: str,
+        stem_layers: Sequence[int],
+        width: int,
+    ):
+        """Args:
+        run, tokenizer: fingerprints of the checkpoint.
+        stem_layers: its layers with tables.
+        width: F.
+
+        Raises:
+            InputError: a patch of another checkpoint or tokenizer, of layers without tables, or of
+                another width.
+        """
+        self._patches = list(patches)
+        self._places = {layer: place for place, layer in enumerate(stem_layers)}
+        for patch in patches:
+            if patch.tokenizer != tokenizer:
+                raise InputError(
+                    f"patch {patch.name} was made with tokenizer {patch.tokenizer[:12]}, the run "
+                    f"has {tokenizer[:12]}: its token ids mean other words; make it again"
+                )
+            if patch.run != run:
+                raise InputError(
+                    f"patch {patch.name} was made for checkpoint {patch.run[:12]}, this is "
+                    f"{run[:12]}; give the --step it was made from, or make it again"
+                )
+            missing = [layer for layer in patch.layers.tolist() if layer not in self._places]
+            if missing or patch.after.shape[2] != width:
+                raise InputError(
+                    f"patch {patch.name} writes rows of width {patch.after.shape[2]} in layers "
+                    f"{patch.layers.tolist()}; the model has tables of width {width} in layers "
+                    f"{list(stem_layers)}"
+                )
+
+    @property
+    def token_ids(self) -> np.ndarray:
+        """[E] int32, every token that some patch writes, in ascending order."""
+        ids = [patch.ids for patch in self._patches]
+        return np.unique(np.concatenate(ids)).astype(np.int32) if ids else np.zeros(0, np.int32)
+
+    def apply(
+        self, ids_n: np.ndarray, rows_nxSxC: np.ndarray, columns: slice = slice(None)
+    ) -> np.ndarray:
+        """The rows of these tokens after all patches, as a copy.
+
+        Args:
+            columns: those of the F that are given.
+
+        Raises:
+            InputError: a patch was made from other rows than it finds. If an earlier patch wrote
+                them, the two conflict.
+        """
+        rows_nxSxC = np.array(rows_nxSxC, np.float32)
+        writers: dict[tuple[int, int], str] = {}
+        place_of = {int(token): place for place, token in enumerate(ids_n)}
+        for patch in self._patches:
+            for number, token in enumerate(patch.ids.tolist()):
+                if token not in place_of:
+                    continue
+                for column, layer in enumerate(patch.layers.tolist()):
+                    place = (place_of[token], self._places[layer])
+                    before = patch.before[number, column, columns]
+                    # Rows that catch up in pieces of another size are rounded differently.
+                    if not np.allclose(rows_nxSxC[place], before, rtol=1e-5, atol=1e-7):
+                        raise InputError(_mismatch(patch, token, layer, writers.get(place)))
+                    rows_nxSxC[place] = patch.after[number, column, columns]
+                    writers[place] = patch.name
+        return rows_nxSxC
+
+
+def make_patch(
+    run: LoadedRun,
+    recipes: Sequence[RowRecipe],
+    *,
+    layers: Sequence[int] | None = None,
+    scale: float = 1.0,
+    name: str = "edit",
+    description: str = "",
+    base: Sequence[Patch] = (),
+) -> Patch:
+    """The patch that some recipes make.
+
+    Args:
+        layers: of the model, in which rows are written; None: all with tables.
+        scale: times the rows that are written.
+        base: patches that apply before, from whose rows this one is made.
+
+    Raises:
+        InputError: layers without tables, or two recipes of one row.
+    """
+    stem_layers = run.config.model.stem_layers
+    chosen = tuple(stem_layers if layers is None else layers)
+    unknown = [layer for layer in chosen if layer not in stem_layers]
+    if unknown or not chosen:
+        raise InputError(
+            f"--layers={','.join(map(str, chosen))}: the layers with tables are "
+            f"{','.join(map(str, stem_layers)) or 'none'}"
+        )
+    stack = stack_of(run, base)
+    written = [recipe.token_id for recipe in recipes]
+    read = sorted({*written, *(token for recipe in recipes for _, token in recipe.parts)})
+    rows_nxSxF = stack.apply(np.array(read), read_rows(run.rows, np.array(read, np.int32)))
+    place_of = {token: place for place, token in enumerate(read)}
+    columns = [stem_layers.index(layer) for layer in chosen]
+    S, F = rows_nxSxF.shape[1:]
+    after = np.zeros((len(recipes), len(chosen), F), np.float32)
+    for number, recipe in enumerate(recipes):
+        if recipe.given is not None:
+            if recipe.given.shape not in ((S, F), (F,)):
+                raise InputError(
+                    f"a row to inject is {recipe.given.shape}; the model's are {(S, F)} over all "
+                    f"layers with tables, {(F,)} in each"
+                )
+            after[number] += scale * np.broadcast_to(recipe.given, (S, F))[columns]
+        for weight, token in recipe.parts:
+            after[number] += np.float32(weight * scale) * rows_nxSxF[place_of[token]][columns]
+    # In C order, as the file has them.
+    before = np.ascontiguousarray(rows_nxSxF[[place_of[token] for token in written]][:, columns])
+    return Patch(
+        name=name,
+        ids=np.array(written, np.int32),
+        layers=np.array(chosen, np.int32),
+        before=before,
+        after=after,
+        run=run.fingerprint,
+        tokenizer=run.tokenizer.fingerprint,
+        description=description,
+    )
+
+
+def format_patch(patch: Patch) -> str:
+    """A line for people: what the patch writes, where, and how far it moves the rows."""
+    moved = np.linalg.norm(patch.after - patch.before, axis=-1)
+    layers = ",".join(map(str, patch.layers.tolist()))
+    return (
+        f"{patch.name}: {patch.description or 'rows'}; tokens "
+        f"{','.join(map(str, patch.ids.tolist()))}, layers {layers}, rows moved by "
+        f"{moved.mean():.3f} (their norm {np.linalg.norm(patch.before, axis=-1).mean():.3f})"
+    )
+
+
+def stack_of(run: LoadedRun, patches: Sequence[Patch]) -> PatchStack:
+    """The patches on a run; raises InputError if one was made for another."""
+    model = run.config.model
+    return PatchStack(
+        patches, run.fingerprint, run.tokenizer.fingerprint, model.stem_layers, model.ffn_dim
+    )
+
+
+def edited_run(run: LoadedRun, patches: Sequence[Patch]) -> LoadedRun:
+    """The run with patched rows; the rows of the given one are not touched.
+
+    Raises:
+        InputError: a patch for another checkpoint, or patches that conflict.
+    """
+    if not patches:
+        return run
+    stack = stack_of(run, patches)
+    ids = stack.token_ids
+    rows = stack.apply(ids, read_rows(run.rows, ids))
+    laid = OverlaidRows(run.rows, run.config.model.vocab_size, rows, ids)
+    return dataclasses.replace(run, rows=laid)
+
+
+def read_rows(source: RowSource, ids_n: np.ndarray) -> np.ndarray:
+    """Rows [n, S, F] float32 of token ids."""
+    keys_1xn = jnp.asarray(ids_n, jnp.int32)[None]
+    rows_UxSxF, inverse_1xn = source.serve(keys_1xn).block(keys_1xn, jnp.float32)
+    return np.asarray(rows_UxSxF)[np.asarray(inverse_1xn)[0]]
+
+
+def _mismatch(patch: Patch, token: int, layer: int, writer: str | None) -> str:
+    where = f"the row of token {token} in layer {layer}"
+    if writer is None:
+        return (
+            f"patch {patch.name} was made from another value of {where} than the checkpoint has; "
+            "give the patches that it was made on before it"
+        )
+    return (
+        f"patches {writer} and {patch.name} conflict: both write {where}, and the second was not "
+        f"made on top of the first; leave one out, or make the second again with --edits={writer}"
+    )
