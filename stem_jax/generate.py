@@ -36,24 +36,20 @@ def main(argv: list[str]) -> None:
         parser.error("give --prompt or --prompt-file")
     prompts = args.prompt + [line for path in args.prompt_file for line in read_prompts(path)]
     sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p)
-    patches = [read_patch(path) for path in args.edits]
-    run = edited_run(load_run(args.workdir, args.step, args.resident_rows), patches)
+    run = load_run(args.workdir, args.step, args.resident_rows)
+    run = edited_run(run, [read_patch(path) for path in args.edits])
     generator = Generator(run.config, run.params, run.rows, run.tokenizer, run.mesh)
     # The prompt goes out with the first piece, when no error can follow any more.
-    unseen = iter(prompts)
+    left = iter(prompts)
     stream = len(prompts) == 1 and not (args.json or args.no_stream)
-
-    def show(_, piece: str) -> None:
-        print(next(unseen, "") + piece, end="", flush=True)
-
-    on_text = show if stream else None
+    on_text = (lambda _, text: print(next(left, "") + text, end="", flush=True)) if stream else None
     found = generator.complete(prompts, args.max_new_tokens, sampling, args.seed, on_text=on_text)
     if args.json:
         print(json.dumps([dataclasses.asdict(completion) for completion in found]))
         return
     for number, completion in enumerate(found, start=1):
         label = f"[{number}] " if len(found) > 1 else ""
-        print(next(unseen, "") if stream else label + completion.prompt + completion.text)
+        print(next(left, "") if stream else label + completion.prompt + completion.text)
         if completion.stop == "context":
             note = f"{label}stopped at the context of {generator.context} tokens, prompt included"
             print(f"note: {note}", file=sys.stderr)

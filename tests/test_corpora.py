@@ -51,7 +51,7 @@ def test_stdlib_is_parseable_source_without_tests():
 def test_unknown_corpus_names_the_known_ones():
     with pytest.raises(InputError, match="'wiki' is not built in: use one of pydoc, stdlib, facts"):
         read_corpus("wiki")
-    assert BUILTIN == ("pydoc", "stdlib", "facts")
+    assert BUILTIN == ("pydoc", "stdlib", "facts", "needles", "roll_calls", "name_pairs")
 
 
 def test_facts_cover_the_sovereign_countries():

@@ -13,9 +13,10 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from stem_jax.data.needles import read_name_pairs, read_needles, read_roll_calls
 from stem_jax.errors import InputError
 
-BUILTIN = ("pydoc", "stdlib", "facts")
+BUILTIN = ("pydoc", "stdlib", "facts", "needles", "roll_calls", "name_pairs")
 
 # Tests are data and repetition rather than prose or programs; packages differ between machines.
 _SKIPPED_FOLDERS = frozenset(
@@ -111,7 +112,14 @@ def read_corpus(name: str) -> Iterator[str]:
 
     name: one of BUILTIN. Raises InputError for another name, or if this Python carries no sources.
     """
-    readers = {"pydoc": _read_pydoc, "stdlib": _read_stdlib, "facts": _read_fact_documents}
+    readers = {
+        "pydoc": _read_pydoc,
+        "stdlib": _read_stdlib,
+        "facts": _read_fact_documents,
+        "needles": read_needles,
+        "roll_calls": read_roll_calls,
+        "name_pairs": read_name_pairs,
+    }
     if name not in readers:
         raise InputError(f"corpus {name!r} is not built in: use one of {', '.join(BUILTIN)}")
     return readers[name]()

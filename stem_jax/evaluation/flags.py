@@ -1,0 +1,62 @@
+"""The flags of `python -m stem_jax.evaluate`: one of three measurements, and what each takes."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from stem_jax import cli
+from stem_jax.evaluation.niah import DEPTHS
+
+
+def parse(argv: list[str], description: str | None) -> argparse.Namespace:
+    """The flags; `out` is filled in. Exits with 2 for wrong ones, 0 for --help."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=cli.HelpFormatter)
+    add = parser.add_argument
+    add("--workdir", required=True, help="folder of a training run")
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument(
+        "--tasks", type=_list(str), help="tasks of lm-eval, folders of task YAMLs (comma-separated)"
+    )
+    mode.add_argument(
+        "--perplexity",
+        type=_list(str),
+        help="bits per byte of built-in corpora, files, folders of token stores",
+    )
+    mode.add_argument("--niah", action="store_true", help="needle in a haystack")
+    add("--step", type=int, help="checkpoint; without it, the newest")
+    add("--resident-rows", "--resident_rows", type=int, help="table rows kept on the device")
+    add("--batch-size", "--batch_size", type=int, default=16, help="sequences at a time")
+    add("--out", help="JSON file; without it, WORKDIR/evaluation/MODE.json")
+    add("--json", action="store_true", help="print JSON instead of a table")
+    add("--no-progress", "--no_progress", action="store_true", help="draw no bars")
+    add("--limit", type=int, help="examples of a task, documents of a corpus; without it, all")
+    add("--num-fewshot", "--num_fewshot", type=int, help="tasks: examples before each question")
+    add(
+        "--max-gen-toks",
+        "--max_gen_toks",
+        type=int,
+        default=256,
+        help="tasks: longest answer, where a task does not say",
+    )
+    add("--log-samples", "--log_samples", action="store_true", help="tasks: write every answer")
+    add("--lengths", type=_list(int), help="niah: tokens; without it, up to the context")
+    add("--depths", type=_list(float), default=list(DEPTHS), help="niah: 0 is the beginning")
+    add("--keys", type=_list(int), default=[1], help="niah: needles in a haystack")
+    add("--samples", type=int, default=20, help="niah: prompts for each length and depth")
+    add("--seed", type=int, default=0, help="niah: of the prompts")
+    args = parser.parse_args(argv)
+    name = "niah" if args.niah else "tasks" if args.tasks is not None else "perplexity"
+    args.out = Path(args.out or Path(args.workdir) / "evaluation" / f"{name}.json")
+    return args
+
+
+def _list(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    def items(text: str) -> list[Any]:
+        found = [kind(item) for item in text.split(",") if item.strip()]
+        if not found:
+            raise argparse.ArgumentTypeError("is empty")
+        return found
+
+    items.__name__ = f"list of {kind.__name__}"
+    return items

@@ -1,0 +1,236 @@
+"""The adapter through which lm-evaluation-harness asks our model (lm-eval 0.4.13).
+
+Numbers are those of the harness's own `hf` backend on the exported model. In particular every text
+begins with bos, which `loglikelihood_rolling` therefore also scores, after bos itself; windows of a
+long text begin with the token before them.
+
+Where JAX runs in several processes, each does all of the work and has the whole result (the
+harness's own division of requests asks for PyTorch), and process 0 alone shows progress.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from lm_eval import utils
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from tqdm import tqdm
+
+from stem_jax.agreement import is_first
+from stem_jax.completion import TextStream
+from stem_jax.errors import InputError
+from stem_jax.evaluation.scoring import Scorer
+from stem_jax.generation import Generator, sequence_seeds
+from stem_jax.loading import LoadedRun
+from stem_jax.sampling import Sampling
+
+# What a task may say about sampling; anything else would be ignored without a word.
+_SAMPLING_KEYS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
+
+
+class HarnessModel(TemplateLM):
+    """A loaded run as the harness sees a language model.
+
+    truncated: requests so far whose beginning did not fit into the context.
+    """
+
+    def __init__(
+        self,
+        run: LoadedRun,
+        batch_size: int = 16,
+        max_gen_toks: int = 256,
+        progress: bool = True,
+        seed: int = 0,
+    ):
+        """Args:
+        batch_size: sequences at a time.
+        max_gen_toks: new tokens where a task does not say how many.
+        progress: draw bars on stderr, if it is a terminal.
+        seed: of the samples, in tasks that ask for them.
+
+        Raises:
+            InputError: a batch without sequences.
+        """
+        super().__init__()
+        self._scorer = Scorer(run, batch_size)
+        self._generator = Generator(run.config, run.params, run.rows, run.tokenizer, run.mesh)
+        self._tokenizer = run.tokenizer
+        self._batch_size = batch_size
+        self._max_gen_toks = max_gen_toks
+        # None: only on a terminal.
+        self._bars_off = None if progress and is_first() else True
+        self._seed = seed
+        self.truncated = 0
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """bos, which precedes a text that has no context."""
+        return self._tokenizer.bos_id
+
+    @property
+    def max_length(self) -> int:
+        """The context: tokens that a scored one may follow."""
+        return self._scorer.context
+
+    @property
+    def max_gen_toks(self) -> int:
+        return self._max_gen_toks
+
+    @property
+    def tokenizer_name(self) -> str:
+        return f"{self._tokenizer.kind}-{self._tokenizer.fingerprint[:12]}"
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: object
+    ) -> list[int]:
+        """Ids of a text, with bos unless `add_special_tokens` is False."""
+        ids = self._tokenizer.encode(string)
+        return ids if add_special_tokens is False else [self._tokenizer.bos_id, *ids]
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """(log-likelihood of the continuation in nats, whether it is greedy) of each request."""
+        return super().loglikelihood(requests, disable_tqdm or bool(self._bars_off))
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **_: object,
+    ) -> list[tuple[float, bool]]:
+        """The same for (request, context ids, continuation ids), cut from the left to fit."""
+        sequences = []
+        for texts, context, continuation in requests:
+            if not 0 < len(continuation) <= self.max_length:
+                raise InputError(
+                    f"the continuation {texts and texts[1][:40]!r} has {len(continuation)} tokens, "
+                    f"the context of train.seq_len={self.max_length} takes 1 to "
+                    f"{self.max_length}; leave the task out, or train with a longer train.seq_len"
+                )
+            whole = context + continuation
+            self.truncated += len(whole) > self.max_length + 1
+            sequences.append(whole[-(self.max_length + 1) :])
+        with self._bar("scoring", len(sequences), disable_tqdm) as bar:
+            scores = self._scorer.score(sequences, bar.update)
+        answers = []
+        for (texts, _, continuation), score in zip(requests, scores, strict=True):
+            n = len(continuation)
+            answer = float(score.log_likelihoods[-n:].sum()), bool(score.greedy[-n:].all())
+            answers.append(answer)
+            if texts is not None:
+                self.cache_hook.add_partial("loglikelihood", texts, answer)
+        return answers
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Log-likelihood in nats of each text, in windows that fill the context."""
+        windows, owners = [], []
+        for index, request in enumerate(requests):
+            pairs = utils.get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for pair in pairs:
+                windows.append((None, *utils.make_disjoint_window(pair)))
+                owners.append(index)
+        totals = [0.0] * len(requests)
+        answers = self._loglikelihood_tokens(windows, disable_tqdm)
+        for owner, (likelihood, _) in zip(owners, answers, strict=True):
+            totals[owner] += likelihood
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continuations up to a stop string, eos, or as many tokens as the task allows."""
+        settings = [self._settings(request) for request in requests]
+        prompts = []
+        for request, (_, room, _) in zip(requests, settings, strict=True):
+            ids = self.tok_encode(request.args[0])
+            self.truncated += len(ids) > self.max_length - room
+            prompts.append(ids[-(self.max_length - room) :])
+        seeds = sequence_seeds(self._seed, prompts)
+
+        def kind(index: int) -> str:
+            return repr(settings[index])
+
+        order = sorted(range(len(requests)), key=lambda i: (kind(i), -len(prompts[i])))
+        texts: dict[int, str] = {}
+        with self._bar("generating", len(requests), disable_tqdm) as bar:
+            for _, group in itertools.groupby(order, key=kind):
+                group = list(group)
+                for first in range(0, len(group), self._batch_size):
+                    batch = group[first : first + self._batch_size]
+                    found = self._complete(
+                        [prompts[i] for i in batch], [seeds[i] for i in batch], settings[batch[0]]
+                    )
+                    texts |= zip(batch, found, strict=True)
+                    bar.update(len(batch))
+        for index, request in enumerate(requests):
+            self.cache_hook.add_partial("generate_until", request.args, texts[index])
+        return [texts[index] for index in range(len(requests))]
+
+    def _settings(self, request: Instance) -> tuple[Sampling, int, list[str]]:
+        """How a request wants to be sampled, its new tokens, and what stops it."""
+        given: dict[str, Any] = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
+        unknown = sorted(set(given) - _SAMPLING_KEYS)
+        if unknown:
+            raise InputError(
+                f"task {request.task_name!r} sets generation_kwargs.{unknown[0]}="
+                f"{given[unknown[0]]!r}, which is not supported; use "
+                f"{', '.join(sorted(_SAMPLING_KEYS))}"
+            )
+        room = given["max_gen_toks"]
+        if not 0 < room < self.max_length:
+            raise InputError(
+                f"task {request.task_name!r} asks for max_gen_toks={room} new tokens, the context "
+                f"of train.seq_len={self.max_length} takes 1 to {self.max_length - 1}; set it in "
+                "the task's generation_kwargs, or give --max-gen-toks where the task does not"
+            )
+        if not given["do_sample"]:
+            return Sampling(temperature=0.0, top_k=0, top_p=1.0), room, given["until"]
+        sampling = Sampling(
+            float(given.get("temperature", 1.0)),
+            int(given.get("top_k", 0)),
+            float(given.get("top_p", 1.0)),
+        )
+        return sampling, room, given["until"]
+
+    def _complete(
+        self, prompts: list[list[int]], seeds: list[int], settings: tuple[Sampling, int, list[str]]
+    ) -> list[str]:
+        sampling, room, until = settings
+        # Batches of a power of two, so that few programs are compiled.
+        filling = (1 << (len(prompts) - 1).bit_length()) - len(prompts)
+        steps = self._generator.steps(
+            prompts + prompts[-1:] * filling, room, sampling, seeds + seeds[-1:] * filling
+        )
+        streams = [TextStream(self._tokenizer) for _ in prompts]
+        texts = [""] * len(prompts)
+        going = set(range(len(prompts)))
+        for tokens in steps:
+            for index in list(going):
+                token = tokens[index]
+                if token is None or token == self._tokenizer.eos_id:
+                    going.remove(index)
+                    continue
+                texts[index] += streams[index].push(token)
+                if any(stop and stop in texts[index] for stop in until):
+                    going.remove(index)
+            if not going:
+                break
+        whole = [text + stream.flush() for text, stream in zip(texts, streams, strict=True)]
+        return [postprocess_generated_text(text, until, None) for text in whole]
+
+    def _bar(self, name: str, total: int, off: bool) -> tqdm:
+        return tqdm(total=total, desc=name, unit=" requests", disable=off or self._bars_off)

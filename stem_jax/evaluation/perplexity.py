@@ -1,0 +1,187 @@
+"""Bits per byte of texts: by corpus, and by how much of the context a token could see."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from stem_jax.agreement import is_first
+from stem_jax.completion import TextStream
+from stem_jax.data.prepare import open_stores
+from stem_jax.data.sources import is_store_folder, read_source
+from stem_jax.data.tokenizer import Tokenizer
+from stem_jax.errors import InputError
+from stem_jax.evaluation.scoring import Scorer
+from stem_jax.loading import LoadedRun
+
+# So many at a time are sorted by length; what is kept of them in memory is small.
+_GROUP = 1024
+
+
+@dataclasses.dataclass
+class Tally:
+    """Sums over scored tokens. bytes: UTF-8 bytes of their text."""
+
+    nats: float = 0.0
+    tokens: int = 0
+    bytes: int = 0
+
+    def record(self) -> dict[str, float | int | None]:
+        """Loss in nats per token, perplexity per token and bits per byte; None where undefined."""
+        loss = self.nats / self.tokens if self.tokens else None
+        return {
+            "loss": loss,
+            "perplexity": None if loss is None else math.exp(min(loss, 700.0)),
+            "bits_per_byte": self.nats / math.log(2) / self.bytes if self.bytes else None,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+        }
+
+
+def perplexity(
+    run: LoadedRun,
+    sources: Sequence[str],
+    *,
+    limit: int | None = None,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Scores texts as training does: every token of a document but its bos, and its eos.
+
+    A document that is longer than the context is cut into windows that follow each other; the
+    first token of a window is the last of the one before, so each token is scored once.
+
+    Args:
+        sources: built-in corpora, file patterns, or folders of token stores, of which the
+            validation documents are read if there are any.
+        limit: documents of each source; None: all.
+        batch_size: windows at a time.
+        progress: draw bars on stderr, if it is a terminal.
+
+    Returns:
+        `context`, and for each source under `corpora` the record of a `Tally`, its documents, and
+        under `by_position` the records of tokens by the number of tokens before them in their
+        window, `first` to `last`, with powers of two as the last. There the bytes are those of the
+        decoded tokens.
+
+    Raises:
+        InputError: a source that cannot be read or has no text.
+    """
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit={limit} must be at least 1; leave it out for all documents")
+    scorer = Scorer(run, batch_size)
+    corpora = {}
+    for source in sources:
+        # None: only on a terminal.
+        off = None if progress and is_first() else True
+        documents = itertools.islice(_documents(source, run), limit)
+        bar = tqdm(documents, desc=source, unit=" documents", disable=off)
+        corpora[source] = _measure(scorer, run.tokenizer, bar)
+        if not corpora[source]["documents"]:
+            raise InputError(f"--perplexity={source} has no text; give another source")
+    return {"context": scorer.context, "corpora": corpora}
+
+
+def format_perplexity(result: dict[str, Any]) -> str:
+    """Two tables: the corpora, and bits per byte by position."""
+    corpora = result["corpora"]
+    width = max(map(len, [*corpora, "tokens before"]))
+    lines = [f"{'corpus':<{width}}  bits/byte  nats/token  perplexity      tokens       bytes"]
+    for name, record in corpora.items():
+        lines.append(
+            f"{name:<{width}}  {_number(record['bits_per_byte']):>9}  "
+            f"{_number(record['loss']):>10}  {_number(record['perplexity']):>10}  "
+            f"{record['tokens']:>10,}  {record['bytes']:>10,}"
+        )
+    columns = [max(len(name), 9) for name in corpora]
+    heads = "  ".join(f"{name:>{n}}" for name, n in zip(corpora, columns, strict=True))
+    lines += ["", f"{'tokens before':<{width}}  {heads}  (bits per byte)"]
+    tables = [record["by_position"] for record in corpora.values()]
+    for rows in itertools.zip_longest(*tables):
+        row = next(row for row in rows if row is not None)
+        label = (
+            f"{row['first']}" if row["first"] == row["last"] else f"{row['first']}-{row['last']}"
+        )
+        values = (_number(row["bits_per_byte"] if row else None) for row in rows)
+        cells = "  ".join(f"{value:>{n}}" for value, n in zip(values, columns, strict=True))
+        lines.append(f"{label:<{width}}  {cells}")
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.4f}" if value < 1e4 else f"{value:.3e}"
+
+
+def _documents(source: str, run: LoadedRun) -> Iterator[tuple[list[int], int]]:
+    """(ids with bos and eos, UTF-8 bytes of the text) of each document."""
+    tokenizer = run.tokenizer
+    if is_store_folder(source):
+        stores = open_stores(source, tokenizer, run.config.model.vocab_size)
+        store = stores.get("validation", stores["train"])
+        for index in range(store.num_documents):
+            yield store.document_ids(index).tolist(), int(store.document_bytes[index])
+        return
+    if Path(source).is_dir():
+        raise InputError(
+            f"--perplexity={source} is a folder without train/meta.json; give a file pattern or a "
+            "folder that prepare wrote"
+        )
+    for document in read_source(source):
+        if document.text:
+            ids = [tokenizer.bos_id, *tokenizer.encode(document.text), tokenizer.eos_id]
+            yield ids, len(document.text.encode())
+
+
+def _measure(
+    scorer: Scorer, tokenizer: Tokenizer, documents: Iterable[tuple[list[int], int]]
+) -> dict[str, Any]:
+    """The record of one source."""
+    # Bucket b holds the tokens with 2^(b-1) + 1 to 2^b others before them.
+    bucket_L = np.ceil(np.log2(np.arange(1, scorer.context + 1))).astype(int)
+    total, buckets = Tally(), [Tally() for _ in range(bucket_L[-1] + 1)]
+    count = 0
+
+    def windows() -> Iterator[tuple[list[int], list[int]]]:
+        nonlocal count
+        for ids, num_bytes in documents:
+            count += 1
+            total.bytes += num_bytes
+            bytes_of = _token_bytes(tokenizer, ids)
+            for start in range(0, len(ids) - 1, scorer.context):
+                end = start + scorer.context + 1
+                yield ids[start:end], bytes_of[start + 1 : end]
+
+    for group in _groups(windows()):
+        for (_, sizes), scores in zip(group, scorer.score([ids for ids, _ in group]), strict=True):
+            n = len(sizes)
+            nats_B = np.bincount(bucket_L[:n], -scores.log_likelihoods.astype(np.float64))
+            tokens_B = np.bincount(bucket_L[:n])
+            bytes_B = np.bincount(bucket_L[:n], sizes)
+            for bucket, *sums in zip(buckets, nats_B, tokens_B, bytes_B):
+                bucket.nats += float(sums[0])
+                bucket.tokens += int(sums[1])
+                bucket.bytes += int(sums[2])
+    total.nats = math.fsum(bucket.nats for bucket in buckets)
+    total.tokens = sum(bucket.tokens for bucket in buckets)
+    by_position = [
+        {"first": (1 << b) // 2 + 1, "last": min(1 << b, scorer.context), **bucket.record()}
+        for b, bucket in enumerate(buckets)
+        if bucket.tokens
+    ]
+    return {**total.record(), "documents": count, "by_position": by_position}
+
+
+def _groups(items: Iterator[Any]) -> Iterator[list[Any]]:
+    while group := list(itertools.islice(items, _GROUP)):
+        yield group
+
+
+def _token_bytes(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
+    """UTF-8 bytes of the text of each id; a character of several counts with its last one."""
+    stream = TextStream(tokenizer)
+    return [len(stream.push(token).encode()) for token in ids]

@@ -1,0 +1,168 @@
+"""Log-likelihoods of token sequences, in batches of few shapes.
+
+Sequences are sorted by length and padded on the right to a common power of two, in batches of one
+size, so that a program is compiled for each power of two and no more. Neither the padding nor the
+other sequences of a batch are seen by a sequence.
+
+Stages by step distance: batch t is read by the host while batch t+1 computes on the device.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stem_jax.errors import InputError
+from stem_jax.loading import LoadedRun
+from stem_jax.mesh import replicated
+from stem_jax.model.attention import resolve_backend
+from stem_jax.model.transformer import Inputs, Transformer
+from stem_jax.training.loss import head_loss
+from stem_jax.training.state import ModelDef
+
+_SMALLEST_BUCKET = 16
+# The splash kernel works on blocks of 128 positions.
+_SMALLEST_SPLASH_BUCKET = 128
+# Of the logits that exist at a time.
+_LOGITS_BYTES = 1 << 28
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """What a model says about n ids, each given those before it; the first is never scored.
+
+    log_likelihoods: [n - 1] float32, nats. greedy: [n - 1] bool, whether the id is the likeliest.
+    """
+
+    log_likelihoods: np.ndarray
+    greedy: np.ndarray
+
+
+class Scorer:
+    """Compiled programs that score sequences with one set of parameters."""
+
+    def __init__(self, run: LoadedRun, batch_size: int = 16):
+        """Raises InputError for a batch without sequences."""
+        if batch_size < 1:
+            raise InputError(f"--batch-size={batch_size} must be at least 1")
+        self._run = run
+        self._batch_size = batch_size
+        # Nothing is differentiated here, so there is nothing to rematerialise.
+        model = dataclasses.replace(run.config.model, remat="none")
+        self._config = dataclasses.replace(run.config, model=model)
+        self._model = ModelDef(self._config)
+        splash = resolve_backend(model, run.mesh) == "splash"
+        self._smallest = _SMALLEST_SPLASH_BUCKET if splash else _SMALLEST_BUCKET
+        self._whole = replicated(run.mesh)
+        self.program = jax.jit(self._program, out_shardings=self._whole)
+
+    @property
+    def context(self) -> int:
+        """Ids that a scored one may follow: the length trained on."""
+        return self._config.train.seq_len
+
+    def score(
+        self, sequences: Sequence[Sequence[int]], on_scored: Callable[[int], object] | None = None
+    ) -> list[Scores]:
+        """Scores every id but the first of each sequence.
+
+        Args:
+            sequences: of 2 to `context` + 1 ids.
+            on_scored: called with a number of sequences whenever that many more are done.
+
+        Raises:
+            InputError: a sequence of another length, an unknown id, or batches with more distinct
+                ids than the device has rows.
+        """
+        self._check(sequences)
+        # The longest first: if memory does not suffice, that shows at the start.
+        order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
+        found: dict[int, Scores] = {}
+        for indices, likelihoods_BxL, greedy_BxL in self._batches(sequences, order):
+            likelihoods_BxL, greedy_BxL = np.asarray(likelihoods_BxL), np.asarray(greedy_BxL)
+            for row, index in enumerate(indices):
+                n = len(sequences[index]) - 1
+                found[index] = Scores(likelihoods_BxL[row, :n].copy(), greedy_BxL[row, :n].copy())
+            if on_scored is not None:
+                on_scored(len(indices))
+        return [found[index] for index in range(len(sequences))]
+
+    def _batches(
+        self, sequences: Sequence[Sequence[int]], order: list[int]
+    ) -> Iterator[tuple[list[int], jax.Array, jax.Array]]:
+        """(which sequences, their log-likelihoods, whether greedy), one batch behind the device."""
+        before = None
+        for first in range(0, len(order), self._batch_size):
+            indices = order[first : first + self._batch_size]
+            batch = self._dispatch([sequences[index] for index in indices])
+            if before is not None:
+                yield before
+            before = (indices, *batch)
+        if before is not None:
+            yield before
+
+    def _dispatch(self, sequences: list[Sequence[int]]) -> tuple[jax.Array, jax.Array]:
+        length = min(self._bucket(len(sequences[0]) - 1), self.context)
+        tokens_BxL = np.zeros((self._batch_size, length), np.int32)
+        targets_BxL = np.zeros_like(tokens_BxL)
+        lengths_B = np.zeros(self._batch_size, np.int32)
+        for row, ids in enumerate(sequences):
+            lengths_B[row] = len(ids) - 1
+            tokens_BxL[row, : len(ids) - 1] = ids[:-1]
+            targets_BxL[row, : len(ids) - 1] = ids[1:]
+        arrays = [jax.device_put(x, self._whole) for x in (tokens_BxL, targets_BxL, lengths_B)]
+        return self.program(self._run.params, self._run.rows.serve(arrays[0]), *arrays)
+
+    def _bucket(self, length: int) -> int:
+        """The next power of two."""
+        return max(self._smallest, 1 << (length - 1).bit_length())
+
+    def _program(self, params, rows, tokens_BxL, targets_BxL, lengths_B):
+        """Log-likelihoods [B, L] float32 of the targets, and whether they are the likeliest."""
+        B, L = tokens_BxL.shape
+        model = self._model.bind(params)
+        positions_BxL = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), (B, L))
+        segment_ids_BxL = (positions_BxL < lengths_B[:, None]).astype(jnp.int32)
+        rows_UxSxF, inverse_BxL = rows.block(tokens_BxL, self._config.model.compute_dtype)
+        inputs = Inputs(tokens_BxL, inverse_BxL, positions_BxL, segment_ids_BxL)
+        hidden_BxLxD, _ = model(inputs, rows_UxSxF)
+        chunk = max(1, _LOGITS_BYTES // (4 * B * self._config.model.vocab_size))
+        if chunk >= L:
+            return _chunk_scores(model, hidden_BxLxD, targets_BxL)
+
+        def split(x_BxL):
+            x_BxL = jnp.pad(x_BxL, ((0, 0), (0, -L % chunk)) + ((0, 0),) * (x_BxL.ndim - 2))
+            return x_BxL.reshape(B, -1, chunk, *x_BxL.shape[2:]).swapaxes(0, 1)
+
+        pieces = split(hidden_BxLxD), split(targets_BxL)
+        scores = jax.lax.map(lambda piece: _chunk_scores(model, *piece), pieces)
+        return tuple(x.swapaxes(0, 1).reshape(B, -1)[:, :L] for x in scores)
+
+    def _check(self, sequences: Sequence[Sequence[int]]) -> None:
+        vocab_size = self._config.model.vocab_size
+        for number, ids in enumerate(sequences, start=1):
+            if not 2 <= len(ids) <= self.context + 1:
+                raise InputError(
+                    f"sequence {number} has {len(ids)} ids, the context of train.seq_len="
+                    f"{self.context} takes 2 to {self.context + 1}; cut it"
+                )
+            if not (min(ids) >= 0 and max(ids) < vocab_size):
+                raise InputError(
+                    f"sequence {number} has ids from {min(ids)} to {max(ids)}, the model knows 0 "
+                    f"to {vocab_size - 1}; use the tokenizer that it was trained with"
+                )
+
+
+def _chunk_scores(model: Transformer, hidden_BxCxD, targets_BxC) -> tuple[jax.Array, jax.Array]:
+    head_DxV = model.head_weight()
+    one = jnp.ones((1, 1), jnp.float32)
+
+    def token_loss(hidden_D, target):
+        # The training loss of a batch of one token: there is one definition of it.
+        return head_loss(hidden_D[None, None], head_DxV, target[None, None], one, 0.0, 1, None)[1]
+
+    losses_BxC = jax.vmap(jax.vmap(token_loss))(hidden_BxCxD, targets_BxC)
+    best_BxC = jnp.argmax(model.logits(hidden_BxCxD), axis=-1)
+    return -losses_BxC, best_BxC == targets_BxC
