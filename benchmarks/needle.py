@@ -1,28 +1,36 @@
-"""Trains configs/needle.py and asks it for needles.
+"""Trains configs/needle.py in its two stages and asks it for needles.
 
-python -m benchmarks.needle --workdir=runs/needle
+python -m benchmarks.needle --folder=runs
 
-Prints what `evaluate --niah` prints, for one needle and for four, and the seconds of both.
+Prints what `evaluate --niah` prints, for one, two and four needles, and the seconds of each part.
 """
 
 import argparse
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 
 def main() -> None:
-    """Runs both programs as a user would."""
+    """Runs the programs as a user would."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workdir", default="runs/needle")
-    parser.add_argument("--samples", type=int, default=40, help="prompts for each length and depth")
-    args, rest = parser.parse_known_args()
-    train = ["-m", "stem_jax.train", "--config=configs/needle.py", *rest]
-    ask = ["-m", "stem_jax.evaluate", "--niah", "--keys=1,4", f"--samples={args.samples}"]
-    for name, command in (("training", train), ("asking", ask)):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, *command, f"--workdir={args.workdir}"], check=True)
-        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+    parser.add_argument("--folder", default="runs", type=Path, help="of both work folders")
+    parser.add_argument("--samples", type=int, default=20, help="prompts for each length and depth")
+    args = parser.parse_args()
+    pairs, whole = args.folder / "needle_pairs", args.folder / "needle"
+    train = ["-m", "stem_jax.train", "--config=configs/needle_pairs.py", f"--workdir={pairs}"]
+    _run("name pairs", train)
+    train = ["-m", "stem_jax.train", "--config=configs/needle.py", f"--workdir={whole}"]
+    _run("haystacks", [*train, f"--config.train.init_from={pairs}"])
+    ask = ["-m", "stem_jax.evaluate", f"--workdir={whole}", "--niah", "--keys=1,2,4"]
+    _run("asking", [*ask, f"--samples={args.samples}"])
+
+
+def _run(name: str, command: list[str]) -> None:
+    start = time.perf_counter()
+    subprocess.run([sys.executable, *command], check=True)
+    print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

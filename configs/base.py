@@ -69,8 +69,8 @@ def get_config() -> config_dict.ConfigDict:
     config.tables.cache_policy = "lfu"  # which rows stay: lfu (with aging) or lru
 
     config.data = config_dict.ConfigDict()
-    # Comma-separated name=weight: built-in corpora (pydoc, stdlib, facts), prepared token stores
-    # (folders), or text files ("data/*.jsonl.zst").
+    # Comma-separated name=weight: built-in corpora (pydoc, stdlib, facts; synthetic: needles,
+    # roll_calls, name_pairs), prepared token stores (folders), or text files ("data/*.jsonl.zst").
     config.data.sources = "pydoc"
     config.data.tokenizer = "sentencepiece"  # sentencepiece, hf, bytes
     config.data.tokenizer_path = None  # None: train sentencepiece on the sources, V tokens

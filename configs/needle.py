@@ -25,7 +25,7 @@ def get_config():
     config.optimizer.decay_fraction = 0.2
     config.optimizer.warmup_steps = 50
     config.train.init_from = "runs/needle_pairs"
-    config.train.steps = 2000
+    config.train.steps = 4500
     config.train.global_batch_size = 8
     config.train.seq_len = 256
     config.train.sample_prompt = (
