@@ -2,7 +2,13 @@
 
 import functools
 import os
+import signal
 import tempfile
+
+# Whoever starts the tests in the background makes them ignore Ctrl-C, and with them the processes
+# that they start; a handler is not inherited.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The user's own flags come last and win.
 os.environ["XLA_FLAGS"] = (
