@@ -30,7 +30,6 @@ def main(argv: list[str]) -> None:
         result = retrieval(run, **grid, samples=args.samples, seed=args.seed, **common)
         table = format_retrieval(result)
         written.append(args.out.with_suffix(".png"))
-        draw_retrieval(result, written[-1])
     elif args.tasks is not None:
         options = {"limit": args.limit, "num_fewshot": args.num_fewshot}
         options |= {"max_gen_toks": args.max_gen_toks, "log_samples": args.log_samples}
@@ -46,6 +45,8 @@ def main(argv: list[str]) -> None:
         table = format_perplexity(result)
     record = {"workdir": args.workdir, "step": run.step, **result}
     write_json(args.out, record)
+    if args.niah:
+        draw_retrieval(result, written[-1])
     if args.json:
         print(json.dumps(record, default=str))
         return

@@ -48,6 +48,8 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     name = "niah" if args.niah else "tasks" if args.tasks is not None else "perplexity"
     args.out = Path(args.out or Path(args.workdir) / "evaluation" / f"{name}.json")
+    if args.niah and args.out.suffix == ".png":
+        parser.error(f"--out={args.out} must be the JSON file; the picture is put beside it")
     return args
 
 

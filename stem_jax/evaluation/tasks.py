@@ -187,9 +187,10 @@ def _load(manager: "TaskManager", specs: list[tuple[str, Any]]) -> list[Any]:
 def _check_fewshot(loaded: list[Any], num_fewshot: int) -> None:
     for item in loaded if num_fewshot else ():
         for task in item.get_all_tasks() if hasattr(item, "get_all_tasks") else [item]:
-            # They may come from the questions themselves, where one is the one that is asked.
+            # From the questions themselves, the harness leaves out the one that is asked.
+            asked = task.fewshot_cfg.split == task.config.test_split
             available = len(list(task.fewshot_docs() or ()))
-            if num_fewshot >= available:
+            if num_fewshot + asked > available:
                 raise InputError(
                     f"--num-fewshot={num_fewshot} is too many for task {task.config.task!r}, which "
                     f"has {available} examples; give fewer, or leave the task out"
