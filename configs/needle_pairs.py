@@ -12,5 +12,5 @@ def get_config():
     config.data.sources = "name_pairs=0.97,needles=0.03"
     config.optimizer.schedule = "constant"
     config.train.init_from = None
-    config.train.steps = 1000
+    config.train.steps = 900
     return config

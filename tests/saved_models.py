@@ -1,6 +1,7 @@
 """Small trained models in work folders, and what both sides of an export say about a batch."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
@@ -62,6 +63,19 @@ def save_run(folder: Path, step: TrainStep, state: TrainState, tokenizer: Tokeni
     )
     with Checkpointer(folder) as checkpoints:
         checkpoints.save(state, info, None)
+
+
+def run_folders(models: dict[str, dict], train_step, make_batch, tmp_path_factory):
+    """A function of a name in `models` (overrides of SIZES): the work folder of that model."""
+
+    @functools.cache
+    def make(name: str) -> Path:
+        step = train_step(**{**SIZES, **models[name]})
+        folder = tmp_path_factory.mktemp(name)
+        save_run(folder, step, trained_state(step, make_batch))
+        return folder
+
+    return make
 
 
 def logits(run: LoadedRun, tokens_BxL: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from saved_models import CONTEXT, SIZES, logits, save_run, trained_state
+from saved_models import CONTEXT, logits, run_folders
 
 from stem_jax.errors import InputError
 from stem_jax.evaluation import scoring
@@ -20,16 +20,7 @@ MODELS["scanned"] |= {"model.stem_layers": (1, 3), "model.scan_layers": True}
 @pytest.fixture(scope="module")
 def run_folder(train_step, make_batch, tmp_path_factory):
     """run_folder(name): the work folder of a trained model."""
-    made = {}
-
-    def make(name):
-        if name not in made:
-            step = train_step(**{**SIZES, **MODELS[name]})
-            made[name] = tmp_path_factory.mktemp(name)
-            save_run(made[name], step, trained_state(step, make_batch))
-        return made[name]
-
-    return make
+    return run_folders(MODELS, train_step, make_batch, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,17 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from saved_models import BYTES, CONTEXT, SIZES, UPDATES, greedy, logits, save_run, trained_state
+from saved_models import (
+    BYTES,
+    CONTEXT,
+    SIZES,
+    UPDATES,
+    greedy,
+    logits,
+    run_folders,
+    save_run,
+    trained_state,
+)
 
 from stem_jax import cli, export, train
 from stem_jax.checkpoint import Checkpointer
@@ -58,16 +68,7 @@ OFFLOADABLE = """
 @pytest.fixture(scope="module")
 def run_folder(train_step, make_batch, tmp_path_factory):
     """run_folder(name): the work folder of a trained model."""
-    made = {}
-
-    def make(name):
-        if name not in made:
-            step = train_step(**{**SIZES, **MODELS[name]})
-            made[name] = tmp_path_factory.mktemp(name)
-            save_run(made[name], step, trained_state(step, make_batch))
-        return made[name]
-
-    return make
+    return run_folders(MODELS, train_step, make_batch, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import jax
+import launching
 import numpy as np
 import psutil
 import pytest
@@ -33,24 +34,7 @@ from stem_jax.training.run_data import open_run_data
 from stem_jax.training.step import TrainStep
 
 STEPS = 30
-SMALL = {
-    "model.vocab_size": 300,
-    "model.embed_dim": 32,
-    "model.num_layers": 2,
-    "model.num_heads": 2,
-    "model.num_kv_heads": 1,
-    "model.ffn_dim": 48,
-    "model.stem_layers": "1",
-    "data.sources": "facts",
-    "data.tokenizer": "bytes",
-    "train.seq_len": 32,
-    "train.steps": STEPS,
-    "eval.every": 15,
-    "eval.max_batches": 6,
-    "eval.baselines": "False",
-    "checkpoint.every": 10,
-    "train.sample_prompt": "",
-}
+SMALL = launching.SMALL | {"train.steps": STEPS, "eval.every": 15, "eval.max_batches": 6}
 PLACES = {"resident": {}, "offloaded": {"tables__resident_rows": 256}}
 
 

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import safetensors.numpy
+import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stem_jax.data.tokenizer import load_tokenizer
+from stem_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 from stem_jax.errors import InputError
 from stem_jax.knowledge.swaps import STRATEGIES, recipes_of, swap_recipes, word_ids
 
@@ -98,9 +99,21 @@ def test_refusals(swaps, injections, strategy, message):
 
 
 def test_unknown_characters_are_refused(tmp_path):
-    from stem_jax.data.tokenizer import train_sentencepiece
-
-    train_sentencepiece(["the quick brown fox jumps over the lazy dog"] * 50, tmp_path / "m", 320)
-    tokenizer = load_tokenizer("sentencepiece", tmp_path / "m")
+    texts = ["the quick brown fox jumps over the lazy dog"] * 50
+    train_sentencepiece(texts, tmp_path / "bytes.model", 320)
+    # Characters that were not trained are bytes here, and nothing in a model without them.
+    assert word_ids(load_tokenizer("sentencepiece", tmp_path / "bytes.model"), "été")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_prefix=str(tmp_path / "plain"),
+        model_type="bpe",
+        vocab_size=40,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    tokenizer = load_tokenizer("sentencepiece", tmp_path / "plain.model")
     assert word_ids(tokenizer, "fox")
-    assert word_ids(tokenizer, "été")
+    with pytest.raises(InputError, match="'été' has characters that the tokenizer does not know"):
+        word_ids(tokenizer, "été")
