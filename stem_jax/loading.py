@@ -1,15 +1,17 @@
 """A trained run opened for reading: configuration, parameters, table and tokenizer."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from stem_jax.checkpoint import FOLDER, Checkpointer
+from stem_jax.checkpoint import FOLDER, Checkpointer, CheckpointInfo
 from stem_jax.config import Config
 from stem_jax.config_checks import validate
 from stem_jax.data.tokenizer import Tokenizer, load_tokenizer_folder
@@ -58,16 +60,23 @@ def checkpoint_fingerprint(
     return digest.hexdigest()
 
 
-def load_run(
-    workdir: str | Path, step: int | None = None, resident_rows: int | None = None
-) -> LoadedRun:
-    """Loads a checkpoint of `workdir` onto the first device.
+@dataclasses.dataclass(frozen=True)
+class FoundCheckpoint:
+    """A checkpoint that is open for reading. tokenizer: the one that it was trained with."""
+
+    checkpoints: Checkpointer
+    step: int
+    info: CheckpointInfo
+    tokenizer: Tokenizer
+
+
+@contextlib.contextmanager
+def open_checkpoint(workdir: str | Path, step: int | None = None) -> Iterator[FoundCheckpoint]:
+    """Opens a checkpoint of a run, of which no array is read yet.
 
     Args:
         workdir: a run folder, as given to `stem_jax.train`.
         step: of the checkpoint; None is the newest.
-        resident_rows: table rows to keep on the device, with the others in host memory; None: as
-            many as in training.
 
     Raises:
         InputError: no such folder, run, checkpoint or tokenizer, or a tokenizer that the checkpoint
@@ -89,21 +98,35 @@ def load_run(
                 "train with a lower checkpoint.every"
             )
         info = checkpoints.info(found)
-        # The tokenizer is checked first: it takes no time, the arrays may take minutes.
         tokenizer = load_tokenizer_folder(workdir / "tokenizer")
         if tokenizer.fingerprint != info.tokenizer:
             raise InputError(
                 f"checkpoint {found} was trained with tokenizer {info.tokenizer[:12]}, "
                 f"{workdir / 'tokenizer'} holds {tokenizer.fingerprint[:12]}; restore the original"
             )
+        yield FoundCheckpoint(checkpoints, found, info, tokenizer)
+
+
+def load_run(
+    workdir: str | Path, step: int | None = None, resident_rows: int | None = None
+) -> LoadedRun:
+    """Loads a checkpoint of `workdir` onto the first device.
+
+    Args:
+        workdir, step: see `open_checkpoint`, as for what is raised.
+        resident_rows: table rows to keep on the device, with the others in host memory; None: as
+            many as in training.
+    """
+    with open_checkpoint(workdir, step) as found:
+        info = found.info
         config = _on_one_device(info.config, resident_rows)
         mesh = make_mesh(config.mesh, jax.devices()[:1])
         spec = TableSpec.from_config(config)
         store = HostStore.allocate(spec, mesh) if spec.offloaded else None
         abstract = abstract_state(config, ModelDef(config, mesh), mesh)
-        params, table = checkpoints.restore_model(found, abstract, store)
+        params, table = found.checkpoints.restore_model(found.step, abstract, store)
     rows = _rows(config, table, store, info.updates, mesh)
-    return LoadedRun(config, found, params, rows, tokenizer, mesh)
+    return LoadedRun(config, found.step, params, rows, found.tokenizer, mesh)
 
 
 def _rows(

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 
-from stem_jax.checkpoint import FOLDER, Checkpointer, CheckpointInfo
+from stem_jax.checkpoint import CheckpointInfo
 from stem_jax.config import Config, ModelConfig
-from stem_jax.data.tokenizer import Tokenizer, load_tokenizer_folder
+from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
 from stem_jax.knowledge.patch import Patch, PatchStack
-from stem_jax.loading import checkpoint_fingerprint
+from stem_jax.loading import checkpoint_fingerprint, open_checkpoint
 from stem_jax.tables.row_optimizer import RowOptimizer
 from stem_jax.tables.spec import TableSpec, TableState
 from stem_jax.training.schedule import make_schedule
@@ -149,31 +149,7 @@ class SavedModel:
 
 
 def open_saved_model(workdir: str | Path, step: int | None = None) -> SavedModel:
-    """Opens a checkpoint of a run.
-
-    Args:
-        workdir: a run folder, as given to `stem_jax.train`.
-        step: of the checkpoint; None is the newest.
-
-    Raises:
-        InputError: no such folder, run, checkpoint or tokenizer, or a tokenizer that the checkpoint
-            was not trained with.
-    """
-    workdir = Path(workdir)
-    if not (workdir / FOLDER).is_dir():
-        raise InputError(
-            f"--workdir={workdir} has no {FOLDER} folder; give the folder of a training run"
-        )
-    with Checkpointer(workdir, read_only=True) as checkpoints:
-        found = checkpoints.latest_step() if step is None else step
-        if found is None:
-            raise InputError(f"--workdir={workdir} has no complete checkpoint yet")
-        info = checkpoints.info(found)
-        folder = checkpoints.folder / str(found)
-    tokenizer = load_tokenizer_folder(workdir / "tokenizer")
-    if tokenizer.fingerprint != info.tokenizer:
-        raise InputError(
-            f"checkpoint {found} was trained with tokenizer {info.tokenizer[:12]}, "
-            f"{workdir / 'tokenizer'} holds {tokenizer.fingerprint[:12]}; restore the original"
-        )
-    return SavedModel(folder, info, tokenizer)
+    """Opens a checkpoint of a run; see `loading.open_checkpoint`, as for what is raised."""
+    with open_checkpoint(workdir, step) as found:
+        folder = found.checkpoints.folder / str(found.step)
+        return SavedModel(folder, found.info, found.tokenizer)
