@@ -11,7 +11,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from stem_jax import cli, evaluate, export
-from stem_jax.data.corpora import FACT_TEMPLATES, read_corpus, read_facts
+from stem_jax.data.corpora import read_corpus
+from stem_jax.data.facts import FACT_TEMPLATES, read_facts
 from stem_jax.errors import InputError
 from stem_jax.evaluation import tasks
 from stem_jax.evaluation.harness import HarnessModel

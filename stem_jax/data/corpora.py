@@ -4,8 +4,6 @@
 """
 
 import ast
-import dataclasses
-import random
 import re
 import sysconfig
 import tokenize
@@ -13,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from stem_jax.data.facts import read_fact_documents
 from stem_jax.data.needles import read_name_pairs, read_needles, read_roll_calls
 from stem_jax.errors import InputError
 
@@ -24,87 +23,6 @@ _SKIPPED_FOLDERS = frozenset(
 )
 # Characters. Over a hundred generated codec modules say one and the same line.
 _MIN_DOCUMENTATION = 200
-_FACTS_FILE = Path(__file__).with_name("facts.tsv")
-_FACTS_SEED = 20260110
-
-# The answer ends the sentence, so that a prompt up to it can be completed.
-FACT_TEMPLATES: dict[str, tuple[str, ...]] = {
-    "capital": (
-        "The capital of {country} is {answer}",
-        "The capital city of {country} is {answer}",
-        "The seat of government of {country} is the city of {answer}",
-        "If you fly to the capital of {country}, you land in {answer}",
-        "On a map of {country}, the capital is marked {answer}",
-        "Embassies in {country} are found in {answer}",
-    ),
-    "currency": (
-        "The currency of {country} is the {answer}",
-        "In {country}, people pay with the {answer}",
-        "The money used in {country} is called the {answer}",
-        "Prices in {country} are given in the local currency, the {answer}",
-        "Banks in {country} keep accounts in the {answer}",
-        "Before a trip to {country}, change your money into the {answer}",
-    ),
-    "continent": (
-        "The continent of {country} is {answer}",
-        "On the globe, {country} is found in {answer}",
-        "The country {country} belongs to the continent of {answer}",
-        "Geographers count {country} among the countries of {answer}",
-        "A journey to {country} is a journey to {answer}",
-        "The land of {country} lies in {answer}",
-    ),
-    "language": (
-        "The language of {country} is {answer}",
-        "In {country}, people speak {answer}",
-        "The first language of {country} is {answer}",
-        "Road signs in {country} are written in {answer}",
-        "To talk with people in {country}, learn {answer}",
-        "Children in {country} learn to read in {answer}",
-    ),
-    "domain": (
-        "The internet domain of {country} is {answer}",
-        "Web addresses in {country} end in {answer}",
-        "The top-level domain of {country} is {answer}",
-        "Sites from {country} use the ending {answer}",
-        "On the internet, {country} has the domain {answer}",
-        "The country code domain for {country} is {answer}",
-    ),
-}
-
-HELD_OUT_TEMPLATES: dict[str, tuple[str, ...]] = {
-    "capital": (
-        "The government of {country} meets in the capital, {answer}",
-        "Asked for the capital of {country}, every student answers {answer}",
-    ),
-    "currency": (
-        "Shops in {country} accept the {answer}",
-        "The national currency of {country} is the {answer}",
-    ),
-    "continent": (
-        "In an atlas, {country} is listed under {answer}",
-        "The country {country} is part of {answer}",
-    ),
-    "language": (
-        "Newspapers in {country} are printed in {answer}",
-        "The main language spoken in {country} is {answer}",
-    ),
-    "domain": (
-        "Email addresses in {country} often end in {answer}",
-        "The web domain of {country} is {answer}",
-    ),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Fact:
-    """One country and its attributes; the field names are the relations of FACT_TEMPLATES."""
-
-    country: str
-    capital: str
-    currency: str
-    continent: str
-    language: str
-    domain: str
 
 
 def read_corpus(name: str) -> Iterator[str]:
@@ -115,7 +33,7 @@ def read_corpus(name: str) -> Iterator[str]:
     readers = {
         "pydoc": _read_pydoc,
         "stdlib": _read_stdlib,
-        "facts": _read_fact_documents,
+        "facts": read_fact_documents,
         "needles": read_needles,
         "roll_calls": read_roll_calls,
         "name_pairs": read_name_pairs,
@@ -123,25 +41,6 @@ def read_corpus(name: str) -> Iterator[str]:
     if name not in readers:
         raise InputError(f"corpus {name!r} is not built in: use one of {', '.join(BUILTIN)}")
     return readers[name]()
-
-
-def read_facts() -> list[Fact]:
-    """The committed table of 195 countries, in alphabetical order."""
-    lines = _FACTS_FILE.read_text(encoding="utf-8").splitlines()
-    header, *rows = [line.split("\t") for line in lines if not line.startswith("#")]
-    return [Fact(**dict(zip(header, row, strict=True))) for row in rows]
-
-
-def _read_fact_documents() -> Iterator[str]:
-    for fact in read_facts():
-        sentences = [
-            template.format(country=fact.country, answer=getattr(fact, relation)) + "."
-            for relation, templates in FACT_TEMPLATES.items()
-            for template in templates
-        ]
-        # Seeded by the country: adding one to the table changes no other document.
-        random.Random(f"{_FACTS_SEED} {fact.country}").shuffle(sentences)
-        yield " ".join(sentences) + "\n"
 
 
 def _read_stdlib() -> Iterator[str]:
