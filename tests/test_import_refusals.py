@@ -212,6 +212,10 @@ def test_bad_llamas(spoil, message, tmp_path, monkeypatch, capsys):
     [
         ([], "has no tokenizer; give the one"),
         (["--tokenizer=bytes", "--config.model.ffn_dim=9"], "the model has 48; leave the flag out"),
+        (
+            ["--tokenizer=bytes", "--config.model.token_embedding_dropout=0.3"],
+            "the model has 0.0; leave the flag out",
+        ),
         (["--tokenizer=bytes", "--path=nowhere"], "--path=nowhere is not a folder"),
         (["--tokenizer=bytes", "--workdir=."], "--workdir=. exists; choose a new folder"),
         (["--tokenizer=bytes", "--config.model.ffn=9"], "unknown config key model.ffn"),

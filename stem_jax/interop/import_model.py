@@ -58,7 +58,9 @@ def import_config(
     Raises:
         InputError: such an override, or a model or a tokenizer that does not fit.
     """
-    for name, value in imported.model.items():
+    # Neither code has the vector that training learns in place of dropped embeddings.
+    decided = {"token_embedding_dropout": 0.0, **imported.model}
+    for name, value in decided.items():
         if f"model.{name}" in overrides:
             raise InputError(
                 f"--config.model.{name}={overrides[f'model.{name}']} is given, the model has "
@@ -70,7 +72,7 @@ def import_config(
     if "train.seq_len" not in overrides:
         train = dataclasses.replace(train, seq_len=imported.context)
     data = dataclasses.replace(data, tokenizer=tokenizer.kind, tokenizer_path=None)
-    model = ModelConfig(**{**values, **imported.model})
+    model = ModelConfig(**{**values, **decided})
     config = dataclasses.replace(config, model=model, train=train, data=data)
     validate(config)
     if tokenizer.vocab_size > model.vocab_size:
