@@ -96,7 +96,7 @@ def test_few_programs_and_one_product_of_the_head(run_folder, sequences):
     shape = jax.ShapeDtypeStruct((4, 32), jnp.int32)
     lengths = jax.ShapeDtypeStruct((4,), jnp.int32)
     run = scorer._run
-    compiled = scorer.program.lower(run.params, run.rows, shape, shape, lengths).compile()
+    compiled = scorer.program.lower(run.params, run.rows, shape, shape, lengths, shape).compile()
     # The likeliest token and the loss share one: of 4 x 32 positions and 258 logits.
     products = [
         line for line in compiled.as_text().splitlines() if " dot(" in line or "matmul" in line

@@ -64,23 +64,29 @@ class Scorer:
         return self._config.train.seq_len
 
     def score(
-        self, sequences: Sequence[Sequence[int]], on_scored: Callable[[int], object] | None = None
+        self,
+        sequences: Sequence[Sequence[int]],
+        on_scored: Callable[[int], object] | None = None,
+        keys: Sequence[Sequence[int]] | None = None,
     ) -> list[Scores]:
         """Scores every id but the first of each sequence.
 
         Args:
             sequences: of 2 to `context` + 1 ids.
             on_scored: called with a number of sequences whenever that many more are done.
+            keys: of the rows that are read at the ids of each sequence, as the run's row source
+                knows them; None: the ids.
 
         Raises:
             InputError: a sequence of another length, an unknown id, or batches with more distinct
                 ids than the device has rows.
         """
         self._check(sequences)
+        keys = sequences if keys is None else keys
         # The longest first: if memory does not suffice, that shows at the start.
         order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
         found: dict[int, Scores] = {}
-        for indices, likelihoods_BxL, greedy_BxL in self._batches(sequences, order):
+        for indices, likelihoods_BxL, greedy_BxL in self._batches(sequences, keys, order):
             likelihoods_BxL, greedy_BxL = np.asarray(likelihoods_BxL), np.asarray(greedy_BxL)
             for row, index in enumerate(indices):
                 n = len(sequences[index]) - 1
@@ -90,42 +96,48 @@ class Scorer:
         return [found[index] for index in range(len(sequences))]
 
     def _batches(
-        self, sequences: Sequence[Sequence[int]], order: list[int]
+        self, sequences: Sequence[Sequence[int]], keys: Sequence[Sequence[int]], order: list[int]
     ) -> Iterator[tuple[list[int], jax.Array, jax.Array]]:
         """(which sequences, their log-likelihoods, whether greedy), one batch behind the device."""
         before = None
         for first in range(0, len(order), self._batch_size):
             indices = order[first : first + self._batch_size]
-            batch = self._dispatch([sequences[index] for index in indices])
+            batch = self._dispatch(*([x[index] for index in indices] for x in (sequences, keys)))
             if before is not None:
                 yield before
             before = (indices, *batch)
         if before is not None:
             yield before
 
-    def _dispatch(self, sequences: list[Sequence[int]]) -> tuple[jax.Array, jax.Array]:
+    def _dispatch(
+        self, sequences: list[Sequence[int]], keys: list[Sequence[int]]
+    ) -> tuple[jax.Array, jax.Array]:
         length = min(self._bucket(len(sequences[0]) - 1), self.context)
-        tokens_BxL = np.zeros((self._batch_size, length), np.int32)
-        targets_BxL = np.zeros_like(tokens_BxL)
+        shape = (self._batch_size, length)
+        tokens_BxL, targets_BxL, keys_BxL = (np.zeros(shape, np.int32) for _ in range(3))
         lengths_B = np.zeros(self._batch_size, np.int32)
-        for row, ids in enumerate(sequences):
-            lengths_B[row] = len(ids) - 1
-            tokens_BxL[row, : len(ids) - 1] = ids[:-1]
-            targets_BxL[row, : len(ids) - 1] = ids[1:]
-        arrays = [jax.device_put(x, self._whole) for x in (tokens_BxL, targets_BxL, lengths_B)]
-        return self.program(self._run.params, self._run.rows.serve(arrays[0]), *arrays)
+        for row, (ids, of_rows) in enumerate(zip(sequences, keys, strict=True)):
+            n = lengths_B[row] = len(ids) - 1
+            tokens_BxL[row, :n], targets_BxL[row, :n] = ids[:-1], ids[1:]
+            keys_BxL[row, :n] = of_rows[:-1]
+        arrays = tokens_BxL, targets_BxL, lengths_B, keys_BxL
+        tokens_BxL, targets_BxL, lengths_B, keys_BxL = (
+            jax.device_put(x, self._whole) for x in arrays
+        )
+        rows = self._run.rows.serve(keys_BxL)
+        return self.program(self._run.params, rows, tokens_BxL, targets_BxL, lengths_B, keys_BxL)
 
     def _bucket(self, length: int) -> int:
         """The next power of two."""
         return max(self._smallest, 1 << (length - 1).bit_length())
 
-    def _program(self, params, rows, tokens_BxL, targets_BxL, lengths_B):
+    def _program(self, params, rows, tokens_BxL, targets_BxL, lengths_B, keys_BxL):
         """Log-likelihoods [B, L] float32 of the targets, and whether they are the likeliest."""
         B, L = tokens_BxL.shape
         model = self._model.bind(params)
         positions_BxL = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), (B, L))
         segment_ids_BxL = (positions_BxL < lengths_B[:, None]).astype(jnp.int32)
-        rows_UxSxF, inverse_BxL = rows.block(tokens_BxL, self._config.model.compute_dtype)
+        rows_UxSxF, inverse_BxL = rows.block(keys_BxL, self._config.model.compute_dtype)
         inputs = Inputs(tokens_BxL, inverse_BxL, positions_BxL, segment_ids_BxL)
         hidden_BxLxD, _ = model(inputs, rows_UxSxF)
         chunk = max(1, _LOGITS_BYTES // (4 * B * self._config.model.vocab_size))

@@ -1,6 +1,7 @@
 """Rows laid over a table: the table stays as it is, wherever its rows lie."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -63,3 +64,26 @@ class OverlaidRows:
         keys = self._keys[keys]
         of_table = jnp.where(keys >= self._vocab_size, 0, keys)
         return OverlaidBlock(self._base.serve(of_table), self._extra, keys, self._vocab_size)
+
+
+class SequenceKeys:
+    """A row source in which each sequence of a batch reads rows of its own for some tokens."""
+
+    def __init__(self, base: RowSource, vocab_size: int, keys: Sequence[Mapping[int, int]]):
+        """Args:
+        base: knows the keys.
+        vocab_size: V.
+        keys: of each sequence, the row that is read for a token id if not its own.
+        """
+        keys_BxV = np.tile(np.arange(vocab_size, dtype=np.int32), (len(keys), 1))
+        for row, led in enumerate(keys):
+            for token, key in led.items():
+                keys_BxV[row, token] = key
+        self._base = base
+        self._keys_BxV = jnp.asarray(keys_BxV)
+
+    def serve(self, keys: jax.Array) -> RowBlock:
+        """See `row_source.RowSource`; the first axis of the tokens is the batch."""
+        tokens_BxL = keys.reshape(keys.shape[0], -1)
+        led_BxL = jnp.take_along_axis(self._keys_BxV, tokens_BxL, axis=1)
+        return self._base.serve(led_BxL.reshape(keys.shape))

@@ -1,0 +1,81 @@
+"""How many of the facts of the `facts` corpus a model answers."""
+
+from typing import Any
+
+from tqdm import tqdm
+
+from stem_jax.agreement import is_first
+from stem_jax.data.facts import FACT_TEMPLATES, HELD_OUT_TEMPLATES, RELATIONS, read_facts
+from stem_jax.errors import InputError
+from stem_jax.evaluation.answers import Question, answer_all
+from stem_jax.evaluation.scoring import Scorer
+from stem_jax.loading import LoadedRun
+
+# Sentences end so in the corpus.
+END = "."
+_PHRASINGS = {"trained": FACT_TEMPLATES, "held_out": HELD_OUT_TEMPLATES}
+
+
+def fact_prompt(template: str, country: str) -> str:
+    """What a sentence says before its answer, without the space between."""
+    return template.partition("{answer}")[0].format(country=country).rstrip()
+
+
+def recall(
+    run: LoadedRun, *, limit: int | None = None, batch_size: int = 64, progress: bool = True
+) -> dict[str, Any]:
+    """Asks for every fact in every phrasing of the corpus, and in those that it never tells.
+
+    Args:
+        limit: countries; None: all.
+        batch_size: prompts at a time.
+        progress: draw a bar on stderr, if it is a terminal.
+
+    Returns:
+        `countries`, and under `relations` for each relation `trained` and `held_out`: the share of
+        facts that greedy decoding completes exactly, and `questions`, their number.
+
+    Raises:
+        InputError: a limit without countries, or a context that is too short.
+    """
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit={limit} must be at least 1; leave it out for all countries")
+    facts = read_facts()[:limit]
+    places, questions = [], []
+    for relation in RELATIONS:
+        for name, templates in _PHRASINGS.items():
+            for template in templates[relation]:
+                for fact in facts:
+                    places.append((relation, name))
+                    prompt = fact_prompt(template, fact.country)
+                    questions.append(Question(prompt, getattr(fact, relation), END))
+    # None: only on a terminal.
+    off = None if progress and is_first() else True
+    with tqdm(total=len(questions), desc="facts", unit=" questions", disable=off) as bar:
+        verdicts = answer_all(Scorer(run, batch_size), run.tokenizer, questions, bar.update)
+    found: dict[tuple[str, str], list[bool]] = {}
+    for place, verdict in zip(places, verdicts, strict=True):
+        found.setdefault(place, []).append(verdict.exact)
+    relations = {
+        relation: {
+            **{name: _share(found[relation, name]) for name in _PHRASINGS},
+            "questions": sum(len(found[relation, name]) for name in _PHRASINGS),
+        }
+        for relation in RELATIONS
+    }
+    return {"countries": len(facts), "relations": relations}
+
+
+def format_recall(result: dict[str, Any]) -> str:
+    """A line for each relation."""
+    lines = [f"{'relation':<12}{'trained':>9}{'held out':>10}{'questions':>11}  (answered exactly)"]
+    for relation, found in result["relations"].items():
+        lines.append(
+            f"{relation:<12}{found['trained']:>9.1%}{found['held_out']:>10.1%}"
+            f"{found['questions']:>11,}"
+        )
+    return "\n".join(lines)
+
+
+def _share(found: list[bool]) -> float:
+    return sum(found) / len(found)

@@ -1,0 +1,40 @@
+"""The flags of `python -m stem_jax.edit`."""
+
+import argparse
+
+from stem_jax import cli
+from stem_jax.knowledge.edit_cases import TOKEN_COUNTS
+from stem_jax.knowledge.edit_measurement import WRITTEN
+from stem_jax.knowledge.swaps import STRATEGIES
+
+
+def parse(argv: list[str], description: str | None) -> argparse.Namespace:
+    """The flags. Exits with 2 for wrong ones, 0 for --help."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=cli.HelpFormatter)
+    add = parser.add_argument
+    add("--workdir", required=True, help="folder of a training run")
+    add("--step", type=int, help="checkpoint; without it, the newest")
+    add("--swap", action="append", default=[], help="SOURCE=>TARGET; may be repeated")
+    add("--inject", action="append", default=[], help="WORD=0.5*FIRST+0.5*SECOND, or WORD=@FILE")
+    add("--strategy", default="average", choices=STRATEGIES, help="if the token counts differ")
+    add("--layers", type=cli.integers, help="where rows are written, such as 0,1; without: all")
+    add("--scale", type=float, default=1.0, help="times the rows that are written")
+    add("--edits", type=cli.names, default=[], help="patches that apply first, in this order")
+    add("--prompt", action="append", default=[], help="text to complete; may be repeated")
+    add("--max-new-tokens", "--max_new_tokens", type=int, default=16, help="of each completion")
+    add("--top", type=int, default=5, help="probabilities shown")
+    add("--save", help="file for the patch")
+    add("--list", action="store_true", help="show what --edits hold")
+    add("--resident-rows", "--resident_rows", type=int, help="table rows kept on the device")
+    add("--measure", help="facts, or a JSON file like CounterFact's or zsRE's: edits to try alone")
+    add("--pairs", type=int, default=200, help="facts: edits of each relation")
+    add("--tokens", default="one", choices=TOKEN_COUNTS, help="facts: names of one token, or not")
+    add("--write", default="rows", choices=WRITTEN, help="measure: embedding is for contrast")
+    add("--seed", type=int, default=0, help="facts: of the pairs and phrasings")
+    add("--out", help="measure: folder of CSV and JSON; without it, WORKDIR/editing")
+    add("--json", action="store_true", help="measure: print JSON instead of a table")
+    args = parser.parse_args(argv)
+    one_edit = args.swap or args.inject or args.prompt or args.save or args.edits or args.list
+    if args.measure and (one_edit or args.scale != 1):
+        parser.error("--measure makes edits of its own: it takes no --swap, --inject, --scale, ...")
+    return args

@@ -1,0 +1,96 @@
+"""Measured edits as a table for people, CSV with a line for each edit, and JSON for the report."""
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from stem_jax.errors import InputError
+from stem_jax.knowledge.edit_measurement import EditOutcome
+from stem_jax.knowledge.fluency import Fluency
+
+COLUMNS = ("relation", "edits", "right before", "new", "old", "other", "preferred")
+COLUMNS += ("paraphrase", "locality", "specificity")
+_CSV = ("relation", "subject", "donor", "prompt", "old", "new", "right_before", "answer")
+_CSV += ("preferred", "paraphrase", "locality", "specificity")
+
+
+def summarize(outcomes: Sequence[EditOutcome]) -> list[list[Any]]:
+    """A row of COLUMNS for each relation, and one for all if there are several; shares in percent.
+
+    new, old, other: what is answered after the edit. preferred: new likelier than old. paraphrase:
+    new in other words. locality, specificity: answers about other subjects and other relations of
+    the subject that stay; None where nothing was asked.
+    """
+    relations = list(dict.fromkeys(outcome.case.relation for outcome in outcomes))
+    groups = [(name, [x for x in outcomes if x.case.relation == name]) for name in relations]
+    if len(groups) > 1:
+        groups.append(("all", list(outcomes)))
+    return [
+        [
+            name,
+            len(group),
+            _percent(x.base for x in group),
+            *(_percent(x.answer == answer for x in group) for answer in ("new", "old", "other")),
+            _percent(x.preferred for x in group),
+            _percent(y for x in group for y in x.paraphrases),
+            _percent(y for x in group for y in x.locality),
+            _percent(y for x in group for y in x.specificity),
+        ]
+        for name, group in groups
+    ]
+
+
+def format_summary(rows: Sequence[Sequence[Any]]) -> str:
+    """The rows of `summarize` as a table for a terminal."""
+    widths = [max(len(name), 6) for name in COLUMNS]
+    widths[0] = max(len(str(row[0])) for row in [COLUMNS, *rows])
+    lines = ["  ".join([COLUMNS[0].ljust(widths[0]), *map(str.rjust, COLUMNS[1:], widths[1:])])]
+    for row in rows:
+        cells = ["-" if x is None else f"{x:.1f}" if isinstance(x, float) else str(x) for x in row]
+        lines.append("  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]))
+    return "\n".join(lines)
+
+
+def format_fluency(found: Fluency) -> str:
+    """A line for people."""
+    return (
+        f"fluency: n-gram entropy {found.before:.2f} bits before, {found.after:.2f} after, mean of "
+        f"{found.edits} edits"
+    )
+
+
+def write_measurement(
+    folder: str | Path, name: str, title: str, note: str, outcomes: Sequence[EditOutcome]
+) -> list[Path]:
+    """Writes NAME.csv and NAME.json; the latter is a table that `stem_jax.analyze` shows.
+
+    Raises:
+        InputError: they cannot be written.
+    """
+    folder = Path(folder)
+    table = {"title": title, "columns": COLUMNS, "rows": summarize(outcomes), "note": note}
+    paths = [folder / f"{name}.csv", folder / f"{name}.json"]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with paths[0].open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(_CSV)
+            writer.writerows(map(_line, outcomes))
+        paths[1].write_text(json.dumps(table, indent=2) + "\n", "utf-8")
+    except OSError as error:
+        raise InputError(f"--out={folder}: {error.strerror}; choose another place") from error
+    return paths
+
+
+def _line(outcome: EditOutcome) -> list[Any]:
+    case = outcome.case
+    named = [case.relation, case.subject, case.donor, case.prompt, case.old, case.new]
+    shares = [_percent(x) for x in (outcome.paraphrases, outcome.locality, outcome.specificity)]
+    return [*named, int(outcome.base), outcome.answer, int(outcome.preferred), *shares]
+
+
+def _percent(found: Iterable[bool]) -> float | None:
+    values = list(found)
+    return round(100 * sum(values) / len(values), 2) if values else None

@@ -1,0 +1,66 @@
+"""Whether an edited model still writes text, rather than the same words again and again."""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from stem_jax.generation import Generator
+from stem_jax.knowledge.edit_cases import EditCase
+from stem_jax.knowledge.edit_measurement import LaidEdits
+from stem_jax.knowledge.overlay import SequenceKeys
+from stem_jax.sampling import Sampling
+
+# Of the n-gram entropies, as for CounterFact.
+_WEIGHTS = {2: 2 / 3, 3: 4 / 3}
+_SAMPLING = Sampling(temperature=1.0, top_k=5, top_p=1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fluency:
+    """Mean `ngram_entropy` in bits of completions without and with an edit, of some edits."""
+
+    before: float
+    after: float
+    edits: int
+
+
+def fluency(
+    laid: LaidEdits, cases: Sequence[EditCase], max_new_tokens: int = 100, edits: int = 32
+) -> Fluency:
+    """Samples a completion of each prompt before and after its edit (the five likeliest tokens).
+
+    Args:
+        laid: the edits of all cases.
+        max_new_tokens: of a completion; the context may end it before.
+        edits: how many of the cases, spread evenly.
+
+    Raises:
+        InputError: a prompt that leaves no room in the context.
+    """
+    chosen = sorted({i * len(cases) // edits for i in range(edits)})
+    run = laid.run
+    # One batch, so that one program serves for both: without edits, then with them.
+    keys = [{} for _ in chosen] + [laid.keys[i] for i in chosen]
+    rows = SequenceKeys(run.rows, run.config.model.vocab_size, keys)
+    generator = Generator(run.config, run.params, rows, run.tokenizer, run.mesh)
+    prompts = 2 * [cases[i].prompt for i in chosen]
+    completions = generator.complete(prompts, max_new_tokens, _SAMPLING, batch_size=len(prompts))
+    entropies = [ngram_entropy(found.text) for found in completions]
+    n = len(chosen)
+    return Fluency(sum(entropies[:n]) / n, sum(entropies[n:]) / n, n)
+
+
+def ngram_entropy(text: str) -> float:
+    """Weighted mean of the entropies of a text's word bigrams and trigrams, in bits.
+
+    Source: GE of CounterFact (arXiv 2202.05262, section 3.3), after Zhang et al. (arXiv
+    1809.05972); words are what stands between spaces.
+    """
+    words = text.split()
+    total = 0.0
+    for n, weight in _WEIGHTS.items():
+        counts = collections.Counter(zip(*(words[i:] for i in range(n))))
+        size = sum(counts.values())
+        total += weight * sum(-c / size * math.log2(c / size) for c in counts.values())
+    return total / len(_WEIGHTS)
