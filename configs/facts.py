@@ -18,7 +18,7 @@ def get_config():
     # All facts are learned, none is held out; what is held out are ways to ask.
     config.data.validation_fraction = 0.0
     config.model.vocab_size = 2304  # four in five countries are one token
-    config.model.stem_layers = (0, 1, 2, 3)
+    config.model.stem_layers = "all"
     config.tables.lr_multiplier = 10.0
     config.train.steps = 800
     config.train.global_batch_size = 32

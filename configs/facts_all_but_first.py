@@ -9,6 +9,6 @@ from configs.facts import get_config as facts_config
 def get_config():
     """Without the dropout the dense layer learns what a token is from its embedding."""
     config = facts_config()
-    config.model.stem_layers = (1, 2, 3)
+    config.model.stem_layers = "all_but_first"
     config.model.token_embedding_dropout = 0.3
     return config
