@@ -15,7 +15,7 @@ from stem_jax import cli, export, import_torch
 from stem_jax.data.corpora import read_corpus
 from stem_jax.interop.import_model import BASE_CONFIG, import_config
 from stem_jax.interop.imports import read_model
-from stem_jax.interop.up_means import UpMeans
+from stem_jax.knowledge.up_means import UpMeans
 from stem_jax.loading import load_run
 from stem_jax.mesh import make_mesh
 from stem_jax.training.step import TrainStep

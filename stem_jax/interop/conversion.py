@@ -25,7 +25,7 @@ from stem_jax.interop.calibration_text import CalibrationText
 from stem_jax.interop.import_model import Imported
 from stem_jax.interop.imports import LazyParams
 from stem_jax.interop.names import rows_to_table
-from stem_jax.interop.up_means import UpMeans
+from stem_jax.knowledge.up_means import UpMeans
 from stem_jax.mesh import make_mesh, replicated
 from stem_jax.training.evaluation import Validation
 from stem_jax.training.schedule import Schedule, make_schedule

@@ -1,6 +1,8 @@
-"""Parameters and matmul FLOPs of a configuration. Table lookups are no FLOPs and not counted."""
+"""Parameters, FLOPs and reads of a configuration. Table lookups are no FLOPs and not counted."""
 
 import dataclasses
+
+import jax.numpy as jnp
 
 from stem_jax.config import ModelConfig
 
@@ -23,6 +25,33 @@ class ParameterCount:
         return self.active + self.table
 
 
+@dataclasses.dataclass(frozen=True)
+class PassFlops:
+    """FLOPs of one forward pass of one sequence.
+
+    matmul: two for each product of a sum. elementwise: one for each number that norms, rotary
+    positions, softmax, gate and residuals compute or add up; exp, sin, cos and square roots, which
+    XLA counts apart, are not among them.
+    """
+
+    matmul: int
+    elementwise: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeReads:
+    """Numbers that decoding one token reads, a batch of one sequence.
+
+    backbone: parameters; of an embedding that is not the head one vector. row: of the tables.
+    cache: keys and values of all slots. bytes: of them all, as they are stored.
+    """
+
+    backbone: int
+    row: int
+    cache: int
+    bytes: int
+
+
 def count_parameters(model: ModelConfig) -> ParameterCount:
     """Counts from the shapes alone."""
     D, F, Dh = model.embed_dim, model.ffn_dim, model.head_dim
@@ -43,15 +72,64 @@ def forward_flops_per_token(model: ModelConfig, context: int) -> int:
     Attention scores and values are counted over the full `context`, not its causal half, as in
     PaLM (arXiv 2204.02311, appendix B).
     """
-    D, F, Dh = model.embed_dim, model.ffn_dim, model.head_dim
-    attention = 2 * D * model.num_heads * Dh + 2 * D * model.num_kv_heads * Dh
-    scores = 2 * context * model.num_heads * Dh
-    up_layers = model.num_layers - model.num_stem_layers
-    ffn = (2 * model.num_layers + up_layers) * D * F
-    head = model.vocab_size * D
-    return 2 * (model.num_layers * (attention + scores) + ffn + head)
+    return _block_matmuls(model, context) + _head_matmul(model)
 
 
 def training_flops_per_token(model: ModelConfig, seq_len: int) -> int:
     """Forward and backward: the backward pass has two matmuls for each of the forward's."""
     return 3 * forward_flops_per_token(model, seq_len)
+
+
+def generation_flops(model: ModelConfig, length: int, slots: int) -> PassFlops:
+    """What `Generator.advance` computes for one sequence.
+
+    Args:
+        length: tokens read at once: of the prompt in a prefill, 1 in a decode step.
+        slots: of the cache. Each query meets all of them, also those that are masked or empty.
+
+    The head sees the last token alone.
+    """
+    matmul = length * _block_matmuls(model, slots) + _head_matmul(model)
+    return PassFlops(matmul, length * _elementwise(model, slots))
+
+
+def decode_reads(model: ModelConfig, slots: int) -> DecodeReads:
+    """What a decode step with a cache of `slots` reads."""
+    count = count_parameters(model)
+    dropped = model.embed_dim if model.token_embedding_dropout > 0 else 0
+    # Of an embedding of its own one vector is read; a tied one is the head too, and read whole.
+    other_vectors = 0 if model.tie_embeddings else (model.vocab_size - 1) * model.embed_dim
+    backbone = count.active - dropped - other_vectors
+    row = model.num_stem_layers * model.ffn_dim
+    cache = 2 * model.num_layers * model.num_kv_heads * model.head_dim * slots
+    parameter_bytes = jnp.dtype(model.param_dtype).itemsize
+    cache_bytes = jnp.dtype(model.compute_dtype).itemsize
+    # Rows are float32 in every table.
+    size = backbone * parameter_bytes + row * 4 + cache * cache_bytes
+    return DecodeReads(backbone, row, cache, size)
+
+
+def _block_matmuls(model: ModelConfig, context: int) -> int:
+    """Matmul FLOPs of a token in all blocks, attending over `context` positions."""
+    D, F, Dh = model.embed_dim, model.ffn_dim, model.head_dim
+    attention = 2 * D * model.num_heads * Dh + 2 * D * model.num_kv_heads * Dh
+    scores = 2 * context * model.num_heads * Dh
+    up_layers = model.num_layers - model.num_stem_layers
+    ffn = (2 * model.num_layers + up_layers) * D * F
+    return 2 * (model.num_layers * (attention + scores) + ffn)
+
+
+def _head_matmul(model: ModelConfig) -> int:
+    return 2 * model.vocab_size * model.embed_dim
+
+
+def _elementwise(model: ModelConfig, slots: int) -> int:
+    """Elementwise FLOPs of a token, operation by operation as the modules write them."""
+    D, H, Dh = model.embed_dim, model.num_heads, model.head_dim
+    norm = 4 * D  # square, sum, times 1 / rms, times scale
+    rotary = 3 * (H + model.num_kv_heads) * Dh  # four products and two sums a pair
+    softmax = 6 * H * slots  # scale, mask, maximum, difference, sum, quotient
+    gate = 5 * model.ffn_dim  # silu(x) = x / (1 + exp(-x)) in four, times the up value
+    residuals = 2 * D
+    block = 2 * norm + rotary + softmax + gate + residuals
+    return model.num_layers * block + norm

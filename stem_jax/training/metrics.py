@@ -29,7 +29,7 @@ class MetricsLog:
         self._path = workdir / "metrics.jsonl"
         self._picture = workdir / "loss.png"
         self._writing = writing
-        self.records = [r for r in _read(self._path) if r["step"] <= start_step]
+        self.records = [r for r in read_records(self._path) if r["step"] <= start_step]
         if not writing:
             return
         text = "".join(json.dumps(record) + "\n" for record in self.records)
@@ -125,7 +125,8 @@ def draw_loss(records: list[Record], path: Path) -> None:
     figure.savefig(path)
 
 
-def _read(path: Path) -> list[Record]:
+def read_records(path: Path) -> list[Record]:
+    """The records of a `metrics.jsonl`, oldest first; none if there is no such file."""
     if not path.exists():
         return []
     records = []

@@ -1,0 +1,249 @@
+"""Everything that is measured of a trained model, beside a dense twin if there is one."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+from stem_jax.errors import InputError
+from stem_jax.knowledge.capacity import TEXT_TOKENS, Capacity, measure_capacity
+from stem_jax.knowledge.cost_table import check_cost, cost_table
+from stem_jax.knowledge.edit_tables import EditTable, read_edit_tables
+from stem_jax.knowledge.flop_check import FlopCheck
+from stem_jax.knowledge.geometry import LayerGeometry, SpreadVerdict, spread_verdict
+from stem_jax.knowledge.stability import Stability, read_stability
+from stem_jax.knowledge.token_text import TokenText, open_text
+from stem_jax.knowledge.token_vectors import (
+    SAMPLED_ROWS,
+    TokenSample,
+    mean_geometry,
+    row_geometry,
+    sample_tokens,
+)
+from stem_jax.loading import LoadedRun, load_run
+from stem_jax.model.cost import ParameterCount, count_parameters
+
+KINDS = ("plain", "centred", "frequent")
+# Keys in which twins may differ without being other models or other trainings.
+_NO_DIFFERENCE = {"stem_layers", "attention", "remat", "scan_layers", "tokenizer_path", "folder"}
+_NO_DIFFERENCE |= {"step_timeout", "compilation_cache", "log_every", "loss_chunk", "micro_batches"}
+_NO_DIFFERENCE |= {"sample_prompt", "sample_tokens"}
+
+
+@dataclasses.dataclass(frozen=True)
+class AnalysisOptions:
+    """What to look at, and with what.
+
+    step, dense_step: checkpoints; None: the newest. resident_rows: kept on the device. text: as
+    `data.sources`; None: what the run was trained on. tokens: of it, for frequencies and means;
+    None: at most 262,144. rows: sampled tokens. seed: of the sample. progress: draw bars.
+    """
+
+    step: int | None = None
+    dense_step: int | None = None
+    resident_rows: int | None = None
+    text: str | None = None
+    tokens: int | None = None
+    rows: int = SAMPLED_ROWS
+    seed: int = 0
+    progress: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A run that is looked at. stability: None where no training was recorded."""
+
+    workdir: str
+    run: LoadedRun
+    parameters: ParameterCount
+    stability: Stability | None
+
+    @classmethod
+    def load(cls, workdir: str, step: int | None, resident_rows: int | None) -> "Subject":
+        """Loads a run; raises InputError as `load_run` does."""
+        run = load_run(workdir, step, resident_rows)
+        clips = run.config.optimizer.clip_norm, run.config.tables.clip_norm
+        stability = read_stability(workdir, run.step, *clips)
+        return cls(workdir, run, count_parameters(run.config.model), stability)
+
+    def record(self) -> dict[str, Any]:
+        """As JSON, without the training."""
+        model, train = self.run.config.model, self.run.config.train
+        return {
+            "workdir": self.workdir,
+            "step": self.run.step,
+            "stem_layers": list(model.stem_layers),
+            "parameters": dataclasses.asdict(self.parameters),
+            "tokenizer": self.run.tokenizer.fingerprint,
+            "model": dataclasses.asdict(model),
+            "train": dataclasses.asdict(train),
+            "sources": self.run.config.data.sources,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+    """What was found.
+
+    own, dense: the runs. differences: (key, own value, the twin's) of their configurations. text:
+    its name. sample: tokens whose vectors were looked at. rows: geometry of the STEM layers.
+    means: geometry of the up projections of the dense run (the twin, or the run itself). capacity:
+    None without tables. costs: see `cost_table`. checks: formulas beside compiled programs.
+    edits: tables of measured edits.
+    """
+
+    own: Subject
+    dense: Subject | None
+    differences: list[tuple[str, Any, Any]]
+    text: str
+    sample: TokenSample
+    rows: list[LayerGeometry]
+    means: list[LayerGeometry]
+    capacity: Capacity | None
+    costs: list[dict[str, Any]]
+    checks: list[FlopCheck]
+    edits: list[EditTable]
+
+    def verdict(self, kind: str) -> SpreadVerdict | None:
+        """See `spread_verdict`; None without a twin."""
+        return spread_verdict(self.rows, self.means, kind)
+
+    def record(self) -> dict[str, Any]:
+        """Every figure, as JSON."""
+        verdicts = {kind: self.verdict(kind) for kind in KINDS}
+        trained = {"run": self.own, "dense": self.dense}
+        return {
+            "run": self.own.record(),
+            "dense": self.dense and self.dense.record(),
+            "differences": self.differences,
+            "text": {
+                "name": self.text,
+                "tokens": self.sample.tokens,
+                "distinct_tokens": self.sample.distinct,
+                "sampled_tokens": self.sample.seen,
+                "sampled_unseen_tokens": len(self.sample.ids) - self.sample.seen,
+            },
+            "geometry": {
+                "rows": [geometry.record() for geometry in self.rows],
+                "dense": [geometry.record() for geometry in self.means],
+                "wider_angular_spread": {
+                    kind: verdict and dataclasses.asdict(verdict) | {"verdict": verdict.word}
+                    for kind, verdict in verdicts.items()
+                },
+            },
+            "capacity": self.capacity and self.capacity.record(),
+            "cost": {
+                "by_stem_layers": self.costs,
+                "checks": [check.record() for check in self.checks],
+            },
+            "stability": {
+                name: subject and subject.stability and subject.stability.record()
+                for name, subject in trained.items()
+            },
+            "editing": [dataclasses.asdict(table) for table in self.edits],
+        }
+
+
+def analyze(workdir: str, dense_workdir: str | None, options: AnalysisOptions) -> Analysis:
+    """Looks into a run, on one device.
+
+    Args:
+        workdir: of the run. dense_workdir: of its dense twin, with the same tokenizer.
+
+    Raises:
+        InputError: runs without a checkpoint, twins that are none, or text that cannot be used.
+    """
+    edits = read_edit_tables(workdir)
+    own = Subject.load(workdir, options.step, options.resident_rows)
+    dense = None
+    if dense_workdir is not None:
+        dense = Subject.load(dense_workdir, options.dense_step, None)
+        _check_twins(own, dense)
+
+    def bar(what: str) -> Callable[[Iterable], Iterable]:
+        # None: only on a terminal.
+        off = None if options.progress else True
+        return functools.partial(tqdm, desc=what, disable=off)
+
+    with open_text(own.run, workdir, options.text) as text:
+        config = own.run.config
+        vocab_size, known = config.model.vocab_size, own.run.tokenizer.vocab_size
+        sizes = (options.tokens, vocab_size, known, options.rows, options.seed)
+        sample = sample_tokens(text, *sizes)
+        rows = row_geometry(own.run, sample) if config.model.stem_layers else []
+        means = _means(own, dense, sample, text, options.tokens, bar("up projections"))
+        capacity = None
+        if config.model.stem_layers:
+            ids, context = text.ids(TEXT_TOKENS), config.train.seq_len
+            capacity = measure_capacity(config.model, ids, context, bar("contexts"))
+        name = text.name
+    return Analysis(
+        own=own,
+        dense=dense,
+        differences=_differences(own, dense) if dense else [],
+        text=name,
+        sample=sample,
+        rows=rows,
+        means=means,
+        capacity=capacity,
+        costs=cost_table(config),
+        checks=check_cost(config),
+        edits=edits,
+    )
+
+
+def _means(
+    own: Subject,
+    dense: Subject | None,
+    sample: TokenSample,
+    text: TokenText,
+    tokens: int | None,
+    bar: Callable[[Iterable], Iterable],
+) -> list[LayerGeometry]:
+    """Of the twin's projections in the layers where the run has rows; without rows of its own."""
+    model = own.run.config.model
+    if not model.stem_layers:
+        layers = tuple(range(model.num_layers))
+        return mean_geometry(own.run, sample, text, tokens, layers, bar)
+    if dense is None:
+        return []
+    there = dense.run.config.model.num_layers
+    layers = tuple(layer for layer in model.stem_layers if layer < there)
+    return mean_geometry(dense.run, sample, text, tokens, layers, bar)
+
+
+def _check_twins(own: Subject, dense: Subject) -> None:
+    if dense.run.config.model.stem_layers:
+        layers = ",".join(map(str, dense.run.config.model.stem_layers))
+        raise InputError(
+            f"--dense-workdir={dense.workdir} has STEM layers {layers}; give a run that was "
+            "trained with model.stem_layers=none"
+        )
+    if not own.run.config.model.stem_layers:
+        raise InputError(
+            f"--workdir={own.workdir} is dense itself and has no rows to compare; give the STEM "
+            "run there, or leave out --dense-workdir"
+        )
+    mine, theirs = own.run.tokenizer.fingerprint, dense.run.tokenizer.fingerprint
+    if mine != theirs:
+        raise InputError(
+            f"--dense-workdir={dense.workdir} was trained with tokenizer {theirs[:12]}, "
+            f"--workdir={own.workdir} with {mine[:12]}: their ids stand for other words; train the "
+            "twin with data.tokenizer_path set to the tokenizer of the other"
+        )
+
+
+def _differences(own: Subject, dense: Subject) -> list[tuple[str, Any, Any]]:
+    found = [("checkpoint", own.run.step, dense.run.step)]
+    for section in ("model", "data", "optimizer", "train"):
+        mine, theirs = (
+            dataclasses.asdict(getattr(subject.run.config, section)) for subject in (own, dense)
+        )
+        found += [(f"{section}.{key}", mine[key], theirs[key]) for key in mine]
+    return [
+        (key, mine, theirs)
+        for key, mine, theirs in found
+        if mine != theirs and key.rpartition(".")[2] not in _NO_DIFFERENCE
+    ]

@@ -1,0 +1,44 @@
+"""The flags of `python -m stem_jax.analyze`."""
+
+import argparse
+from pathlib import Path
+
+from stem_jax import cli
+from stem_jax.knowledge.analysis import AnalysisOptions
+
+
+def parse(argv: list[str], description: str | None) -> tuple[argparse.Namespace, AnalysisOptions]:
+    """The flags, with `out` filled in, and the options among them.
+
+    Exits with 2 for wrong ones, 0 for --help.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=cli.HelpFormatter)
+
+    def add(name: str, **options) -> None:
+        parser.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('-', '_')}"]), **options)
+
+    add("workdir", required=True, help="folder of a training run")
+    add("dense-workdir", help="folder of its dense twin, for comparison; with the same tokenizer")
+    add("step", type=int, help="checkpoint; without it, the newest")
+    add("dense-step", type=int, help="checkpoint of the twin; without it, the newest")
+    add("text", help="as data.sources; without it, what the run was trained on")
+    add("tokens", type=int, help="of the text, for frequencies and means; without: up to 262144")
+    add("rows", type=int, default=AnalysisOptions.rows, help="tokens whose vectors are sampled")
+    add("seed", type=int, default=AnalysisOptions.seed, help="of that sample")
+    add("resident-rows", type=int, help="table rows kept on the device")
+    add("out", help="folder of the results; without it, WORKDIR/analysis")
+    add("json", action="store_true", help="print every figure as JSON instead of a summary")
+    add("no-progress", action="store_true", help="draw no bars")
+    args = parser.parse_args(argv)
+    args.out = Path(args.out or Path(args.workdir) / "analysis")
+    options = AnalysisOptions(
+        step=args.step,
+        dense_step=args.dense_step,
+        resident_rows=args.resident_rows,
+        text=args.text,
+        tokens=args.tokens,
+        rows=args.rows,
+        seed=args.seed,
+        progress=not args.no_progress,
+    )
+    return args, options

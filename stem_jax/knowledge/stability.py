@@ -1,0 +1,126 @@
+"""How smoothly a run trained, from what it recorded."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stem_jax.training.metrics import SpikeCounter, read_records
+
+_LAST = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class NormSummary:
+    """Gradient norms before clipping. clipped: share of the steps above the norm they are cut to.
+
+    p95: 95th percentile.
+    """
+
+    median: float
+    p95: float
+    largest: float
+    clip_norm: float
+    clipped: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Stability:
+    """A training run as its metrics tell it.
+
+    steps: [n] logged ones. losses: [n] nats per token, nan where not finite. held_out: (step, loss)
+    of validations. spikes: steps whose loss is one, see `SpikeCounter`. skipped: batches that
+    changed nothing, as loss or gradients were not finite. last_loss: mean of the last 50 logged.
+    backbone_norms, table_norms: [n]; the latter is empty without tables. backbone, tables: their
+    summaries.
+    """
+
+    steps: list[int]
+    losses: list[float]
+    held_out: list[tuple[int, float]]
+    spikes: list[int]
+    skipped: int
+    last_loss: float
+    backbone_norms: list[float]
+    table_norms: list[float]
+    backbone: NormSummary | None
+    tables: NormSummary | None
+
+    def record(self) -> dict[str, Any]:
+        """As JSON, which has no nan: None."""
+        return _clean(dataclasses.asdict(self))
+
+
+def read_stability(
+    workdir: str | Path, step: int, clip_norm: float, table_clip_norm: float
+) -> Stability | None:
+    """Reads `metrics.jsonl` of a work folder up to a step; None without training records.
+
+    Args:
+        clip_norm, table_clip_norm: that gradients of backbone and tables were cut to.
+    """
+    records = [r for r in read_records(Path(workdir) / "metrics.jsonl") if r["step"] <= step]
+    trained = [record for record in records if "train/loss" in record]
+    if not trained:
+        return None
+    steps = [record["step"] for record in trained]
+    held_out = [
+        (record["step"], record["eval/loss"])
+        for record in records
+        if record.get("eval/loss") is not None
+    ]
+    losses = _column(trained, "train/loss")
+    backbone_norms = _column(trained, "train/grad_norm")
+    has_tables = "train/table_grad_norm" in trained[-1]
+    table_norms = _column(trained, "train/table_grad_norm") if has_tables else []
+    finite = [loss for loss in losses[-_LAST:] if math.isfinite(loss)]
+    return Stability(
+        steps=steps,
+        losses=losses,
+        held_out=held_out,
+        spikes=_spikes(steps, losses),
+        skipped=int(trained[-1].get("train/skipped_steps") or 0),
+        last_loss=float(np.mean(finite)) if finite else math.nan,
+        backbone_norms=backbone_norms,
+        table_norms=table_norms,
+        backbone=_summary(backbone_norms, clip_norm),
+        tables=_summary(table_norms, table_clip_norm),
+    )
+
+
+def _spikes(steps: list[int], losses: list[float]) -> list[int]:
+    counter, found = SpikeCounter([]), []
+    for step, loss in zip(steps, losses):
+        before = counter.count
+        counter.add(loss)
+        if counter.count > before:
+            found.append(step)
+    return found
+
+
+def _column(records: list[dict], key: str) -> list[float]:
+    """A key of all records; what is not finite was written as null."""
+    return [math.nan if record.get(key) is None else float(record[key]) for record in records]
+
+
+def _summary(norms: list[float], clip_norm: float) -> NormSummary | None:
+    finite = np.asarray([norm for norm in norms if math.isfinite(norm)])
+    if not len(finite):
+        return None
+    return NormSummary(
+        median=float(np.median(finite)),
+        p95=float(np.percentile(finite, 95)),
+        largest=float(finite.max()),
+        clip_norm=clip_norm,
+        clipped=float((finite > clip_norm).mean()),
+    )
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _clean(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_clean(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
