@@ -207,7 +207,7 @@ def test_the_entry_point_prints_and_writes(workdir, tmp_path, capsys, monkeypatc
     monkeypatch.setattr(sys, "argv", ["edit", *flags])
     cli.run(edit.main)
     out = capsys.readouterr().out
-    assert "Edits from facts: rows in all layers with tables, percent" in out
+    assert "Edits from facts, percent: rows in all layers with tables" in out
     assert "fluency: n-gram entropy" in out and "mean of 15 edits" in out
     [table] = tmp_path.glob("*.json")
     record = json.loads(table.read_text())

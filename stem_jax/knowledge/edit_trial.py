@@ -52,7 +52,7 @@ class Trial:
         what = f"rows in {where}" if self.written == "rows" else "token embeddings instead of rows"
         names = " of names of different token counts" if self.tokens == "differing" else ""
         how = f" ({self.strategy})" if names or self.source != FACTS else ""
-        return f"Edits{names} from {Path(self.source).name}{how}: {what}"
+        return f"Edits{names} from {Path(self.source).name}{how}, percent: {what}"
 
     def _facts_only(self) -> list[str]:
         return [self.tokens, f"seed-{self.seed}"] if self.source == FACTS else []
@@ -83,7 +83,7 @@ class TrialResult:
 
     def format(self) -> str:
         """Title, table and note for a terminal."""
-        lines = [f"{self.trial.title}, percent", format_summary(summarize(self.outcomes))]
+        lines = [self.trial.title, format_summary(summarize(self.outcomes))]
         return "\n".join([*lines, self.note] if self.note else lines)
 
     def json(self) -> str:
