@@ -55,8 +55,16 @@ def test_with_elementwise_work_the_formula_holds_for_small_models_too(tiny_confi
 
 
 def test_a_check_keeps_widths_and_context(tiny_config):
-    config = tiny_config(**{"model.num_layers": 9, "model.stem_layers": (7, 8)})
+    config = tiny_config(
+        **{
+            "model.num_layers": 9,
+            "model.stem_layers": (7, 8),
+            "model.compute_dtype": "bfloat16",
+        }
+    )
     cut = checked_config(config)
+    # Conversions would count as operations.
+    assert cut.model.compute_dtype == cut.model.param_dtype == "float32"
     assert (cut.model.num_layers, cut.model.stem_layers) == (4, (3,))
     assert (cut.model.ffn_dim, cut.train.seq_len) == (48, 16)
     assert checked_config(tiny_config()).model.stem_layers == (1, 2)

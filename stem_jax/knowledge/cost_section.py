@@ -101,8 +101,9 @@ def _checks(found: Analysis) -> Table:
     columns = ["program", "matmuls", "elementwise", "sampler", "compiled"]
     columns += ["matmuls / compiled", "formula / compiled"]
     note = (
-        f"Compiled for one device with {layers} layers at the model's widths: a prompt that fills "
-        "the context, a token after it, a training step of 8 sequences. Formula: matmuls and "
+        f"Compiled for one device with {layers} layers at the model's widths, in float32, where no "
+        "conversions are counted: a prompt that fills the context, a token after it, a training "
+        "step of 8 sequences. Formula: matmuls and "
         "elementwise work from shapes (norms, rotary positions, softmax, gate, residuals), and the "
         "sampler as it is counted when compiled alone. The training step has no formula for its "
         "elementwise work, the optimizers' among it; what its matmuls leave is that."

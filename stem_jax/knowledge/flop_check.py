@@ -4,7 +4,8 @@ Compiled are `Generator.prefill` and `Generator.decode` for one sequence, and th
 shapes alone. The compiler counts every operation of a program, also those of the sampler and the
 optimizer, which no formula has; the sampler's are taken from the sampler compiled alone. A loop
 counts once there, so the check has no loops: one chunk of the loss, one micro-batch, no groups of
-layers, no rematerialisation.
+layers, no rematerialisation. It counts an operation for each number that is converted, too, twice
+for each bfloat16 operand on CPUs, so the check is in float32, where nothing is.
 """
 
 import dataclasses
@@ -66,7 +67,7 @@ class FlopCheck:
 def checked_config(config: Config) -> Config:
     """The configuration at its own widths and context, cut to what is compiled for a check.
 
-    At most four layers, of which one at least has a table if any of the whole has.
+    At most four layers, of which one at least has a table if any of the whole has; in float32.
     """
     model, train = config.model, config.train
     layers = min(model.num_layers, _MOST_LAYERS)
@@ -79,6 +80,8 @@ def checked_config(config: Config) -> Config:
             model,
             num_layers=layers,
             stem_layers=stem,
+            param_dtype="float32",
+            compute_dtype="float32",
             attention="xla",
             remat="none",
             scan_layers=False,

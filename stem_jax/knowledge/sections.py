@@ -199,9 +199,11 @@ def _compared(found: Analysis) -> Section:
     lead = (
         f"Frequencies are counted over {sample.tokens:,} tokens of {found.text}, which has "
         f"{sample.distinct:,} distinct ones; vectors are those of {sample.seen:,} of these"
-        f"{'' if sample.seen < sample.distinct else ' (all)'}, drawn with equal chances, and of "
-        f"{len(sample.ids) - sample.seen:,} that it lacks (norms of rows alone)."
+        f"{'' if sample.seen < sample.distinct else ' (all)'}, drawn with equal chances."
     )
+    unseen = len(sample.ids) - sample.seen
+    if found.rows and unseen:
+        lead += f" Norms are shown of the rows of {unseen:,} tokens that it lacks, too."
     if found.dense is None:
         return Section("What was looked at", lead, [])
     if not found.differences:
