@@ -36,7 +36,7 @@ def draw_retrieval(result: dict[str, Any], path: str | Path) -> None:
         for row, shares in enumerate(percent_DxN):
             for column, share in enumerate(shares):
                 axes.text(column, row, f"{share:.0f}", ha="center", va="center")
-        figure.colorbar(image, ax=axes, label="exact matches (%)")
+        figure.colorbar(image, ax=axes, label="found (%)")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     try:
