@@ -19,6 +19,7 @@ from stem_jax.agreement import is_first
 from stem_jax.completion import Completion
 from stem_jax.data.needles import KEYS
 from stem_jax.errors import InputError
+from stem_jax.evaluation.division import divide
 from stem_jax.evaluation.haystacks import Grid, Sample, answer_tokens, draw_grid
 from stem_jax.generation import Generator
 from stem_jax.loading import LoadedRun
@@ -81,16 +82,19 @@ def retrieval(
         grids = [draw_grid(generator, lengths, depths, count, samples, seed, bar) for count in keys]
     batches = [batch for grid in grids for batch in _batches(generator, grid, batch_size)]
     total = sum(len(batch.samples) for batch in batches)
-    verdicts = []
     with tqdm(total=total, desc="asking", unit=" prompts", disable=off) as bar:
-        for batch in batches:
-            verdicts += _ask(generator, batch)
-            bar.update(len(batch.samples))
-    remaining = iter(verdicts)
+
+        def ask(own: Sequence[_Batch]) -> Iterator[list[tuple[bool, bool]]]:
+            return (_ask(generator, batch) for batch in own)
+
+        def on_done(done: Sequence[_Batch]) -> None:
+            bar.update(sum(len(batch.samples) for batch in done))
+
+        verdicts = itertools.chain.from_iterable(divide(batches, ask, on_done))
     tables = []
     for grid in grids:
         shape = len(grid.lengths), len(depths), samples
-        own = list(itertools.islice(remaining, int(np.prod(shape))))
+        own = list(itertools.islice(verdicts, int(np.prod(shape))))
         found_NxDx2 = np.reshape(own, (*shape, 2)).mean(axis=2)
         tables.append(
             {
