@@ -23,19 +23,17 @@ from stem_jax.evaluation.division import divide
 
 TASKS = Path(__file__).parent / "data" / "lm_eval_tasks"
 MODES = {
-    "niah": ["--niah", "--keys=1,2", "--depths=0,1", "--lengths=160,256", "--samples=3"],
-    "perplexity": ["--perplexity=facts,needles", "--limit=30"],
-    "offloaded": ["--perplexity=facts", "--limit=30", "--resident-rows=104"],
+    "perplexity": ["--perplexity=facts,needles", "--limit=30", "--resident-rows=104"],
     "tasks": [f"--tasks={TASKS}", "--limit=6", "--log-samples"],
 }
 
 
 @pytest.fixture(scope="module")
 def run_folder(train_step, make_batch, tmp_path_factory):
-    """A model of bytes that knows little; its context is 256 of them."""
+    """A model of bytes that knows little; test_needle_model.py has one that finds needles."""
     folder = tmp_path_factory.mktemp("run")
     step = train_step(**{**SIZES, "model.stem_layers": (1,), "model.num_layers": 2})
-    save_run(folder, step, trained_state(step, make_batch), context=256)
+    save_run(folder, step, trained_state(step, make_batch))
     return folder
 
 

@@ -183,14 +183,17 @@ def test_lengths_that_fit_are_found(run, answers):
     assert lengths([1, 2, 4, 8], [0]) == [[128, 256, 512], [128, 256, 512], [256, 512], [512]]
     # Five depths are five places only among four sentences, of about 20 bytes, or more.
     asked.clear()
-    assert lengths([1, 6], [0, 0.25, 0.5, 0.75, 1]) == [[256, 512], [512]]
-    for first in range(0, len(asked), 5 * 3):
-        for number in range(3):
-            prompts = asked[first + number : first + 15 : 3]
-            key = prompts[0].rsplit(" ", 1)[1]
-            befores = [prompt.partition(f"The agent {key} ")[0] for prompt in prompts]
-            places = [sum(before.count(sentence) for sentence in FILLER) for before in befores]
-            assert places == sorted(set(places))
+    depths = [0, 0.25, 0.5, 0.75, 1]
+    assert lengths([1, 6], depths) == [[256, 512], [512]]
+    for number, prompt in enumerate(asked):
+        key = prompt.rsplit(" ", 1)[1]
+        before, _, after = prompt.partition(f"The agent {key} ")
+        above, below = (sum(map(text.count, FILLER)) for text in (before, after))
+        places = [round(depth * (above + below)) for depth in depths]
+        assert above == places[number // 3 % 5] and places == sorted(set(places))
+    assert len(asked) == len(set(asked)) == 3 * 5 * 3
+    # Names are drawn anew for every cell.
+    assert len({prompt.rsplit(" ", 1)[1] for prompt in asked[:30]}) > 15
 
 
 def test_needles_at_one_place_stand_in_the_order_of_their_depths(generator):

@@ -69,7 +69,8 @@ def draw_grid(
             for depth in depths:
                 cells.append([])
                 for number in range(samples):
-                    rng = random.Random(f"{seed} {count} {number}")
+                    # Other names in every cell: the mean is one over as many names as prompts.
+                    rng = random.Random(f"{seed} {count} {length} {depth} {number}")
                     cells[-1].append(draw_sample(generator, rng, length, depth, count))
                     _check_places(cells[-1][-1].sentences, length, depths, count)
                     bar.update()

@@ -74,7 +74,7 @@ def retrieval(
             or a value out of range. Nothing was asked then.
     """
     generator = Generator(run.config, run.params, run.rows, run.tokenizer, run.mesh)
-    depths, keys = sorted(set(depths)), list(dict.fromkeys(keys))
+    depths, keys = sorted(set(map(float, depths))), list(dict.fromkeys(keys))
     _check(depths, keys, samples, batch_size)
     # None: only on a terminal.
     off = None if progress and is_first() else True
