@@ -3,13 +3,17 @@
 python -m benchmarks.needle --folder=runs
 
 Prints what `evaluate --niah` prints, for one, two and four needles, and the seconds of each part.
+Exits with 1 if 90% of the needles, or fewer, were found.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+ENOUGH = 0.9
 
 
 def main() -> None:
@@ -25,6 +29,9 @@ def main() -> None:
     _run("haystacks", [*train, f"--config.train.init_from={pairs}"])
     ask = ["-m", "stem_jax.evaluate", f"--workdir={whole}", "--niah", "--keys=1,2,4"]
     _run("asking", [*ask, f"--samples={args.samples}"])
+    for table in json.loads((whole / "evaluation" / "niah.json").read_text())["tables"]:
+        if table["mean"] <= ENOUGH:
+            sys.exit(f"{table['mean']:.1%} found of {table['keys']} hidden, not over {ENOUGH:.0%}")
 
 
 def _run(name: str, command: list[str]) -> None:

@@ -2,6 +2,7 @@
 # Starts N processes of a run on this machine's CPU, as N hosts would run it.
 #
 #   launch/local_multihost.sh N [--devices=D] --config=configs/tiny.py --workdir=DIR [training flags]
+#   launch/local_multihost.sh N --program=evaluate --workdir=DIR --niah [evaluation flags]
 #
 # Each process has D CPU devices (default 4). Process 0 speaks on stdout; what the others say on
 # stderr carries their number, and all of it is in DIR/logs. SIGTERM and SIGINT go to every process:
@@ -11,7 +12,7 @@
 set -euo pipefail
 
 usage() {
-  sed -n '2,4s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,5s/^# \{0,1\}//p' "$0" >&2
   exit 2
 }
 
@@ -19,10 +20,15 @@ usage() {
 count=$1
 shift
 devices=4
-if [[ ${1-} == --devices=* ]]; then
-  devices=${1#--devices=}
+program=train
+while [[ ${1-} == --devices=* || ${1-} == --program=* ]]; do
+  case $1 in
+    --devices=*) devices=${1#--devices=} ;;
+    --program=train | --program=evaluate) program=${1#--program=} ;;
+    *) usage ;;
+  esac
   shift
-fi
+done
 [[ $devices =~ ^[1-9][0-9]*$ ]] || usage
 
 cd "$(dirname "$0")/.."
@@ -35,7 +41,7 @@ export JAX_PLATFORMS=cpu
 export XLA_FLAGS="${XLA_FLAGS-} --xla_force_host_platform_device_count=$devices"
 declare -A running # process ids
 for ((index = 0; index < count; index++)); do
-  command=("$python" -m stem_jax.train --multihost "--coordinator=localhost:$port"
+  command=("$python" -m "stem_jax.$program" --multihost "--coordinator=localhost:$port"
     "--num-processes=$count" "--process-index=$index" "$@")
   # Others have only their messages on stderr and their log to say; gloo would chat on stdout.
   if ((index == 0)); then

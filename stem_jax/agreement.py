@@ -2,7 +2,11 @@
 
 A process that raises alone leaves the others waiting in a collective. So whatever a process may be
 refused for by itself is asked under `unanimous`, and whatever must be the same everywhere is
-compared by `check_same`, both before the first step.
+compared by `check_same`, both before the first step. Where each has a part of the work, `exchange`
+gives all of them all parts, or the refusal.
+
+Verdicts may be nested: wherever inside the outer one a process is refused, the others learn it at
+the next verdict that they come to, and it is final for all.
 """
 
 import contextlib
@@ -12,7 +16,7 @@ import json
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -36,6 +40,10 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+class AgreedError(InputError):
+    """A refusal that every process knows of."""
+
+
 @contextlib.contextmanager
 def unanimous(patience: int = _PATIENCE_SECONDS) -> Iterator[None]:
     """Every process runs the body; if it is refused in one of them, it is refused in all.
@@ -49,16 +57,50 @@ def unanimous(patience: int = _PATIENCE_SECONDS) -> Iterator[None]:
     error = None
     try:
         yield
+    except AgreedError:
+        raise
     except InputError as own:
         error = own
-    if jax.process_count() > 1:
-        wait_for_all(f"unanimous_{next(_verdicts)}", patience)
-        messages = _gather("" if error is None else str(error))
-        others = [f"process {i}: {text}" for i, text in enumerate(messages) if text]
-        if error is None and others:
-            raise InputError(others[0])
+    _meet(error, b"", patience)
+
+
+def exchange(make: Callable[[], bytes], patience: int = _PATIENCE_SECONDS) -> list[bytes]:
+    """Every process makes its part, which is not empty; all get the parts of all, in their order.
+
+    Args:
+        patience: seconds to wait for the others.
+
+    Raises:
+        InputError: as `unanimous` does.
+    """
+    error, part = None, b""
+    try:
+        part = make()
+    except AgreedError:
+        raise
+    except InputError as own:
+        error = own
+    return _meet(error, part, patience)
+
+
+def _meet(error: InputError | None, part: bytes, patience: int) -> list[bytes]:
+    """The parts of all processes, unless one of them has an error."""
+    if jax.process_count() == 1:
+        if error is not None:
+            raise error
+        return [part]
+    wait_for_all(f"verdict_{next(_verdicts)}", patience)
+    said = _gather(b"+" + part if error is None else b"-" + str(error).encode())
     if error is not None:
-        raise error
+        raise AgreedError(str(error)) from error
+    for index, text in enumerate(said):
+        if text.startswith(b"-"):
+            raise AgreedError(f"process {index}: {text[1:].decode()}")
+    if len({len(text) > 1 for text in said}) > 1:
+        raise AgreedError(
+            "one process has more to do than another; give all of them the same command and files"
+        )
+    return [text[1:] for text in said]
 
 
 def check_same(facts: dict[str, str]) -> None:
@@ -67,7 +109,7 @@ def check_same(facts: dict[str, str]) -> None:
     Raises:
         InputError: names the first process that differs from process 0, the fact and both values.
     """
-    everyone = [json.loads(text) for text in _gather(json.dumps(facts))]
+    everyone = [json.loads(text) for text in _gather(json.dumps(facts).encode())]
     for index, found in enumerate(everyone):
         for name in {**everyone[0], **found}:
             here, there = everyone[0].get(name), found.get(name)
@@ -86,12 +128,12 @@ def check_shared(folder: Path) -> None:
     """
     if jax.process_count() == 1:
         return
-    token = _gather(secrets.token_hex(8))[0]
+    token = _gather(secrets.token_hex(8).encode())[0].decode()
     mark = folder / f".seen-by-all-{token}"
     with unanimous():
         if is_first():
             mark.touch()
-    first_host = _gather(socket.gethostname())[0]
+    first_host = _gather(socket.gethostname().encode())[0].decode()
     try:
         with unanimous():
             deadline = time.monotonic() + _FOLDER_SECONDS
@@ -118,16 +160,16 @@ def code_version() -> str:
     return digest.hexdigest()[:16]
 
 
-def _gather(text: str) -> list[str]:
-    """The texts of all processes, in their order."""
+def _gather(part: bytes) -> list[bytes]:
+    """The parts of all processes, in their order."""
     if jax.process_count() == 1:
-        return [text]
-    data = np.frombuffer(text.encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.array([data.size], np.int32)).reshape(-1)
-    padded = np.zeros(max(int(lengths.max()), 1), np.uint8)
-    padded[: data.size] = data
+        return [part]
+    lengths = multihost_utils.process_allgather(np.array([len(part)], np.int32)).reshape(-1)
+    # A power of two, so that parts of many sizes take few programs.
+    padded = np.zeros(1 << int(lengths.max()).bit_length(), np.uint8)
+    padded[: len(part)] = np.frombuffer(part, np.uint8)
     rows = multihost_utils.process_allgather(padded).reshape(len(lengths), -1)
-    return [row[:length].tobytes().decode() for row, length in zip(rows, lengths, strict=True)]
+    return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
 
 
 def _short(value: str | None) -> str:

@@ -56,7 +56,20 @@ class CheckpointInfo:
 class Checkpointer:
     """Reads and writes the checkpoints of one work folder. Close it, or use it as a context."""
 
-    def __init__(self, workdir: str | Path, *, keep: int = 2, read_only: bool = False):
+    def __init__(
+        self, workdir: str | Path, *, keep: int = 2, read_only: bool = False, alone: bool = False
+    ):
+        """Args:
+        keep: newest checkpoints to keep, beside the best.
+        read_only: nothing is made or cleaned up.
+        alone: this process reads for itself, and waits for no other one.
+        """
+        processes = ocp.options.MultiprocessingOptions()
+        if alone:
+            own = jax.process_index()
+            processes = ocp.options.MultiprocessingOptions(
+                primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}"
+            )
         self.folder = Path(workdir).absolute() / FOLDER
         policies = checkpoint_managers
         best = functools.partial(policies.BestN, get_metric_fn=lambda m: m[_BEST], reverse=True)
@@ -68,6 +81,7 @@ class Checkpointer:
             ),
             cleanup_tmp_directories=not read_only,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._list_files),
+            multiprocessing_options=processes,
         )
         registry = ocp.DefaultCheckpointHandlerRegistry()
         for item in ("table_rows", "table_slots"):

@@ -66,14 +66,14 @@ class Gang:
             if given != (known.coordinator, known.num_processes, known.process_index):
                 raise InputError(
                     "--coordinator, --num-processes and --process-index need --multihost; without "
-                    "it every process would train a run of its own"
+                    "it every process would do all of the work by itself"
                 )
             return None
         return cls(args.coordinator, args.num_processes, args.process_index, args.init_timeout)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds --multihost, where the other processes are, and what a launcher is told."""
+    """Adds --multihost, and where the other processes are."""
     known = Gang.from_environment()
     parser.add_argument(
         "--multihost", action="store_true", help="this is one of several processes of a run"
@@ -88,6 +88,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--init-timeout", type=int, default=known.timeout, help="seconds to wait for the others"
     )
+
+
+def add_stop_flag(parser: argparse.ArgumentParser) -> None:
+    """Adds what a launcher is told by a program that can be stopped and continued."""
     parser.add_argument(
         "--stopped-status",
         type=int,
@@ -160,8 +164,12 @@ def _not_joined(gang: Gang) -> None:
 
 
 @contextlib.contextmanager
-def membership(gang: Gang | None) -> Iterator[None]:
+def membership(
+    gang: Gang | None, again: str = "the last checkpoint stands, and the same command continues"
+) -> Iterator[None]:
     """Joins the gang, and on an error leaves it without waiting long for the others.
+
+    again: what a user can do after a failure that is not the command's.
 
     A process that failed would otherwise wait minutes, on its way out, for others that hang in a
     collective. If all fail for one reason they meet, so that none vanishes before another has said
@@ -181,8 +189,7 @@ def membership(gang: Gang | None) -> Iterator[None]:
         else:
             traceback.print_exc()
             print(
-                f"error: process {index} failed, or lost another one; the last checkpoint stands, "
-                "and the same command continues",
+                f"error: process {index} failed, or lost another one; {again}",
                 file=sys.stderr,
             )
         with contextlib.suppress(Exception):

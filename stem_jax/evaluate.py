@@ -6,51 +6,29 @@ python -m stem_jax.evaluate --workdir=runs/needle --niah --keys=1,4 --lengths=64
 """
 
 import json
-import sys
 
 from stem_jax import cli
+from stem_jax.agreement import is_first, unanimous
+from stem_jax.cluster import Gang, membership
+from stem_jax.evaluation.division import PATIENCE_SECONDS
 from stem_jax.evaluation.flags import parse
-from stem_jax.evaluation.heatmap import draw_retrieval
-from stem_jax.evaluation.niah import format_retrieval, retrieval
-from stem_jax.evaluation.perplexity import format_perplexity, perplexity
-from stem_jax.evaluation.report import check_out, write_json
-from stem_jax.evaluation.tasks import evaluate_tasks, format_results
-from stem_jax.loading import load_run
+from stem_jax.evaluation.measurement import measure
 
 
 def main(argv: list[str]) -> None:
-    """Parses flags, loads the run, prints a table and writes the results."""
+    """Parses flags, measures, and prints a table, or JSON."""
     args = parse(argv, __doc__)
-    run = load_run(args.workdir, args.step, args.resident_rows)
-    check_out(args.out)
-    common = {"batch_size": args.batch_size, "progress": not args.no_progress}
-    written = [args.out]
-    if args.niah:
-        grid = {"lengths": args.lengths, "depths": args.depths, "keys": args.keys}
-        result = retrieval(run, **grid, samples=args.samples, seed=args.seed, **common)
-        table = format_retrieval(result)
-        written.append(args.out.with_suffix(".png"))
-    elif args.tasks is not None:
-        options = {"limit": args.limit, "num_fewshot": args.num_fewshot}
-        options |= {"max_gen_toks": args.max_gen_toks, "log_samples": args.log_samples}
-        result = evaluate_tasks(run, args.tasks, **options, **common)
-        table = format_results(result)
-        if result["truncated"]:
-            note = (
-                f"{result['truncated']} requests were longer than the context: beginnings are cut"
-            )
-            print(f"note: {note}", file=sys.stderr)
-    else:
-        result = perplexity(run, args.perplexity, limit=args.limit, **common)
-        table = format_perplexity(result)
-    record = {"workdir": args.workdir, "step": run.step, **result}
-    write_json(args.out, record)
-    if args.niah:
-        draw_retrieval(result, written[-1])
-    if args.json:
-        print(json.dumps(record, default=str))
-        return
-    print(f"{table}\n\nstep {run.step} of {args.workdir}: {', '.join(map(str, written))}")
+    again = "nothing was written, start all processes again"
+    with membership(Gang.from_flags(args), again):
+        with unanimous(PATIENCE_SECONDS):
+            found = measure(args)
+        if not is_first():
+            return
+        if args.json:
+            print(json.dumps(found.record, default=str))
+            return
+        where = f"step {found.record['step']} of {args.workdir}: {', '.join(map(str, found.files))}"
+        print(f"{found.table}\n\n{where}")
 
 
 if __name__ == "__main__":

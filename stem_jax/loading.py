@@ -28,7 +28,7 @@ from stem_jax.training.state import ModelDef, Params, abstract_state
 
 @dataclasses.dataclass(frozen=True)
 class LoadedRun:
-    """A checkpoint of a run on one device.
+    """A checkpoint of a run on one device of this process.
 
     config: as trained, but for the mesh and the attention kernel, which are this machine's.
     step: of the checkpoint. params: backbone by dotted name. rows: up to date, wherever they lie.
@@ -72,7 +72,7 @@ class FoundCheckpoint:
 
 @contextlib.contextmanager
 def open_checkpoint(workdir: str | Path, step: int | None = None) -> Iterator[FoundCheckpoint]:
-    """Opens a checkpoint of a run, of which no array is read yet.
+    """Opens a checkpoint of a run, of which no array is read yet, for this process alone.
 
     Args:
         workdir: a run folder, as given to `stem_jax.train`.
@@ -90,7 +90,7 @@ def open_checkpoint(workdir: str | Path, step: int | None = None) -> Iterator[Fo
             f"--workdir={workdir} has no {FOLDER} folder: nothing was trained there; run python -m "
             f"stem_jax.train --config=... --workdir={workdir} first"
         )
-    with Checkpointer(workdir, read_only=True) as checkpoints:
+    with Checkpointer(workdir, read_only=True, alone=True) as checkpoints:
         found = checkpoints.latest_step() if step is None else step
         if found is None:
             raise InputError(
@@ -110,7 +110,7 @@ def open_checkpoint(workdir: str | Path, step: int | None = None) -> Iterator[Fo
 def load_run(
     workdir: str | Path, step: int | None = None, resident_rows: int | None = None
 ) -> LoadedRun:
-    """Loads a checkpoint of `workdir` onto the first device.
+    """Loads a checkpoint of `workdir` onto the first device of this process.
 
     Args:
         workdir, step: see `open_checkpoint`, as for what is raised.
@@ -120,7 +120,7 @@ def load_run(
     with open_checkpoint(workdir, step) as found:
         info = found.info
         config = _on_one_device(info.config, resident_rows)
-        mesh = make_mesh(config.mesh, jax.devices()[:1])
+        mesh = make_mesh(config.mesh, jax.local_devices()[:1])
         spec = TableSpec.from_config(config)
         store = HostStore.allocate(spec, mesh) if spec.offloaded else None
         abstract = abstract_state(config, ModelDef(config, mesh), mesh)

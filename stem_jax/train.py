@@ -8,7 +8,7 @@ import jax
 
 from stem_jax import cli
 from stem_jax.agreement import is_first
-from stem_jax.cluster import Gang, add_flags, membership
+from stem_jax.cluster import Gang, add_flags, add_stop_flag, membership
 from stem_jax.config import Config, load_config
 from stem_jax.generation import Generator
 from stem_jax.loading import load_run
@@ -27,6 +27,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--config", required=True, help="config file, e.g. configs/tiny.py")
     parser.add_argument("--workdir", help="run folder; without it, runs/NAME of the config")
     add_flags(parser)
+    add_stop_flag(parser)
     flags, overrides = cli.split_overrides(argv)
     args = parser.parse_args(flags)
     config = load_config(args.config, overrides)

@@ -39,10 +39,24 @@ def child(*argv: str, devices: int = 1, stderr: int = subprocess.STDOUT, **envir
 
 def pair(*argv: str, devices: int):
     """Two such processes that find each other by PAIR_ADDRESS; PAIR_ID is 0 and 1."""
+    address = f"localhost:{free_port()}"
+    return [child(*argv, devices=devices, PAIR_ADDRESS=address, PAIR_ID=n) for n in ("0", "1")]
+
+
+def free_port() -> int:
     with contextlib.closing(socket.socket()) as probe:
         probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    return [child(*argv, devices=devices, PAIR_ADDRESS=address, PAIR_ID=n) for n in ("0", "1")]
+        return probe.getsockname()[1]
+
+
+def gang(program: str, *commands: list[str]):
+    """One process of a program such as stem_jax.train for each list of its flags."""
+    port, count = free_port(), len(commands)
+    where = [f"--coordinator=localhost:{port}", f"--num-processes={count}"]
+    return [
+        child("-m", program, "--multihost", *where, f"--process-index={index}", *argv)
+        for index, argv in enumerate(commands)
+    ]
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:

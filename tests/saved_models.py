@@ -53,9 +53,15 @@ def trained_state(step: TrainStep, make_batch) -> TrainState:
     return state
 
 
-def save_run(folder: Path, step: TrainStep, state: TrainState, tokenizer: Tokenizer = BYTES):
+def save_run(
+    folder: Path,
+    step: TrainStep,
+    state: TrainState,
+    tokenizer: Tokenizer = BYTES,
+    context: int = CONTEXT,
+):
     """A work folder with this state, whose context is longer than what it was trained on."""
-    train = dataclasses.replace(step.config.train, seq_len=CONTEXT)
+    train = dataclasses.replace(step.config.train, seq_len=context)
     config = dataclasses.replace(step.config, train=train)
     tokenizer.save(folder / "tokenizer")
     info = CheckpointInfo(

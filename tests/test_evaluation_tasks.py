@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,9 @@ from stem_jax.data.facts import FACT_TEMPLATES, read_facts
 from stem_jax.errors import InputError
 from stem_jax.evaluation import tasks
 from stem_jax.evaluation.harness import HarnessModel
+from stem_jax.evaluation.scoring import Scorer
 from stem_jax.evaluation.tasks import run_tasks
+from stem_jax.generation import Generator
 from stem_jax.loading import load_run
 
 TASKS = Path(__file__).parent / "data" / "lm_eval_tasks"
@@ -173,8 +176,55 @@ def test_sampling_settings_are_kept_or_refused(ours):
         texts(num_beams=4)
     with pytest.raises(InputError, match=r"max_gen_toks=128 .*seq_len=128 takes 1 to 127"):
         texts(max_gen_toks=128)
+    with pytest.raises(InputError, match=r"'made_up'.*temperature=-1.0 must be 0.*change the task"):
+        texts(do_sample=True, temperature=-1)
+    with pytest.raises(InputError, match=r"'made_up' sets generation_kwargs={.*'many'.*no setting"):
+        texts(max_gen_toks="many")
     with pytest.raises(InputError, match=r"continuation 'Paris.*' has .* tokens, the context"):
         ours.loglikelihood([_request("loglikelihood", "a", "Paris" * 200)])
+
+
+LATE = {
+    "num_beams": (
+        {"do_sample: false": "num_beams: 4"},
+        r"task 'late' sets generation_kwargs.num_beams=4, which is not supported; use do_sample",
+    ),
+    "length": (
+        {"max_gen_toks: 24": "max_gen_toks: 128"},
+        r"task 'late' asks for max_gen_toks=128 new tokens, the context of train.seq_len=128 takes",
+    ),
+    "continuation": (
+        {'"{{choices}}"': "\"{{choices | map('replace', ' ', '  ' * 99) | list}}\""},
+        r"the continuation .* of task 'late' has \d+ tokens, the context of train.seq_len=128",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_all_requests_are_checked_before_the_first(ours, tmp_path, monkeypatch, name):
+    """However late a task comes, and whatever kind of requests the harness makes first."""
+    changes, message = LATE[name]
+    kinds = ["facts_choice", "facts_completion"]
+    first, late = reversed(kinds) if name == "continuation" else kinds
+    for kind, folder in ((first, tmp_path / "first"), (late, tmp_path / "late")):
+        folder.mkdir()
+        shutil.copy(TASKS / f"{kind}.jsonl", folder)
+        shutil.copy(TASKS / f"{kind}.yaml", folder)
+    path = tmp_path / "late" / f"{late}.yaml"
+    text = path.read_text().replace(f"task: {late}", "task: late")
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text)
+
+    def at_work(*_, **__):
+        raise AssertionError("the device was asked")
+
+    monkeypatch.setattr(Scorer, "score", at_work)
+    monkeypatch.setattr(Generator, "steps", at_work)
+    folders = [str(tmp_path / "first"), str(tmp_path / "late")]
+    with pytest.raises(InputError, match=message):
+        run_tasks(ours, folders, on_loaded=ours.expect)
 
 
 def _run(monkeypatch, capsys, *flags):

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ import launching
 import numpy as np
 import psutil
 import pytest
-from children import ROOT, child, finish, train_flags
+from children import ROOT, child, finish, free_port, gang, train_flags
 from jax.experimental import multihost_utils
 
 from benchmarks.faults import FAULTS, campaign
@@ -33,6 +32,7 @@ from stem_jax.mesh import BATCH_AXES, axis_size, make_mesh, own_batch_shards
 from stem_jax.training.run_data import open_run_data
 from stem_jax.training.step import TrainStep
 
+PROGRAM = "stem_jax.train"
 STEPS = 30
 SMALL = launching.SMALL | {"train.steps": STEPS, "eval.every": 15, "eval.max_batches": 6}
 PLACES = {"resident": {}, "offloaded": {"tables__resident_rows": 256}}
@@ -40,22 +40,6 @@ PLACES = {"resident": {}, "offloaded": {"tables__resident_rows": 256}}
 
 def flags(workdir: Path, **overrides) -> list[str]:
     return train_flags("tiny", workdir, SMALL, overrides)
-
-
-def free_port() -> int:
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
-def gang(*commands: list[str]):
-    """One process of a run for each list of training flags."""
-    port, count = free_port(), len(commands)
-    where = [f"--coordinator=localhost:{port}", f"--num-processes={count}"]
-    return [
-        child("-m", "stem_jax.train", "--multihost", *where, f"--process-index={i}", *argv)
-        for i, argv in enumerate(commands)
-    ]
 
 
 @contextlib.contextmanager
@@ -185,7 +169,9 @@ def test_a_stuck_process_is_told_from_a_slow_one(tmp_path):
 def test_one_process_with_another_config(tmp_path):
     argv = flags(tmp_path / "run")
     with contextlib.ExitStack() as stack:
-        both = [stack.enter_context(p) for p in gang(argv, [*argv, "--config.train.seed=7"])]
+        both = [
+            stack.enter_context(p) for p in gang(PROGRAM, argv, [*argv, "--config.train.seed=7"])
+        ]
         for index, process in enumerate(both):
             out = finish(process, code=1)
             assert (
@@ -198,7 +184,7 @@ def test_one_process_with_another_config(tmp_path):
 def test_a_folder_that_the_others_do_not_see(tmp_path):
     own = [flags(tmp_path / f"disk_{index}") for index in range(2)]
     with contextlib.ExitStack() as stack:
-        both = [stack.enter_context(process) for process in gang(*own)]
+        both = [stack.enter_context(process) for process in gang(PROGRAM, *own)]
         for process in both:
             out = finish(process, code=1)
             assert f"--workdir={tmp_path / 'disk_1'} on host" in out

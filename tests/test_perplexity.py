@@ -125,11 +125,16 @@ def test_tables_name_corpora_and_positions(run, tmp_path):
         ("{tmp}", "is a folder without train/meta.json"),
     ],
 )
-def test_refused_sources(run, tmp_path, source, message):
+def test_sources_are_refused_before_any_is_scored(run, tmp_path, monkeypatch, source, message):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "blank.jsonl").write_text('{"text": ""}\n')
+
+    def score(*_):
+        raise AssertionError("the device was asked")
+
+    monkeypatch.setattr(Scorer, "score", score)
     with pytest.raises(InputError, match=message):
-        perplexity(run, [source.format(tmp=tmp_path)], progress=False)
+        perplexity(run, ["facts", source.format(tmp=tmp_path)], progress=False)
     with pytest.raises(InputError, match="--limit=0 must be at least 1"):
         perplexity(run, ["facts"], limit=0)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from stem_jax import cli
+from stem_jax.cluster import add_flags
 from stem_jax.evaluation.niah import DEPTHS
 
 
@@ -45,6 +46,7 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
     add("--keys", type=_list(int), default=[1], help="niah: needles in a haystack")
     add("--samples", type=int, default=20, help="niah: prompts for each length and depth")
     add("--seed", type=int, default=0, help="niah: of the prompts")
+    add_flags(parser)
     args = parser.parse_args(argv)
     name = "niah" if args.niah else "tasks" if args.tasks is not None else "perplexity"
     args.out = Path(args.out or Path(args.workdir) / "evaluation" / f"{name}.json")

@@ -4,30 +4,38 @@ Numbers are those of the harness's own `hf` backend on the exported model. In pa
 begins with bos, which `loglikelihood_rolling` therefore also scores, after bos itself; windows of a
 long text begin with the token before them.
 
-Where JAX runs in several processes, each does all of the work and has the whole result (the
-harness's own division of requests asks for PyTorch), and process 0 alone shows progress.
+Several processes are given every request, and divide the batches that come of them (the harness's
+own division asks for PyTorch): each has all answers. Process 0 alone shows progress.
 """
 
+import dataclasses
 import itertools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.api.task import Task
+from lm_eval.models.utils import postprocess_generated_text
 from tqdm import tqdm
 
 from stem_jax.agreement import is_first
 from stem_jax.completion import TextStream
 from stem_jax.errors import InputError
+from stem_jax.evaluation.answer_settings import AnswerSettings
+from stem_jax.evaluation.division import divide
 from stem_jax.evaluation.scoring import Scorer
 from stem_jax.generation import Generator, sequence_seeds
 from stem_jax.loading import LoadedRun
-from stem_jax.sampling import Sampling
 
-# What a task may say about sampling; anything else would be ignored without a word.
-_SAMPLING_KEYS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """Prompts (ids) to continue together, with a seed of each."""
+
+    prompts: list[list[int]]
+    seeds: list[int]
+    settings: AnswerSettings
 
 
 class HarnessModel(TemplateLM):
@@ -62,7 +70,15 @@ class HarnessModel(TemplateLM):
         # None: only on a terminal.
         self._bars_off = None if progress and is_first() else True
         self._seed = seed
+        self._expected: list[Task] = []
         self.truncated = 0
+
+    def expect(self, tasks: Iterable[Task]) -> None:
+        """All tasks whose requests are going to come.
+
+        When the first request comes, all are checked: else one might be refused after hours.
+        """
+        self._expected = list(tasks)
 
     @property
     def eot_token_id(self) -> int:
@@ -97,6 +113,7 @@ class HarnessModel(TemplateLM):
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         """(log-likelihood of the continuation in nats, whether it is greedy) of each request."""
+        self._check_expected()
         return super().loglikelihood(requests, disable_tqdm or bool(self._bars_off))
 
     def _loglikelihood_tokens(
@@ -108,12 +125,7 @@ class HarnessModel(TemplateLM):
         """The same for (request, context ids, continuation ids), cut from the left to fit."""
         sequences = []
         for texts, context, continuation in requests:
-            if not 0 < len(continuation) <= self.max_length:
-                raise InputError(
-                    f"the continuation {texts and texts[1][:40]!r} has {len(continuation)} tokens, "
-                    f"the context of train.seq_len={self.max_length} takes 1 to "
-                    f"{self.max_length}; leave the task out, or train with a longer train.seq_len"
-                )
+            self._check_continuation(texts[1] if texts else "", continuation)
             whole = context + continuation
             self.truncated += len(whole) > self.max_length + 1
             sequences.append(whole[-(self.max_length + 1) :])
@@ -132,6 +144,7 @@ class HarnessModel(TemplateLM):
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
         """Log-likelihood in nats of each text, in windows that fill the context."""
+        self._check_expected()
         windows, owners = [], []
         for index, request in enumerate(requests):
             pairs = utils.get_rolling_token_windows(
@@ -153,67 +166,73 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations up to a stop string, eos, or as many tokens as the task allows."""
+        self._check_expected()
         settings = [self._settings(request) for request in requests]
         prompts = []
-        for request, (_, room, _) in zip(requests, settings, strict=True):
+        for request, wanted in zip(requests, settings, strict=True):
             ids = self.tok_encode(request.args[0])
-            self.truncated += len(ids) > self.max_length - room
-            prompts.append(ids[-(self.max_length - room) :])
+            self.truncated += len(ids) > self.max_length - wanted.room
+            prompts.append(ids[-(self.max_length - wanted.room) :])
         seeds = sequence_seeds(self._seed, prompts)
 
         def kind(index: int) -> str:
             return repr(settings[index])
 
         order = sorted(range(len(requests)), key=lambda i: (kind(i), -len(prompts[i])))
-        texts: dict[int, str] = {}
+        batches = []
+        for _, group in itertools.groupby(order, key=kind):
+            while batch := list(itertools.islice(group, self._batch_size)):
+                own = [prompts[i] for i in batch], [seeds[i] for i in batch]
+                batches.append(_Batch(*own, settings[batch[0]]))
         with self._bar("generating", len(requests), disable_tqdm) as bar:
-            for _, group in itertools.groupby(order, key=kind):
-                group = list(group)
-                for first in range(0, len(group), self._batch_size):
-                    batch = group[first : first + self._batch_size]
-                    found = self._complete(
-                        [prompts[i] for i in batch], [seeds[i] for i in batch], settings[batch[0]]
-                    )
-                    texts |= zip(batch, found, strict=True)
-                    bar.update(len(batch))
+
+            def on_done(done: Sequence[_Batch]) -> None:
+                bar.update(sum(len(batch.prompts) for batch in done))
+
+            found = divide(batches, lambda own: map(self._complete, own), on_done)
+        texts = dict(zip(order, itertools.chain.from_iterable(found), strict=True))
         for index, request in enumerate(requests):
             self.cache_hook.add_partial("generate_until", request.args, texts[index])
         return [texts[index] for index in range(len(requests))]
 
-    def _settings(self, request: Instance) -> tuple[Sampling, int, list[str]]:
-        """How a request wants to be sampled, its new tokens, and what stops it."""
-        given: dict[str, Any] = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
-        unknown = sorted(set(given) - _SAMPLING_KEYS)
-        if unknown:
-            raise InputError(
-                f"task {request.task_name!r} sets generation_kwargs.{unknown[0]}="
-                f"{given[unknown[0]]!r}, which is not supported; use "
-                f"{', '.join(sorted(_SAMPLING_KEYS))}"
-            )
-        room = given["max_gen_toks"]
-        if not 0 < room < self.max_length:
-            raise InputError(
-                f"task {request.task_name!r} asks for max_gen_toks={room} new tokens, the context "
-                f"of train.seq_len={self.max_length} takes 1 to {self.max_length - 1}; set it in "
-                "the task's generation_kwargs, or give --max-gen-toks where the task does not"
-            )
-        if not given["do_sample"]:
-            return Sampling(temperature=0.0, top_k=0, top_p=1.0), room, given["until"]
-        sampling = Sampling(
-            float(given.get("temperature", 1.0)),
-            int(given.get("top_k", 0)),
-            float(given.get("top_p", 1.0)),
+    def _settings(self, request: Instance) -> AnswerSettings:
+        return AnswerSettings.from_task(
+            request.task_name, request.args[1], self.max_gen_toks, self.max_length
         )
-        return sampling, room, given["until"]
 
-    def _complete(
-        self, prompts: list[list[int]], seeds: list[int], settings: tuple[Sampling, int, list[str]]
-    ) -> list[str]:
-        sampling, room, until = settings
+    def _check_expected(self) -> None:
+        """Refuses, before the first request, whatever a later one would be refused for."""
+        tasks, self._expected = self._expected, []
+        for request in (request for task in tasks for request in task.instances):
+            if request.request_type == "generate_until":
+                self._settings(request)
+            elif request.request_type == "loglikelihood":
+                context, continuation = request.args
+                # Encoding takes as long as building the requests did. A token has a byte or more.
+                spaces = len(context) - len(context.rstrip())
+                if not 0 < len(continuation.encode()) + spaces <= self.max_length:
+                    _, ids = self._encode_pair(context, continuation) if context else ([], [])
+                    ids = ids or self.tok_encode(continuation, add_special_tokens=False)
+                    self._check_continuation(continuation, ids, request.task_name)
+
+    def _check_continuation(self, text: str, ids: list[int], task: str | None = None) -> None:
+        if not 0 < len(ids) <= self.max_length:
+            whose = "" if task is None else f" of task {task!r}"
+            raise InputError(
+                f"the continuation {text[:40]!r}{whose} has {len(ids)} tokens, the context of "
+                f"train.seq_len={self.max_length} takes 1 to {self.max_length}; leave the task "
+                "out, or train with a longer train.seq_len"
+            )
+
+    def _complete(self, batch: _Batch) -> list[str]:
+        prompts, settings = batch.prompts, batch.settings
         # Batches of a power of two, so that few programs are compiled.
         filling = (1 << (len(prompts) - 1).bit_length()) - len(prompts)
         steps = self._generator.steps(
-            prompts + prompts[-1:] * filling, room, sampling, seeds + seeds[-1:] * filling
+            prompts + prompts[-1:] * filling,
+            settings.room,
+            settings.sampling,
+            batch.seeds + batch.seeds[-1:] * filling,
         )
         streams = [TextStream(self._tokenizer) for _ in prompts]
         texts = [""] * len(prompts)
@@ -225,12 +244,12 @@ class HarnessModel(TemplateLM):
                     going.remove(index)
                     continue
                 texts[index] += streams[index].push(token)
-                if any(stop and stop in texts[index] for stop in until):
+                if any(stop and stop in texts[index] for stop in settings.until):
                     going.remove(index)
             if not going:
                 break
         whole = [text + stream.flush() for text, stream in zip(texts, streams, strict=True)]
-        return [postprocess_generated_text(text, until, None) for text in whole]
+        return [postprocess_generated_text(text, list(settings.until), None) for text in whole]
 
     def _bar(self, name: str, total: int, off: bool) -> tqdm:
         return tqdm(total=total, desc=name, unit=" requests", disable=off or self._bars_off)

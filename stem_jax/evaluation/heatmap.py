@@ -35,8 +35,10 @@ def draw_retrieval(result: dict[str, Any], path: str | Path) -> None:
         axes.set_title(f"{keys} key{'s' if keys > 1 else ''}: {table['mean']:.1%} found")
         for row, shares in enumerate(percent_DxN):
             for column, share in enumerate(shares):
-                axes.text(column, row, f"{share:.0f}", ha="center", va="center")
-        figure.colorbar(image, ax=axes, label="exact matches (%)")
+                # The ends of the scale are dark.
+                colour = "white" if abs(share - 50) > 38 else "black"
+                axes.text(column, row, f"{share:.0f}", color=colour, ha="center", va="center")
+        figure.colorbar(image, ax=axes, label="found (%)")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     try:

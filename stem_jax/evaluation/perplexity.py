@@ -75,15 +75,15 @@ def perplexity(
     if limit is not None and limit < 1:
         raise InputError(f"--limit={limit} must be at least 1; leave it out for all documents")
     scorer = Scorer(run, batch_size)
+    # All are opened before the first is scored: else one might be refused after hours.
+    opened = {source: _opened(source, run) for source in sources}
     corpora = {}
-    for source in sources:
+    for source, documents in opened.items():
         # None: only on a terminal.
         off = None if progress and is_first() else True
-        documents = itertools.islice(_documents(source, run), limit)
+        documents = itertools.islice(documents, limit)
         bar = tqdm(documents, desc=source, unit=" documents", disable=off)
         corpora[source] = _measure(scorer, run.tokenizer, bar)
-        if not corpora[source]["documents"]:
-            raise InputError(f"--perplexity={source} has no text; give another source")
     return {"context": scorer.context, "corpora": corpora}
 
 
@@ -115,6 +115,15 @@ def format_perplexity(result: dict[str, Any]) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:,.4f}" if value < 1e4 else f"{value:.3e}"
+
+
+def _opened(source: str, run: LoadedRun) -> Iterator[tuple[list[int], int]]:
+    """`_documents`, of which there is one at least."""
+    documents = _documents(source, run)
+    first = next(documents, None)
+    if first is None:
+        raise InputError(f"--perplexity={source} has no text; give another source")
+    return itertools.chain([first], documents)
 
 
 def _documents(source: str, run: LoadedRun) -> Iterator[tuple[list[int], int]]:

@@ -4,10 +4,12 @@ Sequences are sorted by length and padded on the right to a common power of two,
 size, so that a program is compiled for each power of two and no more. Neither the padding nor the
 other sequences of a batch are seen by a sequence.
 
-Stages by step distance: batch t is read by the host while batch t+1 computes on the device.
+Several processes divide the batches. Stages by step distance, in each: batch t is read by the host
+while batch t+1 computes on the device.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stem_jax.errors import InputError
+from stem_jax.evaluation.division import divide
 from stem_jax.loading import LoadedRun
 from stem_jax.mesh import replicated
 from stem_jax.model.attention import resolve_backend
@@ -27,6 +30,9 @@ _SMALLEST_BUCKET = 16
 _SMALLEST_SPLASH_BUCKET = 128
 # Of the logits that exist at a time.
 _LOGITS_BYTES = 1 << 28
+# Sequences that are scored together, the longest first.
+# Ids of each sequence, and the keys of their rows.
+_Batch = list[tuple[Sequence[int], Sequence[int]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +78,7 @@ class Scorer:
         """Scores every id but the first of each sequence.
 
         Args:
-            sequences: of 2 to `context` + 1 ids.
+            sequences: of 2 to `context` + 1 ids, the same in every process.
             on_scored: called with a number of sequences whenever that many more are done.
             keys: of the rows that are read at the ids of each sequence, as the run's row source
                 knows them; None: the ids.
@@ -85,38 +91,36 @@ class Scorer:
         keys = sequences if keys is None else keys
         # The longest first: if memory does not suffice, that shows at the start.
         order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
-        found: dict[int, Scores] = {}
-        for indices, likelihoods_BxL, greedy_BxL in self._batches(sequences, keys, order):
-            likelihoods_BxL, greedy_BxL = np.asarray(likelihoods_BxL), np.asarray(greedy_BxL)
-            for row, index in enumerate(indices):
-                n = len(sequences[index]) - 1
-                found[index] = Scores(likelihoods_BxL[row, :n].copy(), greedy_BxL[row, :n].copy())
+        batches = [
+            [(sequences[index], keys[index]) for index in order[first : first + self._batch_size]]
+            for first in range(0, len(order), self._batch_size)
+        ]
+
+        def on_done(done: Sequence[_Batch]) -> None:
             if on_scored is not None:
-                on_scored(len(indices))
+                on_scored(sum(map(len, done)))
+
+        results = itertools.chain.from_iterable(divide(batches, self._results, on_done))
+        found = dict(zip(order, results, strict=True))
         return [found[index] for index in range(len(sequences))]
 
-    def _batches(
-        self, sequences: Sequence[Sequence[int]], keys: Sequence[Sequence[int]], order: list[int]
-    ) -> Iterator[tuple[list[int], jax.Array, jax.Array]]:
-        """(which sequences, their log-likelihoods, whether greedy), one batch behind the device."""
-        before = None
-        for first in range(0, len(order), self._batch_size):
-            indices = order[first : first + self._batch_size]
-            batch = self._dispatch(*([x[index] for index in indices] for x in (sequences, keys)))
+    def _results(self, batches: Sequence[_Batch]) -> Iterator[list[Scores]]:
+        """The scores of each batch, one batch behind the device."""
+        before: tuple[_Batch, tuple[jax.Array, jax.Array]] | None = None
+        for batch in batches:
+            following = batch, self._dispatch(batch)
             if before is not None:
-                yield before
-            before = (indices, *batch)
+                yield _read(*before)
+            before = following
         if before is not None:
-            yield before
+            yield _read(*before)
 
-    def _dispatch(
-        self, sequences: list[Sequence[int]], keys: list[Sequence[int]]
-    ) -> tuple[jax.Array, jax.Array]:
-        length = min(self._bucket(len(sequences[0]) - 1), self.context)
+    def _dispatch(self, batch: _Batch) -> tuple[jax.Array, jax.Array]:
+        length = min(self._bucket(len(batch[0][0]) - 1), self.context)
         shape = (self._batch_size, length)
         tokens_BxL, targets_BxL, keys_BxL = (np.zeros(shape, np.int32) for _ in range(3))
         lengths_B = np.zeros(self._batch_size, np.int32)
-        for row, (ids, of_rows) in enumerate(zip(sequences, keys, strict=True)):
+        for row, (ids, of_rows) in enumerate(batch):
             n = lengths_B[row] = len(ids) - 1
             tokens_BxL[row, :n], targets_BxL[row, :n] = ids[:-1], ids[1:]
             keys_BxL[row, :n] = of_rows[:-1]
@@ -165,6 +169,14 @@ class Scorer:
                     f"sequence {number} has ids from {min(ids)} to {max(ids)}, the model knows 0 "
                     f"to {vocab_size - 1}; use the tokenizer that it was trained with"
                 )
+
+
+def _read(batch: _Batch, scores: tuple[jax.Array, jax.Array]) -> list[Scores]:
+    likelihoods_BxL, greedy_BxL = map(np.asarray, scores)
+    return [
+        Scores(likelihoods_BxL[row, :n].copy(), greedy_BxL[row, :n].copy())
+        for row, n in enumerate(len(ids) - 1 for ids, _ in batch)
+    ]
 
 
 def _chunk_scores(model: Transformer, hidden_BxCxD, targets_BxC) -> tuple[jax.Array, jax.Array]:

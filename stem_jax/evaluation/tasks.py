@@ -1,7 +1,7 @@
 """Standard tasks of lm-evaluation-harness, by name or from a folder of task YAMLs."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from stem_jax.loading import LoadedRun
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
+    from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
 
 VERSION = "0.4.13"
@@ -53,7 +54,7 @@ def evaluate_tasks(
 
     model = HarnessModel(run, batch_size, max_gen_toks, progress)
     options = {"limit": limit, "num_fewshot": num_fewshot, "log_samples": log_samples}
-    results = run_tasks(model, tasks, **options)
+    results = run_tasks(model, tasks, **options, on_loaded=model.expect)
     return {**results, "truncated": model.truncated}
 
 
@@ -64,8 +65,12 @@ def run_tasks(
     limit: int | None = None,
     num_fewshot: int | None = None,
     log_samples: bool = False,
+    on_loaded: Callable[[list["Task"]], None] | None = None,
 ) -> dict[str, Any]:
-    """`evaluate_tasks` for any model of the harness, without `truncated`."""
+    """`evaluate_tasks` for any model of the harness, without `truncated`.
+
+    on_loaded: called with all tasks before the first request is built.
+    """
     from lm_eval import simple_evaluate
 
     if limit is not None and limit < 1:
@@ -76,7 +81,9 @@ def run_tasks(
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     manager, specs = _find(tasks)
     loaded = _load(manager, specs)
-    _check_fewshot(loaded, num_fewshot or 0)
+    _check_fewshot(_members(loaded), num_fewshot or 0)
+    if on_loaded is not None:
+        on_loaded(_members(loaded))
     found = simple_evaluate(
         model=model,
         tasks=loaded,
@@ -184,17 +191,25 @@ def _load(manager: "TaskManager", specs: list[tuple[str, Any]]) -> list[Any]:
     return built
 
 
-def _check_fewshot(loaded: list[Any], num_fewshot: int) -> None:
-    for item in loaded if num_fewshot else ():
-        for task in item.get_all_tasks() if hasattr(item, "get_all_tasks") else [item]:
-            # From the questions themselves, the harness leaves out the one that is asked.
-            asked = task.fewshot_cfg.split == task.config.test_split
-            available = len(list(task.fewshot_docs() or ()))
-            if num_fewshot + asked > available:
-                raise InputError(
-                    f"--num-fewshot={num_fewshot} is too many for task {task.config.task!r}, which "
-                    f"has {available} examples; give fewer, or leave the task out"
-                )
+def _members(loaded: list[Any]) -> list["Task"]:
+    """The tasks themselves, those of groups among them."""
+    return [
+        task
+        for item in loaded
+        for task in (item.get_all_tasks() if hasattr(item, "get_all_tasks") else [item])
+    ]
+
+
+def _check_fewshot(loaded: list["Task"], num_fewshot: int) -> None:
+    for task in loaded if num_fewshot else ():
+        # From the questions themselves, the harness leaves out the one that is asked.
+        asked = task.fewshot_cfg.split == task.config.test_split
+        available = len(list(task.fewshot_docs() or ()))
+        if num_fewshot + asked > available:
+            raise InputError(
+                f"--num-fewshot={num_fewshot} is too many for task {task.config.task!r}, which "
+                f"has {available} examples; give fewer, or leave the task out"
+            )
 
 
 def _line(error: BaseException) -> str:

@@ -1,0 +1,80 @@
+"""One measurement as its flags describe it: loaded, made, written, and as a table for people."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from stem_jax.agreement import check_same, code_version, is_first, unanimous
+from stem_jax.evaluation.heatmap import draw_retrieval
+from stem_jax.evaluation.niah import format_retrieval, retrieval
+from stem_jax.evaluation.perplexity import format_perplexity, perplexity
+from stem_jax.evaluation.report import check_out, write_json
+from stem_jax.evaluation.tasks import evaluate_tasks, format_results
+from stem_jax.loading import LoadedRun, load_run
+
+# Flags that processes of one measurement may differ in.
+_OWN_FLAGS = {"coordinator", "process_index", "init_timeout", "no_progress"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """record: the results, as written. table: the same for people. files: that were written."""
+
+    record: dict[str, Any]
+    table: str
+    files: list[Path]
+
+
+def measure(args: argparse.Namespace) -> Measurement:
+    """Loads the run and measures it; every process has the results, process 0 writes them.
+
+    Args:
+        args: see `flags.parse`.
+
+    Raises:
+        InputError: what cannot be loaded, measured or written; or processes that differ.
+    """
+    with unanimous():
+        run = load_run(args.workdir, args.step, args.resident_rows)
+        if is_first():
+            check_out(args.out)
+    check_same(_facts(args, run))
+    common = {"batch_size": args.batch_size, "progress": not args.no_progress}
+    files = [args.out]
+    if args.niah:
+        grid = {"lengths": args.lengths, "depths": args.depths, "keys": args.keys}
+        result = retrieval(run, **grid, samples=args.samples, seed=args.seed, **common)
+        table = format_retrieval(result)
+        files.append(args.out.with_suffix(".png"))
+    elif args.tasks is not None:
+        options = {"limit": args.limit, "num_fewshot": args.num_fewshot}
+        options |= {"max_gen_toks": args.max_gen_toks, "log_samples": args.log_samples}
+        result = evaluate_tasks(run, args.tasks, **options, **common)
+        table = format_results(result)
+        if result["truncated"] and is_first():
+            note = (
+                f"{result['truncated']} requests were longer than the context: beginnings are cut"
+            )
+            print(f"note: {note}", file=sys.stderr)
+    else:
+        result = perplexity(run, args.perplexity, limit=args.limit, **common)
+        table = format_perplexity(result)
+    record = {"workdir": args.workdir, "step": run.step, **result}
+    write_json(args.out, record)
+    if args.niah:
+        draw_retrieval(result, files[-1])
+    return Measurement(record, table, files)
+
+
+def _facts(args: argparse.Namespace, run: LoadedRun) -> dict[str, str]:
+    """What must be the same in all processes."""
+    facts = {"the version of stem_jax": code_version(), "the version of jax": jax.__version__}
+    for name, value in vars(args).items():
+        if name not in _OWN_FLAGS:
+            facts["--" + name.replace("_", "-")] = json.dumps(value, default=str)
+    return facts | {"the step of the checkpoint": str(run.step), "checkpoint": run.fingerprint}

@@ -1,0 +1,166 @@
+"""Measurements by two processes: the figures of one, written once, refused together.
+
+The file is its own child: `python tests/test_evaluation_processes.py CASE` divides numbers.
+"""
+
+import contextlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from children import child, finish, free_port, gang
+from saved_models import SIZES, save_run, trained_state
+
+from stem_jax import evaluate
+from stem_jax.agreement import unanimous
+from stem_jax.cluster import Gang, membership
+from stem_jax.errors import InputError
+from stem_jax.evaluation import division
+from stem_jax.evaluation.division import divide
+
+TASKS = Path(__file__).parent / "data" / "lm_eval_tasks"
+MODES = {
+    "perplexity": ["--perplexity=facts,needles", "--limit=30", "--resident-rows=104"],
+    "tasks": [f"--tasks={TASKS}", "--limit=6", "--log-samples"],
+}
+
+
+@pytest.fixture(scope="module")
+def run_folder(train_step, make_batch, tmp_path_factory):
+    """A model of bytes that knows little; test_needle_model.py has one that finds needles."""
+    folder = tmp_path_factory.mktemp("run")
+    step = train_step(**{**SIZES, "model.stem_layers": (1,), "model.num_layers": 2})
+    save_run(folder, step, trained_state(step, make_batch))
+    return folder
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_processes_equal_one(run_folder, tmp_path, capsys, mode):
+    outs = [tmp_path / name / "found.json" for name in ("alone", "both")]
+    alone, both = (
+        [f"--workdir={run_folder}", *MODES[mode], "--batch-size=4", f"--out={out}"] for out in outs
+    )
+    evaluate.main(alone)
+    table = capsys.readouterr().out.replace(str(outs[0].parent), str(outs[1].parent))
+    with contextlib.ExitStack() as stack:
+        processes = [
+            stack.enter_context(p)
+            for p in gang("stem_jax.evaluate", both, [*both, "--no-progress"])
+        ]
+        said = [finish(process) for process in processes]
+    # Bit for bit, every answer included.
+    assert outs[1].read_text() == outs[0].read_text()
+    assert [path.suffix for path in sorted(outs[1].parent.iterdir())] == [
+        path.suffix for path in sorted(outs[0].parent.iterdir())
+    ]
+    assert table in said[0] and str(outs[1]) not in said[1]
+
+
+def test_processes_that_differ_are_refused_together(run_folder, tmp_path):
+    other = [f"--workdir={run_folder}", "--niah", "--seed=1"]
+    nowhere = [f"--workdir={tmp_path / 'none'}", "--niah"]
+    for commands, message in (
+        ([[*other[:2]], other], "process 1 differs from process 0 in --seed: 1, not 0; start all"),
+        ([nowhere, other], "--workdir=.*none does not exist"),
+    ):
+        with contextlib.ExitStack() as stack:
+            for process in [stack.enter_context(p) for p in gang("stem_jax.evaluate", *commands)]:
+                assert re.search(f"error: process .*{message}", finish(process, code=1))
+
+
+def test_every_batch_is_worked_on_by_one_process(monkeypatch):
+    batches = [[n] * n for n in range(1, 8)]
+    worked, parts = [], []
+
+    def work(own):
+        worked.append(list(own))
+        yield from map(sum, own)
+
+    def as_process(index, exchange):
+        done = []
+        monkeypatch.setattr(jax, "process_index", lambda: index)
+        monkeypatch.setattr(jax, "process_count", lambda: 3)
+        monkeypatch.setattr(division, "exchange", exchange)
+        return divide(batches, work, lambda some: done.extend(some)), done
+
+    def give(make, patience):
+        parts.append(make())
+        raise InputError("the others are not there yet")
+
+    for index in range(3):
+        with pytest.raises(InputError):
+            as_process(index, give)
+    assert worked == [batches[0::3], batches[1::3], batches[2::3]]
+
+    def take(make, patience):
+        make()
+        return parts
+
+    for index in range(3):
+        results, done = as_process(index, take)
+        assert results == [n * n for n in range(1, 8)]
+        # Process 0, which draws the bar, comes to the end of it.
+        assert done == batches or index > 0
+
+
+CASES = {
+    "none": (0, None),
+    "inside": (1, "process 1: seven is refused"),
+    "between": (1, "process 1: that is enough"),
+    "fewer": (1, "one process has more to do than another; give all of them the same command"),
+    "others": (1, "process 1 asks the model something else than process 0; give all processes"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_refusal_in_one_is_one_in_all_wherever_it_comes(case):
+    code, message = CASES[case]
+    port = free_port()
+    with contextlib.ExitStack() as stack:
+        processes = [
+            stack.enter_context(
+                child(
+                    __file__,
+                    case,
+                    JAX_COORDINATOR_ADDRESS=f"localhost:{port}",
+                    JAX_NUM_PROCESSES="2",
+                    JAX_PROCESS_ID=str(index),
+                    stderr=subprocess.STDOUT,
+                )
+            )
+            for index in range(2)
+        ]
+        for index, process in enumerate(processes):
+            out = finish(process, code)
+            if message is None:
+                assert out.count(f"found {[n * n for n in range(10)]}") == 3
+            else:
+                # Who is refused itself says so without a number.
+                own = message.removeprefix("process 1: ") if index == 1 else message
+                assert f"error: process {index}: {own}" in out
+
+
+def _divide_numbers(case: str) -> None:
+    with membership(Gang.from_environment()), unanimous(120):
+        second = jax.process_index() == 1
+
+        def work(batches):
+            for number in batches:
+                if case == "inside" and number == 7:
+                    raise InputError("seven is refused")
+                yield number * number
+
+        for number in range(3):
+            if case == "between" and second and number == 1:
+                raise InputError("that is enough")
+            if case == "fewer" and second and number == 1:
+                return
+            numbers = range(11) if case == "others" and second else range(10)
+            print("found", divide(numbers, work), flush=True)
+
+
+if __name__ == "__main__":
+    _divide_numbers(sys.argv[1])
