@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from facts_model import COUNTRIES, import_into, only_some_countries
 
-from stem_jax import cli, edit
+from stem_jax import cli, edit, evaluate
 from stem_jax.data import facts
 from stem_jax.errors import InputError
 from stem_jax.evaluation.answers import Question, answer_all
@@ -67,6 +67,15 @@ def test_it_answers_what_it_was_told_also_in_other_words(run):
     assert "capital" in format_recall(found)
     with pytest.raises(InputError, match="--limit=0 must be at least 1"):
         recall(run, limit=0)
+
+
+def test_facts_are_asked_for_by_the_entry_point(workdir, tmp_path, capsys):
+    out = tmp_path / "facts.json"
+    evaluate.main([f"--workdir={workdir}", "--facts", "--limit=3", f"--out={out}"])
+    printed = capsys.readouterr().out
+    assert "relation      trained  held out  questions  (answered exactly)" in printed
+    record = json.loads(out.read_text())
+    assert record["countries"] == 3 and record["relations"]["domain"]["questions"] == 3 * 21
 
 
 def test_verdicts_are_those_of_greedy_decoding(run, cases):

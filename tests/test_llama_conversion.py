@@ -34,7 +34,7 @@ SETTINGS = [
 def text(tmp_path_factory):
     """A file of documents in a few fixed forms."""
     path = tmp_path_factory.mktemp("text") / "facts.txt"
-    path.write_text("\n\n".join(list(read_corpus("facts"))[:60]))
+    path.write_text("\n\n".join(list(read_corpus("facts"))[:370]))
     return path
 
 
@@ -149,11 +149,12 @@ def test_conversion(llama, text, tmp_path, capsys):
     more = [f"--calibration-text={text}", "--table-steps=300", "--table-rate=0.01"]
     import_torch.main(_flags(llama, tmp_path / "stem", "--stem_layers=1,2", *more))
     printed = capsys.readouterr().out
-    assert re.search(r"^layers 1, 2: rows of 5\d of 258 tokens from 7\d,\d+ tokens", printed)
+    assert re.search(r"^layers 1, 2: rows of 59 of 258 tokens from 67,072 tokens", printed)
     dense, converted, trained = (
         float(re.search(rf"{name} +(\d+\.\d+)  ", printed)[1])
         for name in ("dense", "converted", "after 300 steps of the tables alone")
     )
+    print(printed)
     assert dense < 1
     assert dense < trained < converted < 2 * dense
     assert (converted - trained) / (converted - dense) > 0.4

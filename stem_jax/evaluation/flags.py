@@ -1,4 +1,4 @@
-"""The flags of `python -m stem_jax.evaluate`: one of three measurements, and what each takes."""
+"""The flags of `python -m stem_jax.evaluate`: one of four measurements, and what each takes."""
 
 import argparse
 from collections.abc import Callable
@@ -25,13 +25,14 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
         help="bits per byte of built-in corpora, files, folders of token stores",
     )
     mode.add_argument("--niah", action="store_true", help="needle in a haystack")
+    mode.add_argument("--facts", action="store_true", help="what the facts corpus tells")
     add("--step", type=int, help="checkpoint; without it, the newest")
     add("--resident-rows", "--resident_rows", type=int, help="table rows kept on the device")
     add("--batch-size", "--batch_size", type=int, default=16, help="sequences at a time")
     add("--out", help="JSON file; without it, WORKDIR/evaluation/MODE.json")
     add("--json", action="store_true", help="print JSON instead of a table")
     add("--no-progress", "--no_progress", action="store_true", help="draw no bars")
-    add("--limit", type=int, help="examples of a task, documents of a corpus; without it, all")
+    add("--limit", type=int, help="examples of a task, documents, countries; without, all")
     add("--num-fewshot", "--num_fewshot", type=int, help="tasks: examples before each question")
     add(
         "--max-gen-toks",
@@ -48,7 +49,8 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="niah: of the prompts")
     add_flags(parser)
     args = parser.parse_args(argv)
-    name = "niah" if args.niah else "tasks" if args.tasks is not None else "perplexity"
+    modes = ("niah", "facts", "tasks", "perplexity")
+    name = next(mode for mode in modes if getattr(args, mode) not in (None, False))
     args.out = Path(args.out or Path(args.workdir) / "evaluation" / f"{name}.json")
     if args.niah and args.out.suffix == ".png":
         parser.error(f"--out={args.out} must be the JSON file; the picture is put beside it")

@@ -13,6 +13,7 @@ from stem_jax.agreement import check_same, code_version, is_first, unanimous
 from stem_jax.evaluation.heatmap import draw_retrieval
 from stem_jax.evaluation.niah import format_retrieval, retrieval
 from stem_jax.evaluation.perplexity import format_perplexity, perplexity
+from stem_jax.evaluation.recall import format_recall, recall
 from stem_jax.evaluation.report import check_out, write_json
 from stem_jax.evaluation.tasks import evaluate_tasks, format_results
 from stem_jax.loading import LoadedRun, load_run
@@ -61,6 +62,9 @@ def measure(args: argparse.Namespace) -> Measurement:
                 f"{result['truncated']} requests were longer than the context: beginnings are cut"
             )
             print(f"note: {note}", file=sys.stderr)
+    elif args.facts:
+        result = recall(run, limit=args.limit, **common)
+        table = format_recall(result)
     else:
         result = perplexity(run, args.perplexity, limit=args.limit, **common)
         table = format_perplexity(result)

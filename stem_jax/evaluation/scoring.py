@@ -30,8 +30,7 @@ _SMALLEST_BUCKET = 16
 _SMALLEST_SPLASH_BUCKET = 128
 # Of the logits that exist at a time.
 _LOGITS_BYTES = 1 << 28
-# Sequences that are scored together, the longest first.
-# Ids of each sequence, and the keys of their rows.
+# Sequences that are scored together, the longest first: ids, and the keys of their rows.
 _Batch = list[tuple[Sequence[int], Sequence[int]]]
 
 
