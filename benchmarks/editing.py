@@ -39,7 +39,8 @@ RUNS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
 # Held to the bars; the others are for contrast.
 JUDGED = ("facts", "facts_all_but_first")
 # Percent: answers before edits on told and held-out phrasings; capital as mean of seeds and in
-# each, every relation; answers that swapped embeddings change at most; other subjects' that stay.
+# each, every relation; answers that swapped embeddings change at most, of all relations, and to
+# the donor's in each; other subjects' answers that stay.
 BARS = {"trained": 98, "held_out": 90, "capital": 95, "capital_each": 90, "relation": 90}
 BARS |= {"embedding": 5, "locality": 98}
 _LAYERS = ((0,), (3,), (0, 1), (0, 1, 2))
@@ -181,9 +182,12 @@ def judge(book: Book) -> list[str]:
                     missed.append(f"{run}: {row['relation']} {row['new']}, bar {bar}")
                 if row["locality"] < BARS["locality"]:
                     missed.append(f"{run}: {row['relation']} locality {row['locality']}")
-            for row in found["embedding"]["rows"][:-1]:
-                if 100 - row["old"] > BARS["embedding"]:
-                    missed.append(f"{run}: embedding, {row['relation']} stays {row['old']}")
+            *each, whole = found["embedding"]["rows"]
+            for row in each:
+                if row["new"] > BARS["embedding"]:
+                    missed.append(f"{run}: embedding, {row['relation']} {row['new']}")
+            if 100 - whole["old"] > BARS["embedding"]:
+                missed.append(f"{run}: embedding, {whole['old']} stay")
             capital.append(found["rows"]["rows"][0]["new"])
         if sum(capital) / len(capital) < BARS["capital"]:
             missed.append(f"{name}: capital {capital}, bar {BARS['capital']} as their mean")

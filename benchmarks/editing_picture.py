@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 _PARTS = {"new": "#2a7f62", "other": "#d9b44a", "old": "#b5bdc6"}
 _LABELS = {"new": "the donor's", "other": "another", "old": "its own, as before"}
 _RUNS = {
-    "facts": "all layers",
-    "facts_all_but_first": "all but first,\ndropout 0.3",
-    "without_dropout": "all but first,\nno dropout",
-    "half": "half (1, 3)",
-    "third": "third (1)",
+    "facts": "all",
+    "facts_all_but_first": "all but\nfirst,\ndropout",
+    "without_dropout": "all but\nfirst, no\ndropout",
+    "half": "half:\n1, 3",
+    "third": "third:\n1",
 }
 _LAYERS = {
     "layers 0": "0",
@@ -43,17 +43,17 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     # A figure of its own, not pyplot's: pyplot keeps global state and may look for a display.
     figure = Figure(figsize=(14, 4.4), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 3, sharey=True, width_ratios=[1.35, 1, 1.15])
+    axes = figure.subplots(1, 3, sharey=True, width_ratios=[1.6, 1, 1.15])
     bars = []
     for name, label in _RUNS.items():
         for trial, what in (("rows", "rows"), ("embedding", "emb.")):
             found = [r[trial] for run, r in results.items() if _is(run, name) and trial in r]
             if found:
                 bars.append((f"{label}\n{what}" if what == "rows" else what, found))
-    _stack(axes[0], bars, "swapped in all layers with tables: rows, or embedding instead")
+    _stack(axes[0], bars, "layers with tables; rows swapped, or token embeddings")
     first = results.get("facts_seed_0", {})
     bars = [(label, [first[trial]]) for trial, label in _LAYERS.items() if trial in first]
-    _stack(axes[1], bars, "layers whose rows are swapped")
+    _stack(axes[1], bars, "tables in all layers: layers whose rows are swapped")
     bars = [(label, [first[trial]]) for trial, label in _NAMES.items() if trial in first]
     _stack(axes[2], bars, "names of different numbers of tokens")
     axes[0].set_ylabel("edits, percent")
