@@ -5,9 +5,10 @@
 #   launch/local_multihost.sh N --program=evaluate --workdir=DIR --niah [evaluation flags]
 #
 # Each process has D CPU devices (default 4). Process 0 speaks on stdout; what the others say on
-# stderr carries their number, and all of it is in DIR/logs. SIGTERM and SIGINT go to every process:
-# they save one checkpoint together and exit 0. If one fails, the others are ended after a grace
-# period, and its exit status is the script's. The same command continues the run.
+# stderr carries their number. SIGTERM and SIGINT go to every process. If one fails, the others are
+# ended after a grace period, and its exit status is the script's.
+# Of a training run, all that is said is in DIR/logs, and a signal makes the processes save one
+# checkpoint together and exit 0; the same command continues it.
 # Needs bash 5.1.
 set -euo pipefail
 

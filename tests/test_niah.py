@@ -129,7 +129,7 @@ def test_who_reads_finds_all_and_who_guesses_finds_few(run, answers):
     result = retrieval(run, **deep)
     assert result["tables"][0]["accuracy"] == [[1, 0]]
     assert format_retrieval(result).splitlines() == [
-        "1 key: 50.0% of 4 samples a cell, strictly 50.0%",
+        "1 key: 50.0% found (50.0% strictly), 4 samples a cell",
         "depth        128",
         "0.00        100%",
         "1.00          0%",
@@ -248,7 +248,8 @@ def test_the_entry_point_writes_table_json_and_picture(
     answers(lambda prompt: f" {_reading(prompt)}. " if prompt.startswith(begins) else " No. ")
     cli.run(evaluate.main)
     output = capsys.readouterr().out
-    assert "1 key: 50.0% of 2 samples a cell, strictly 50.0%" in output and "2 keys: " in output
+    assert "1 key: 50.0% found (50.0% strictly), 2 samples a cell" in output
+    assert "2 keys: " in output
     record = json.loads((tmp_path / "needles.json").read_text())
     assert record["tables"][0]["accuracy"] == [[1, 0], [1, 0]]
     assert record["tables"][0]["strict"] == [[1, 0], [1, 0]]

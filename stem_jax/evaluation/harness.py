@@ -114,7 +114,7 @@ class HarnessModel(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """(log-likelihood of the continuation in nats, whether it is greedy) of each request."""
         self._check_expected()
-        return super().loglikelihood(requests, disable_tqdm or bool(self._bars_off))
+        return super().loglikelihood(requests, disable_tqdm or self._bars_off)
 
     def _loglikelihood_tokens(
         self,

@@ -116,8 +116,8 @@ def format_retrieval(result: dict[str, Any]) -> str:
     for table in result["tables"]:
         keys = table["keys"]
         lines.append(
-            f"{keys} key{'s' if keys > 1 else ''}: {table['mean']:.1%} of {result['samples']} "
-            f"samples a cell, strictly {table['strict_mean']:.1%}"
+            f"{keys} key{'s' if keys > 1 else ''}: {table['mean']:.1%} found "
+            f"({table['strict_mean']:.1%} strictly), {result['samples']} samples a cell"
         )
         lines.append("depth   " + "".join(f"{length:>8}" for length in table["lengths"]))
         for row, depth in enumerate(table["depths"]):
