@@ -154,7 +154,6 @@ def test_conversion(llama, text, tmp_path, capsys):
         float(re.search(rf"{name} +(\d+\.\d+)  ", printed)[1])
         for name in ("dense", "converted", "after 300 steps of the tables alone")
     )
-    print(printed)
     assert dense < 1
     assert dense < trained < converted < 2 * dense
     assert (converted - trained) / (converted - dense) > 0.4
