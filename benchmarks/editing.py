@@ -3,8 +3,8 @@
 python -m benchmarks.editing --folder=runs/editing [--only-measure]
 
 Trains the runs that the folder lacks (minutes each), measures what is not in its results.json yet,
-prints the tables of RESULTS.md, and draws editing.png beside this file. Exits with 1 if a bar of
-BARS is missed.
+prints the tables of RESULTS.md, and draws editing.png in the folder. Exits with 1 if a bar of BARS
+is missed.
 """
 
 import argparse
@@ -19,10 +19,8 @@ from stem_jax.checkpoint import Checkpointer
 from stem_jax.evaluation.recall import recall
 from stem_jax.knowledge.edit_report import COLUMNS, summarize
 from stem_jax.knowledge.edit_trial import Trial, try_edits
-from stem_jax.knowledge.swaps import STRATEGIES
-from stem_jax.loading import LoadedRun, load_run
+from stem_jax.loading import load_run
 
-PICTURE = Path(__file__).with_name("editing.png")
 # Name: configuration, its overrides, seeds.
 RUNS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "facts": ("facts", {}, (0, 1, 2)),
@@ -44,6 +42,15 @@ JUDGED = ("facts", "facts_all_but_first")
 BARS = {"trained": 98, "held_out": 90, "capital": 95, "capital_each": 90, "relation": 90}
 BARS |= {"embedding": 5, "locality": 98}
 _LAYERS = ((0,), (3,), (0, 1), (0, 1, 2))
+# Tokens of the edited name beside the donor's, and the strategy; the others fit one of the two.
+_NAMES = {
+    "copy": ("more", "copy"),
+    "pad_left": ("more", "pad_left"),
+    "pad_right": ("more", "pad_right"),
+    "average of fewer": ("more", "average"),
+    "subset": ("fewer", "subset"),
+    "average of more": ("fewer", "average"),
+}
 
 
 def main() -> None:
@@ -54,38 +61,45 @@ def main() -> None:
     parser.add_argument("--only-measure", action="store_true", help="the runs that are complete")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    book = Book(args.folder / "results.json")
+    book = Book(args.folder / "results.json", args.pairs)
     for name, (config, overrides, seeds) in RUNS.items():
         for seed in seeds:
             workdir = args.folder / f"{name}_seed_{seed}"
             if not args.only_measure:
                 train(config, overrides, seed, workdir)
             if is_complete(workdir):
-                measure(book, workdir, seed, args.pairs)
+                measure(book, workdir, seed)
             else:
                 print(f"{workdir}: not trained yet")
     print(format_tables(book))
-    draw(book.results, PICTURE)
+    draw(book.results, args.folder / "editing.png")
     missed = judge(book)
     print("\n".join(["", *missed]) if missed else "\nevery bar is met")
     sys.exit(bool(missed))
 
 
 class Book:
-    """Figures by run and trial, in a file: what is in it is not measured again."""
+    """Figures by run and trial, in a file: what is in it is not measured again.
 
-    def __init__(self, path: Path):
+    pairs: of the trials; figures of other numbers of them count as missing, as do those of another
+    checkpoint.
+    """
+
+    def __init__(self, path: Path, pairs: int):
         self._path = path
+        self.pairs = pairs
         self.results = json.loads(path.read_text()) if path.exists() else {}
 
-    def add(self, run: str, trial: str, figures: Any) -> None:
+    def add(self, run: str, fingerprint: str, trial: str, figures: dict[str, Any]) -> None:
         """Keeps the figures."""
-        self.results.setdefault(run, {})[trial] = figures
+        kept = {"pairs": self.pairs, "checkpoint": fingerprint, **figures}
+        self.results.setdefault(run, {})[trial] = kept
         self._path.write_text(json.dumps(self.results, indent=1))
 
-    def has(self, run: str, trial: str) -> bool:
+    def has(self, run: str, fingerprint: str, trial: str) -> bool:
         """Whether they are there."""
-        return trial in self.results.get(run, {})
+        kept = self.results.get(run, {}).get(trial, {})
+        return (kept.get("pairs"), kept.get("checkpoint")) == (self.pairs, fingerprint)
 
 
 def train(config: str, overrides: dict[str, Any], seed: int, workdir: Path) -> None:
@@ -112,28 +126,28 @@ def trials(name: str, seed: int, pairs: int) -> dict[str, Trial]:
         for layers in _LAYERS:
             label = "layers " + ",".join(map(str, layers))
             chosen[label] = Trial(pairs=pairs, layers=layers)
-        for strategy in STRATEGIES:
-            chosen[strategy] = Trial(pairs=pairs, tokens="differing", strategy=strategy)
+        for label, (tokens, strategy) in _NAMES.items():
+            chosen[label] = Trial(pairs=pairs, tokens=tokens, strategy=strategy)
     return chosen
 
 
-def measure(book: Book, workdir: Path, seed: int, pairs: int) -> None:
+def measure(book: Book, workdir: Path, seed: int) -> None:
     """Adds to the book what it lacks of a run."""
-    run: LoadedRun | None = None
+    run = load_run(workdir)
     name = workdir.name.removesuffix(f"_seed_{seed}")
-    wanted = trials(name, seed, pairs) if name != "facts_dense" else {}
+    wanted = trials(name, seed, book.pairs) if name != "facts_dense" else {}
     for label in ["recall", *wanted]:
-        if book.has(workdir.name, label):
+        if book.has(workdir.name, run.fingerprint, label):
             continue
-        run = run or load_run(workdir)
         if label == "recall":
-            book.add(workdir.name, label, recall(run))
+            book.add(workdir.name, run.fingerprint, label, recall(run))
             continue
         first = label == "rows"
         result = try_edits(run, wanted[label], with_fluency=first)
         result.write(workdir / "editing")
         rows = [dict(zip(COLUMNS, row)) for row in summarize(result.outcomes)]
-        book.add(workdir.name, label, {"rows": rows, "note": result.note})
+        figures = {"rows": rows, "note": result.note}
+        book.add(workdir.name, run.fingerprint, label, figures)
 
 
 def format_tables(book: Book) -> str:
@@ -165,7 +179,7 @@ def judge(book: Book) -> list[str]:
     missed = []
     for name in JUDGED:
         runs = [f"{name}_seed_{seed}" for seed in RUNS[name][2]]
-        missing = [run for run in runs if not book.has(run, "embedding")]
+        missing = [run for run in runs if "embedding" not in book.results.get(run, {})]
         if missing:
             missed.append(f"not measured: {', '.join(missing)}")
             continue

@@ -25,12 +25,13 @@ _LAYERS = {
     "layers 3": "3",
 }
 _NAMES = {
-    "rows": "one token\nfor one",
-    "average": "average",
-    "copy": "copy",
-    "subset": "subset",
-    "pad_left": "pad left",
-    "pad_right": "pad right",
+    "rows": "one\nfor one",
+    "copy": "more:\ncopy",
+    "pad_left": "more:\npad left",
+    "pad_right": "more:\npad right",
+    "average of fewer": "more:\naverage",
+    "subset": "fewer:\nsubset",
+    "average of more": "fewer:\naverage",
 }
 
 
@@ -55,11 +56,11 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     bars = [(label, [first[trial]]) for trial, label in _LAYERS.items() if trial in first]
     _stack(axes[1], bars, "tables in all layers: layers whose rows are swapped")
     bars = [(label, [first[trial]]) for trial, label in _NAMES.items() if trial in first]
-    _stack(axes[2], bars, "names of different numbers of tokens")
+    _stack(axes[2], bars, "names of more or fewer tokens than the donor's")
     axes[0].set_ylabel("edits, percent")
     axes[0].set_ylim(0, 104)
     handles, labels = axes[1].get_legend_handles_labels()
-    title = "which answer is given after the edit"
+    title = "Which answer is given after the edit. Numbers: the donor's, mean of seeds (dots)."
     figure.legend(handles, labels, title=title, loc="outside lower center", ncols=3)
     figure.savefig(path)
 

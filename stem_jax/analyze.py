@@ -8,8 +8,9 @@ import json
 
 from stem_jax import cli
 from stem_jax.knowledge.analysis import analyze
-from stem_jax.knowledge.analysis_files import check_folder, write_analysis
+from stem_jax.knowledge.analysis_files import write_analysis
 from stem_jax.knowledge.analysis_flags import parse
+from stem_jax.knowledge.result_folder import check_folder
 from stem_jax.knowledge.sections import sections_of
 from stem_jax.loading import open_checkpoint
 

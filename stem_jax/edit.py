@@ -6,6 +6,7 @@ python -m stem_jax.edit --workdir=runs/facts --measure=facts
 """
 
 import argparse
+import json
 from pathlib import Path
 
 from stem_jax import cli
@@ -13,7 +14,8 @@ from stem_jax.errors import InputError
 from stem_jax.knowledge.comparison import compare, format_comparison
 from stem_jax.knowledge.edit_flags import parse
 from stem_jax.knowledge.edit_trial import Trial, try_edits
-from stem_jax.knowledge.patch import edited_run, format_patch, make_patch, read_patch
+from stem_jax.knowledge.patch import check_new, edited_run, format_patch, make_patch, read_patch
+from stem_jax.knowledge.result_folder import check_folder
 from stem_jax.knowledge.swaps import recipes_of
 from stem_jax.loading import load_run
 
@@ -21,7 +23,7 @@ from stem_jax.loading import load_run
 def main(argv: list[str]) -> None:
     """Parses flags; makes a patch and prints completions before and after it, or measures edits."""
     args = parse(argv, __doc__)
-    if args.measure:
+    if args.measure is not None:
         _measure(args)
         return
     base = [read_patch(path) for path in args.edits]
@@ -30,12 +32,13 @@ def main(argv: list[str]) -> None:
         return
     if not args.swap + args.inject:
         raise InputError("there is nothing to edit; give --swap, --inject, --measure or --list")
+    if args.save:
+        check_new(args.save)
     run = load_run(args.workdir, args.step, args.resident_rows)
     recipes = recipes_of(run.tokenizer, args.swap, args.inject, args.strategy)
-    description = "; ".join([*args.swap, *args.inject])
     where = {"layers": args.layers, "scale": args.scale, "base": base}
-    patch = make_patch(run, recipes, description=description, **where)
-    print(format_patch(patch))
+    patch = make_patch(run, recipes, description="; ".join([*args.swap, *args.inject]), **where)
+    print(format_patch(patch, run.tokenizer))
     old, new = edited_run(run, base), edited_run(run, [*base, patch])
     for found in compare(old, new, args.prompt, args.max_new_tokens, args.top):
         print(f"\n{format_comparison(found)}")
@@ -47,9 +50,10 @@ def main(argv: list[str]) -> None:
 def _measure(args: argparse.Namespace) -> None:
     choice = (args.pairs, args.tokens, args.strategy, args.layers, args.write, args.seed)
     run = load_run(args.workdir, args.step, args.resident_rows)
+    out = check_folder(args.out or Path(args.workdir) / "editing")
     result = try_edits(run, Trial(args.measure, *choice))
-    paths = result.write(args.out or Path(args.workdir) / "editing")
-    print(result.json() if args.json else f"{result.format()}\n\n{', '.join(map(str, paths))}")
+    paths = ", ".join(map(str, result.write(out)))
+    print(json.dumps(result.record()) if args.json else f"{result.format()}\n\n{paths}")
 
 
 if __name__ == "__main__":

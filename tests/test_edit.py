@@ -45,7 +45,7 @@ def test_an_edit_is_shown_and_saved(workdir, tmp_path, capsys):
     argv = [f"--workdir={workdir}", f"--prompt={PROMPT}", "--prompt=xyz", "--max-new-tokens=4"]
     edit.main([*argv, "--swap=^abc=>^xyz", f"--save={path}"])
     out = capsys.readouterr().out
-    assert "edit: ^abc=>^xyz; tokens 97,98,99, layers 0,2, rows moved by" in out
+    assert "edit: ^abc=>^xyz; tokens 97,98,99 ('a' 'b' 'c'), layers 0,2, rows" in out
     assert "prompt: abc\nbefore" in out and "next token            before   after" in out
     assert "prompt: xyz" in out and "the edited rows are not read" in out
     assert f"saved as {path}" in out
@@ -115,9 +115,12 @@ def test_a_patch_for_another_run_is_refused_everywhere(workdir, patch_path, tmp_
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "there is nothing to edit; give --swap or --inject"),
+        ([], "there is nothing to edit; give --swap, --inject, --measure or --list"),
         (["--swap=^ab=>^ab"], "puts rows in their own place"),
         (["--swap=^ab=>^xy", "--layers=1"], "--layers=1: the layers with tables are 0,2"),
+        (["--swap=^ab=>^xy", "--layers=0,0"], "--layers=0,0: the layers with.*each once"),
+        (["--swap=^ab=>^xy", "--scale=nan"], "with --scale=nan writes rows that are not finite"),
+        (["--inject=^a=inf*^b"], "writes rows that are not finite"),
         (["--swap=^ab=>^xy", "--swap=^bc=>^uv"], "two edits write the rows of token 98"),
         (["--swap=^ab=>^xy", "--edits=/nowhere"], "patch /nowhere cannot be read"),
     ],
@@ -130,5 +133,5 @@ def test_refusals(workdir, flags, message):
 def test_dense_runs_have_nothing_to_edit(train_step, tmp_path):
     step = train_step(**SIZES | {"model.stem_layers": "none"})
     save_run(tmp_path, step, init_state(step.config, step.model, step.mesh))
-    with pytest.raises(InputError, match="the layers with tables are none"):
+    with pytest.raises(InputError, match="the model is dense and has no rows to edit"):
         edit.main([f"--workdir={tmp_path}", "--swap=^a=>^b"])

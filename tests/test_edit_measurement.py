@@ -5,6 +5,7 @@ import dataclasses
 import json
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from facts_model import COUNTRIES, import_into, only_some_countries
@@ -16,13 +17,14 @@ from stem_jax.evaluation.answers import Question, answer_all
 from stem_jax.evaluation.recall import fact_prompt, format_recall, recall
 from stem_jax.evaluation.scoring import Scorer
 from stem_jax.generation import Generator
-from stem_jax.knowledge import edit_cases
-from stem_jax.knowledge.edit_cases import Probe, fact_cases
+from stem_jax.knowledge import edit_cases, edit_measurement
+from stem_jax.knowledge.edit_cases import fact_cases
 from stem_jax.knowledge.edit_measurement import EditOutcome, lay_edits, measure_edits
 from stem_jax.knowledge.edit_report import COLUMNS, summarize
 from stem_jax.knowledge.edit_trial import Trial, try_edits
-from stem_jax.knowledge.fluency import ngram_entropy
-from stem_jax.knowledge.patch import edited_run, make_patch
+from stem_jax.knowledge.fluency import fluency, ngram_entropy
+from stem_jax.knowledge.overlay import SequenceKeys
+from stem_jax.knowledge.patch import edited_run, make_patch, read_rows
 from stem_jax.knowledge.swaps import swap_recipes, word_ids
 from stem_jax.loading import load_run
 from stem_jax.sampling import Sampling
@@ -102,8 +104,8 @@ def test_swaps_change_the_answers_and_embeddings_do_not(run, cases, outcomes):
     assert share(x.preferred for x in outcomes) > 0.9
     assert share(y for x in outcomes for y in x.paraphrases) > 0.9
     assert share(y for x in outcomes for y in x.locality) > 0.9
-    # A swap replaces all that is known of a subject.
-    assert share(y for x in outcomes for y in x.specificity) < 0.6
+    # A swap replaces all that is known of a subject, but for what both have alike.
+    assert share(y for x in outcomes for y in x.specificity) < 0.25
     swapped = measure_edits(run, cases, written="embedding", progress=False)
     assert share(x.answer == "new" for x in swapped) < share(x.answer == "new" for x in outcomes)
     assert share(x.answer == "old" for x in swapped) > 0.5
@@ -162,13 +164,19 @@ def test_cases_are_pairs_as_asked_for(run, cases):
                 first, second = probe.prompt.split(". ")
                 assert case.subject in first and case.old in first
                 assert case.subject not in second and case.donor not in second
-    for strategy, fits in (("subset", int.__lt__), ("copy", int.__gt__), ("average", int.__ne__)):
-        for case in fact_cases(tokenizer, pairs=4, tokens="differing", strategy=strategy):
+    for strategy, names, fits in (
+        ("subset", "differing", int.__lt__),
+        ("copy", "differing", int.__gt__),
+        ("average", "differing", int.__ne__),
+        ("average", "more", int.__gt__),
+        ("average", "fewer", int.__lt__),
+    ):
+        for case in fact_cases(tokenizer, pairs=4, tokens=names, strategy=strategy):
             counts = [len(word_ids(tokenizer, x)) for x in (case.subject, case.donor)]
             assert fits(*counts)
     for options, message in (
         ({"pairs": 0}, "--pairs=0 must be at least 1"),
-        ({"tokens": "two"}, "--tokens=two must be one of one, differing"),
+        ({"tokens": "two"}, "--tokens=two must be one of one, more, fewer, differing"),
     ):
         with pytest.raises(InputError, match=message):
             fact_cases(tokenizer, **options)
@@ -182,6 +190,8 @@ def test_names_of_other_token_counts_and_refusals(run):
         ({"written": "embedding"}, "have different numbers of tokens.*--tokens=one"),
         ({"strategy": "copy"}, "copy needs a target with fewer tokens"),
         ({"layers": (5,)}, "--layers=5: the layers with tables are 0,1"),
+        ({"layers": (0, 0)}, "--layers=0,0: .*each once"),
+        ({"written": "embedding", "layers": (0,)}, "--write=embedding writes no rows"),
         ({"written": "head"}, "--write=head must be one of rows, embedding"),
     ):
         with pytest.raises(InputError, match=message):
@@ -201,6 +211,33 @@ def test_shares_are_counted_by_relation():
         ["domain", 1, 0, 0, 0, 100, 100, None, 0, None],
         ["all", 3, 66.67, 33.33, 33.33, 33.33, 66.67, 25, 50, None],
     ]
+
+
+def test_pieces_of_many_edits_give_the_same(run, cases, outcomes, monkeypatch):
+    some = cases[:20]
+    monkeypatch.setattr(edit_measurement, "_LAID_BYTES", 7 * 4 * 4 * run.config.model.ffn_dim)
+    assert [slice(0, 7), slice(7, 14), slice(14, 20)] == list(
+        edit_measurement._parts([[None]] * 20, 7)
+    )
+    assert measure_edits(run, some, progress=False) == outcomes[:20]
+
+
+def test_fluency_reads_the_edited_rows(run, cases):
+    found = fluency(run, cases[:4], max_new_tokens=12, edits=4)
+    assert found.edits == 4 and found.before > 0 and found.after != found.before
+    # A swap by itself changes nothing; sampling has seeds of its own for what is asked again.
+    assert fluency(run, cases[:4], max_new_tokens=12, edits=4) == found
+
+
+def test_each_sequence_reads_rows_of_its_own(run):
+    germany, spain = (word_ids(run.tokenizer, x)[0] for x in ("Germany", "Spain"))
+    laid = lay_edits(run, [swap_recipes(run.tokenizer, "Spain=>Germany")])
+    keys = SequenceKeys(laid.run.rows, run.config.model.vocab_size, [{}, laid.keys[0]])
+    tokens_2x2 = jnp.asarray([[spain, germany], [spain, germany]], jnp.int32)
+    rows_UxSxF, inverse_2x2 = keys.serve(tokens_2x2).block(tokens_2x2, jnp.float32)
+    own, other = read_rows(run, np.array([spain, germany]))
+    for place, expected in zip(((0, 0), (0, 1), (1, 0), (1, 1)), (own, other, other, other)):
+        np.testing.assert_array_equal(rows_UxSxF[inverse_2x2[place]], expected)
 
 
 def test_fluency_falls_with_repetition():
@@ -226,12 +263,27 @@ def test_the_entry_point_prints_and_writes(workdir, tmp_path, capsys, monkeypatc
     assert len(lines) == 15 and {line["answer"] for line in lines} <= {"new", "old", "other"}
     new = [line["answer"] == "new" for line in lines]
     assert record["rows"][-1][3] == pytest.approx(100 * share(new), abs=0.01)
-    edit.main([*flags, "--write=embedding", "--layers=0", "--json"])
+    edit.main([*flags, "--write=embedding", "--json"])
     record = json.loads(capsys.readouterr().out)
     assert record["settings"]["written"] == "embedding" and record["fluency"] is None
-    with pytest.raises(SystemExit, match="2"):
-        edit.main([*flags, "--swap=a=>b"])
-    assert "--measure makes edits of its own" in capsys.readouterr().err
+    assert record == json.loads(
+        (tmp_path / "facts_embedding_one_pairs-3_seed-0_average.json").read_text()
+    )
+    for wrong, message in (
+        ([*flags, "--swap=a=>b"], "--swap: not for --measure=facts"),
+        ([flags[0], "--measure=x.json", "--pairs=3"], "--pairs: not for --measure=x.json"),
+        (
+            [flags[0], "--swap=a=>b", "--write=embedding", "--json"],
+            "--json, --write: not for --swap",
+        ),
+        ([flags[0], "--list", "--swap=a=>b"], "--swap: not for --list"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            edit.main(wrong)
+        assert message in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"--out=.*file/x.*choose another folder"):
+        edit.main([*flags[:3], f"--out={tmp_path / 'file' / 'x'}"])
 
 
 def counterfact(case, **more):
@@ -280,7 +332,10 @@ def test_files_in_the_format_of_counterfact_give_the_same(run, cases, outcomes, 
     found = try_edits(run, Trial(str(path)), with_fluency=False, progress=False)
     assert len(found.outcomes) == len(cases)
     for ours, case in zip(found.outcomes, cases, strict=True):
-        assert ours.case.locality == (Probe(case.locality[0].prompt, case.locality[0].answer),)
+        [probe] = ours.case.locality
+        # Without the sentence before it no edited row would be read.
+        assert probe.prompt == f"{case.prompt} {case.old}. {case.locality[0].prompt}"
+        assert probe.answer == case.locality[0].answer
         assert ours.case.paraphrases == case.paraphrases[:1]
     assert share(x.answer == "new" for x in found.outcomes) > 0.9
 
@@ -305,7 +360,13 @@ def test_donors_are_found_among_the_records(run, cases, tmp_path):
     [
         ("no json", "cannot be read"),
         ("{}", "is not a list of records"),
+        ("[" * 100_000, "cannot be read"),
         ('[{"subject": "Spain"}]', "record 0 lacks 'src'"),
+        ('[{"subject": "a", "src": "b", "answers": [1], "alt": "d"}]', "record 0 is wrong: 1 is"),
+        (
+            '[{"subject": "a", "src": "b", "answers": ["c"], "alt": "c"}]',
+            "record 0 wants 'c', which is the answer already",
+        ),
         (
             json.dumps([{"subject": "a", "src": "b", "answers": ["c"], "alt": "d"}]),
             "none of its 1 records has a donor",

@@ -67,7 +67,7 @@ def probabilities(run, prompt):
 
 
 def all_rows(run):
-    return read_rows(run.rows, np.arange(258))
+    return read_rows(run, np.arange(258))
 
 
 def test_an_edited_run_is_the_run_of_an_edited_table(loaded):
@@ -93,7 +93,7 @@ def test_an_edited_run_is_the_run_of_an_edited_table(loaded):
 
 def test_offloaded_rows_are_edited_alike(loaded, tiny_config, device_mesh):
     run = make_run(tiny_config, device_mesh, offloaded=True)
-    np.testing.assert_array_equal(all_rows_in_parts(run), all_rows(loaded))
+    np.testing.assert_array_equal(all_rows(run), all_rows(loaded))
     patch = swap(run, "^abc=>^xy", "copy")
     assert patch.run == run.fingerprint
     same = swap(loaded, "^abc=>^xy", "copy")
@@ -104,11 +104,6 @@ def test_offloaded_rows_are_edited_alike(loaded, tiny_config, device_mesh):
         probabilities(edited_run(loaded, [same]), prompt),
     )
     run.rows.close()
-
-
-def all_rows_in_parts(run):
-    parts = np.array_split(np.arange(258), 9)
-    return np.concatenate([read_rows(run.rows, part) for part in parts])
 
 
 def test_files_come_back_as_they_were(loaded, tmp_path):

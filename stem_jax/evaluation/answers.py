@@ -16,7 +16,8 @@ class Question:
 
     end: text right after the answer that belongs to it, such as the full stop by which "New" is
     told from "New Delhi". keys: the row that is read for a token id, if not its own, as the run's
-    row source knows it. embedded: the token id whose embedding is read for another one.
+    row source knows it; it holds for the answer's tokens, too. embedded: the token id whose
+    embedding is read for another one of the prompt.
     """
 
     prompt: str
@@ -65,7 +66,7 @@ def answer_all(
             )
         lengths.append(len(answer))
         keys.append([question.keys.get(token, token) for token in ids])
-        # What is asked for stays what it is; only what is read may be another token.
+        # The answer that is asked for stays what it is.
         sequences.append([*(question.embedded.get(token, token) for token in prompt), *answer])
     scores = scorer.score(sequences, on_scored, keys)
     return [

@@ -190,7 +190,7 @@ def analyze(workdir: str, dense_workdir: str | None, options: AnalysisOptions) -
         capacity=capacity,
         costs=cost_table(config),
         checks=check_cost(config),
-        edits=edits,
+        edits=[table.seen_from(own.run.fingerprint) for table in edits],
     )
 
 

@@ -87,7 +87,7 @@ def _over_windows(model: ModelConfig, ids_n: np.ndarray, length: int) -> Context
     number = min(_WINDOWS, len(ids_n) // length)
     starts = np.linspace(0, len(ids_n) - length, number).astype(int)
     distinct = [distinct_tokens(ids_n[at : at + length]) for at in starts]
-    touched = [touched_parameters(model, number) for number in distinct]
+    touched = [touched_parameters(model, tokens) for tokens in distinct]
     return ContextCapacity(
         length=length,
         windows=number,

@@ -97,6 +97,6 @@ def format_comparison(found: Comparison) -> str:
         lines.append("next token            before   after")
         for moved in found.moved:
             lines.append(f"  {moved.text!r:<18} {moved.before:7.1%} {moved.after:7.1%}")
-    else:
+    elif found.moved:
         lines.append("no probability of the next token moved: the edited rows are not read")
     return "\n".join(lines)

@@ -20,7 +20,8 @@ from stem_jax.errors import InputError
 from stem_jax.evaluation.recall import END, fact_prompt
 from stem_jax.knowledge.swaps import swap_recipes, word_ids
 
-TOKEN_COUNTS = ("one", "differing")
+# Of the subject's name: one as the donor's, more, fewer, or either of these.
+TOKEN_COUNTS = ("one", "more", "fewer", "differing")
 _PARAPHRASES = 2
 _OTHERS = 2
 
@@ -73,8 +74,8 @@ def fact_cases(
 
     Args:
         pairs: for each relation; fewer if there are not as many.
-        tokens: "one": both names are one token; "differing": of different numbers of tokens, such
-            that the strategy fits.
+        tokens: "one": both names are one token; "more", "fewer": the subject has more or fewer
+            than the donor; "differing": one of these. The strategy fits the pair.
         strategy: one of `swaps.STRATEGIES`.
         seed: of pairs, phrasings and other countries.
 
@@ -92,7 +93,8 @@ def fact_cases(
         n, m = counts[source.country], counts[donor.country]
         if tokens == "one":
             return n == m == 1
-        return n != m and _swappable(tokenizer, source.country, donor.country, strategy)
+        right = {"more": n > m, "fewer": n < m, "differing": n != m}[tokens]
+        return right and _swappable(tokenizer, source.country, donor.country, strategy)
 
     cases = []
     for relation in RELATIONS:

@@ -5,7 +5,11 @@ import argparse
 from stem_jax import cli
 from stem_jax.knowledge.edit_cases import TOKEN_COUNTS
 from stem_jax.knowledge.edit_measurement import WRITTEN
+from stem_jax.knowledge.edit_trial import FACTS
 from stem_jax.knowledge.swaps import STRATEGIES
+
+# What makes or shows one edit.
+_ONE_EDIT = {"swap", "inject", "scale", "edits", "prompt", "max_new_tokens", "top", "save"}
 
 
 def parse(argv: list[str], description: str | None) -> argparse.Namespace:
@@ -28,13 +32,30 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
     add("--resident-rows", "--resident_rows", type=int, help="table rows kept on the device")
     add("--measure", help="facts, or a JSON file like CounterFact's or zsRE's: edits to try alone")
     add("--pairs", type=int, default=200, help="facts: edits of each relation")
-    add("--tokens", default="one", choices=TOKEN_COUNTS, help="facts: names of one token, or not")
+    add(
+        "--tokens",
+        default="one",
+        choices=TOKEN_COUNTS,
+        help="facts: of the edited name, beside the donor's",
+    )
     add("--write", default="rows", choices=WRITTEN, help="measure: embedding is for contrast")
     add("--seed", type=int, default=0, help="facts: of the pairs and phrasings")
     add("--out", help="measure: folder of CSV and JSON; without it, WORKDIR/editing")
-    add("--json", action="store_true", help="measure: print JSON instead of a table")
+    add("--json", action="store_true", help="measure: print the JSON instead of a table")
     args = parser.parse_args(argv)
-    one_edit = args.swap or args.inject or args.prompt or args.save or args.edits or args.list
-    if args.measure and (one_edit or args.scale != 1):
-        parser.error("--measure makes edits of its own: it takes no --swap, --inject, --scale, ...")
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    if args.measure is None:
+        wrong = given & {"pairs", "tokens", "write", "seed", "out", "json"}
+        if args.list:
+            wrong |= given & _ONE_EDIT - {"edits"}
+    else:
+        wrong = given & (_ONE_EDIT | {"list"})
+        if args.measure != FACTS:
+            wrong |= given & {"pairs", "tokens", "seed"}
+    if wrong:
+        mode = "--list" if args.list else "--swap and --inject"
+        mode = mode if args.measure is None else f"--measure={args.measure}"
+        parser.error(
+            f"{', '.join(f'--{x}'.replace('_', '-') for x in sorted(wrong))}: not for {mode}"
+        )
     return args

@@ -5,7 +5,7 @@ beside the table, and each question reads those of its edit.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from tqdm import tqdm
@@ -21,6 +21,8 @@ from stem_jax.knowledge.swaps import RowRecipe, swap_recipes
 from stem_jax.loading import LoadedRun
 
 WRITTEN = ("rows", "embedding")
+# Of rows that lie beside the table at a time.
+_LAID_BYTES = 1 << 28
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,20 +76,49 @@ def measure_edits(
         progress: draw a bar on stderr, if it is a terminal.
 
     Raises:
-        InputError: no edits, names that the strategy does not fit, layers without tables, or
-            embeddings of names with different numbers of tokens.
+        InputError: no edits, names that the strategy does not fit, a dense model, layers without
+            tables, layers beside embeddings, or embeddings of names with different numbers of
+            tokens.
     """
     if not cases:
         raise InputError("there are no edits to measure")
     if written not in WRITTEN:
         raise InputError(f"--write={written} must be one of {', '.join(WRITTEN)}")
     recipes = [swap_recipes(run.tokenizer, case.swap, strategy) for case in cases]
-    if written == "rows":
-        laid = lay_edits(run, recipes, layers)
-        edits = [{"keys": keys} for keys in laid.keys]
-    else:
+    if written == "embedding":
+        if layers is not None:
+            raise InputError(f"--write=embedding writes no rows; leave --layers={layers} out")
         laid = LaidEdits(run, [])
         edits = [{"embedded": _embedded(case, of)} for case, of in zip(cases, recipes)]
+        return _ask(laid, cases, edits, batch_size, progress)
+    outcomes = []
+    model = run.config.model
+    most = max(1, _LAID_BYTES // (4 * max(1, model.num_stem_layers * model.ffn_dim)))
+    for part in _parts(recipes, most):
+        laid = lay_edits(run, recipes[part], layers)
+        edits = [{"keys": keys} for keys in laid.keys]
+        outcomes += _ask(laid, cases[part], edits, batch_size, progress)
+    return outcomes
+
+
+def _parts(recipes: Sequence[Sequence[RowRecipe]], most: int) -> Iterator[slice]:
+    """Pieces of the edits that write at most so many rows each, or are one edit."""
+    first = rows = 0
+    for number, edit in enumerate(recipes):
+        if number > first and rows + len(edit) > most:
+            yield slice(first, number)
+            first, rows = number, 0
+        rows += len(edit)
+    yield slice(first, len(recipes))
+
+
+def _ask(
+    laid: LaidEdits,
+    cases: Sequence[EditCase],
+    edits: Sequence[Mapping[str, Mapping[int, int]]],
+    batch_size: int,
+    progress: bool,
+) -> list[EditOutcome]:
     before, after = [], []
     for case, edit in zip(cases, edits, strict=True):
         before += [Question(case.prompt, case.old, case.end), *_unchanged(case, {})]
@@ -96,9 +127,9 @@ def measure_edits(
     off = None if progress and is_first() else True
     total = len(before) + len(after)
     with tqdm(total=total, desc="edits", unit=" questions", disable=off) as bar:
-        scorer = Scorer(laid.run, batch_size)
-        old = iter(answer_all(scorer, run.tokenizer, before, bar.update))
-        new = iter(answer_all(scorer, run.tokenizer, after, bar.update))
+        scorer, tokenizer = Scorer(laid.run, batch_size), laid.run.tokenizer
+        old = iter(answer_all(scorer, tokenizer, before, bar.update))
+        new = iter(answer_all(scorer, tokenizer, after, bar.update))
     return [_outcome(case, old, new) for case in cases]
 
 
@@ -112,7 +143,7 @@ def lay_edits(
     """
     flat = [recipe for recipes in edits for recipe in recipes]
     patch = make_patch(run, flat, layers=layers)
-    rows_ExSxF = read_rows(run.rows, patch.ids)
+    rows_ExSxF = read_rows(run, patch.ids)
     columns = [run.config.model.stem_layers.index(layer) for layer in patch.layers.tolist()]
     rows_ExSxF[:, columns] = patch.after
     V = run.config.model.vocab_size

@@ -1,12 +1,10 @@
-"""Measured edits as a table for people, CSV with a line for each edit, and JSON for the report."""
+"""Measured edits as rows of figures, as a table for people, and as CSV with a line for each."""
 
 import csv
-import json
+import io
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
-from stem_jax.errors import InputError
 from stem_jax.knowledge.edit_measurement import EditOutcome
 from stem_jax.knowledge.fluency import Fluency
 
@@ -61,27 +59,13 @@ def format_fluency(found: Fluency) -> str:
     )
 
 
-def write_measurement(
-    folder: str | Path, name: str, title: str, note: str, outcomes: Sequence[EditOutcome]
-) -> list[Path]:
-    """Writes NAME.csv and NAME.json; the latter is a table that `stem_jax.analyze` shows.
-
-    Raises:
-        InputError: they cannot be written.
-    """
-    folder = Path(folder)
-    table = {"title": title, "columns": COLUMNS, "rows": summarize(outcomes), "note": note}
-    paths = [folder / f"{name}.csv", folder / f"{name}.json"]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with paths[0].open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(_CSV)
-            writer.writerows(map(_line, outcomes))
-        paths[1].write_text(json.dumps(table, indent=2) + "\n", "utf-8")
-    except OSError as error:
-        raise InputError(f"--out={folder}: {error.strerror}; choose another place") from error
-    return paths
+def format_csv(outcomes: Sequence[EditOutcome]) -> str:
+    """A line for each edit, under a header; shares in percent."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(_CSV)
+    writer.writerows(map(_line, outcomes))
+    return text.getvalue()
 
 
 def _line(outcome: EditOutcome) -> list[Any]:

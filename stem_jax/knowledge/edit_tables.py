@@ -1,7 +1,7 @@
 """Tables that measurements of edits left in a work folder, for the page of an analysis.
 
 A file `WORKDIR/editing/*.json` holds {"title": text, "columns": [text], "rows": [[cell]]} and may
-hold "note", a text.
+hold "note", a text, and "run", the fingerprint of the checkpoint.
 """
 
 import dataclasses
@@ -16,12 +16,21 @@ FOLDER = "editing"
 
 @dataclasses.dataclass(frozen=True)
 class EditTable:
-    """title, note: texts; the latter may be empty. columns: [m] texts. rows: m cells each."""
+    """title, note: texts; the latter may be empty. columns: [m] texts. rows: m cells each. run:
+    fingerprint of the checkpoint that was edited, if it is known."""
 
     title: str
     columns: list[str]
     rows: list[list[Any]]
     note: str = ""
+    run: str = ""
+
+    def seen_from(self, run: str) -> "EditTable":
+        """The table for readers of a checkpoint: the note says if it is of another one."""
+        if self.run in ("", run):
+            return self
+        note = "; ".join(filter(None, ["measured on another checkpoint", self.note]))
+        return dataclasses.replace(self, note=note)
 
 
 def read_edit_tables(workdir: str | Path) -> list[EditTable]:
@@ -48,6 +57,7 @@ def _read(path: Path) -> EditTable:
     fits = (
         isinstance(table.get("title"), str)
         and isinstance(table.get("note", ""), str)
+        and isinstance(table.get("run", ""), str)
         and isinstance(columns, list)
         and isinstance(rows, list)
         and all(isinstance(row, list) and len(row) == len(columns) for row in rows)

@@ -3,21 +3,29 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from stem_jax.knowledge.edit_cases import fact_cases
 from stem_jax.knowledge.edit_datasets import read_edit_dataset
-from stem_jax.knowledge.edit_measurement import EditOutcome, lay_edits, measure_edits
+from stem_jax.knowledge.edit_measurement import EditOutcome, measure_edits
 from stem_jax.knowledge.edit_report import (
+    COLUMNS,
+    format_csv,
     format_fluency,
     format_summary,
     summarize,
-    write_measurement,
 )
 from stem_jax.knowledge.fluency import Fluency, fluency
-from stem_jax.knowledge.swaps import swap_recipes
+from stem_jax.knowledge.result_folder import write_files
 from stem_jax.loading import LoadedRun
 
 FACTS = "facts"
+_NAMES = {
+    "one": "",
+    "more": " of names with more tokens than the donor's",
+    "fewer": " of names with fewer tokens than the donor's",
+    "differing": " of names of another number of tokens",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +46,10 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Tells trials apart in a folder."""
-        parts = [Path(self.source).stem, self.written, *self._facts_only()]
+        """Tells trials apart in a folder, but for files of the same name."""
+        parts = [Path(self.source).stem, self.written]
+        if self.source == FACTS:
+            parts += [self.tokens, f"pairs-{self.pairs}", f"seed-{self.seed}"]
         parts.append(self.strategy)
         if self.layers is not None:
             parts.append("layers-" + "-".join(map(str, self.layers)))
@@ -48,22 +58,23 @@ class Trial:
     @property
     def title(self) -> str:
         """For people."""
-        where = "all layers with tables" if self.layers is None else f"layers {self.layers}"
+        where = "all layers with tables"
+        if self.layers is not None:
+            where = f"layers {', '.join(map(str, self.layers))}"
         what = f"rows in {where}" if self.written == "rows" else "token embeddings instead of rows"
-        names = " of names of different token counts" if self.tokens == "differing" else ""
+        names = _NAMES[self.tokens] if self.source == FACTS else ""
         how = f" ({self.strategy})" if names or self.source != FACTS else ""
         return f"Edits{names} from {Path(self.source).name}{how}, percent: {what}"
-
-    def _facts_only(self) -> list[str]:
-        return [self.tokens, f"seed-{self.seed}"] if self.source == FACTS else []
 
 
 @dataclasses.dataclass(frozen=True)
 class TrialResult:
-    """outcomes: of each edit. fluency: None if it was not asked for. left_out: records that could
-    not be tried."""
+    """step, run: checkpoint that was edited, and its fingerprint. outcomes: of each edit. fluency:
+    None if it was not asked for. left_out: records that could not be tried."""
 
     trial: Trial
+    step: int
+    run: str
     outcomes: list[EditOutcome]
     fluency: Fluency | None
     left_out: int
@@ -77,20 +88,37 @@ class TrialResult:
         return "; ".join(parts)
 
     def write(self, folder: str | Path) -> list[Path]:
-        """See `edit_report.write_measurement`."""
-        trial = self.trial
-        return write_measurement(folder, trial.name, trial.title, self.note, self.outcomes)
+        """Writes NAME.csv, and NAME.json, a table that `stem_jax.analyze` shows.
+
+        Raises:
+            InputError: they cannot be written.
+        """
+        name = self.trial.name
+        files = {
+            f"{name}.csv": format_csv(self.outcomes).encode(),
+            f"{name}.json": (json.dumps(self.record(), indent=2) + "\n").encode(),
+        }
+        return write_files(Path(folder), files)
 
     def format(self) -> str:
         """Title, table and note for a terminal."""
         lines = [self.trial.title, format_summary(summarize(self.outcomes))]
         return "\n".join([*lines, self.note] if self.note else lines)
 
-    def json(self) -> str:
+    def record(self) -> dict[str, Any]:
         """The same for a program."""
-        settings = {"settings": dataclasses.asdict(self.trial), "left_out": self.left_out}
         found = None if self.fluency is None else dataclasses.asdict(self.fluency)
-        return json.dumps({**settings, "fluency": found, "rows": summarize(self.outcomes)})
+        return {
+            "title": self.trial.title,
+            "columns": COLUMNS,
+            "rows": summarize(self.outcomes),
+            "note": self.note,
+            "settings": dataclasses.asdict(self.trial),
+            "step": self.step,
+            "run": self.run,
+            "fluency": found,
+            "left_out": self.left_out,
+        }
 
 
 def try_edits(
@@ -112,6 +140,5 @@ def try_edits(
     outcomes = measure_edits(run, cases, **options, progress=progress)
     found = None
     if with_fluency and trial.written == "rows":
-        recipes = [swap_recipes(run.tokenizer, case.swap, trial.strategy) for case in cases]
-        found = fluency(lay_edits(run, recipes, trial.layers), cases)
-    return TrialResult(trial, outcomes, found, left_out)
+        found = fluency(run, cases, trial.strategy, trial.layers)
+    return TrialResult(trial, run.step, run.fingerprint, outcomes, found, left_out)

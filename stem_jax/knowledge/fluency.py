@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 from stem_jax.generation import Generator
 from stem_jax.knowledge.edit_cases import EditCase
-from stem_jax.knowledge.edit_measurement import LaidEdits
+from stem_jax.knowledge.edit_measurement import lay_edits
 from stem_jax.knowledge.overlay import SequenceKeys
+from stem_jax.knowledge.swaps import swap_recipes
+from stem_jax.loading import LoadedRun
 from stem_jax.sampling import Sampling
 
 # Of the n-gram entropies, as for CounterFact.
@@ -26,25 +28,32 @@ class Fluency:
 
 
 def fluency(
-    laid: LaidEdits, cases: Sequence[EditCase], max_new_tokens: int = 100, edits: int = 32
+    run: LoadedRun,
+    cases: Sequence[EditCase],
+    strategy: str = "average",
+    layers: Sequence[int] | None = None,
+    max_new_tokens: int = 100,
+    edits: int = 32,
 ) -> Fluency:
     """Samples a completion of each prompt before and after its edit (the five likeliest tokens).
 
     Args:
-        laid: the edits of all cases.
+        strategy, layers: see `measure_edits`.
         max_new_tokens: of a completion; the context may end it before.
         edits: how many of the cases, spread evenly.
 
     Raises:
-        InputError: a prompt that leaves no room in the context.
+        InputError: a prompt that leaves no room in the context, or as `measure_edits` does.
     """
-    chosen = sorted({i * len(cases) // edits for i in range(edits)})
+    chosen = [cases[i] for i in sorted({i * len(cases) // edits for i in range(edits)})]
+    recipes = [swap_recipes(run.tokenizer, case.swap, strategy) for case in chosen]
+    laid = lay_edits(run, recipes, layers)
     run = laid.run
     # One batch, so that one program serves for both: without edits, then with them.
-    keys = [{} for _ in chosen] + [laid.keys[i] for i in chosen]
+    keys = [{} for _ in chosen] + laid.keys
     rows = SequenceKeys(run.rows, run.config.model.vocab_size, keys)
     generator = Generator(run.config, run.params, rows, run.tokenizer, run.mesh)
-    prompts = 2 * [cases[i].prompt for i in chosen]
+    prompts = 2 * [case.prompt for case in chosen]
     completions = generator.complete(prompts, max_new_tokens, _SAMPLING, batch_size=len(prompts))
     entropies = [ngram_entropy(found.text) for found in completions]
     n = len(chosen)

@@ -69,9 +69,10 @@ class OverlaidRows:
 class SequenceKeys:
     """A row source in which each sequence of a batch reads rows of its own for some tokens."""
 
-    def __init__(self, base: RowSource, vocab_size: int, keys: Sequence[Mapping[int, int]]):
+    def __init__(self, base: OverlaidRows, vocab_size: int, keys: Sequence[Mapping[int, int]]):
         """Args:
-        base: knows the keys.
+        base: has the rows that the keys name. What it serves keeps the keys that it was asked
+            for, so that programs can go on naming tokens.
         vocab_size: V.
         keys: of each sequence, the row that is read for a token id if not its own.
         """

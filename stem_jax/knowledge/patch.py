@@ -14,6 +14,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
+from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
 from stem_jax.knowledge.overlay import OverlaidRows
 from stem_jax.knowledge.swaps import RowRecipe
@@ -21,6 +22,8 @@ from stem_jax.loading import LoadedRun
 from stem_jax.tables.row_source import RowSource
 
 _FORMAT = "stem_jax patch 1"
+# Rows that are read at a time.
+_PIECE = 256
 _METADATA = ("format", "run", "tokenizer", "description")
 
 
@@ -45,8 +48,7 @@ class Patch:
     def save(self, path: str | Path) -> None:
         """Writes the file; raises InputError if it exists or cannot be written."""
         path = Path(path)
-        if path.exists():
-            raise InputError(f"--save={path} exists; choose another name, or remove it first")
+        check_new(path)
         arrays = {name: getattr(self, name) for name in ("ids", "layers", "before", "after")}
         values = (_FORMAT, self.run, self.tokenizer, self.description)
         try:
@@ -58,6 +60,12 @@ class Patch:
             raise InputError(
                 f"--save={path} cannot be written ({error}); choose another"
             ) from error
+
+
+def check_new(path: str | Path) -> None:
+    """Raises InputError if there is such a file, for a patch to be saved."""
+    if Path(path).exists():
+        raise InputError(f"--save={path} exists; choose another name, or remove it first")
 
 
 def read_patch(path: str | Path) -> Patch:
@@ -76,6 +84,13 @@ def read_patch(path: str | Path) -> Patch:
     if metadata.get("format") != _FORMAT or set(arrays) != {"ids", "layers", "before", "after"}:
         raise InputError(f"{path} is not a patch of stem_jax.edit; give a file that --save wrote")
     ids, layers = arrays["ids"], arrays["layers"]
+    for name in ("ids", "layers"):
+        found = arrays[name]
+        if found.ndim != 1 or not np.issubdtype(found.dtype, np.integer):
+            raise InputError(
+                f"patch {path}: {name} is {found.dtype}{list(found.shape)}, it must be a list of "
+                "integers; make the patch again"
+            )
     for name in ("before", "after"):
         shape = arrays[name].shape
         if (
@@ -87,7 +102,9 @@ def read_patch(path: str | Path) -> Patch:
                 f"patch {path}: {name} is {shape}, its {len(ids)} tokens and {len(layers)} layers "
                 "ask for one row of each; make the patch again"
             )
-    described = {name: metadata[name] for name in ("run", "tokenizer", "description")}
+        if not np.isfinite(arrays[name]).all():
+            raise InputError(f"patch {path}: {name} has values that are not finite; make it again")
+    described = {name: metadata.get(name, "") for name in ("run", "tokenizer", "description")}
     return Patch(name=path.name, **arrays, **described)
 
 
@@ -186,20 +203,23 @@ def make_patch(
         base: patches that apply before, from whose rows this one is made.
 
     Raises:
-        InputError: layers without tables, or two recipes of one row.
+        InputError: a dense model, layers without tables, a given row of another shape, or rows
+            that are not finite.
     """
     stem_layers = run.config.model.stem_layers
+    if not stem_layers:
+        raise InputError("the model is dense and has no rows to edit; give a run with STEM layers")
     chosen = tuple(stem_layers if layers is None else layers)
     unknown = [layer for layer in chosen if layer not in stem_layers]
-    if unknown or not chosen:
+    if unknown or not chosen or len(set(chosen)) < len(chosen):
         raise InputError(
             f"--layers={','.join(map(str, chosen))}: the layers with tables are "
-            f"{','.join(map(str, stem_layers)) or 'none'}"
+            f"{','.join(map(str, stem_layers))}; name some of them, each once"
         )
     stack = stack_of(run, base)
     written = [recipe.token_id for recipe in recipes]
     read = sorted({*written, *(token for recipe in recipes for _, token in recipe.parts)})
-    rows_nxSxF = stack.apply(np.array(read), read_rows(run.rows, np.array(read, np.int32)))
+    rows_nxSxF = stack.apply(np.array(read), read_rows(run, np.array(read, np.int32)))
     place_of = {token: place for place, token in enumerate(read)}
     columns = [stem_layers.index(layer) for layer in chosen]
     S, F = rows_nxSxF.shape[1:]
@@ -214,6 +234,11 @@ def make_patch(
             after[number] += scale * np.broadcast_to(recipe.given, (S, F))[columns]
         for weight, token in recipe.parts:
             after[number] += np.float32(weight * scale) * rows_nxSxF[place_of[token]][columns]
+    if not np.isfinite(after).all():
+        raise InputError(
+            f"the edit {description or name} with --scale={scale} writes rows that are not finite; "
+            "give finite weights and a finite scale"
+        )
     # In C order, as the file has them.
     before = np.ascontiguousarray(rows_nxSxF[[place_of[token] for token in written]][:, columns])
     return Patch(
@@ -228,13 +253,19 @@ def make_patch(
     )
 
 
-def format_patch(patch: Patch) -> str:
-    """A line for people: what the patch writes, where, and how far it moves the rows."""
+def format_patch(patch: Patch, tokenizer: Tokenizer | None = None) -> str:
+    """A line for people: what the patch writes, where, and how far it moves the rows.
+
+    tokenizer: shows what the tokens stand for.
+    """
     moved = np.linalg.norm(patch.after - patch.before, axis=-1)
     layers = ",".join(map(str, patch.layers.tolist()))
+    tokens = ",".join(map(str, patch.ids.tolist()))
+    if tokenizer is not None:
+        tokens += f" ({' '.join(repr(tokenizer.decode([token])) for token in patch.ids.tolist())})"
     return (
-        f"{patch.name}: {patch.description or 'rows'}; tokens "
-        f"{','.join(map(str, patch.ids.tolist()))}, layers {layers}, rows moved by "
+        f"{patch.name}: {patch.description or 'rows'}; tokens {tokens}, layers {layers}, rows "
+        "moved by "
         f"{moved.mean():.3f} (their norm {np.linalg.norm(patch.before, axis=-1).mean():.3f})"
     )
 
@@ -257,13 +288,19 @@ def edited_run(run: LoadedRun, patches: Sequence[Patch]) -> LoadedRun:
         return run
     stack = stack_of(run, patches)
     ids = stack.token_ids
-    rows = stack.apply(ids, read_rows(run.rows, ids))
+    rows = stack.apply(ids, read_rows(run, ids))
     laid = OverlaidRows(run.rows, run.config.model.vocab_size, rows, ids)
     return dataclasses.replace(run, rows=laid)
 
 
-def read_rows(source: RowSource, ids_n: np.ndarray) -> np.ndarray:
-    """Rows [n, S, F] float32 of token ids."""
+def read_rows(run: LoadedRun, ids_n: np.ndarray) -> np.ndarray:
+    """Rows [n, S, F] float32 of token ids, read in pieces: an offloaded table has few slots."""
+    size = min(_PIECE, run.config.tables.resident_rows or _PIECE)
+    pieces = [_read_piece(run.rows, ids_n[at : at + size]) for at in range(0, len(ids_n), size)]
+    return np.concatenate(pieces)
+
+
+def _read_piece(source: RowSource, ids_n: np.ndarray) -> np.ndarray:
     keys_1xn = jnp.asarray(ids_n, jnp.int32)[None]
     rows_UxSxF, inverse_1xn = source.serve(keys_1xn).block(keys_1xn, jnp.float32)
     return np.asarray(rows_UxSxF)[np.asarray(inverse_1xn)[0]]

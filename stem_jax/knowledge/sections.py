@@ -8,7 +8,7 @@ from stem_jax.knowledge.cost_section import cost_section
 from stem_jax.knowledge.geometry_section import geometry_section
 from stem_jax.knowledge.numbers import count, plural
 from stem_jax.knowledge.page import Beside, Block, Picture, Section, Table
-from stem_jax.knowledge.stability import NormSummary, Stability
+from stem_jax.knowledge.stability import LAST, NormSummary, Stability
 
 FOOT = (
     "Made by python -m stem_jax.analyze. Every figure of this page stands in analysis.json beside "
@@ -107,7 +107,12 @@ def _training(found: Analysis) -> Section:
     losses = Picture(
         "loss",
         plots.loss_curves(runs),
-        "Loss of each step (faint), its running median (bold) and the loss on held-out documents; "
+        "Loss of each logged step (faint), its running median (bold)"
+        + (
+            ", and the loss on held-out documents; "
+            if any(s.held_out for _, _, s in runs)
+            else "; "
+        )
         + (
             "a cross marks a spike." if any(s.spikes for _, _, s in runs) else "no step is a spike."
         ),
@@ -118,8 +123,8 @@ def _training(found: Analysis) -> Section:
     norms = Picture(
         "gradient_norms",
         plots.gradient_norms(series),
-        "Gradient norms of each step (faint) and their running median (bold); backbone and tables "
-        "are cut to their norms apart.",
+        "Gradient norms of each logged step (faint) and their running median (bold); backbone and "
+        "tables are cut to their norms apart.",
     )
     note = (
         "A spike is a loss above the median of the last 100 logged steps by more than six times "
@@ -141,8 +146,8 @@ def _trained(name: str, found: Stability) -> str:
     skipped = plural(found.skipped, "skipped step")
     return (
         f"{name.capitalize()}: {plural(len(found.spikes), 'loss spike')} and {skipped} in "
-        f"{len(found.steps):,} logged steps, mean loss of the last 50 {found.last_loss:.3f} nats "
-        "per token."
+        f"{len(found.steps):,} logged steps, mean loss of the last {LAST} steps "
+        f"{found.last_loss:.3f} nats per token."
     )
 
 
@@ -155,7 +160,7 @@ def _loss_rows(runs: list[Stability]) -> list[list[str]]:
         ("loss spikes", lambda s: str(len(s.spikes))),
         ("at steps", lambda s: ", ".join(map(str, s.spikes[:8])) or "-"),
         ("skipped steps", lambda s: str(s.skipped)),
-        ("mean loss of the last 50", lambda s: f"{s.last_loss:.4f}"),
+        (f"mean loss of the last {LAST} steps", lambda s: f"{s.last_loss:.4f}"),
         ("held-out loss, last", lambda s: held_out(s, lambda losses: list(losses)[-1])),
         ("held-out loss, best", lambda s: held_out(s, min)),
     ]
@@ -186,12 +191,17 @@ def _editing(found: Analysis) -> Section:
         )
         for t in found.edits
     ]
-    lead = f"Measured edits of rows: {plural(len(blocks), 'table')} from the editing folder."
+    lead = (
+        "Each edit is made alone, then asked about. New, old, other: shares of the edits after "
+        "which the wanted answer is given, the one from before, another. Preferred: the new is "
+        "likelier than the old. Paraphrase: the new in other words. Locality, specificity: "
+        "answers about other subjects, and about other relations of the edited one, that stay."
+    )
     return Section("Editing", lead, blocks)
 
 
 def _cell(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
 def _compared(found: Analysis) -> Section:

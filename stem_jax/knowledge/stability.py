@@ -9,7 +9,8 @@ import numpy as np
 
 from stem_jax.training.metrics import SpikeCounter, read_records
 
-_LAST = 50
+# Steps at the end whose losses are averaged.
+LAST = 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +33,9 @@ class Stability:
 
     steps: [n] logged ones. losses: [n] nats per token, nan where not finite. held_out: (step, loss)
     of validations. spikes: steps whose loss is one, see `SpikeCounter`. skipped: batches that
-    changed nothing, as loss or gradients were not finite. last_loss: mean of the last 50 logged.
-    backbone_norms, table_norms: [n]; the latter is empty without tables. backbone, tables: their
-    summaries.
+    changed nothing, as loss or gradients were not finite. last_loss: mean over the last LAST
+    steps, as far as they are logged. backbone_norms, table_norms: [n]; the latter is empty without
+    tables. backbone, tables: their summaries.
     """
 
     steps: list[int]
@@ -75,7 +76,9 @@ def read_stability(
     backbone_norms = _column(trained, "train/grad_norm")
     has_tables = "train/table_grad_norm" in trained[-1]
     table_norms = _column(trained, "train/table_grad_norm") if has_tables else []
-    finite = [loss for loss in losses[-_LAST:] if math.isfinite(loss)]
+    finite = [
+        loss for at, loss in zip(steps, losses) if at > steps[-1] - LAST and math.isfinite(loss)
+    ]
     return Stability(
         steps=steps,
         losses=losses,

@@ -16,13 +16,11 @@ from stem_jax.knowledge.patch import read_rows
 from stem_jax.knowledge.token_text import TokenText, reading_config
 from stem_jax.knowledge.up_means import UpMeans
 from stem_jax.loading import LoadedRun
-from stem_jax.tables.row_source import RowSource
 from stem_jax.training.step import TrainStep
 
 SAMPLED_ROWS = 2048
 # Tokens that the text lacks, of which the norms are shown beside the others'.
 _UNSEEN = 256
-_PIECE = 256
 # Of the sums over tokens [V, D] that exist at a time; more layers are read in several passes.
 _SUMS_BYTES = 1 << 31
 
@@ -76,18 +74,11 @@ def sample_tokens(
 
 def row_geometry(run: LoadedRun, sample: TokenSample) -> list[LayerGeometry]:
     """Geometry of the rows of each STEM layer."""
-    resident = run.config.tables.resident_rows
-    rows_nxSxF = rows_in_pieces(run.rows, sample.ids, min(_PIECE, resident or _PIECE))
+    rows_nxSxF = read_rows(run, sample.ids)
     return [
         LayerGeometry.of(layer, rows_nxSxF[:, index], sample.counts)
         for index, layer in enumerate(run.config.model.stem_layers)
     ]
-
-
-def rows_in_pieces(source: RowSource, ids_n: np.ndarray, size: int) -> np.ndarray:
-    """Rows [n, S, F] float32, read `size` at a time: an offloaded table has few slots."""
-    pieces = [read_rows(source, ids_n[at : at + size]) for at in range(0, len(ids_n), size)]
-    return np.concatenate(pieces)
 
 
 def mean_geometry(
