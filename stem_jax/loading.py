@@ -71,12 +71,15 @@ class FoundCheckpoint:
 
 
 @contextlib.contextmanager
-def open_checkpoint(workdir: str | Path, step: int | None = None) -> Iterator[FoundCheckpoint]:
+def open_checkpoint(
+    workdir: str | Path, step: int | None = None, flag: str = "--workdir"
+) -> Iterator[FoundCheckpoint]:
     """Opens a checkpoint of a run, of which no array is read yet, for this process alone.
 
     Args:
         workdir: a run folder, as given to `stem_jax.train`.
         step: of the checkpoint; None is the newest.
+        flag: that named the folder, for messages.
 
     Raises:
         InputError: no such folder, run, checkpoint or tokenizer, or a tokenizer that the checkpoint
@@ -84,17 +87,18 @@ def open_checkpoint(workdir: str | Path, step: int | None = None) -> Iterator[Fo
     """
     workdir = Path(workdir)
     if not workdir.is_dir():
-        raise InputError(f"--workdir={workdir} does not exist; give the folder of a training run")
+        wrong = "is no folder" if workdir.exists() else "does not exist"
+        raise InputError(f"{flag}={workdir} {wrong}; give the folder of a training run")
     if not (workdir / FOLDER).is_dir():
         raise InputError(
-            f"--workdir={workdir} has no {FOLDER} folder: nothing was trained there; run python -m "
+            f"{flag}={workdir} has no {FOLDER} folder: nothing was trained there; run python -m "
             f"stem_jax.train --config=... --workdir={workdir} first"
         )
     with Checkpointer(workdir, read_only=True, alone=True) as checkpoints:
         found = checkpoints.latest_step() if step is None else step
         if found is None:
             raise InputError(
-                f"--workdir={workdir} has no complete checkpoint yet; wait for the first one, or "
+                f"{flag}={workdir} has no complete checkpoint yet; wait for the first one, or "
                 "train with a lower checkpoint.every"
             )
         info = checkpoints.info(found)
@@ -108,16 +112,19 @@ def open_checkpoint(workdir: str | Path, step: int | None = None) -> Iterator[Fo
 
 
 def load_run(
-    workdir: str | Path, step: int | None = None, resident_rows: int | None = None
+    workdir: str | Path,
+    step: int | None = None,
+    resident_rows: int | None = None,
+    flag: str = "--workdir",
 ) -> LoadedRun:
     """Loads a checkpoint of `workdir` onto the first device of this process.
 
     Args:
-        workdir, step: see `open_checkpoint`, as for what is raised.
+        workdir, step, flag: see `open_checkpoint`, as for what is raised.
         resident_rows: table rows to keep on the device, with the others in host memory; None: as
             many as in training.
     """
-    with open_checkpoint(workdir, step) as found:
+    with open_checkpoint(workdir, step, flag) as found:
         info = found.info
         config = _on_one_device(info.config, resident_rows)
         mesh = make_mesh(config.mesh, jax.local_devices()[:1])

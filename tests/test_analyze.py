@@ -190,6 +190,8 @@ def test_every_kind_of_model_has_a_page(folder_of, run, name, tmp_path):
 
 def test_it_refuses_what_it_cannot_compare(folder_of, run, text, tmp_path, train_step):
     stem, dense = folder_of("stem"), folder_of("dense")
+    with pytest.raises(InputError, match="--dense-workdir=nowhere does not exist"):
+        run(stem, "--dense-workdir=nowhere", f"--out={tmp_path / 'a'}")
     with pytest.raises(InputError, match=r"has STEM layers 0,2; give a run .*stem_layers=none"):
         run(stem, f"--dense-workdir={stem}", f"--out={tmp_path / 'a'}")
     with pytest.raises(InputError, match="is dense itself and has no rows to compare"):

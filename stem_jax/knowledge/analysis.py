@@ -61,9 +61,11 @@ class Subject:
     stability: Stability | None
 
     @classmethod
-    def load(cls, workdir: str, step: int | None, resident_rows: int | None) -> "Subject":
+    def load(
+        cls, workdir: str, step: int | None, resident_rows: int | None, flag: str = "--workdir"
+    ) -> "Subject":
         """Loads a run; raises InputError as `load_run` does."""
-        run = load_run(workdir, step, resident_rows)
+        run = load_run(workdir, step, resident_rows, flag)
         clips = run.config.optimizer.clip_norm, run.config.tables.clip_norm
         stability = read_stability(workdir, run.step, *clips)
         return cls(workdir, run, count_parameters(run.config.model), stability)
@@ -159,7 +161,7 @@ def analyze(workdir: str, dense_workdir: str | None, options: AnalysisOptions) -
     own = Subject.load(workdir, options.step, options.resident_rows)
     dense = None
     if dense_workdir is not None:
-        dense = Subject.load(dense_workdir, options.dense_step, None)
+        dense = Subject.load(dense_workdir, options.dense_step, None, "--dense-workdir")
         _check_twins(own, dense)
 
     def bar(what: str) -> Callable[[Iterable], Iterable]:
