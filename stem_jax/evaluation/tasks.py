@@ -67,6 +67,8 @@ def evaluate_tasks(
     _require_harness()
     from stem_jax.evaluation.harness import HarnessModel
 
+    if max_gen_toks < 1:
+        raise InputError(f"--max-gen-toks={max_gen_toks} must be at least 1")
     model = HarnessModel(run, batch_size, max_gen_toks, progress)
     options = {"limit": limit, "num_fewshot": num_fewshot, "log_samples": log_samples}
     results = run_tasks(model, tasks, **options, on_loaded=model.expect)
