@@ -2,8 +2,9 @@
 
 One of `keys` needles is asked for; it stands at a given depth, the others anywhere. A sample counts
 if the greedy completion begins with the needle's value as a whole word, whatever follows: only a
-model that was trained on these sentences knows that a full stop should. It counts strictly if the
-value and a full stop is all there is.
+model that was trained on these sentences knows that a full stop should. A completion that is cut
+off right after the value does not count, as the word may go on. A sample counts strictly if nothing
+but the value stands before the first full stop, whatever follows that.
 """
 
 import dataclasses
