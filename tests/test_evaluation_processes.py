@@ -4,10 +4,14 @@ The file is its own child: `python tests/test_evaluation_processes.py CASE` divi
 """
 
 import contextlib
+import hashlib
+import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -86,8 +90,15 @@ def test_every_batch_is_worked_on_by_one_process(monkeypatch):
         monkeypatch.setattr(division, "exchange", exchange)
         return divide(batches, work, lambda some: done.extend(some)), done
 
+    # The first exchange of a process compares what it was given.
+    def compared(own):
+        return [own] * 3 if len(own) == hashlib.sha256().digest_size else None
+
     def give(make, patience):
-        parts.append(make())
+        own = make()
+        if digests := compared(own):
+            return digests
+        parts.append(own)
         raise InputError("the others are not there yet")
 
     for index in range(3):
@@ -96,14 +107,35 @@ def test_every_batch_is_worked_on_by_one_process(monkeypatch):
     assert worked == [batches[0::3], batches[1::3], batches[2::3]]
 
     def take(make, patience):
-        make()
-        return parts
+        return compared(make()) or parts
 
     for index in range(3):
         results, done = as_process(index, take)
         assert results == [n * n for n in range(1, 8)]
         # Process 0, which draws the bar, comes to the end of it.
         assert done == batches or index > 0
+
+
+def test_batches_that_differ_are_refused_before_any_is_worked_on(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(division, "exchange", lambda make, patience: [make(), b"others"])
+
+    def work(own):
+        raise AssertionError("worked")
+
+    with pytest.raises(InputError, match="process 1 asks the model something else than process 0"):
+        divide([1, 2, 3], work)
+
+
+def test_what_others_print_is_not_in_the_json(monkeypatch, tmp_path, capfd):
+    def measure(args):
+        os.write(1, b"[Gloo] Rank 0 is connected\n")
+        return SimpleNamespace(record={"step": 3})
+
+    monkeypatch.setattr(evaluate, "measure", measure)
+    evaluate.main([f"--workdir={tmp_path}", "--facts", "--json"])
+    output, errors = capfd.readouterr()
+    assert json.loads(output) == {"step": 3} and "[Gloo] Rank 0" in errors
 
 
 CASES = {
