@@ -1,7 +1,10 @@
 """Results on the disk: a file is there whole, or not at all."""
 
+import contextlib
 import json
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +64,20 @@ def write_whole(path: str | Path, content: bytes) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise InputError(f"{path}: {error.strerror}; choose another --out") from error
+
+
+@contextlib.contextmanager
+def stdout_kept() -> Iterator[None]:
+    """Whatever is written to stdout meanwhile goes to stderr, also what libraries in C++ write."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _temporary(path: Path) -> Path:
