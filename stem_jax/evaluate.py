@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
     with membership(Gang.from_flags(args), again):
         # With several processes, JAX's own messages would stand before the JSON.
         quiet = stdout_kept() if args.json else contextlib.nullcontext()
-        with quiet, unanimous(PATIENCE_SECONDS):
+        with quiet, unanimous(PATIENCE_SECONDS, tell_failures=True):
             found = measure(args)
         if not is_first():
             return

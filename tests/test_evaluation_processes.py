@@ -147,6 +147,21 @@ CASES = {
 }
 
 
+def test_a_failure_in_one_ends_all_soon():
+    """Not after the minutes in which a heartbeat may be late, and not by an abort of JAX's."""
+    port = free_port()
+    environment = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
+    with contextlib.ExitStack() as stack:
+        processes = [
+            stack.enter_context(child(__file__, "fails", JAX_PROCESS_ID=index, **environment))
+            for index in "01"
+        ]
+        for process, said in zip(processes, ("process 1 failed: OSError: [Errno 5] disk", "disk")):
+            out = finish(process, 70)
+            assert said in out and "failed, or lost another one" in out
+            assert "stack trace" not in out
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_refusal_in_one_is_one_in_all_wherever_it_comes(case):
     code, message = CASES[case]
@@ -176,13 +191,15 @@ def test_a_refusal_in_one_is_one_in_all_wherever_it_comes(case):
 
 
 def _divide_numbers(case: str) -> None:
-    with membership(Gang.from_environment()), unanimous(120):
+    with membership(Gang.from_environment()), unanimous(120, tell_failures=True):
         second = jax.process_index() == 1
 
         def work(batches):
             for number in batches:
                 if case == "inside" and number == 7:
                     raise InputError("seven is refused")
+                if case == "fails" and number == 7:
+                    raise OSError(5, "disk")
                 yield number * number
 
         for number in range(3):
