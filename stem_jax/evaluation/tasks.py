@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stem_jax.errors import InputError
+from stem_jax.evaluation.limits import check_limit
 from stem_jax.loading import LoadedRun
 
 if TYPE_CHECKING:
@@ -91,8 +92,7 @@ def run_tasks(
     from jinja2 import TemplateError
     from lm_eval import simple_evaluate
 
-    if limit is not None and limit < 1:
-        raise InputError(f"--limit={limit} must be at least 1; leave it out for all examples")
+    check_limit(limit, "examples")
     if num_fewshot is not None and num_fewshot < 0:
         raise InputError(f"--num-fewshot={num_fewshot} must be at least 0")
     # Else some standard errors are bootstrapped in forked processes, beside JAX's threads.
