@@ -31,6 +31,10 @@ _PATIENCE_SECONDS = 600
 PREPARING_SECONDS = 24 * 3600
 # What a folder on a network may need to show a file that another host wrote.
 _FOLDER_SECONDS = 15
+# How long a process that failed waits for the others to hear of it.
+_FAILED_SECONDS = 60
+# What a process brings to a verdict begins with one of these.
+_DONE, _REFUSED, _FAILED = b"+", b"-", b"!"
 # Every process asks for the same verdicts in the same order.
 _verdicts = itertools.count()
 
@@ -44,23 +48,35 @@ class AgreedError(InputError):
     """A refusal that every process knows of."""
 
 
+class OtherFailedError(RuntimeError):
+    """Another process failed, and said so before it left."""
+
+
 @contextlib.contextmanager
-def unanimous(patience: int = _PATIENCE_SECONDS) -> Iterator[None]:
+def unanimous(patience: int = _PATIENCE_SECONDS, tell_failures: bool = False) -> Iterator[None]:
     """Every process runs the body; if it is refused in one of them, it is refused in all.
 
     Args:
         patience: seconds to wait for the others.
+        tell_failures: let the others know of an error that is no refusal too, if they come to a
+            verdict soon; else they learn it when the heartbeat is missed.
 
     Raises:
         InputError: its own, or the first one of another process, with that process's number.
+        OtherFailedError: another process told of a failure.
     """
     error = None
     try:
         yield
-    except AgreedError:
+    except (AgreedError, OtherFailedError):
         raise
     except InputError as own:
         error = own
+    except Exception as own:
+        if tell_failures and jax.process_count() > 1:
+            wait_for_all(f"verdict_{next(_verdicts)}", min(patience, _FAILED_SECONDS))
+            _gather(_FAILED + " ".join(f"{type(own).__name__}: {own}".split()).encode())
+        raise
     _meet(error, b"", patience)
 
 
@@ -90,11 +106,13 @@ def _meet(error: InputError | None, part: bytes, patience: int) -> list[bytes]:
             raise error
         return [part]
     wait_for_all(f"verdict_{next(_verdicts)}", patience)
-    said = _gather(b"+" + part if error is None else b"-" + str(error).encode())
+    said = _gather(_DONE + part if error is None else _REFUSED + str(error).encode())
     if error is not None:
         raise AgreedError(str(error)) from error
     for index, text in enumerate(said):
-        if text.startswith(b"-"):
+        if text.startswith(_FAILED):
+            raise OtherFailedError(f"process {index} failed: {text[1:].decode()}")
+        if text.startswith(_REFUSED):
             raise AgreedError(f"process {index}: {text[1:].decode()}")
     if len({len(text) > 1 for text in said}) > 1:
         raise AgreedError(

@@ -6,6 +6,7 @@ python -m stem_jax.evaluate --workdir=runs/needle --niah --keys=1,4 --lengths=64
 python -m stem_jax.evaluate --workdir=runs/facts --facts
 """
 
+import contextlib
 import json
 
 from stem_jax import cli
@@ -14,6 +15,7 @@ from stem_jax.cluster import Gang, membership
 from stem_jax.evaluation.division import PATIENCE_SECONDS
 from stem_jax.evaluation.flags import parse
 from stem_jax.evaluation.measurement import measure
+from stem_jax.evaluation.report import stdout_kept
 
 
 def main(argv: list[str]) -> None:
@@ -21,7 +23,9 @@ def main(argv: list[str]) -> None:
     args = parse(argv, __doc__)
     again = "nothing was written, start all processes again"
     with membership(Gang.from_flags(args), again):
-        with unanimous(PATIENCE_SECONDS):
+        # With several processes, JAX's own messages would stand before the JSON.
+        quiet = stdout_kept() if args.json else contextlib.nullcontext()
+        with quiet, unanimous(PATIENCE_SECONDS, tell_failures=True):
             found = measure(args)
         if not is_first():
             return

@@ -4,10 +4,14 @@ The file is its own child: `python tests/test_evaluation_processes.py CASE` divi
 """
 
 import contextlib
+import hashlib
+import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -86,8 +90,15 @@ def test_every_batch_is_worked_on_by_one_process(monkeypatch):
         monkeypatch.setattr(division, "exchange", exchange)
         return divide(batches, work, lambda some: done.extend(some)), done
 
+    # The first exchange of a process compares what it was given.
+    def compared(own):
+        return [own] * 3 if len(own) == hashlib.sha256().digest_size else None
+
     def give(make, patience):
-        parts.append(make())
+        own = make()
+        if digests := compared(own):
+            return digests
+        parts.append(own)
         raise InputError("the others are not there yet")
 
     for index in range(3):
@@ -96,14 +107,35 @@ def test_every_batch_is_worked_on_by_one_process(monkeypatch):
     assert worked == [batches[0::3], batches[1::3], batches[2::3]]
 
     def take(make, patience):
-        make()
-        return parts
+        return compared(make()) or parts
 
     for index in range(3):
         results, done = as_process(index, take)
         assert results == [n * n for n in range(1, 8)]
         # Process 0, which draws the bar, comes to the end of it.
         assert done == batches or index > 0
+
+
+def test_batches_that_differ_are_refused_before_any_is_worked_on(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(division, "exchange", lambda make, patience: [make(), b"others"])
+
+    def work(own):
+        raise AssertionError("worked")
+
+    with pytest.raises(InputError, match="process 1 asks the model something else than process 0"):
+        divide([1, 2, 3], work)
+
+
+def test_what_others_print_is_not_in_the_json(monkeypatch, tmp_path, capfd):
+    def measure(args):
+        os.write(1, b"[Gloo] Rank 0 is connected\n")
+        return SimpleNamespace(record={"step": 3})
+
+    monkeypatch.setattr(evaluate, "measure", measure)
+    evaluate.main([f"--workdir={tmp_path}", "--facts", "--json"])
+    output, errors = capfd.readouterr()
+    assert json.loads(output) == {"step": 3} and "[Gloo] Rank 0" in errors
 
 
 CASES = {
@@ -113,6 +145,21 @@ CASES = {
     "fewer": (1, "one process has more to do than another; give all of them the same command"),
     "others": (1, "process 1 asks the model something else than process 0; give all processes"),
 }
+
+
+def test_a_failure_in_one_ends_all_soon():
+    """Not after the minutes in which a heartbeat may be late, and not by an abort of JAX's."""
+    port = free_port()
+    environment = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
+    with contextlib.ExitStack() as stack:
+        processes = [
+            stack.enter_context(child(__file__, "fails", JAX_PROCESS_ID=index, **environment))
+            for index in "01"
+        ]
+        for process, said in zip(processes, ("process 1 failed: OSError: [Errno 5] disk", "disk")):
+            out = finish(process, 70)
+            assert said in out and "failed, or lost another one" in out
+            assert "stack trace" not in out
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -144,13 +191,15 @@ def test_a_refusal_in_one_is_one_in_all_wherever_it_comes(case):
 
 
 def _divide_numbers(case: str) -> None:
-    with membership(Gang.from_environment()), unanimous(120):
+    with membership(Gang.from_environment()), unanimous(120, tell_failures=True):
         second = jax.process_index() == 1
 
         def work(batches):
             for number in batches:
                 if case == "inside" and number == 7:
                     raise InputError("seven is refused")
+                if case == "fails" and number == 7:
+                    raise OSError(5, "disk")
                 yield number * number
 
         for number in range(3):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 import sys
+from pathlib import Path
 
 import pytest
 from pictures import assert_is_heatmap
@@ -24,6 +25,7 @@ from stem_jax.data.needles import (
 from stem_jax.errors import InputError
 from stem_jax.evaluation.haystacks import draw_sample
 from stem_jax.evaluation.niah import format_retrieval, retrieval
+from stem_jax.evaluation.report import check_out
 from stem_jax.generation import Generator
 from stem_jax.loading import load_run
 
@@ -222,9 +224,17 @@ def test_nothing_is_asked_before_all_is_checked(run, answers):
         (
             {"lengths": [128], "depths": [0, 0.1, 1]},
             r"--lengths=128 with --keys=1 leaves room for \d other sentences, too few for "
-            r"--depths=0,0.1,1 to be different places; give longer ones, fewer keys or fewer depth",
+            r"--depths=0,0.1,1 to be different places; give longer ones, or give fewer keys or few",
         ),
-        ({"keys": [8]}, r"--lengths=256 is too short for --keys=8, which takes \d+ tokens"),
+        (
+            {"keys": [8]},
+            r"the context of train.seq_len=256 is too short for --keys=8, which takes \d+ tokens; "
+            "train with a longer one, or give fewer keys",
+        ),
+        (
+            {"depths": [0, 0.01, 1]},
+            "the context of train.seq_len=256 with --keys=1 leaves room for .* train with a longer",
+        ),
         ({"keys": [0]}, "--keys=0 must lie in 1 to 48"),
         ({"keys": [49]}, "--keys=49 must lie in 1 to 48"),
         ({"depths": [0, 1.5]}, r"--depths=1.5 must lie in 0 \(first\) to 1"),
@@ -254,6 +264,30 @@ def test_the_entry_point_writes_table_json_and_picture(
     assert record["tables"][0]["accuracy"] == [[1, 0], [1, 0]]
     assert record["tables"][0]["strict"] == [[1, 0], [1, 0]]
     assert_is_heatmap(tmp_path / "needles.png", [t["accuracy"] for t in record["tables"]])
+
+
+def test_a_picture_that_cannot_be_written_is_refused_before(
+    run_folder, answers, tmp_path, monkeypatch
+):
+    asked = answers(lambda prompt: " No.")
+    (tmp_path / "needles.png").mkdir()
+    flags = [f"--workdir={run_folder}", "--niah", f"--out={tmp_path / 'needles.json'}"]
+    with pytest.raises(InputError, match=r"needles.json puts needles.png beside it, where a fold"):
+        evaluate.main(flags)
+    assert asked == []
+
+
+def test_results_that_cannot_be_written_are_refused_before(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    check_out(tmp_path / "new" / "a.json")
+    assert list((tmp_path / "new").iterdir()) == []
+    monkeypatch.setattr(Path, "touch", full)
+    with pytest.raises(
+        InputError, match=r"--out=.*a.json: No space left on device; choose another"
+    ):
+        check_out(tmp_path / "new" / "a.json")
 
 
 def test_the_corpus_asks_for_what_it_told():

@@ -38,25 +38,29 @@ def divide(
     """
     index, count = jax.process_index(), jax.process_count()
     own: list[Result] = []
+    if count > 1:
+        _check_same(batches)
 
     def make() -> bytes:
         for number, result in enumerate(work(batches[index::count])):
             own.append(result)
             if on_done is not None:
                 on_done(batches[number * count : (number + 1) * count])
-        if count == 1:
-            return b""
-        return pickle.dumps((hashlib.sha256(repr(batches).encode()).digest(), own))
+        return b"" if count == 1 else pickle.dumps(own)
 
     parts = exchange(make, PATIENCE_SECONDS)
     if count == 1:
         return own
-    digests, results = zip(*map(pickle.loads, parts), strict=True)
+    rounds = itertools.zip_longest(*map(pickle.loads, parts))
+    return list(itertools.islice(itertools.chain.from_iterable(rounds), len(batches)))
+
+
+def _check_same(batches: Sequence[Batch]) -> None:
+    """Refuses batches that processes differ in, before any is worked on."""
+    digests = exchange(lambda: hashlib.sha256(repr(batches).encode()).digest(), PATIENCE_SECONDS)
     for other, digest in enumerate(digests):
         if digest != digests[0]:
             raise AgreedError(
                 f"process {other} asks the model something else than process 0; give all processes "
                 "the same command, texts and tasks"
             )
-    rounds = itertools.zip_longest(*results)
-    return list(itertools.islice(itertools.chain.from_iterable(rounds), len(batches)))

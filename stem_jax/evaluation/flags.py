@@ -9,6 +9,13 @@ from stem_jax import cli
 from stem_jax.cluster import add_flags
 from stem_jax.evaluation.niah import DEPTHS
 
+# The flags that not every measurement has, with those that do.
+_ONLY = {
+    **dict.fromkeys(("num_fewshot", "max_gen_toks", "log_samples"), ("tasks",)),
+    **dict.fromkeys(("lengths", "depths", "keys", "samples", "seed"), ("niah",)),
+    "limit": ("tasks", "perplexity", "facts"),
+}
+
 
 def parse(argv: list[str], description: str | None) -> argparse.Namespace:
     """The flags; `out` is filled in. Exits with 2 for wrong ones, 0 for --help."""
@@ -51,15 +58,19 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     modes = ("niah", "facts", "tasks", "perplexity")
     name = next(mode for mode in modes if getattr(args, mode) not in (None, False))
+    for flag, takers in _ONLY.items():
+        if name not in takers and getattr(args, flag) != parser.get_default(flag):
+            listed = " or ".join(f"--{mode}" for mode in takers)
+            parser.error(f"--{flag.replace('_', '-')} belongs to {listed}, not to --{name}")
     args.out = Path(args.out or Path(args.workdir) / "evaluation" / f"{name}.json")
-    if args.niah and args.out.suffix == ".png":
+    if args.niah and args.out.suffix.lower() == ".png":
         parser.error(f"--out={args.out} must be the JSON file; the picture is put beside it")
     return args
 
 
 def _list(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     def items(text: str) -> list[Any]:
-        found = [kind(item) for item in text.split(",") if item.strip()]
+        found = [kind(item.strip()) for item in text.split(",") if item.strip()]
         if not found:
             raise argparse.ArgumentTypeError("is empty")
         return found

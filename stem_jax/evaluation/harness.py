@@ -19,11 +19,11 @@ from lm_eval.api.task import Task
 from lm_eval.models.utils import postprocess_generated_text
 from tqdm import tqdm
 
-from stem_jax.agreement import is_first
 from stem_jax.completion import TextStream
 from stem_jax.errors import InputError
 from stem_jax.evaluation.answer_settings import AnswerSettings
 from stem_jax.evaluation.division import divide
+from stem_jax.evaluation.progress import bars_off
 from stem_jax.evaluation.scoring import Scorer
 from stem_jax.generation import Generator, sequence_seeds
 from stem_jax.loading import LoadedRun
@@ -67,8 +67,7 @@ class HarnessModel(TemplateLM):
         self._tokenizer = run.tokenizer
         self._batch_size = batch_size
         self._max_gen_toks = max_gen_toks
-        # None: only on a terminal.
-        self._bars_off = None if progress and is_first() else True
+        self._bars_off = bars_off(progress)
         self._seed = seed
         self._expected: list[Task] = []
         self.truncated = 0

@@ -71,8 +71,9 @@ def draw_grid(
                 for number in range(samples):
                     # Other names in every cell: the mean is one over as many names as prompts.
                     rng = random.Random(f"{seed} {count} {length} {depth} {number}")
-                    cells[-1].append(draw_sample(generator, rng, length, depth, count))
-                    _check_places(cells[-1][-1].sentences, length, depths, count)
+                    sample = draw_sample(generator, rng, length, depth, count, bool(lengths))
+                    _check_places(sample.sentences, length, depths, count, bool(lengths))
+                    cells[-1].append(sample)
                     bar.update()
         except _TooShortError:
             if lengths or length == context:
@@ -84,9 +85,18 @@ def draw_grid(
 
 
 def draw_sample(
-    generator: Generator, rng: random.Random, length: int, depth: float, count: int
+    generator: Generator,
+    rng: random.Random,
+    length: int,
+    depth: float,
+    count: int,
+    given: bool = True,
 ) -> Sample:
     """A prompt that with its answer takes at most `length` tokens, and nearly as many.
+
+    Args:
+        count: needles.
+        given: the length is one of --lengths, not the context; refusals say which.
 
     Raises:
         InputError: the needles alone take more.
@@ -113,8 +123,8 @@ def draw_sample(
     needed = len(generator.encode(prompt(low))) + length - room
     if needed > length:
         raise _TooShortError(
-            f"--lengths={length} is too short for --keys={count}, which takes {needed} tokens; "
-            "give longer ones, or fewer keys"
+            f"{_named(length, given)} is too short for --keys={count}, which takes {needed} "
+            f"tokens; {_longer(given)}, or give fewer keys"
         )
     return Sample(prompt(low), value, low)
 
@@ -125,11 +135,21 @@ def answer_tokens(generator: Generator, value: str) -> int:
     return max(len(with_stop), len(alone) + 1)
 
 
-def _check_places(sentences: int, length: int, depths: Sequence[float], count: int) -> None:
+def _named(length: int, given: bool) -> str:
+    return f"--lengths={length}" if given else f"the context of train.seq_len={length}"
+
+
+def _longer(given: bool) -> str:
+    return "give longer ones" if given else "train with a longer one"
+
+
+def _check_places(
+    sentences: int, length: int, depths: Sequence[float], count: int, given: bool
+) -> None:
     if len({round(depth * sentences) for depth in depths}) < len(depths):
         listed = ",".join(f"{depth:g}" for depth in depths)
         raise _TooShortError(
-            f"--lengths={length} with --keys={count} leaves room for {sentences} other sentences, "
-            f"too few for --depths={listed} to be different places; give longer ones, fewer keys "
-            "or fewer depths"
+            f"{_named(length, given)} with --keys={count} leaves room for {sentences} other "
+            f"sentences, too few for --depths={listed} to be different places; "
+            f"{_longer(given)}, or give fewer keys or fewer depths"
         )

@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from stem_jax.agreement import is_first
-from stem_jax.errors import InputError
+from stem_jax.evaluation.report import write_whole
 
 
 def draw_retrieval(result: dict[str, Any], path: str | Path) -> None:
@@ -41,7 +41,4 @@ def draw_retrieval(result: dict[str, Any], path: str | Path) -> None:
         figure.colorbar(image, ax=axes, label="found (%)")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    try:
-        Path(path).write_bytes(buffer.getvalue())
-    except OSError as error:
-        raise InputError(f"picture {path}: {error.strerror}; choose another --out") from error
+    write_whole(path, buffer.getvalue())

@@ -40,18 +40,17 @@ def measure(args: argparse.Namespace) -> Measurement:
     Raises:
         InputError: what cannot be loaded, measured or written; or processes that differ.
     """
+    files = [args.out] + [args.out.with_suffix(".png")] * args.niah
     with unanimous():
         run = load_run(args.workdir, args.step, args.resident_rows)
         if is_first():
-            check_out(args.out)
+            check_out(*files)
     check_same(_facts(args, run))
     common = {"batch_size": args.batch_size, "progress": not args.no_progress}
-    files = [args.out]
     if args.niah:
         grid = {"lengths": args.lengths, "depths": args.depths, "keys": args.keys}
         result = retrieval(run, **grid, samples=args.samples, seed=args.seed, **common)
         table = format_retrieval(result)
-        files.append(args.out.with_suffix(".png"))
     elif args.tasks is not None:
         options = {"limit": args.limit, "num_fewshot": args.num_fewshot}
         options |= {"max_gen_toks": args.max_gen_toks, "log_samples": args.log_samples}

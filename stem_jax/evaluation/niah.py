@@ -2,8 +2,9 @@
 
 One of `keys` needles is asked for; it stands at a given depth, the others anywhere. A sample counts
 if the greedy completion begins with the needle's value as a whole word, whatever follows: only a
-model that was trained on these sentences knows that a full stop should. It counts strictly if the
-value and a full stop is all there is.
+model that was trained on these sentences knows that a full stop should. A completion that is cut
+off right after the value does not count, as the word may go on. A sample counts strictly if nothing
+but the value stands before the first full stop, whatever follows that.
 """
 
 import dataclasses
@@ -15,12 +16,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from stem_jax.agreement import is_first
 from stem_jax.completion import Completion
 from stem_jax.data.needles import KEYS
 from stem_jax.errors import InputError
 from stem_jax.evaluation.division import divide
 from stem_jax.evaluation.haystacks import Grid, Sample, answer_tokens, draw_grid
+from stem_jax.evaluation.limits import check_batch_size
+from stem_jax.evaluation.progress import bars_off
 from stem_jax.generation import Generator
 from stem_jax.loading import LoadedRun
 from stem_jax.sampling import Sampling
@@ -76,8 +78,7 @@ def retrieval(
     generator = Generator(run.config, run.params, run.rows, run.tokenizer, run.mesh)
     depths, keys = sorted(set(map(float, depths))), list(dict.fromkeys(keys))
     _check(depths, keys, samples, batch_size)
-    # None: only on a terminal.
-    off = None if progress and is_first() else True
+    off = bars_off(progress)
     with tqdm(desc="drawing", unit=" prompts", disable=off) as bar:
         grids = [draw_grid(generator, lengths, depths, count, samples, seed, bar) for count in keys]
     batches = [batch for grid in grids for batch in _batches(generator, grid, batch_size)]
@@ -136,8 +137,7 @@ def _check(depths: Sequence[float], keys: Sequence[int], samples: int, batch_siz
             raise InputError(f"--keys={count} must lie in 1 to {len(KEYS)}, the names there are")
     if samples < 1:
         raise InputError(f"--samples={samples} must be at least 1")
-    if batch_size < 1:
-        raise InputError(f"--batch-size={batch_size} must be at least 1")
+    check_batch_size(batch_size)
 
 
 def _batches(generator: Generator, grid: Grid, batch_size: int) -> Iterator[_Batch]:

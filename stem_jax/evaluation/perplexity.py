@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from stem_jax.agreement import is_first
 from stem_jax.completion import TextStream
 from stem_jax.data.prepare import open_stores
 from stem_jax.data.sources import is_store_folder, read_source
 from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
+from stem_jax.evaluation.limits import check_limit
+from stem_jax.evaluation.progress import bars_off
 from stem_jax.evaluation.scoring import Scorer
 from stem_jax.loading import LoadedRun
 
@@ -70,19 +71,18 @@ def perplexity(
         decoded tokens.
 
     Raises:
-        InputError: a source that cannot be read or has no text.
+        InputError: a source that cannot be opened or has no text, before any is scored; or a file
+            with a document that cannot be read, when its turn comes.
     """
-    if limit is not None and limit < 1:
-        raise InputError(f"--limit={limit} must be at least 1; leave it out for all documents")
+    check_limit(limit, "documents")
     scorer = Scorer(run, batch_size)
-    # All are opened before the first is scored: else one might be refused after hours.
+    # The first document of each is read before any is scored: else a name that is wrong would be
+    # refused after hours. A mistake further down in a file is found when its turn comes.
     opened = {source: _opened(source, run) for source in sources}
     corpora = {}
     for source, documents in opened.items():
-        # None: only on a terminal.
-        off = None if progress and is_first() else True
         documents = itertools.islice(documents, limit)
-        bar = tqdm(documents, desc=source, unit=" documents", disable=off)
+        bar = tqdm(documents, desc=source, unit=" documents", disable=bars_off(progress))
         corpora[source] = _measure(scorer, run.tokenizer, bar)
     return {"context": scorer.context, "corpora": corpora}
 

@@ -4,10 +4,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from stem_jax.agreement import is_first
 from stem_jax.data.facts import FACT_TEMPLATES, HELD_OUT_TEMPLATES, RELATIONS, read_facts
-from stem_jax.errors import InputError
 from stem_jax.evaluation.answers import Question, answer_all
+from stem_jax.evaluation.limits import check_limit
+from stem_jax.evaluation.progress import bars_off
 from stem_jax.evaluation.scoring import Scorer
 from stem_jax.loading import LoadedRun
 
@@ -38,8 +38,7 @@ def recall(
     Raises:
         InputError: a limit without countries, or a context that is too short.
     """
-    if limit is not None and limit < 1:
-        raise InputError(f"--limit={limit} must be at least 1; leave it out for all countries")
+    check_limit(limit, "countries")
     facts = read_facts()[:limit]
     places, questions = [], []
     for relation in RELATIONS:
@@ -49,9 +48,9 @@ def recall(
                     places.append((relation, name))
                     prompt = fact_prompt(template, fact.country)
                     questions.append(Question(prompt, getattr(fact, relation), END))
-    # None: only on a terminal.
-    off = None if progress and is_first() else True
-    with tqdm(total=len(questions), desc="facts", unit=" questions", disable=off) as bar:
+    with tqdm(
+        total=len(questions), desc="facts", unit=" questions", disable=bars_off(progress)
+    ) as bar:
         verdicts = answer_all(Scorer(run, batch_size), run.tokenizer, questions, bar.update)
     found: dict[tuple[str, str], list[bool]] = {}
     for place, verdict in zip(places, verdicts, strict=True):

@@ -18,6 +18,7 @@ import numpy as np
 
 from stem_jax.errors import InputError
 from stem_jax.evaluation.division import divide
+from stem_jax.evaluation.limits import check_batch_size
 from stem_jax.loading import LoadedRun
 from stem_jax.mesh import replicated
 from stem_jax.model.attention import resolve_backend
@@ -50,8 +51,7 @@ class Scorer:
 
     def __init__(self, run: LoadedRun, batch_size: int = 16):
         """Raises InputError for a batch without sequences."""
-        if batch_size < 1:
-            raise InputError(f"--batch-size={batch_size} must be at least 1")
+        check_batch_size(batch_size)
         self._run = run
         self._batch_size = batch_size
         # Nothing is differentiated here, so there is nothing to rematerialise.

@@ -1,11 +1,13 @@
 """Standard tasks of lm-evaluation-harness, by name or from a folder of task YAMLs."""
 
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stem_jax.errors import InputError
+from stem_jax.evaluation.limits import check_limit
 from stem_jax.loading import LoadedRun
 
 if TYPE_CHECKING:
@@ -18,6 +20,19 @@ VERSION = "0.4.13"
 ALIASES = {"siqa": "social_iqa"}
 _KEPT = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "configs")
 _KEPT += ("higher_is_better", "samples")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """What `TaskManager.load` takes for one name. source: the item of --tasks that asks for it."""
+
+    source: str
+    name: str
+    spec: Any
+
+    @property
+    def local(self) -> bool:
+        return self.spec != self.name
 
 
 def evaluate_tasks(
@@ -35,7 +50,8 @@ def evaluate_tasks(
 
     Args:
         tasks: names of tasks, groups or tags of the harness, and folders with task YAMLs, of which
-            all tasks are run. Data files that a local YAML names may lie beside it.
+            all tasks are run. Data files that a local YAML names may lie beside it. What is named
+            twice is run once.
         limit: examples of each task; None: all.
         num_fewshot: examples before each question; None: as the task has it.
         log_samples: keep every request and answer, under `samples`.
@@ -46,12 +62,14 @@ def evaluate_tasks(
         beginning did not fit into the context.
 
     Raises:
-        InputError: lm-eval is not installed, a task is unknown, unreadable, cannot be downloaded or
-            asks for what we have not.
+        InputError: lm-eval is not installed, a task is unknown, unreadable, there twice, cannot be
+            downloaded or asks for what we have not.
     """
     _require_harness()
     from stem_jax.evaluation.harness import HarnessModel
 
+    if max_gen_toks < 1:
+        raise InputError(f"--max-gen-toks={max_gen_toks} must be at least 1")
     model = HarnessModel(run, batch_size, max_gen_toks, progress)
     options = {"limit": limit, "num_fewshot": num_fewshot, "log_samples": log_samples}
     results = run_tasks(model, tasks, **options, on_loaded=model.expect)
@@ -71,27 +89,34 @@ def run_tasks(
 
     on_loaded: called with all tasks before the first request is built.
     """
+    from jinja2 import TemplateError
     from lm_eval import simple_evaluate
 
-    if limit is not None and limit < 1:
-        raise InputError(f"--limit={limit} must be at least 1; leave it out for all examples")
+    check_limit(limit, "examples")
     if num_fewshot is not None and num_fewshot < 0:
         raise InputError(f"--num-fewshot={num_fewshot} must be at least 0")
     # Else some standard errors are bootstrapped in forked processes, beside JAX's threads.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    manager, specs = _find(tasks)
-    loaded = _load(manager, specs)
+    manager, wanted = _find(tasks)
+    loaded = _load(manager, wanted)
     _check_fewshot(_members(loaded), num_fewshot or 0)
     if on_loaded is not None:
         on_loaded(_members(loaded))
-    found = simple_evaluate(
-        model=model,
-        tasks=loaded,
-        limit=limit,
-        num_fewshot=num_fewshot,
-        log_samples=log_samples,
-        task_manager=manager,
-    )
+    try:
+        found = simple_evaluate(
+            model=model,
+            tasks=loaded,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            log_samples=log_samples,
+            task_manager=manager,
+        )
+    # Loading a task fills its templates in for the first document only.
+    except TemplateError as error:
+        raise InputError(
+            f"a template of --tasks={','.join(tasks)} cannot be filled in ({_line(error)}); "
+            "correct the task, or the document that lacks what it names"
+        ) from error
     return {key: found[key] for key in _KEPT if key in found}
 
 
@@ -114,13 +139,14 @@ def _require_harness() -> None:
         ) from error
 
 
-def _find(tasks: Sequence[str]) -> tuple["TaskManager", list[tuple[str, Any]]]:
-    """The index that knows all these tasks; their names and what it is to load for each."""
+def _find(tasks: Sequence[str]) -> tuple["TaskManager", list[_Wanted]]:
+    """The index that knows all these tasks, and what it is to load."""
     from lm_eval.tasks import TaskManager
 
-    folders = [task for task in tasks if Path(task).is_dir()]
-    names = [ALIASES.get(task, task) for task in tasks if task not in folders]
-    specs: list[tuple[str, Any]] = []
+    folders = list({Path(task).resolve(): task for task in tasks if Path(task).is_dir()}.values())
+    names = [ALIASES.get(task, task) for task in tasks if not Path(task).is_dir()]
+    names = list(dict.fromkeys(names))
+    wanted: list[_Wanted] = []
     for folder in folders:
         _check_yaml(Path(folder))
         # Without the harness's own tasks: reading their thousands of files takes many seconds.
@@ -130,7 +156,8 @@ def _find(tasks: Sequence[str]) -> tuple["TaskManager", list[tuple[str, Any]]]:
                 f"--tasks={folder} has no task YAML; give a folder with one file per task, which "
                 "ends in .yaml and has a key `task`"
             )
-        specs += [(name, _with_data_beside(local.task_index[name])) for name in local.all_subtasks]
+        for name in local.all_subtasks:
+            wanted.append(_Wanted(folder, name, _with_data_beside(local.task_index[name])))
     manager = TaskManager(include_path=folders, include_defaults=bool(names))
     for name in names:
         if name not in manager.task_index:
@@ -138,7 +165,7 @@ def _find(tasks: Sequence[str]) -> tuple["TaskManager", list[tuple[str, Any]]]:
                 f"--tasks={name} is neither a folder nor a task of lm-eval {VERSION}; "
                 "`lm-eval ls tasks` lists those"
             )
-    return manager, specs + [(name, name) for name in names]
+    return manager, wanted + [_Wanted(name, name, name) for name in names]
 
 
 def _check_yaml(folder: Path) -> None:
@@ -173,22 +200,50 @@ def _with_data_beside(entry: Any) -> dict[str, Any]:
     return {"group": "local", "task": [task]}
 
 
-def _load(manager: "TaskManager", specs: list[tuple[str, Any]]) -> list[Any]:
+def _load(manager: "TaskManager", wanted: Sequence[_Wanted]) -> list[Any]:
     """The tasks with their data. A group stays one: its score is an average over its tasks."""
+    from datasets.exceptions import DatasetsError
+    from jinja2 import TemplateError
+
     built: list[Any] = []
-    for name, spec in specs:
+    sources: dict[str, str] = {}
+    for one in wanted:
         try:
-            loaded = manager.load([spec])
-        # Downloads fail in many ways, of which these are the bases.
-        except (OSError, ValueError, RuntimeError) as error:
-            raise InputError(
-                f"--tasks={name}: its data cannot be had ({_line(error)}); data sets come from the "
-                "Hugging Face Hub: without a network give a folder of task YAMLs with local files, "
-                "set HF_HOME to a cache that has them, or HF_ENDPOINT to a mirror"
-            ) from error
-        top = manager.task_index[name].kind.name == "GROUP"
-        built += [loaded["groups"][name]] if top else loaded["tasks"].values()
+            loaded = manager.load([one.spec])
+        # Downloads fail in many ways, and mistakes in a YAML too; these are the bases.
+        except (
+            *(OSError, ValueError, RuntimeError, LookupError, TypeError),
+            *(DatasetsError, TemplateError),
+        ) as error:
+            raise _unusable(one, error) from error
+        top = manager.task_index[one.name].kind.name == "GROUP"
+        found = [loaded["groups"][one.name]] if top else list(loaded["tasks"].values())
+        for name in (task.config.task for task in _members(found)):
+            other = sources.setdefault(name, one.source)
+            if other != one.source:
+                raise InputError(
+                    f"--tasks={other} and --tasks={one.source} both have the task {name!r}; leave "
+                    "one of them out, or give the task of a folder another name"
+                )
+        built += found
     return built
+
+
+def _unusable(one: _Wanted, error: Exception) -> InputError:
+    from jinja2 import TemplateError
+
+    # What data sets raise says only that they cannot be read; its cause says why.
+    why = _line(error.__cause__ or error)
+    if not isinstance(error, OSError) and (one.local or isinstance(error, TemplateError)):
+        return InputError(
+            f"task {one.name!r} of --tasks={one.source} cannot be used ({why}); correct its YAML "
+            "or its data, or leave it out"
+        )
+    return InputError(
+        f"--tasks={one.name}: its data cannot be had ({why}); data sets come from the "
+        "Hugging Face Hub: without a network give a folder of task YAMLs with local files, "
+        "set HF_HOME to a cache that has them, or HF_ENDPOINT to a mirror"
+    )
 
 
 def _members(loaded: list[Any]) -> list["Task"]:
