@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from tqdm import tqdm
 
-from stem_jax.agreement import is_first
 from stem_jax.errors import InputError
 from stem_jax.evaluation.answers import Question, Verdict, answer_all
+from stem_jax.evaluation.progress import bars_off
 from stem_jax.evaluation.scoring import Scorer
 from stem_jax.knowledge.edit_cases import EditCase
 from stem_jax.knowledge.overlay import OverlaidRows
@@ -123,9 +123,7 @@ def _ask(
     for case, edit in zip(cases, edits, strict=True):
         before += [Question(case.prompt, case.old, case.end), *_unchanged(case, {})]
         after += _asked(case, edit)
-    # None: only on a terminal.
-    off = None if progress and is_first() else True
-    total = len(before) + len(after)
+    total, off = len(before) + len(after), bars_off(progress)
     with tqdm(total=total, desc="edits", unit=" questions", disable=off) as bar:
         scorer, tokenizer = Scorer(laid.run, batch_size), laid.run.tokenizer
         old = iter(answer_all(scorer, tokenizer, before, bar.update))
