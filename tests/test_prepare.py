@@ -233,7 +233,7 @@ def test_entry_point_trains_a_tokenizer_and_reports(tmp_path, capsys):
     tokenizer = load_tokenizer_folder(out / "tokenizer")
     train = TokenStore.open(out / "train", fingerprint=tokenizer.fingerprint, verify=True)
     validation = TokenStore.open(out / "validation", fingerprint=tokenizer.fingerprint)
-    assert summary["documents"] == train.num_documents + validation.num_documents == 195
+    assert summary["documents"] == train.num_documents + validation.num_documents == 3657
     assert summary["validation_documents"] == validation.num_documents
     assert summary["tokens"] == train.num_tokens + validation.num_tokens
     assert summary["fingerprint"] == tokenizer.fingerprint

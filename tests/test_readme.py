@@ -18,7 +18,8 @@ SHORT = {
     "model.ffn_dim": 64,
     "train.steps": 3,
     "train.global_batch_size": 2,
-    "train.seq_len": 64,
+    # Room for five depths of a needle.
+    "train.seq_len": 128,
     "eval.every": 0,
     "eval.max_batches": 2,
 }

@@ -4,7 +4,7 @@
 $SLURM_STATE is its memory: calls.jsonl (what it was asked), state (of the job; RUNNING without it),
 step (process groups of the tasks). Where it is known to bite it does as Slurm 22.05 does: a SIGTERM
 to srun itself kills its tasks, scancel does not signal the batch script, and srun returns the
-highest exit code.
+highest exit code. $SCANCEL_SECONDS is how long scancel takes to return.
 """
 
 import json
@@ -69,6 +69,7 @@ def scancel(argv: list[str]) -> int:
         return 1
     for group in STEP.read_text().split():
         os.killpg(int(group), signal.SIGTERM)
+    time.sleep(float(os.environ.get("SCANCEL_SECONDS", "0")))
     return 0
 
 
