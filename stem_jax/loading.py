@@ -47,6 +47,11 @@ class LoadedRun:
         norm = np.asarray(self.params["norm.scale"])
         return checkpoint_fingerprint(self.config, self.step, self.tokenizer, norm)
 
+    def close(self) -> None:
+        """Ends the threads that bring rows from the host, if there are any."""
+        if isinstance(self.rows, OffloadedRows):
+            self.rows.close()
+
 
 def checkpoint_fingerprint(
     config: Config, step: int, tokenizer: Tokenizer, norm_D: np.ndarray

@@ -4,6 +4,7 @@ import functools
 import os
 import signal
 import tempfile
+import threading
 
 # Whoever starts the tests in the background makes them ignore Ctrl-C, and with them the processes
 # that they start; a handler is not inherited.
@@ -88,6 +89,15 @@ def _mesh(shape: tuple[int, int, int]) -> jax.sharding.Mesh:
 @functools.cache
 def _train_step(shape: tuple[int, int, int], overrides: tuple) -> TrainStep:
     return TrainStep(_config(**dict(overrides)), _mesh(shape))
+
+
+@pytest.fixture(autouse=True)
+def _threads_of_others():
+    """See `offloading.row_threads`."""
+    from offloading import THREADS_OF_OTHERS
+
+    THREADS_OF_OTHERS.clear()
+    THREADS_OF_OTHERS.update(threading.enumerate())
 
 
 @pytest.fixture(scope="session")

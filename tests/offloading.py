@@ -230,6 +230,11 @@ def store_arrays(store: HostStore) -> Arrays:
     return whole
 
 
+# Those that ran before a test began: what a run of another file has not ended yet.
+THREADS_OF_OTHERS: set[threading.Thread] = set()
+
+
 def row_threads() -> list[str]:
     """Names of the threads that a prefetch has."""
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("rows-")]
+    new = set(threading.enumerate()) - THREADS_OF_OTHERS
+    return [thread.name for thread in new if thread.name.startswith("rows-")]

@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 from browser import NAMES, find_browser, open_page
+from offloading import row_threads
 from saved_models import CONTEXT, SIZES, save_run, trained_state
 
 from stem_jax import analyze, cli
@@ -173,6 +174,7 @@ def test_rows_on_the_host_are_the_same(folder_of, run, tmp_path):
     ]
     assert found[0]["geometry"] == found[1]["geometry"]
     assert found[0]["capacity"] == found[1]["capacity"]
+    assert row_threads() == []
 
 
 @pytest.mark.parametrize("name", ["dense", "tied"])

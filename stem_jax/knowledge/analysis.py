@@ -181,6 +181,7 @@ def analyze(workdir: str, dense_workdir: str | None, options: AnalysisOptions) -
             ids, context = text.ids(TEXT_TOKENS), config.train.seq_len
             capacity = measure_capacity(config.model, ids, context, bar("contexts"))
         name = text.name
+    own.run.close()
     return Analysis(
         own=own,
         dense=dense,
