@@ -10,10 +10,10 @@ from pathlib import Path
 
 from stem_jax import cli
 from stem_jax.data.tokenizer import KINDS
+from stem_jax.files import check_absent
 from stem_jax.interop.conversion import Calibration, check_overrides, convert
 from stem_jax.interop.import_model import BASE_CONFIG, import_config, write_checkpoint
 from stem_jax.interop.imports import FORMATS, find_tokenizer, read_model
-from stem_jax.interop.new_folder import check_absent
 
 
 def main(argv: list[str]) -> None:

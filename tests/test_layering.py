@@ -14,6 +14,7 @@ PACKAGE = "stem_jax"
 LEVELS = [
     [
         "errors",
+        "files",
         "config",
         "config_checks",
         "cli",
@@ -49,7 +50,12 @@ ENTRY_POINTS = ["train", "generate", "edit", "analyze", "evaluate", "export", "i
 ENTRY_POINTS += ["prepare", "plan"]
 LEVEL = {name: level for level, names in enumerate([*LEVELS, ENTRY_POINTS]) for name in names}
 # Tighter than the levels: the data pipeline runs without JAX, in worker processes.
-ONLY = {"data": {"data", "errors"}, "errors": set(), "hardware": set()}
+ONLY = {
+    "data": {"data", "files", "errors"},
+    "files": {"errors", "lock"},
+    "errors": set(),
+    "hardware": set(),
+}
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 
 

@@ -14,8 +14,8 @@ import numpy as np
 from stem_jax.config import Config, ModelConfig
 from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
+from stem_jax.files import new_folder
 from stem_jax.interop.llama_names import llama_shapes, llama_weights, table_names
-from stem_jax.interop.new_folder import new_folder
 from stem_jax.interop.safetensors_files import BFLOAT16, SafetensorsWriter
 from stem_jax.interop.saved_model import SavedModel
 from stem_jax.interop.tokenizer_export import write_tokenizer

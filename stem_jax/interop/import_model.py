@@ -18,7 +18,7 @@ from stem_jax.config import Config, ModelConfig, load_config
 from stem_jax.config_checks import validate
 from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
-from stem_jax.interop.new_folder import new_folder
+from stem_jax.files import new_folder
 from stem_jax.mesh import make_mesh, replicated
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.spec import TableSpec

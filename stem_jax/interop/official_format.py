@@ -20,6 +20,7 @@ import numpy as np
 from stem_jax.config import Config, ModelConfig
 from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
+from stem_jax.files import new_folder
 from stem_jax.interop.hf_export import DTYPES
 from stem_jax.interop.names import (
     STEM_PREFIX,
@@ -28,7 +29,6 @@ from stem_jax.interop.names import (
     official_pairs,
     official_table_names,
 )
-from stem_jax.interop.new_folder import new_folder
 from stem_jax.interop.safetensors_files import BFLOAT16, SINGLE_FILE, SafetensorsWriter, read_file
 from stem_jax.interop.saved_model import SavedModel
 

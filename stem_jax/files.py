@@ -1,0 +1,322 @@
+"""JSON that is read with one set of refusals; files and folders that appear whole or not at all."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from stem_jax.errors import InputError
+
+# Of lists and objects in each other; files that people write stay below 20. A fixed number: what
+# the JSON reader of Python bears depends on its version and on who calls it.
+DEEPEST = 200
+_BOM = "\ufeff"
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_REMEDY = "correct it, or restore it"
+
+
+def parse_json(
+    source: str | bytes, where: str, remedy: str = _REMEDY, *, constants: bool = False
+) -> Any:
+    """The value of a JSON text, UTF-8 if it is bytes; a byte order mark before it is left out.
+
+    Args:
+        where: the text came from, and remedy: what to do about a bad one, for messages.
+        constants: take NaN and Infinity, which JSON has not but some writers write; whoever reads
+            such a number then has to look at it.
+
+    Raises:
+        InputError: it is not JSON, not UTF-8, nested deeper than `DEEPEST`, or gives a key of one
+            object two different values.
+    """
+
+    def refuse(reason: str) -> InputError:
+        return InputError(f"{where} {reason}; {remedy}")
+
+    if isinstance(source, bytes):
+        if source.startswith(_UTF16):
+            raise refuse("is UTF-16, expected UTF-8")
+        try:
+            source = source.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise refuse(f"is not UTF-8 (byte {error.start})") from error
+    source = source.removeprefix(_BOM)
+    if not source.strip():
+        raise refuse("is empty, expected JSON")
+    hooks: dict[str, Any] = {"object_pairs_hook": _object}
+    if not constants:
+        hooks["parse_constant"] = _refuse_constant
+    try:
+        value = json.loads(source, **hooks)
+    except RecursionError as error:
+        raise refuse(f"is nested deeper than {DEEPEST} levels") from error
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise refuse(f"is not JSON ({error.msg}: {place})") from error
+    except ValueError as error:
+        raise refuse(f"is not JSON ({error})") from error
+    # No text with fewer brackets can be so deep, and counting them costs nothing.
+    if source.count("[") + source.count("{") > DEEPEST and _too_deep(value):
+        raise refuse(f"is nested deeper than {DEEPEST} levels")
+    return value
+
+
+def read_json(
+    path: str | Path, what: str = "", remedy: str = _REMEDY, *, constants: bool = False
+) -> Any:
+    """The value of a JSON file.
+
+    Args:
+        what: the file is, before its path in messages: "the index", or a flag with its "=".
+
+    Raises:
+        InputError: it cannot be read, and as `parse_json` does.
+    """
+    where = f"{what}{'' if what.endswith('=') or not what else ' '}{path}"
+    try:
+        source = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"{where} cannot be read ({error.strerror}); {remedy}") from error
+    return parse_json(source, where, remedy, constants=constants)
+
+
+def check_absent(folder: Path, flag: str) -> None:
+    """Raises InputError if the folder exists."""
+    if folder.exists() or folder.is_symlink():
+        raise InputError(f"{flag}={folder} exists; choose a new folder, or remove that one first")
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, flag: str) -> Iterator[Path]:
+    """A temporary folder beside `folder`, renamed to it at the end; removed on an error or SIGTERM.
+
+    Args:
+        flag: where the name came from, for messages.
+
+    Raises:
+        InputError: the folder exists, cannot be created, or the disk is full.
+    """
+    check_absent(folder, flag)
+    where = f"{flag}={folder}"
+    with _part_of(folder, where, _make_folder) as made:
+        yield made
+        with _refused(where):
+            _sync_all(made)
+            check_absent(folder, flag)
+            made.rename(folder)
+            _sync(folder.parent)
+
+
+@contextlib.contextmanager
+def replace_folder(folder: Path, flag: str) -> Iterator[Path]:
+    """Like `new_folder`, but takes the place of a folder that exists, which is removed then."""
+    where = f"{flag}={folder}"
+    # Behind a link the folder itself is replaced; the link stays.
+    folder = folder.resolve() if folder.is_symlink() else folder
+    with _part_of(folder, where, _make_folder) as made:
+        yield made
+        with _refused(where):
+            _sync_all(made)
+            if folder.exists():
+                # Two renames: a folder cannot be renamed over one that has files in it.
+                old = made.with_name(made.name + "-old")
+                folder.rename(old)
+                try:
+                    made.rename(folder)
+                except BaseException:
+                    old.rename(folder)
+                    raise
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                made.rename(folder)
+            _sync(folder.parent)
+
+
+def write_whole(path: str | Path, content: str | bytes, flag: str = "") -> None:
+    """Writes a file, in place of one that is there; its folder is made.
+
+    Args:
+        content: text is written as UTF-8.
+        flag: where the name came from, for messages.
+
+    Raises:
+        InputError: it cannot be written, or something else than a file has the name.
+    """
+    path = Path(path)
+    where = f"{flag}={path}" if flag else str(path)
+    # Behind a link the file itself is replaced; the link stays.
+    path = path.resolve() if path.is_symlink() else path
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "no regular file"
+        raise InputError(f"{where} is {kind}; give the name of a file")
+    with _part_of(path, where, _make_file) as made, _refused(where):
+        with made.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        made.replace(path)
+        _sync(path.parent)
+
+
+@contextlib.contextmanager
+def _part_of(target: Path, where: str, make: Callable[[Path], Path]) -> Iterator[Path]:
+    """A temporary file or folder beside `target`, gone at the end unless it was renamed."""
+    with _exit_on_sigterm(where):
+        made = _made(target, where, make)
+        try:
+            with _refused(where, _FULL):
+                yield made
+        finally:
+            with _undisturbed():
+                _remove(made)
+
+
+@contextlib.contextmanager
+def _refused(where: str, numbers: tuple[int, ...] = ()) -> Iterator[None]:
+    """Errors of the file system, all or those of some numbers, as an InputError."""
+    try:
+        yield
+    except OSError as error:
+        if numbers and error.errno not in numbers:
+            raise
+        reason, remedy = error.strerror, "choose another place"
+        if error.errno in _FULL:
+            reason, remedy = "no space left", "free some, or choose another place"
+        raise InputError(f"{where} cannot be written ({reason}); {remedy}") from error
+
+
+def _made(target: Path, where: str, make: Callable[[Path], Path]) -> Path:
+    there = next((parent for parent in target.parents if parent.exists()), None)
+    if there is not None and not there.is_dir():
+        raise InputError(
+            f"{where} cannot be created: {there} is not a folder; choose another folder"
+        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return make(target)
+    except OSError as error:
+        raise InputError(
+            f"{where} cannot be created ({error.strerror}); choose another folder"
+        ) from error
+
+
+def _make_folder(target: Path) -> Path:
+    made = tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+    # A temporary folder is for its owner alone; this one will be a folder like others.
+    os.chmod(made, 0o777 & ~_umask())
+    return Path(made)
+
+
+def _make_file(target: Path) -> Path:
+    file, made = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+    os.fchmod(file, 0o666 & ~_umask())
+    os.close(file)
+    return Path(made)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _exit_on_sigterm(where: str) -> Iterator[None]:
+    """SIGTERM raises SystemExit meanwhile, so that what was begun is removed.
+
+    Only where it would kill the process: a training has its own way to stop.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def leave(number, _) -> None:
+        # A second one must not end the removal.
+        signal.signal(number, signal.SIG_IGN)
+        print(f"error: stopped by SIGTERM; {where} was not written", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C is not heard: what is removed meanwhile is gone at the end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        # None is a handler that was not set by Python, and that Python cannot set again.
+        signal.signal(signal.SIGINT, signal.default_int_handler if before is None else before)
+
+
+def _sync_all(folder: Path) -> None:
+    """Everything in a folder is on the disk before the folder has its name."""
+    for path in folder.rglob("*"):
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems cannot do it for a folder.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        for key, value in pairs:
+            if found[key] != value:
+                raise ValueError(f"the key {key!r} stands twice in an object, with other values")
+    return found
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _too_deep(value: Any) -> bool:
+    """Whether lists and objects stand in each other more than `DEEPEST` times."""
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, list | dict)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, list | dict)
+        ]
+        if not level:
+            return False
+    return True
