@@ -63,6 +63,19 @@ _TINY = {
 }
 
 
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="also run tests that are marked long")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--long"):
+        return
+    long = [item for item in items if item.get_closest_marker("long")]
+    if long:
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
+
+
 def pytest_configure(config):
     # Two test runs may meet in the cache; a lost entry costs a compilation, nothing else.
     for verb in ("reading", "writing"):

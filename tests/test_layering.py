@@ -15,6 +15,7 @@ LEVELS = [
     [
         "errors",
         "files",
+        "storage",
         "config",
         "config_checks",
         "cli",
@@ -51,8 +52,9 @@ ENTRY_POINTS += ["prepare", "plan"]
 LEVEL = {name: level for level, names in enumerate([*LEVELS, ENTRY_POINTS]) for name in names}
 # Tighter than the levels: the data pipeline runs without JAX, in worker processes.
 ONLY = {
-    "data": {"data", "files", "errors"},
+    "data": {"data", "files", "storage", "errors"},
     "files": {"errors", "lock"},
+    "storage": {"errors"},
     "errors": set(),
     "hardware": set(),
 }

@@ -1,0 +1,59 @@
+"""What a path is: `~` is a home, an address is refused, a colon alone is no address."""
+
+import pathlib
+
+import pytest
+
+from stem_jax.errors import InputError
+from stem_jax.storage import local_path
+
+
+@pytest.mark.parametrize(
+    ("text", "form"),
+    [
+        ("gs://bucket/run", None),
+        ("s3://bucket", None),
+        ("hdfs://host:9000/run", None),
+        ("never-heard-of://x", None),
+        ("gs:/bucket/run", "gs://bucket/run"),
+        ("s3:bucket", "s3://bucket"),
+        ("GS://bucket", "gs://bucket"),
+        ("gs:", "gs://"),
+        ("s3:///bucket", "s3://bucket"),
+    ],
+)
+def test_addresses_are_refused(text, form):
+    with pytest.raises(InputError) as refused:
+        local_path(text, "--out")
+    message = str(refused.value)
+    assert message.startswith(f"--out={text} ") and "object storage is not read" in message
+    assert f"./{text}" in message
+    assert (f"written {form})" in message) if form else ("written" not in message.split(",")[0])
+
+
+def test_an_address_of_a_file_is_told_its_path():
+    with pytest.raises(InputError, match=r"--path=file:///a/b is an address; .*: /a/b$"):
+        local_path("file:///a/b", "--path")
+
+
+@pytest.mark.parametrize(
+    "text", ["runs/tiny", "a/b:c", "a/b://c", "./gs://x", "x:y", "C:\\runs", "C:/runs", "2024:05"]
+)
+def test_other_names_stay_paths(text):
+    assert local_path(text, "--out") == pathlib.Path(text)
+
+
+def test_a_home_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of/me")
+    assert local_path("~/runs", "--workdir") == pathlib.Path("/home/of/me/runs")
+    assert local_path("~", "--workdir") == pathlib.Path("/home/of/me")
+    assert local_path("./~/runs", "--workdir") == pathlib.Path("~/runs")
+
+
+def test_a_home_of_nobody_is_refused():
+    with pytest.raises(InputError, match="--workdir=~no-such-user-here/x names the home"):
+        local_path("~no-such-user-here/x", "--workdir")
+
+
+def test_a_path_is_taken_as_it_is():
+    assert local_path(pathlib.Path("~/runs"), "--workdir") == pathlib.Path("~/runs")
