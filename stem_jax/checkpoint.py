@@ -41,7 +41,7 @@ class CheckpointInfo:
 
     step: batches consumed. updates: optimizer updates completed. bad_steps: skipped batches in a
     row. touched_rows: rows that some update had. tokenizer: fingerprint of the tokenizer whose ids
-    key the tables. data: seed, sources.
+    key the tables. data: seed, sources. endless: see `schedule.learning_rates`.
     """
 
     step: int
@@ -51,6 +51,7 @@ class CheckpointInfo:
     tokenizer: str
     data: dict[str, Any]
     config: Config
+    endless: int = 0
 
 
 class Checkpointer:
@@ -158,6 +159,7 @@ class Checkpointer:
                     "updates": info.updates,
                     "bad_steps": info.bad_steps,
                     "touched_rows": info.touched_rows,
+                    "endless_updates": info.endless,
                     **info.data,
                 }
             ),
@@ -213,6 +215,8 @@ class Checkpointer:
                 f"reads {FORMAT_VERSION}; it was written by {age} stem_jax, use that"
             )
         info = CheckpointInfo(
+            # Those that do not say were made when no schedule had an end.
+            endless=data.pop("endless_updates", data["updates"]),
             step=data.pop("step"),
             updates=data.pop("updates"),
             bad_steps=data.pop("bad_steps"),

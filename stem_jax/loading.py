@@ -137,16 +137,21 @@ def load_run(
         store = HostStore.allocate(spec, mesh) if spec.offloaded else None
         abstract = abstract_state(config, ModelDef(config, mesh), mesh)
         params, table = found.checkpoints.restore_model(found.step, abstract, store)
-    rows = _rows(config, table, store, info.updates, mesh)
+    rows = _rows(config, info, table, store, mesh)
     return LoadedRun(config, found.step, params, rows, found.tokenizer, mesh)
 
 
 def _rows(
-    config: Config, table: TableState | None, store: HostStore | None, updates: int, mesh: Mesh
+    config: Config,
+    info: CheckpointInfo,
+    table: TableState | None,
+    store: HostStore | None,
+    mesh: Mesh,
 ) -> RowSource:
     """The rows as the next training step would see them; the checkpoint holds some that lag."""
     spec = TableSpec.from_config(config)
-    history = make_schedule(config, updates + 1).table
+    updates = info.updates
+    history = make_schedule(config, updates + 1, endless=info.endless).table
     if store is not None:
         return OffloadedRows(
             caught_up_store(store, updates, history), mesh, config.tables.cache_policy

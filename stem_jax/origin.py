@@ -71,7 +71,7 @@ def begin_from(origin: Origin, programs: TrainStep) -> tuple[TrainState, HostSto
     """
     config, mesh, info = programs.config, programs.mesh, origin.info
     spec = _spec_there(info.config, config)
-    history = make_schedule(info.config, info.updates + 1).table
+    history = make_schedule(info.config, info.updates + 1, endless=info.endless).table
     store = HostStore.allocate(spec, mesh) if spec.offloaded else None
     abstract = abstract_state(config, programs.model, mesh)
     with Checkpointer(origin.folder, read_only=True) as checkpoints:

@@ -28,6 +28,7 @@ from stem_jax.errors import InputError
 from stem_jax.mesh import BATCH_AXES, axis_size, check_placement, make_mesh, own_batch_shards
 from stem_jax.origin import Origin, begin_from, find_origin
 from stem_jax.process_log import log, process_log
+from stem_jax.run_checks import check_first_start, check_mesh
 from stem_jax.start_clock import StartClock
 from stem_jax.stop_signal import StopSignal
 from stem_jax.tables.host_memory import available_host_bytes, check_host_memory
@@ -86,12 +87,14 @@ def train(config: Config, workdir: str | Path) -> Ending:
 def _train(config: Config, workdir: Path, clock: StartClock, own_log: Path) -> Ending:
     with unanimous():
         mesh = make_mesh(config.mesh)
-        _check_batch(config, mesh)
+        check_mesh(config, mesh)
         info = _latest(workdir)
         if info is not None:
-            check_resumable(info.config, config, info.updates)
+            check_resumable(info.config, config, info.updates, info.endless)
+        if info is None or not info.updates:
+            check_first_start(config)
         origin = find_origin(config) if info is None else None
-    latest = 0 if info is None else info.step
+    latest, endless = (0, 0) if info is None else (info.step, info.endless)
     data = _open_data(config, workdir, mesh, info)
     record = _data_record(config, data)
     check_same(
@@ -136,12 +139,24 @@ def _train(config: Config, workdir: Path, clock: StartClock, own_log: Path) -> E
                 tokenizer=data.tokenizer.fingerprint,
                 data=record,
                 config=config,
+                endless=endless,
             )
             loss = None if validation is None else validation.loss
             checkpoints.save(state, info, loss, store)
 
         with StopSignal() as stop:
-            loop = Loop(config, programs, data, workdir, prefetch, save, stop, watchdog.beat, clock)
+            loop = Loop(
+                config,
+                programs,
+                data,
+                workdir,
+                prefetch,
+                save,
+                stop,
+                watchdog.beat,
+                clock,
+                endless,
+            )
             state, validation, done = loop.run(state)
             checkpoints.wait()
     if not done:
@@ -302,14 +317,3 @@ def _check_writable(workdir: Path) -> None:
         raise InputError(
             f"--workdir={workdir} cannot be written ({error.strerror}); choose another folder"
         ) from error
-
-
-def _check_batch(config: Config, mesh: Mesh) -> None:
-    devices = axis_size(mesh, BATCH_AXES)
-    if config.micro_batch_size % devices:
-        raise InputError(
-            f"train.global_batch_size={config.train.global_batch_size} in train.micro_batches="
-            f"{config.train.micro_batches} gives {config.micro_batch_size} sequences, which do not "
-            f"divide over the {devices} devices of mesh axes {', '.join(BATCH_AXES)}; change one "
-            "of them"
-        )

@@ -1,7 +1,9 @@
 """Which checkpoints stay, and what half a checkpoint is worth."""
 
 import contextlib
+import dataclasses
 import gc
+import json
 import threading
 import time
 
@@ -81,6 +83,21 @@ def test_everything_comes_back_bit_for_bit(fresh, tmp_path):
     np.testing.assert_array_equal(found.table.rows, state.table.rows)
     np.testing.assert_array_equal(table.last_step, state.table.last_step)
     assert int(found.step) == 7
+
+
+def test_updates_of_a_time_without_ends_of_schedules_are_told_apart(fresh, tmp_path):
+    """All those of a checkpoint that does not say; a run that goes on from there keeps them."""
+    step, state = fresh
+    with Checkpointer(tmp_path) as checkpoints:
+        info = dataclasses.replace(plain_part(step, 7), endless=3)
+        checkpoints.save(state, info, None)
+        checkpoints.wait()
+        assert checkpoints.info(7) == info
+        [path] = (tmp_path / "checkpoints" / "7" / "data").glob("metadata")
+        data = json.loads(path.read_text())
+        del data["endless_updates"]
+        path.write_text(json.dumps(data))
+        assert checkpoints.info(7).endless == 7
 
 
 def test_a_half_written_checkpoint_is_not_picked_up(fresh, tmp_path):

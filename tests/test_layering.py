@@ -43,6 +43,7 @@ LEVELS = [
         "knowledge",
         "evaluation",
         "origin",
+        "run_checks",
         "run",
     ],
 ]

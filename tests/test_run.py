@@ -192,6 +192,10 @@ def test_harmless_changes_pass(whole_run, text_file, capsys):
         ({"mesh__tensor": 3}, r"mesh\.tensor=3 .* 8 devices"),
         ({"data__sources": "nowhere/*.txt"}, r"nowhere/\*\.txt"),
         ({"model__vocab_size": 200}, r"model\.vocab_size=200 is smaller .* 258"),
+        (
+            {"optimizer__schedule": "inv_sqrt", "optimizer__warmup_steps": 0},
+            r"optimizer\.warmup_steps=0 .* to 1 or more",
+        ),
     ],
 )
 def test_refused_input_names_value_and_remedy(text_file, tmp_path, overrides, message):

@@ -110,7 +110,7 @@ class SavedModel:
     def _catch_up(self, spec: TableSpec) -> Callable[[TableState], jax.Array]:
         """Rows of some row numbers as the next step would see them."""
         updates, optimizer = self.info.updates, RowOptimizer(spec)
-        history = make_schedule(self.config, updates + 1).table
+        history = make_schedule(self.config, updates + 1, endless=self.info.endless).table
 
         @jax.jit
         def catch_up(state: TableState) -> jax.Array:

@@ -48,6 +48,7 @@ class Loop:
         stop_requested: asked after every step, with its number.
         beat: told what was just done, several times a minute if all is well.
         clock: of the start, read at the first step.
+        endless: see `schedule.learning_rates`.
     """
 
     config: Config
@@ -59,6 +60,7 @@ class Loop:
     stop_requested: Callable[[int], bool]
     beat: Callable[[str], None] = lambda place: None
     clock: StartClock = dataclasses.field(default_factory=StartClock)
+    endless: int = 0
 
     def run(self, state: TrainState) -> tuple[TrainState, Validation | None, bool]:
         """Returns the final state, the last validation, and whether all steps were done.
@@ -67,7 +69,7 @@ class Loop:
             TrainingError: `train.max_bad_steps` non-finite steps in a row.
         """
         start, end = int(state.step), self.config.train.steps
-        schedule = make_schedule(self.config, end + 1)
+        schedule = make_schedule(self.config, end + 1, endless=self.endless)
         metrics_log = MetricsLog(self.workdir, start, writing=jax.process_index() == 0)
         reporter = _Reporter(
             self.config, metrics_log, self.clock, self.programs.mesh.devices.size, start

@@ -30,13 +30,14 @@ _SCHEDULE = frozenset(
 )
 
 
-def check_resumable(saved: Config, current: Config, updates: int) -> None:
+def check_resumable(saved: Config, current: Config, updates: int, endless: int = 0) -> None:
     """Raises InputError, naming the keys, if `current` cannot continue a run of `saved`.
 
     Args:
         saved: configuration in the checkpoint.
         current: configuration now.
         updates: optimizer updates that the checkpoint has behind it.
+        endless: see `schedule.learning_rates`.
     """
     changed = differing_keys(saved, current)
     refused = [key for key in changed if key not in _HARMLESS | _SCHEDULE]
@@ -48,8 +49,8 @@ def check_resumable(saved: Config, current: Config, updates: int) -> None:
             f"the checkpoint was trained with another configuration ({listed}); restore these "
             "values, or start in another --workdir"
         )
-    before, now = (learning_rates(config, updates + 1) for config in (saved, current))
-    if not np.array_equal(before[:updates], now[:updates]):
+    before, now = (learning_rates(config, updates, endless) for config in (saved, current))
+    if not np.array_equal(before, now):
         keys = ", ".join(key for key in changed if key in _SCHEDULE)
         raise InputError(
             f"{keys} changed the learning rates of the {updates} updates already made; restore "

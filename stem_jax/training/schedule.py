@@ -1,4 +1,4 @@
-"""The five published learning-rate schedules, as the official code computes them.
+"""The five published learning-rate schedules, as the official code computes them, with an end.
 
 A schedule is a table of numbers, one per update, so the row optimizer can look back over the
 updates that a row missed.
@@ -15,6 +15,9 @@ from stem_jax.config import Config, OptimizerConfig
 from stem_jax.tables.spec import TableSpec
 from stem_jax.tables.update_history import UpdateHistory, make_history
 
+# Those that come to their minimum at the end; the others go on as they are.
+ENDING = ("linear", "cosine", "wsd")
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -25,26 +28,48 @@ class Schedule:
     table: UpdateHistory
 
 
-def make_schedule(config: Config, updates: int, rates: np.ndarray | None = None) -> Schedule:
+def make_schedule(
+    config: Config, updates: int, rates: np.ndarray | None = None, endless: int = 0
+) -> Schedule:
     """The schedule of the first `updates` updates.
 
     Args:
         rates: [updates] in place of the configured ones.
+        endless: see `learning_rates`.
     """
-    rates = learning_rates(config, updates) if rates is None else np.asarray(rates, np.float32)
+    if rates is None:
+        rates = learning_rates(config, updates, endless)
+    rates = np.asarray(rates, np.float32)
     history = make_history(TableSpec.from_config(config), rates)
     return jax.tree.map(jnp.asarray, Schedule(rates, history))
 
 
-def learning_rates(config: Config, updates: int) -> np.ndarray:
+def learning_rates(config: Config, updates: int, endless: int = 0) -> np.ndarray:
     """Learning rates of updates 1..`updates` of a run, float32 [updates].
 
-    The first update of a warm-up has rate 0, as in the official code.
+    The first update of a warm-up has rate 0, as in the official code. That code leaves open what
+    follows a schedule (a cosine returns to its peak for an update, wsd for whole cycles); here the
+    rate stays at the minimum that linear, cosine and wsd have come to, and inv_sqrt goes on
+    falling.
+
+    Args:
+        endless: so many of the first updates were made before schedules had an end, and have the
+            rates that the formulas give: rows that lag behind must look back on what was.
     """
     optimizer = config.optimizer
-    steps = optimizer.schedule_steps or config.train.steps
-    ratios = [multiplier(optimizer, steps, step) for step in range(updates)]
+    steps = schedule_length(config)
+    ratios = [
+        optimizer.min_lr_ratio
+        if step >= max(steps, endless) and optimizer.schedule in ENDING
+        else multiplier(optimizer, steps, step)
+        for step in range(updates)
+    ]
     return np.asarray(ratios, np.float64).astype(np.float32) * np.float32(optimizer.learning_rate)
+
+
+def schedule_length(config: Config) -> int:
+    """Updates from the first of the warm-up to the end of the schedule."""
+    return config.optimizer.schedule_steps or config.train.steps
 
 
 def multiplier(optimizer: OptimizerConfig, steps: int, step: int) -> float:

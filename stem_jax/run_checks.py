@@ -1,0 +1,56 @@
+"""What must hold before step 0: refusals that belong to a start, not to a configuration.
+
+A checkpoint's configuration is validated whenever it is read (`config_checks`), so what is refused
+there can never be read again. What only a training cannot do is refused here.
+"""
+
+from jax.sharding import Mesh
+
+from stem_jax.config import Config
+from stem_jax.errors import InputError
+from stem_jax.mesh import BATCH_AXES, axis_size
+from stem_jax.training.schedule import ENDING, schedule_length
+
+
+def check_first_start(config: Config) -> None:
+    """Checks of a run that has made no update yet; a run under way goes on as it began.
+
+    Raises:
+        InputError: a schedule whose rates jump.
+    """
+    optimizer = config.optimizer
+    if optimizer.schedule == "inv_sqrt" and not optimizer.warmup_steps:
+        raise InputError(
+            "optimizer.warmup_steps=0 with optimizer.schedule=inv_sqrt: the rate is the peak times "
+            "(warmup_steps / step)^inv_sqrt_exponent, which is its minimum from the second update "
+            "on; set optimizer.warmup_steps to 1 or more, or optimizer.schedule=constant"
+        )
+    if optimizer.min_lr_ratio > 1:
+        raise InputError(
+            f"optimizer.min_lr_ratio={optimizer.min_lr_ratio} is more than the peak that it is a "
+            "share of; set it to 1 or less"
+        )
+    end, steps = schedule_length(config), config.train.steps
+    if optimizer.schedule in ENDING and optimizer.warmup_steps >= end and end < steps:
+        raise InputError(
+            f"optimizer.warmup_steps={optimizer.warmup_steps} is no less than "
+            f"optimizer.schedule_steps={end}, and train.steps={steps} goes on from there at the "
+            "minimum: the peak is never reached; set optimizer.schedule_steps to more, or "
+            "optimizer.warmup_steps to less"
+        )
+
+
+def check_mesh(config: Config, mesh: Mesh) -> None:
+    """Checks of a configuration against the devices that it is to train on.
+
+    Raises:
+        InputError: sizes that do not divide over the mesh.
+    """
+    devices = axis_size(mesh, BATCH_AXES)
+    if config.micro_batch_size % devices:
+        raise InputError(
+            f"train.global_batch_size={config.train.global_batch_size} in train.micro_batches="
+            f"{config.train.micro_batches} gives {config.micro_batch_size} sequences, which do not "
+            f"divide over the {devices} devices of mesh axes {', '.join(BATCH_AXES)}; change one "
+            "of them"
+        )
