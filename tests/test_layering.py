@@ -15,6 +15,7 @@ LEVELS = [
     [
         "errors",
         "files",
+        "lock",
         "storage",
         "config",
         "config_checks",
@@ -53,8 +54,9 @@ ENTRY_POINTS += ["prepare", "plan"]
 LEVEL = {name: level for level, names in enumerate([*LEVELS, ENTRY_POINTS]) for name in names}
 # Tighter than the levels: the data pipeline runs without JAX, in worker processes.
 ONLY = {
-    "data": {"data", "files", "storage", "errors"},
+    "data": {"data", "files", "lock", "storage", "errors"},
     "files": {"errors", "lock"},
+    "lock": set(),
     "storage": {"errors"},
     "errors": set(),
     "hardware": set(),
