@@ -10,10 +10,10 @@ from pathlib import Path
 
 from stem_jax import cli
 from stem_jax.data.tokenizer import KINDS
-from stem_jax.files import check_absent
 from stem_jax.interop.conversion import Calibration, check_overrides, convert
 from stem_jax.interop.import_model import BASE_CONFIG, import_config, write_checkpoint
 from stem_jax.interop.imports import FORMATS, find_tokenizer, read_model
+from stem_jax.work_folder import making
 
 
 def main(argv: list[str]) -> None:
@@ -41,19 +41,19 @@ def main(argv: list[str]) -> None:
     if args.tokenizer_path and not args.tokenizer:
         parser.error("--tokenizer-path needs --tokenizer, the kind")
     check_overrides(overrides if args.stem_layers else {})
-    check_absent(Path(args.workdir), "--workdir")
-    start = time.perf_counter()
-    given = (args.tokenizer, args.tokenizer_path) if args.tokenizer else None
-    imported = read_model(args.kind, args.path)
-    tokenizer = find_tokenizer(args.kind, Path(args.path), given)
-    config = import_config(imported, tokenizer, args.config, overrides)
-    if args.stem_layers:
-        imported, report = convert(imported, config, tokenizer, args.stem_layers, calibration)
-        print(report)
+    with making(Path(args.workdir)):
+        start = time.perf_counter()
+        given = (args.tokenizer, args.tokenizer_path) if args.tokenizer else None
+        imported = read_model(args.kind, args.path)
+        tokenizer = find_tokenizer(args.kind, Path(args.path), given)
         config = import_config(imported, tokenizer, args.config, overrides)
-    write_checkpoint(imported, config, tokenizer, args.workdir)
-    seconds = time.perf_counter() - start
-    print(f"{args.path} is in {args.workdir}, at step 0 ({seconds:.1f} s)")
+        if args.stem_layers:
+            imported, report = convert(imported, config, tokenizer, args.stem_layers, calibration)
+            print(report)
+            config = import_config(imported, tokenizer, args.config, overrides)
+        write_checkpoint(imported, config, tokenizer, args.workdir)
+        seconds = time.perf_counter() - start
+        print(f"{args.path} is in {args.workdir}, at step 0 ({seconds:.1f} s)")
 
 
 if __name__ == "__main__":

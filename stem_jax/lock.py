@@ -22,9 +22,11 @@ from pathlib import Path
 
 RENEW_SECONDS = 10
 DEAD_SECONDS = 60
-# How long one who takes waits for another who takes at the same moment.
+# How long one who takes waits for another who takes at the same moment, and looks how often.
 _DECIDING_SECONDS = 5
 _POLL_SECONDS = 0.02
+# And how often for one who may be dead.
+_WATCH_SECONDS = 1.0
 
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
 _IS_LOCKED = {errno.EWOULDBLOCK, errno.EACCES}
@@ -59,15 +61,24 @@ class Lock:
             threading.Thread(target=self._renew, name="lock-renew", daemon=True).start()
 
     @classmethod
-    def take(cls, path: Path) -> "Lock | None":
+    def take(cls, path: Path, *, patient: bool = False) -> "Lock | None":
         """The lock for this process alone; None where another live process holds it.
 
-        The parent of `path` must exist. Raises OSError where it cannot be written.
+        Args:
+            path: its parent must exist.
+            patient: where the file system has no locks, wait up to a minute for the end of a
+                process of another machine that does not renew its record.
+
+        Raises OSError where the path cannot be written.
         """
         lock = cls(path)
         try:
             give_up = time.monotonic() + _DECIDING_SECONDS
+            last_renewed: dict[Path, float] = {}
             while others := lock._others():
+                if patient and all(other.is_silent(last_renewed) for other in others):
+                    time.sleep(_WATCH_SECONDS)
+                    continue
                 # All who take have written their record before they look, so of two at once one
                 # sees the other; who has looked already is waited for.
                 taken = any(other.held or other.path < lock._record for other in others)
@@ -105,10 +116,15 @@ class Lock:
             return "another process"
         return f"process {found[0].facts['pid']} on host {found[0].facts['host']}"
 
-    def held(self) -> bool:
-        """Whether it is still there: not if its folder was deleted, nor if this process stood still
-        for so long, on a file system without locks, that another took it."""
-        return not self._released.is_set() and self._record.exists()
+    def lost_to(self) -> str | None:
+        """Who took it from this process, as `holder` says it; None while nobody did.
+
+        That needs a process that stood still for a minute on a file system without locks, or
+        somebody who deleted the folder.
+        """
+        if self._record.exists() or not self._others():
+            return None
+        return self.holder(self.path)
 
     def release(self) -> None:
         """Gives the lock back. In a forked child, and a second time, it does nothing."""
@@ -132,6 +148,7 @@ class Lock:
     def _others(self) -> list["_Record"]:
         """Records of other live processes; those of dead ones are removed."""
         # Times are those of the file system's clock, which may not be this machine's.
+        os.utime(self._file)
         now = os.fstat(self._file).st_mtime
         found = [_Record(path, now) for path in _records(self.path) if path != self._record]
         for record in found:
@@ -151,27 +168,37 @@ class Lock:
 
 
 class _Record:
-    """What a record says. facts: None while it is being written."""
+    """What a record says of its process.
+
+    facts: None while they are being written. held: it has the lock, not only asks for it.
+    lives: as far as can be told. by_age: from the time of its record alone. renewed: that time.
+    """
 
     def __init__(self, path: Path, now: float):
         """Args:
         now: what the clock of the file system shows, in seconds.
         """
         self.path = path
-        self.facts, self.held, self.lives = None, False, False
+        self.facts, self.held, self.lives, self.by_age, self.renewed = None, False, False, False, 0
         try:
             with path.open("rb") as file:
                 self.facts, self.held = _parsed(file.read())
-                age = now - os.fstat(file.fileno()).st_mtime
-                self.lives = self._is_alive(file.fileno(), age)
+                self.renewed = os.fstat(file.fileno()).st_mtime
+                known = None if self.facts is None else self._asked(file.fileno())
         except FileNotFoundError:
             # Released since it was listed.
             return
+        self.by_age = known is None
+        self.lives = now - self.renewed < DEAD_SECONDS if known is None else known
 
-    def _is_alive(self, file: int, age: float) -> bool:
-        if self.facts is None:
-            return age < DEAD_SECONDS
-        if self.facts["locked"]:
+    def is_silent(self, last_renewed: dict[Path, float]) -> bool:
+        """Whether its process may be dead: not if its record changed since it was first seen."""
+        return self.by_age and last_renewed.setdefault(self.path, self.renewed) == self.renewed
+
+    def _asked(self, file: int) -> bool | None:
+        """Whether its process lives; None if neither a lock nor its number tells."""
+        locked = self.facts["locked"]
+        if locked:
             try:
                 free = _try_lock(file, fcntl.LOCK_SH)
             except BlockingIOError:
@@ -180,8 +207,8 @@ class _Record:
                 return False
         if all(self.facts[name] == value for name, value in _this_machine().items()):
             return _runs(self.facts["pid"], self.facts["since"])
-        # One who has the lock of the file system does not renew it, and was not asked here.
-        return self.facts["locked"] or age < DEAD_SECONDS
+        # One who has the lock of the file system, which there is none of here, renews no record.
+        return True if locked else None
 
 
 def _parsed(text: bytes) -> tuple[dict | None, bool]:

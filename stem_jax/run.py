@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 from stem_jax.agreement import (
     PREPARING_SECONDS,
     check_same,
-    check_shared,
     code_version,
     is_first,
     unanimous,
@@ -24,7 +23,8 @@ from stem_jax.checkpoint import FOLDER, Checkpointer, CheckpointInfo
 from stem_jax.checkpoint_files import set_aside_damaged
 from stem_jax.config import Config
 from stem_jax.data.loader import Share
-from stem_jax.errors import InputError
+from stem_jax.errors import InputError, TrainingError
+from stem_jax.lock import Lock
 from stem_jax.mesh import BATCH_AXES, axis_size, check_placement, make_mesh, own_batch_shards
 from stem_jax.origin import Origin, begin_from, find_origin
 from stem_jax.process_log import log, process_log
@@ -45,6 +45,7 @@ from stem_jax.training.state import TrainState, abstract_state, init_state, tabl
 from stem_jax.training.step import TrainStep
 from stem_jax.training.working_set import working_set
 from stem_jax.watchdog import Watchdog
+from stem_jax.work_folder import writing
 
 
 class Ending(enum.Enum):
@@ -68,13 +69,10 @@ def train(config: Config, workdir: str | Path) -> Ending:
     clock = StartClock()
     clock.mark("joining")
     workdir = Path(workdir)
-    with unanimous():
-        _check_writable(workdir)
     check_same(_facts_of_command(config))
-    check_shared(workdir)
-    with process_log(workdir, jax.process_index()) as own_log:
+    with writing(workdir) as lock, process_log(workdir, jax.process_index()) as own_log:
         try:
-            return _train(config, workdir, clock, own_log)
+            return _train(config, workdir, clock, own_log, lock)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -84,7 +82,7 @@ def train(config: Config, workdir: str | Path) -> Ending:
             ) from error
 
 
-def _train(config: Config, workdir: Path, clock: StartClock, own_log: Path) -> Ending:
+def _train(config: Config, workdir: Path, clock: StartClock, own_log: Path, lock: Lock) -> Ending:
     with unanimous():
         mesh = make_mesh(config.mesh)
         check_mesh(config, mesh)
@@ -127,6 +125,7 @@ def _train(config: Config, workdir: Path, clock: StartClock, own_log: Path) -> E
         clock.mark("state")
 
         def save(state: TrainState, validation: Validation | None) -> None:
+            _check_own(workdir, lock)
             if prefetch is not None:
                 # While the save before still reads the store, old rows would be kept for it.
                 checkpoints.wait()
@@ -285,6 +284,15 @@ def _latest(workdir: Path) -> CheckpointInfo | None:
         return None if latest is None else checkpoints.info(latest)
 
 
+def _check_own(workdir: Path, lock: Lock) -> None:
+    other = lock.lost_to()
+    if other is not None:
+        raise TrainingError(
+            f"{workdir} was taken by {other} while this process stood still; nothing more is "
+            "written there, and that run goes on from the last checkpoint"
+        )
+
+
 def _data_record(config: Config, data: RunData) -> dict:
     """What the data stream is a function of, beside the step."""
     return {
@@ -305,15 +313,3 @@ def _verdict(config: Config, data: RunData, validation: Validation) -> str:
         how = "better" if ratio < 0 else "worse"
         lines.append(f"  {name:<15} {bits:.3f}: the model is {abs(ratio):.0%} {how}")
     return "\n".join(lines)
-
-
-def _check_writable(workdir: Path) -> None:
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / f".writable-{jax.process_index()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(
-            f"--workdir={workdir} cannot be written ({error.strerror}); choose another folder"
-        ) from error

@@ -49,12 +49,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def gang(program: str, *commands: list[str]):
+def gang(program: str, *commands: list[str], **environment: str):
     """One process of a program such as stem_jax.train for each list of its flags."""
     port, count = free_port(), len(commands)
     where = [f"--coordinator=localhost:{port}", f"--num-processes={count}"]
     return [
-        child("-m", program, "--multihost", *where, f"--process-index={index}", *argv)
+        child(
+            "-m", program, "--multihost", *where, f"--process-index={index}", *argv, **environment
+        )
         for index, argv in enumerate(commands)
     ]
 

@@ -27,6 +27,7 @@ LEVELS = [
         "start_clock",
         "stop_signal",
         "watchdog",
+        "work_folder",
     ],
     ["mesh"],
     ["data"],

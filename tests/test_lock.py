@@ -69,9 +69,8 @@ def _process(verb: str, path: Path, failing: int):
 def test_one_process_at_a_time(tmp_path, failing):
     path = tmp_path / "lock"
     with Lock.take(path) as lock:
-        assert lock.held()
         assert Lock.take(path) is None
-    assert not lock.held()
+        assert lock.lost_to() is None
     assert list(tmp_path.iterdir()) == []
     with Lock.take(path):
         pass
@@ -93,8 +92,7 @@ def test_a_killed_process_holds_nothing(tmp_path, failing):
         other.send_signal(signal.SIGKILL)
         os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
         # Its parent has not asked after it: the number is still taken.
-        with Lock.take(path) as lock:
-            assert lock.held()
+        with Lock.take(path):
             assert len(list(path.iterdir())) == 1
 
 
@@ -107,8 +105,8 @@ def test_all_of_a_run_hold_it_to_the_last(tmp_path, failing):
         assert Lock.holder(path).startswith(f"process {second.pid} on")
         second.kill()
         second.wait()
-        with Lock.take(path) as lock:
-            assert lock.held()
+        with Lock.take(path):
+            pass
 
 
 def test_of_many_at_once_one_has_it(tmp_path, failing):
@@ -137,7 +135,7 @@ def test_a_forked_child_does_not_release_it(tmp_path, monkeypatch):
         monkeypatch.setattr(os, "getpid", lambda: own + 1)
         lock.release()
         monkeypatch.undo()
-        assert lock.held() and Lock.take(path) is None
+        assert Lock.take(path) is None
 
 
 def _rewritten(path: Path, age: float, **facts) -> None:
@@ -161,12 +159,34 @@ def test_where_a_pid_says_nothing_its_record_is_renewed_or_dead(tmp_path, monkey
     assert Lock.take(path) is None
     assert Lock.holder(path).startswith(f"process {2**22 + 1} on")
     _rewritten(path, age=70, **gone)
-    with Lock.take(path):
-        assert not lock.held()
+    with Lock.take(path) as other:
+        # The one that was thought dead finds out.
+        assert lock.lost_to() == f"process {os.getpid()} on host {os.uname().nodename}"
+        assert other.lost_to() is None
 
 
 def _no_locks(*_):
     raise OSError(errno.ENOLCK, "no locks")
+
+
+def test_patience_ends_with_a_sign_of_life_or_the_last_second(tmp_path, monkeypatch):
+    """A job that is started again on other hosts goes on; one whose folder is in use is refused."""
+    monkeypatch.setattr(fcntl, "flock", _no_locks)
+    monkeypatch.setattr(lock_module, "_WATCH_SECONDS", 0.05)
+    path = tmp_path / "lock"
+    Lock.take(path)
+    _rewritten(path, age=59, host="elsewhere")
+    lock = Lock.take(path, patient=True)
+    lock.release()
+
+    path = tmp_path / "other"
+    Lock.take(path)
+    _rewritten(path, age=30, host="elsewhere")
+    [record] = path.iterdir()
+    renewal = threading.Timer(0.3, os.utime, [record])
+    renewal.start()
+    assert Lock.take(path, patient=True) is None
+    renewal.join()
 
 
 def test_the_number_of_a_dead_process_may_be_anothers(tmp_path, monkeypatch):

@@ -1,0 +1,109 @@
+"""Who may write the folder of a run: one training or import at a time, as long as any process of it
+lives. Whoever only reads it asks nobody."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from stem_jax.agreement import check_shared, is_first, unanimous
+from stem_jax.errors import InputError
+from stem_jax.files import check_absent
+from stem_jax.lock import Lock
+
+LOCK = ".lock"
+# How many processes a launcher or a user says that there are.
+_COUNTS = "JAX_NUM_PROCESSES", "SLURM_NTASKS"
+
+
+@contextlib.contextmanager
+def writing(workdir: Path) -> Iterator[Lock]:
+    """Makes the folder if there is none, and holds its lock, in every process of a run.
+
+    Raises:
+        InputError: another run is there, the folder cannot be written, or it is not the same one
+            for all processes.
+    """
+    with contextlib.ExitStack() as stack:
+        # Process 0 for all: a run whose first process was killed still has the lock by the others.
+        with unanimous(), _writable(workdir):
+            if is_first():
+                lock = stack.enter_context(_made_and_locked(workdir))
+            else:
+                _probe(workdir)
+        check_shared(workdir)
+        with unanimous(), _writable(workdir):
+            if not is_first():
+                lock = stack.enter_context(Lock.join(workdir / LOCK))
+        yield lock
+
+
+@contextlib.contextmanager
+def making(workdir: Path) -> Iterator[None]:
+    """While a folder is made that appears when it is whole: nobody else makes it meanwhile.
+
+    Raises:
+        InputError: it exists, somebody makes it, or nothing can be written beside it.
+    """
+    check_absent(workdir, "--workdir")
+    with _writable(workdir):
+        lock = _taken_beside(workdir)
+    with lock:
+        yield
+
+
+def _made_and_locked(workdir: Path) -> Lock:
+    if workdir.is_dir():
+        return _taken(workdir / LOCK, workdir)
+    with _taken_beside(workdir):
+        workdir.mkdir(exist_ok=True)
+        return _taken(workdir / LOCK, workdir)
+
+
+def _taken_beside(workdir: Path) -> Lock:
+    """Of a folder that does not exist yet."""
+    place = workdir.absolute()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return _taken(place.with_name(f".{place.name}{LOCK}"), workdir)
+
+
+def _taken(path: Path, workdir: Path) -> Lock:
+    # A job that was killed is often started again at once, on other hosts.
+    lock = Lock.take(path, patient=True)
+    if lock is None:
+        raise InputError(
+            f"--workdir={workdir} is in use by {Lock.holder(path)}, which trains or imports there; "
+            f"wait until that ends, or give another --workdir{_uncounted()}"
+        )
+    return lock
+
+
+def _uncounted() -> str:
+    """What to do about processes that do not know of each other."""
+    for name in _COUNTS:
+        count = os.environ.get(name, "")
+        if jax.process_count() == 1 and count.isdecimal() and int(count) > 1:
+            return (
+                f". {name}={count} is set and --multihost is not given: each of {count} processes "
+                "trains by itself; give --multihost to make them one run"
+            )
+    return ""
+
+
+def _probe(workdir: Path) -> None:
+    workdir.mkdir(parents=True, exist_ok=True)
+    probe = workdir / f".writable-{jax.process_index()}"
+    probe.touch()
+    probe.unlink()
+
+
+@contextlib.contextmanager
+def _writable(workdir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"--workdir={workdir} cannot be written ({error.strerror}); choose another folder"
+        ) from error
