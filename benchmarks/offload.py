@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.interleave import interleave, speed_ratio
-from benchmarks.train_step import bench_config, zipf_tokens
+from benchmarks.train_step import bench_config, random_params, zipf_tokens
 from stem_jax.config import Config, load_config
 from stem_jax.mesh import make_mesh
 from stem_jax.tables.host_store import HostStore
@@ -46,7 +46,8 @@ class Run:
         self._steps = steps
         mesh = make_mesh(config.mesh, jax.devices()[:1])
         self._programs = TrainStep(config, mesh)
-        self._state = init_state(config, self._programs.model, mesh)
+        model = self._programs.model
+        self._state = init_state(config, model, mesh, random_params(model))
         self._schedule = make_schedule(config, _STEPS)
         spec = self._programs.spec
         self._prefetch = None

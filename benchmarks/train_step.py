@@ -7,6 +7,7 @@ clip. The opponent is LlamaForCausalLM with torch's fused AdamW and clip_grad_no
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -21,7 +22,7 @@ from configs.base import get_config as base_config
 from stem_jax.config import Config, build
 from stem_jax.mesh import make_mesh
 from stem_jax.training.schedule import make_schedule
-from stem_jax.training.state import init_state
+from stem_jax.training.state import ModelDef, Params, init_state
 from stem_jax.training.step import Batch, TrainStep
 
 BATCH, LENGTH = 4, 256
@@ -54,13 +55,31 @@ def zipf_tokens(config: Config, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).choice(vocab, size=shape, p=weights / weights.sum())
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def _random(key: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
+    return 0.02 * jax.random.normal(key, shape.shape, shape.dtype)
+
+
+def random_params(model: ModelDef) -> Params:
+    """Parameters of the right shapes, made one by one.
+
+    The configured ones are one program, which takes minutes to compile for a GPU at the 350M shape.
+    """
+    keys = jax.random.split(jax.random.key(0), len(model.shapes()))
+    return {
+        name: _random(key, shape) if len(shape.shape) > 1 else jnp.ones(shape.shape, shape.dtype)
+        for key, (name, shape) in zip(keys, model.shapes().items(), strict=True)
+    }
+
+
 class JaxStep:
     """A train step that keeps its state; calling it makes one update and waits for it."""
 
     def __init__(self, config: Config):
         mesh = make_mesh(config.mesh, jax.devices()[:1])
         self.programs = TrainStep(config, mesh)
-        self.state = init_state(config, self.programs.model, mesh)
+        model = self.programs.model
+        self.state = init_state(config, model, mesh, random_params(model))
         tokens = zipf_tokens(config)
         shape = (config.train.micro_batches, -1, config.train.seq_len)
 
