@@ -74,6 +74,11 @@ def get_config() -> config_dict.ConfigDict:
     config.data.sources = "pydoc"
     config.data.tokenizer = "sentencepiece"  # sentencepiece, hf, bytes
     config.data.tokenizer_path = None  # None: train sentencepiece on the sources, V tokens
+    # Of text: the key of a JSON object, or the column of a Parquet file, that holds it.
+    config.data.text_field = "text"
+    # auto (by name and content), text (a file is a document), jsonl (an object on each line), json
+    # (an array of objects), parquet.
+    config.data.format = "auto"
     config.data.validation_fraction = 0.02  # of the documents, for text prepared here
     config.data.folder = None  # where text is prepared; None: <workdir>/data
 

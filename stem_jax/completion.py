@@ -30,13 +30,13 @@ class Completion:
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a text file, one per line; empty lines are none.
+    """The prompts of a text file, one per line; empty lines are none, a byte order mark is no text.
 
     Raises:
         InputError: the file cannot be read, or is not UTF-8.
     """
     try:
-        lines = Path(path).read_text("utf-8").split("\n")
+        lines = Path(path).read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"prompt file {path} cannot be read ({error}); give a UTF-8 file"

@@ -36,6 +36,8 @@ _ADDED = {
     "model.rope_factor": 1.0,
     "model.rope_original_len": None,
     "model.token_embedding_dropout": 0.0,
+    "data.text_field": "text",
+    "data.format": "auto",
 }
 
 
@@ -102,6 +104,8 @@ class DataConfig:
     sources: str
     tokenizer: str
     tokenizer_path: str | None
+    text_field: str
+    format: str
     validation_fraction: float
     folder: str | None
 

@@ -21,6 +21,7 @@ _CHOICES = {
     "tables.cache_policy": ("lfu", "lru"),
     "tables.optimizer": ("deferred_adamw", "lazy_adamw", "dense_adamw"),
     "data.tokenizer": ("sentencepiece", "hf", "bytes"),
+    "data.format": ("auto", "text", "jsonl", "json", "parquet"),
     "optimizer.schedule": ("constant", "linear", "inv_sqrt", "cosine", "wsd"),
     "optimizer.decay_mask": ("all", "matrices"),
 }

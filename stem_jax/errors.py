@@ -11,3 +11,14 @@ class InputError(ValueError):
 
 class TrainingError(RuntimeError):
     """A run cannot go on, for a reason found while it ran; the last checkpoint stands."""
+
+
+class BadRecord(InputError):
+    """One document among many that cannot be used; whoever reads them may leave it out.
+
+    place: `file`, `file:line`, `file#row`, or "" where only the caller knows it.
+    """
+
+    def __init__(self, message: str, place: str = ""):
+        super().__init__(message)
+        self.place = place

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from stem_jax.data.documents import read_documents
+from stem_jax.data.documents import find_files, read_documents
+from stem_jax.data.formats import Reading
 from stem_jax.errors import InputError
 
 TEXTS = ["first\nline", "zwei äöü \u2028 x", "  three\t"]
@@ -28,8 +29,12 @@ def _jsonl(texts, field="text") -> bytes:
     ).encode()
 
 
-def _texts(*patterns, **kwargs):
-    return [document.text for document in read_documents([str(p) for p in patterns], **kwargs)]
+def _documents(*patterns, **reading):
+    return list(read_documents(find_files([str(p) for p in patterns]), Reading(**reading)))
+
+
+def _texts(*patterns, **reading):
+    return [document.text for document in _documents(*patterns, **reading)]
 
 
 def _refused(path, match, **kwargs):
@@ -43,7 +48,7 @@ def _refused(path, match, **kwargs):
 def test_plain_and_jsonl_round_trip(tmp_path, packing):
     (tmp_path / f"a.txt{packing}").write_bytes(_pack(TEXTS[1].encode(), packing))
     (tmp_path / f"b.jsonl{packing}").write_bytes(_pack(_jsonl(TEXTS), packing))
-    documents = list(read_documents([str(tmp_path / "*")]))
+    documents = _documents(tmp_path / "*")
     assert [document.text for document in documents] == [TEXTS[1], *TEXTS]
     assert documents[0].origin == str(tmp_path / f"a.txt{packing}")
     assert documents[3].origin == f"{tmp_path}/b.jsonl{packing}:3"
@@ -51,7 +56,7 @@ def test_plain_and_jsonl_round_trip(tmp_path, packing):
 
 @pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
 def test_lines_across_read_chunks(tmp_path, packing, monkeypatch):
-    monkeypatch.setattr("stem_jax.data.documents._CHUNK_BYTES", 7)
+    monkeypatch.setattr("stem_jax.data.packing._CHUNK_BYTES", 7)
     path = tmp_path / f"b.jsonl{packing}"
     path.write_bytes(_pack(_jsonl(TEXTS * 5).rstrip(b"\n"), packing))
     assert _texts(path) == TEXTS * 5
@@ -66,7 +71,7 @@ def test_concatenated_archives_are_read_whole(tmp_path):
 def test_parquet_streams_row_groups(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"n": range(6), "text": TEXTS * 2}), path, row_group_size=2)
-    documents = list(read_documents([str(path)]))
+    documents = _documents(path)
     assert [document.text for document in documents] == TEXTS * 2
     assert documents[5].origin == f"{path}#5"
 
@@ -76,6 +81,7 @@ def test_files_are_sorted_and_read_once(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     assert _texts(tmp_path / "*.txt", tmp_path / "a.txt") == ["a.txt", "b.txt"]
+    assert _texts(tmp_path / "b.txt", tmp_path / "*.txt") == ["b.txt", "a.txt"]
     assert _texts(tmp_path / "**" / "*.txt") == ["a.txt", "b.txt", "sub/c.txt"]
 
 
@@ -159,7 +165,7 @@ def test_archives_of_another_format_are_refused(tmp_path, packing, kind):
 @pytest.mark.parametrize(
     "line, match",
     [
-        (b'{"text": "cut', ":2 is not a JSON object .*put one object on each line"),
+        (b'{"text": "cut', ":2 is not JSON .*put one object on each line"),
         (b'["text"]', ":2 holds a JSON list"),
         (b"{}", ":2 has no field 'text'.*it has none"),
         (b'{"text": 3}', ":2: field 'text' is a int, not a string"),

@@ -1,5 +1,6 @@
 """Bits per byte of texts: training's own figures, counted by corpus and by position."""
 
+import dataclasses
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from stem_jax.errors import InputError
 from stem_jax.evaluation.perplexity import format_perplexity, perplexity
 from stem_jax.evaluation.scoring import Scorer
 from stem_jax.loading import load_run
+from stem_jax.training.run_data import reading_of
 
 CONTEXT = 32
 FLAGS = {
@@ -137,6 +139,22 @@ def test_sources_are_refused_before_any_is_scored(run, tmp_path, monkeypatch, so
         perplexity(run, ["facts", source.format(tmp=tmp_path)], progress=False)
     with pytest.raises(InputError, match="--limit=0 must be at least 1"):
         perplexity(run, ["facts"], limit=0)
+
+
+def test_files_are_read_as_the_run_reads_its_own_or_as_flags_say(run, tmp_path):
+    (tmp_path / "a.json").write_text('{"body": "some text", "text": "other"}\n')
+    source = str(tmp_path / "a.json")
+
+    def size(run, reading=None):
+        found = perplexity(run, [source], reading=reading, progress=False)
+        return found["corpora"][source]["bytes"]
+
+    data = dataclasses.replace(run.config.data, text_field="body")
+    other = dataclasses.replace(run, config=dataclasses.replace(run.config, data=data))
+    assert (size(run), size(other)) == (len("other"), len("some text"))
+    assert size(run, reading_of(run.config.data, text_field="body")) == len("some text")
+    whole = (tmp_path / "a.json").stat().st_size
+    assert size(other, reading_of(other.config.data, format="text")) == whole
 
 
 def test_the_entry_point_writes_beside_the_run(run_folder, monkeypatch, capsys):

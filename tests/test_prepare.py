@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from stem_jax.data.corpora import read_corpus
 from stem_jax.data.documents import Document
+from stem_jax.data.formats import Reading
 from stem_jax.data.prepare import prepare_stores
-from stem_jax.data.sources import SourceSpec, open_sources, parse_sources, read_source
+from stem_jax.data.sources import SourceSpec, open_sources, parse_sources, read_sources
 from stem_jax.data.token_store import TokenStore
 from stem_jax.data.tokenizer import load_tokenizer, load_tokenizer_folder
 from stem_jax.errors import InputError
@@ -213,10 +214,10 @@ def _write_meta(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def test_read_source_reads_corpora_and_patterns(tmp_path):
+def test_read_sources_reads_corpora_and_patterns(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
-    assert [d.text for d in read_source(f"{tmp_path}/*", "body")] == ["x"]
-    assert next(read_source("facts")).origin == "facts#0"
+    assert [d.text for d in read_sources([f"{tmp_path}/*"], Reading("body"))] == ["x"]
+    assert next(read_sources(["facts"])).origin == "facts#0"
 
 
 def test_entry_point_trains_a_tokenizer_and_reports(tmp_path, capsys):

@@ -4,14 +4,17 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from stem_jax.data import corpora, documents
-from stem_jax.data.documents import Document
+from stem_jax.data import corpora
+from stem_jax.data.bad_records import BadRecords
+from stem_jax.data.documents import Document, find_files, read_documents
+from stem_jax.data.formats import AS_FOUND, Reading, was_read_as_text
 from stem_jax.data.prepare import open_stores, prepare_stores
 from stem_jax.data.token_store import TokenStore
 from stem_jax.data.tokenizer import Tokenizer
@@ -71,13 +74,23 @@ def parse_sources(text: str) -> tuple[SourceSpec, ...]:
     return tuple(specs)
 
 
-def read_source(source: str, text_field: str = "text") -> Iterator[Document]:
-    """The documents of a built-in corpus or of the files that match a pattern."""
-    if source in corpora.BUILTIN:
-        for index, text in enumerate(corpora.read_corpus(source)):
-            yield Document(text, f"{source}#{index}")
-    else:
-        yield from documents.read_documents([source], text_field)
+def read_sources(
+    sources: Sequence[str], reading: Reading = AS_FOUND, bad: BadRecords | None = None
+) -> Iterator[Document]:
+    """The documents of built-in corpora and of the files that match patterns, in their order.
+
+    Each corpus and each file once, however many of the sources name it.
+    bad: see `read_documents`. Raises InputError as `find_files` and `read_documents` do.
+    """
+    given: set[str] = set()
+    for source in dict.fromkeys(sources):
+        if source in corpora.BUILTIN:
+            for index, text in enumerate(corpora.read_corpus(source)):
+                yield Document(text, f"{source}#{index}")
+            continue
+        files = [path for path in find_files([source]) if os.path.realpath(path) not in given]
+        given.update(map(os.path.realpath, files))
+        yield from read_documents(files, reading, bad)
 
 
 def is_store_folder(source: str) -> bool:
@@ -92,7 +105,7 @@ def open_sources(
     *,
     validation_fraction: float = 0.02,
     seed: int = 0,
-    text_field: str = "text",
+    reading: Reading = AS_FOUND,
     vocab_size: int | None = None,
     progress: bool = True,
     keep: bool = False,
@@ -121,12 +134,12 @@ def open_sources(
             record = (
                 None
                 if kept
-                else _source_record(spec.source, tokenizer, validation_fraction, seed, text_field)
+                else _source_record(spec.source, tokenizer, validation_fraction, seed, reading)
             )
             if not kept and not _is_current(target, record):
                 (target / _RECORD_FILE).unlink(missing_ok=True)
                 prepare_stores(
-                    read_source(spec.source, text_field),
+                    read_sources([spec.source], reading),
                     tokenizer,
                     target,
                     name=spec.source,
@@ -150,7 +163,7 @@ def _folder_name(source: str) -> str:
 
 
 def _source_record(
-    source: str, tokenizer: Tokenizer, validation_fraction: float, seed: int, text_field: str
+    source: str, tokenizer: Tokenizer, validation_fraction: float, seed: int, reading: Reading
 ) -> dict[str, Any]:
     """Everything that the stores of a source are a function of."""
     record: dict[str, Any] = {
@@ -162,9 +175,16 @@ def _source_record(
     if source in corpora.BUILTIN:
         # The text of the running Python changes with it.
         return {**record, "python": sys.version.split()[0]}
-    files = [(path, path.stat()) for path in documents.find_files([source])]
-    record["files"] = [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in files]
-    return {**record, "text_field": text_field}
+    files = find_files([source])
+    stats = [(path, path.stat()) for path in files]
+    record["files"] = [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+    record["text_field"] = reading.text_field
+    # Absent where they would say what held before they were written.
+    if reading.format != "auto":
+        record["format"] = reading.format
+    elif any(map(was_read_as_text, files)):
+        record["by_content"] = True
+    return record
 
 
 def _is_current(folder: Path, record: dict[str, Any]) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from stem_jax import cli
 from stem_jax.cluster import add_flags
+from stem_jax.data.formats import FORMATS
 from stem_jax.evaluation.niah import DEPTHS
 
 # The flags that not every measurement has, with those that do.
@@ -14,6 +15,7 @@ _ONLY = {
     **dict.fromkeys(("num_fewshot", "max_gen_toks", "log_samples"), ("tasks",)),
     **dict.fromkeys(("lengths", "depths", "keys", "samples", "seed"), ("niah",)),
     "limit": ("tasks", "perplexity", "facts"),
+    **dict.fromkeys(("text_field", "format"), ("perplexity",)),
 }
 
 
@@ -40,6 +42,8 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
     add("--json", action="store_true", help="print JSON instead of a table")
     add("--no-progress", "--no_progress", action="store_true", help="draw no bars")
     add("--limit", type=int, help="examples of a task, documents, countries; without, all")
+    add("--text-field", "--text_field", help="perplexity: of files; without it, the run's")
+    add("--format", choices=FORMATS, help="perplexity: of files; without it, the run's")
     add("--num-fewshot", "--num_fewshot", type=int, help="tasks: examples before each question")
     add(
         "--max-gen-toks",

@@ -17,6 +17,7 @@ from stem_jax.evaluation.recall import format_recall, recall
 from stem_jax.evaluation.report import check_out, write_json
 from stem_jax.evaluation.tasks import evaluate_tasks, format_results
 from stem_jax.loading import LoadedRun, load_run
+from stem_jax.training.run_data import reading_of
 
 # Flags that processes of one measurement may differ in.
 _OWN_FLAGS = {"coordinator", "process_index", "init_timeout", "no_progress"}
@@ -65,7 +66,9 @@ def measure(args: argparse.Namespace) -> Measurement:
         result = recall(run, limit=args.limit, **common)
         table = format_recall(result)
     else:
-        result = perplexity(run, args.perplexity, limit=args.limit, **common)
+        reading = reading_of(run.config.data, args.text_field, args.format)
+        options = {"limit": args.limit, "reading": reading}
+        result = perplexity(run, args.perplexity, **options, **common)
         table = format_perplexity(result)
     record = {"workdir": args.workdir, "step": run.step, **result}
     write_json(args.out, record)

@@ -11,14 +11,16 @@ import numpy as np
 from tqdm import tqdm
 
 from stem_jax.completion import TextStream
+from stem_jax.data.formats import Reading
 from stem_jax.data.prepare import open_stores
-from stem_jax.data.sources import is_store_folder, read_source
+from stem_jax.data.sources import is_store_folder, read_sources
 from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
 from stem_jax.evaluation.limits import check_limit
 from stem_jax.evaluation.progress import bars_off
 from stem_jax.evaluation.scoring import Scorer
 from stem_jax.loading import LoadedRun
+from stem_jax.training.run_data import reading_of
 
 # So many at a time are sorted by length; what is kept of them in memory is small.
 _GROUP = 1024
@@ -50,6 +52,7 @@ def perplexity(
     *,
     limit: int | None = None,
     batch_size: int = 16,
+    reading: Reading | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Scores texts as training does: every token of a document but its bos, and its eos.
@@ -62,6 +65,7 @@ def perplexity(
             validation documents are read if there are any.
         limit: documents of each source; None: all.
         batch_size: windows at a time.
+        reading: of files; None: as the run reads its own.
         progress: draw bars on stderr, if it is a terminal.
 
     Returns:
@@ -78,7 +82,8 @@ def perplexity(
     scorer = Scorer(run, batch_size)
     # The first document of each is read before any is scored: else a name that is wrong would be
     # refused after hours. A mistake further down in a file is found when its turn comes.
-    opened = {source: _opened(source, run) for source in sources}
+    reading = reading or reading_of(run.config.data)
+    opened = {source: _opened(source, run, reading) for source in sources}
     corpora = {}
     for source, documents in opened.items():
         documents = itertools.islice(documents, limit)
@@ -117,16 +122,16 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:,.4f}" if value < 1e4 else f"{value:.3e}"
 
 
-def _opened(source: str, run: LoadedRun) -> Iterator[tuple[list[int], int]]:
+def _opened(source: str, run: LoadedRun, reading: Reading) -> Iterator[tuple[list[int], int]]:
     """`_documents`, of which there is one at least."""
-    documents = _documents(source, run)
+    documents = _documents(source, run, reading)
     first = next(documents, None)
     if first is None:
         raise InputError(f"--perplexity={source} has no text; give another source")
     return itertools.chain([first], documents)
 
 
-def _documents(source: str, run: LoadedRun) -> Iterator[tuple[list[int], int]]:
+def _documents(source: str, run: LoadedRun, reading: Reading) -> Iterator[tuple[list[int], int]]:
     """(ids with bos and eos, UTF-8 bytes of the text) of each document."""
     tokenizer = run.tokenizer
     if is_store_folder(source):
@@ -140,7 +145,7 @@ def _documents(source: str, run: LoadedRun) -> Iterator[tuple[list[int], int]]:
             f"--perplexity={source} is a folder without train/meta.json; give a file pattern or a "
             "folder that prepare wrote"
         )
-    for document in read_source(source):
+    for document in read_sources([source], reading):
         if document.text:
             ids = [tokenizer.bos_id, *tokenizer.encode(document.text), tokenizer.eos_id]
             yield ids, len(document.text.encode())

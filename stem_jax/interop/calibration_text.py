@@ -9,11 +9,12 @@ from stem_jax.config import Config
 from stem_jax.data.documents import Document
 from stem_jax.data.loader import GlobalBatches, ValidationBatches
 from stem_jax.data.prepare import open_stores, prepare_stores
-from stem_jax.data.sources import is_store_folder, parse_sources, read_source
+from stem_jax.data.sources import is_store_folder, parse_sources, read_sources
 from stem_jax.data.token_store import TokenStore
 from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
 from stem_jax.training.evaluation import Validation, summarize
+from stem_jax.training.run_data import reading_of
 from stem_jax.training.schedule import Schedule
 from stem_jax.training.state import TrainState
 from stem_jax.training.step import TrainStep
@@ -76,7 +77,7 @@ def _stores(
     if is_store_folder(source):
         return open_stores(source, tokenizer, config.model.vocab_size)
     return prepare_stores(
-        _documents(source),
+        _documents(source, config),
         tokenizer,
         folder,
         name=source,
@@ -86,9 +87,9 @@ def _stores(
     )
 
 
-def _documents(source: str) -> Iterator[Document]:
+def _documents(source: str, config: Config) -> Iterator[Document]:
     """A source of one document is cut at line ends, or nothing of it could be held out."""
-    documents = read_source(source)
+    documents = read_sources([source], reading_of(config.data))
     first, second = next(documents, None), next(documents, None)
     if first is not None and second is None:
         yield from _pieces(first)

@@ -24,6 +24,7 @@ from stem_jax.knowledge.token_vectors import (
 )
 from stem_jax.loading import LoadedRun, load_run
 from stem_jax.model.cost import ParameterCount, count_parameters
+from stem_jax.training.run_data import reading_of
 
 KINDS = ("plain", "centred", "frequent")
 # Keys in which twins may differ without being other models or other trainings.
@@ -37,14 +38,17 @@ class AnalysisOptions:
     """What to look at, and with what.
 
     step, dense_step: checkpoints; None: the newest. resident_rows: kept on the device. text: as
-    `data.sources`; None: what the run was trained on. tokens: of it, for frequencies and means;
-    None: at most 262,144. rows: sampled tokens. seed: of the sample. progress: draw bars.
+    `data.sources`; None: what the run was trained on. text_field, format: as those keys; None: the
+    run's. tokens: of the text, for frequencies and means; None: at most 262,144. rows: sampled
+    tokens. seed: of the sample. progress: draw bars.
     """
 
     step: int | None = None
     dense_step: int | None = None
     resident_rows: int | None = None
     text: str | None = None
+    text_field: str | None = None
+    format: str | None = None
     tokens: int | None = None
     rows: int = SAMPLED_ROWS
     seed: int = 0
@@ -169,8 +173,9 @@ def analyze(workdir: str, dense_workdir: str | None, options: AnalysisOptions) -
         off = None if options.progress else True
         return functools.partial(tqdm, desc=what, disable=off)
 
-    with open_text(own.run, workdir, options.text) as text:
-        config = own.run.config
+    config = own.run.config
+    reading = reading_of(config.data, options.text_field, options.format)
+    with open_text(own.run, workdir, options.text, reading) as text:
         vocab_size, known = config.model.vocab_size, own.run.tokenizer.vocab_size
         sizes = (options.tokens, vocab_size, known, options.rows, options.seed)
         sample = sample_tokens(text, *sizes)

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from stem_jax import cli
+from stem_jax.data.formats import FORMATS
 from stem_jax.knowledge.analysis import AnalysisOptions
 
 
@@ -22,6 +23,8 @@ def parse(argv: list[str], description: str | None) -> tuple[argparse.Namespace,
     add("step", type=int, help="checkpoint; without it, the newest")
     add("dense-step", type=int, help="checkpoint of the twin; without it, the newest")
     add("text", help="as data.sources; without it, what the run was trained on")
+    add("text-field", help="of files in --text, as data.text_field; without it, the run's")
+    add("format", choices=FORMATS, help="of files in --text, as data.format; without it, the run's")
     add("tokens", type=int, help="of the text, for frequencies and means; without: up to 262144")
     add("rows", type=int, default=AnalysisOptions.rows, help="tokens whose vectors are sampled")
     add("seed", type=int, default=AnalysisOptions.seed, help="of that sample")
@@ -36,6 +39,8 @@ def parse(argv: list[str], description: str | None) -> tuple[argparse.Namespace,
         dense_step=args.dense_step,
         resident_rows=args.resident_rows,
         text=args.text,
+        text_field=args.text_field,
+        format=args.format,
         tokens=args.tokens,
         rows=args.rows,
         seed=args.seed,

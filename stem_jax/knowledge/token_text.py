@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from stem_jax.config import Config
+from stem_jax.data.formats import AS_FOUND, Reading
 from stem_jax.data.loader import Batch, GlobalBatches
 from stem_jax.data.sources import OpenedSource, open_sources, parse_sources
 from stem_jax.errors import InputError
 from stem_jax.loading import LoadedRun
+from stem_jax.training.run_data import reading_of
 
 # Where nobody says how many tokens are read.
 DEFAULT_TOKENS = 1 << 18
@@ -79,19 +81,22 @@ class TokenText:
 
 
 @contextlib.contextmanager
-def open_text(run: LoadedRun, workdir: str | Path, text: str | None) -> Iterator[TokenText]:
+def open_text(
+    run: LoadedRun, workdir: str | Path, text: str | None, reading: Reading = AS_FOUND
+) -> Iterator[TokenText]:
     """Opens the text to look at a run with, for as long as the context lasts.
 
     Args:
         workdir: of the run.
         text: as `data.sources`; None for what the run was trained on, as it was prepared then.
+        reading: of files in `text`.
 
     Raises:
         InputError: text that cannot be read, that was prepared with another tokenizer, or that is
             shorter than a row.
     """
     with tempfile.TemporaryDirectory() as folder:
-        sources = _open(run, Path(workdir), text, Path(folder))
+        sources = _open(run, Path(workdir), text, Path(folder), reading)
         context = min(run.config.train.seq_len, _LONGEST)
         for source in sources:
             if source.train.num_tokens <= context:
@@ -115,19 +120,21 @@ def reading_config(config: Config, text: TokenText) -> Config:
 
 
 def _open(
-    run: LoadedRun, workdir: Path, text: str | None, folder: Path
+    run: LoadedRun, workdir: Path, text: str | None, folder: Path, reading: Reading
 ) -> tuple[OpenedSource, ...]:
     data = run.config.data
     options = {"seed": run.config.train.seed, "vocab_size": run.config.model.vocab_size}
     if text is not None:
         specs = parse_sources(text)
-        return open_sources(specs, run.tokenizer, folder, validation_fraction=0, **options)
+        options |= {"validation_fraction": 0, "reading": reading}
+        return open_sources(specs, run.tokenizer, folder, **options)
     prepared = Path(data.folder or workdir / "data")
     return open_sources(
         parse_sources(data.sources),
         run.tokenizer,
         prepared if prepared.is_dir() else folder,
         validation_fraction=data.validation_fraction,
+        reading=reading_of(data),
         keep=True,
         **options,
     )

@@ -3,9 +3,10 @@
 import dataclasses
 from pathlib import Path
 
-from stem_jax.config import Config
+from stem_jax.config import Config, DataConfig
+from stem_jax.data.formats import Reading
 from stem_jax.data.loader import WHOLE, GlobalBatches, Share, ValidationBatches
-from stem_jax.data.sources import is_store_folder, open_sources, parse_sources, read_source
+from stem_jax.data.sources import is_store_folder, open_sources, parse_sources, read_sources
 from stem_jax.data.token_store import TokenStore
 from stem_jax.data.tokenizer import (
     Tokenizer,
@@ -52,6 +53,7 @@ def open_run_data(
         Path(data.folder or workdir / "data"),
         validation_fraction=data.validation_fraction,
         seed=train.seed,
+        reading=reading_of(data),
         vocab_size=config.model.vocab_size,
         keep=prepared,
     )
@@ -69,6 +71,13 @@ def open_run_data(
         if held_out
         else None,
     )
+
+
+def reading_of(
+    data: DataConfig, text_field: str | None = None, format: str | None = None
+) -> Reading:
+    """How a run reads text; a flag that is given goes before its key."""
+    return Reading(text_field or data.text_field, format or data.format)
 
 
 def run_tokenizer(config: Config, workdir: Path, prepared: bool) -> Tokenizer:
@@ -112,7 +121,8 @@ def _first_tokenizer(config: Config, workdir: Path) -> Tokenizer:
             "be trained here"
         )
     path = workdir / "tokenizer.model"
-    texts = (document.text for spec in specs for document in read_source(spec.source))
+    documents = read_sources([spec.source for spec in specs], reading_of(data))
+    texts = (document.text for document in documents)
     train_sentencepiece(texts, path, config.model.vocab_size)
     tokenizer = load_tokenizer("sentencepiece", path)
     path.unlink()

@@ -1,0 +1,36 @@
+"""The flags of `python -m stem_jax.prepare`."""
+
+import argparse
+
+from stem_jax.data.corpora import BUILTIN
+from stem_jax.data.formats import FORMATS
+from stem_jax.data.tokenizer import KINDS
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """Exits with 2 for wrong flags, 0 for --help."""
+
+    def add(name: str, **options) -> None:
+        parser.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('-', '_')}"]), **options)
+
+    files = "text, .json, .jsonl, .parquet; also packed: .gz, .zst, .bz2, .xz"
+    add("input", nargs="+", action="extend", default=[], help=files)
+    add("corpus", action="append", choices=BUILTIN, default=[], help="a built-in corpus")
+    add("text-field", default="text", help="JSON field or Parquet column")
+    add("format", choices=FORMATS, default="auto", help="of the files; auto: by name and content")
+    add("tokenizer", choices=KINDS, default="sentencepiece", help="kind of tokenizer")
+    add("tokenizer-path", help="a .model file or a tokenizer.json")
+    add("vocab-size", type=int, help="train SentencePiece on the text instead")
+    add("out", required=True, help="folder for train/, validation/ and tokenizer/")
+    add("validation-fraction", type=float, default=0.02, help="share")
+    add("seed", type=int, default=0, help="of the split into train and validation")
+    add("json", action="store_true", help="print the summary as JSON")
+    args = parser.parse_args(argv)
+    models = [args.tokenizer_path is not None, args.vocab_size is not None]
+    if not args.input + args.corpus:
+        parser.error("give --input or --corpus")
+    if sum(models) != (args.tokenizer != "bytes") or (models[1] and args.tokenizer == "hf"):
+        parser.error(
+            "give --tokenizer-path or, to train SentencePiece, --vocab-size; none to bytes"
+        )
+    return args
