@@ -18,11 +18,14 @@ Names and layout of the weights are those of Llama, but for `model.layers.N.mlp.
 """
 
 import dataclasses
+import inspect
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -32,6 +35,8 @@ _CACHE_NAMES = ["cache", "past_key_values"]
 _CACHE_FIELD = next(
     field.name for field in dataclasses.fields(CausalLMOutputWithPast) if field.name in _CACHE_NAMES
 )
+# Its function of masks had other names, too, and took the places of the queries before.
+_MASK_TAKES = set(inspect.signature(create_causal_mask).parameters)
 
 
 class StemConfig(PretrainedConfig):
@@ -145,8 +150,7 @@ class StemAttention(nn.Module):
         group = H // self.config.num_key_value_heads
         if self.config._attn_implementation == "eager":
             k, v = (part.repeat_interleave(group, dim=1) for part in (k, v))
-            scores = (q @ k.transpose(2, 3)).float() * Dh**-0.5
-            scores = scores.masked_fill(~mask_Bx1xLxT, float("-inf"))
+            scores = (q @ k.transpose(2, 3)).float() * Dh**-0.5 + mask_Bx1xLxT
             out = scores.softmax(-1).to(v.dtype) @ v
         elif L == 1:
             # The heads of a group as if they were positions: the cache is not copied for each.
@@ -211,41 +215,35 @@ class StemModel(nn.Module):
         """The normed output, and the hidden states before and between the layers if kept."""
         B, L = input_ids.shape
         past = 0 if cache is None else cache.get_seq_length()
-        if past + L > self.config.max_position_embeddings:
+        context, length = self.config.max_position_embeddings, past + L
+        if length > context and position_ids is not None:
+            length = int(position_ids.max()) + 1  # of the longest of several documents in a row
+        if length > context:
             raise ValueError(
-                f"{past + L} tokens are more than the context of max_position_embeddings="
-                f"{self.config.max_position_embeddings} that the model was trained with; give "
-                "fewer, or raise config.max_position_embeddings to try all the same"
+                f"{length} tokens are more than config.max_position_embeddings={context} that the "
+                "model was trained with; give fewer, or raise that to try all the same"
             )
-        device = x_BxLxD.device
-        slots_T = torch.arange(past + L, device=device)
-        queries_L = slots_T[past:]
-        if attention_mask is not None:
-            if attention_mask.shape != (B, past + L):
-                raise ValueError(
-                    f"attention_mask is {tuple(attention_mask.shape)}; it must be "
-                    f"{(B, past + L)}: one value for each token so far, 0 for padding"
-                )
-            attention_mask = attention_mask.to(device).bool()
-            # Asking for values would end a compilation.
-            if not (attention_mask.is_meta or torch.compiler.is_compiling()):
-                attention_mask = None if attention_mask.all() else attention_mask
-        # Attention needs none for the whole causal square, nor for one token that sees all others.
-        plain = attention_mask is None and (past == 0 or L == 1)
-        if plain and self.config._attn_implementation != "eager":
-            mask_Bx1xLxT = None
-        else:
-            mask = slots_T[None, :] <= queries_L[:, None]
-            mask_Bx1xLxT = mask.expand(B, L, past + L)[:, None]
-        if attention_mask is not None:
-            # Padding sees itself, so that no row is empty and becomes NaN.
-            itself = slots_T[None, :] == queries_L[:, None]
-            mask_Bx1xLxT = (mask_Bx1xLxT & attention_mask[:, None, None, :]) | itself
-            if position_ids is None:
-                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+        padded = attention_mask is not None and attention_mask.dim() == 2
+        if padded and attention_mask.shape != (B, past + L):
+            raise ValueError(
+                f"attention_mask is {tuple(attention_mask.shape)}; it must be {(B, past + L)}: one "
+                "value for each token so far, 0 for padding"
+            )
+        # As Llama, where positions that restart begin a document if there is no mask and no cache;
+        # an empty one is none, so that it holds also where the default makes one.
+        places_L = torch.arange(past, past + L, device=x_BxLxD.device)
+        values = dict.fromkeys(_CACHE_NAMES, cache if past else None)
+        values |= dict.fromkeys(("inputs_embeds", "input_embeds"), x_BxLxD)
+        values |= {"attention_mask": attention_mask, "position_ids": position_ids}
+        values |= {"config": self.config, "cache_position": places_L}
+        values = {name: value for name, value in values.items() if name in _MASK_TAKES}
+        mask_Bx1xLxT = create_causal_mask(**values)
         if position_ids is None:
-            position_ids = queries_L[None]
-        angles = self._angles(position_ids.to(device))
+            position_ids = places_L[None]
+            if padded:
+                counted = attention_mask.to(places_L.device).bool().long().cumsum(-1) - 1
+                position_ids = counted.clamp(min=0)[:, past:]
+        angles = self._angles(position_ids.to(places_L.device))
         before = []
         for layer in self.layers:
             if keep_hidden:
@@ -255,8 +253,7 @@ class StemModel(nn.Module):
 
     def _angles(self, position_ids):
         """Cosines and sines [B, 1, L, head_dim / 2], float32."""
-        rope, device = self.config.rope_parameters, position_ids.device
-        scale = 1.0
+        rope, device, scale = self.config.rope_parameters, position_ids.device, 1.0
         if rope["rope_type"] == "default":
             pairs = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=device)
             frequencies = 1.0 / rope["rope_theta"] ** (pairs / self.config.head_dim)
@@ -293,17 +290,15 @@ class StemForCausalLM(PreTrainedModel, GenerationMixin):
         elif device_map is not None:
             values, _ = cls.config_class.get_config_dict(config or path, **kwargs)
             pinned = values.get("table_device")
+        load = partial(super().from_pretrained, path, *args, config=config, **kwargs)
         if pinned is None or device_map is None:
-            return super().from_pretrained(
-                path, *args, config=config, device_map=device_map, **kwargs
-            )
+            return load(device_map=device_map)
         if isinstance(device_map, dict) or device_map in ("auto", "balanced", "sequential"):
             raise ValueError(
                 f"device_map={device_map!r} cannot be had with table_device={pinned!r}; name one "
                 'device, such as device_map="cuda", or leave out table_device'
             )
-        model = super().from_pretrained(path, *args, config=config, **kwargs)
-        return model.to(device_map)
+        return load().to(device_map)
 
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -360,8 +355,7 @@ class StemForCausalLM(PreTrainedModel, GenerationMixin):
             )
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if cache is None:
-            cache = past_key_values
+        cache = past_key_values if cache is None else cache
         if cache is None and use_cache:
             cache = DynamicCache()
         if getattr(cache, "is_compileable", False):
