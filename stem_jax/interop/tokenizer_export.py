@@ -21,6 +21,15 @@ from stem_jax.errors import InputError
 
 NATIVE_FOLDER = "native_tokenizer"
 _SPACE = "\u2581"
+# How vocabularies call a token that is for padding alone.
+_PADDING = (
+    "<pad>",
+    "[PAD]",
+    "<|pad|>",
+    "<|padding|>",
+    "<|finetune_right_pad_id|>",
+    "<|PAD_TOKEN|>",
+)
 _TOPICS = 40
 _PROBES = (
     "",
@@ -65,31 +74,63 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
     description = _description(tokenizer)
     path = folder / "tokenizer.json"
     path.write_text(json.dumps(description, ensure_ascii=False, indent=1), "utf-8")
-    vocabulary = {
-        number: token
-        for token, number in tokenizers.Tokenizer.from_file(str(path)).get_vocab().items()
-    }
+    read_back = tokenizers.Tokenizer.from_file(str(path))
+    settings = _settings(tokenizer, read_back, context)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    special = special_texts(read_back)
+    for text in probe_texts():
+        ours = [tokenizer.bos_id, *tokenizer.encode(text)]
+        # Training takes the text of a special token as text; that is `split_special_tokens` here.
+        for as_text in (True, False):
+            read_back.encode_special_tokens = as_text
+            theirs = read_back.encode(text).ids
+            if ours != theirs and (as_text or not any(one in text for one in special)):
+                raise InputError(_difference(text, ours, theirs))
+    tokenizer.save(folder / NATIVE_FOLDER)
+
+
+def padding_id(tokenizer: Tokenizer) -> int | None:
+    """The token that pads batches: the vocabulary's own, else unk, else bos; never an end of text.
+
+    Collators of transformers take padding out of the labels: with eos as padding a model that is
+    trained further never learns to stop. None if the vocabulary has no such token.
+    """
+    own, unknown = None, None
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        own, unknown = tokenizer.processor.pad_id(), tokenizer.processor.unk_id()
+    elif isinstance(tokenizer, HfTokenizer):
+        description = json.loads(tokenizer.source)
+        vocabulary = tokenizer.processor.get_vocab(with_added_tokens=True)
+        names = [(description.get("padding") or {}).get("pad_token"), *_PADDING]
+        own = next((vocabulary[name] for name in names if name in vocabulary), None)
+        unknown = vocabulary.get(description["model"].get("unk_token"))
+    for number in (own, unknown, tokenizer.bos_id):
+        if number is not None and number >= 0 and number != tokenizer.eos_id:
+            return number
+    return None
+
+
+def special_texts(tokenizer: Any) -> set[str]:
+    """Texts of the special tokens of a tokenizer of the `tokenizers` library."""
+    added = tokenizer.get_added_tokens_decoder().values()
+    return {token.content for token in added if token.special}
+
+
+def _settings(tokenizer: Tokenizer, written: Any, context: int) -> dict[str, Any]:
+    """The content of tokenizer_config.json."""
     settings = {
-        # Text that looks like a special token is text, as in training.
-        "split_special_tokens": True,
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": vocabulary[tokenizer.bos_id],
-        "eos_token": vocabulary[tokenizer.eos_id],
-        "pad_token": vocabulary[tokenizer.eos_id],
+        "bos_token": written.id_to_token(tokenizer.bos_id),
+        "eos_token": written.id_to_token(tokenizer.eos_id),
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
         "model_max_length": context,
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    read_back = tokenizers.Tokenizer.from_file(str(path))
-    read_back.encode_special_tokens = True
-    for text in probe_texts():
-        ours = [tokenizer.bos_id, *tokenizer.encode(text)]
-        theirs = read_back.encode(text).ids
-        if ours != theirs:
-            raise InputError(_difference(text, ours, theirs))
-    tokenizer.save(folder / NATIVE_FOLDER)
+    padding = padding_id(tokenizer)
+    if padding is not None:
+        settings["pad_token"] = written.id_to_token(padding)
+    return settings
 
 
 def probe_texts() -> Iterator[str]:
