@@ -18,7 +18,7 @@ from stem_jax.files import new_folder
 from stem_jax.interop.llama_names import llama_shapes, llama_weights, table_names
 from stem_jax.interop.safetensors_files import BFLOAT16, SafetensorsWriter
 from stem_jax.interop.saved_model import SavedModel
-from stem_jax.interop.tokenizer_export import write_tokenizer
+from stem_jax.interop.tokenizer_export import padding_id, write_tokenizer
 
 MODELING_FILE = "modeling_stem.py"
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": BFLOAT16}
@@ -56,7 +56,8 @@ def export_hf(
         if with_tokenizer:
             write_tokenizer(saved.tokenizer, folder, saved.config.train.seq_len)
         _write_json(folder / "config.json", config)
-        _write_json(folder / "generation_config.json", _generation_config(saved.tokenizer))
+        generation = _generation_config(saved.config, saved.tokenizer)
+        _write_json(folder / "generation_config.json", generation)
         if saved.model.stem_layers:
             shutil.copyfile(Path(__file__).with_name(MODELING_FILE), folder / MODELING_FILE)
         shapes = llama_shapes(saved.model)
@@ -125,10 +126,26 @@ def _rope_parameters(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    # There is no padding token: batches are padded with eos, and masked.
-    eos = tokenizer.eos_id
-    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos, "pad_token_id": eos}
+def _generation_config(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Ends at the context, and makes no ids that stand for nothing."""
+    values = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": _fill_id(tokenizer),
+        # Tokens of prompt and completion; without it a pipeline asks for 256 more in any context.
+        "max_length": config.train.seq_len,
+    }
+    beyond = list(range(tokenizer.vocab_size, config.model.vocab_size))
+    return {**values, "suppress_tokens": beyond} if beyond else values
+
+
+def _fill_id(tokenizer: Tokenizer) -> int:
+    """What `generate` fills ended sequences with, and takes for padding where no mask is given.
+
+    That may not be bos, which begins every prompt and would be masked.
+    """
+    padding = padding_id(tokenizer)
+    return tokenizer.eos_id if padding in (None, tokenizer.bos_id) else padding
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

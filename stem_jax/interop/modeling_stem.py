@@ -324,6 +324,12 @@ class StemForCausalLM(PreTrainedModel, GenerationMixin):
             )
         return super().generate(inputs, *args, **kwargs)
 
+    def _prepare_generated_length(self, *args, **kwargs):
+        """What is asked for beyond the context ends there: `forward` would raise, all be lost."""
+        config = super()._prepare_generated_length(*args, **kwargs)
+        config.max_length = min(config.max_length, self.config.max_position_embeddings)
+        return config
+
     def forward(
         self,
         input_ids=None,
