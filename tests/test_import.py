@@ -244,6 +244,37 @@ def test_llama(name, shard, tmp_path):
     np.testing.assert_allclose(_their_logits(out, tokens), theirs, atol=1e-6, rtol=0)
 
 
+def test_a_tied_head_alone(tmp_path):
+    folder = write_llama(tmp_path / "llama", "tied")
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    embedding = tensors.pop("model.embed_tokens.weight")
+    tokens = np.random.default_rng(0).integers(0, 258, (2, 40))
+    expected = _their_logits(folder, tokens)
+    both = {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding.clone()}
+    for name, there in (("alone", {"lm_head.weight": embedding}), ("both", both)):
+        safetensors.torch.save_file(tensors | there, folder / "model.safetensors", {"format": "pt"})
+        np.testing.assert_array_equal(_their_logits(folder, tokens), expected)
+        run = _import("llama", folder, tmp_path / name, "--tokenizer=bytes")
+        np.testing.assert_allclose(logits(run, tokens), expected, atol=LOGITS, rtol=0)
+
+
+def test_a_folder_saved_again(tmp_path, capsys):
+    folder = write_llama(tmp_path / "llama", "gqa", max_shard_size="20KB")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.embed_tokens.weight += 0.1
+    before = list(folder.glob("model-*-of-*.safetensors"))
+    model.save_pretrained(folder)
+    # Their index stays behind; without them it names nothing.
+    assert before
+    assert (folder / "model.safetensors.index.json").exists()
+    tokens = np.random.default_rng(0).integers(0, 258, (2, 40))
+    theirs = _their_logits(folder, tokens)
+    run = _import("llama", folder, tmp_path / "run", "--tokenizer=bytes")
+    np.testing.assert_allclose(logits(run, tokens), theirs, atol=LOGITS, rtol=0)
+    assert "the single file is read, as transformers does" in capsys.readouterr().err
+
+
 def test_half_precision_comes_back(tmp_path):
     folder = write_llama(tmp_path / "llama", "gqa", torch.bfloat16)
     run = _import("llama", folder, tmp_path / "run", "--tokenizer=bytes")

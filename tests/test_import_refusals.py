@@ -13,7 +13,7 @@ from test_import import few_ids_flags, write_llama, write_official
 
 from stem_jax import cli, export, import_torch
 from stem_jax.data.tokenizer import train_sentencepiece
-from stem_jax.interop import official_format
+from stem_jax.interop import names
 from stem_jax.interop.imports import find_tokenizer
 
 
@@ -28,7 +28,7 @@ def test_tables_that_differ(few_ids, tmp_path, monkeypatch, capsys):
     whole, tables = (torch.load(file, weights_only=True) for file in files)
     flags = ["--from=official", f"--path={path}", f"--workdir={tmp_path / 'run'}", *few_ids]
     torch.save({"model": whole["model"] | tables}, files[0])
-    monkeypatch.setattr(official_format, "_PIECE_BYTES", 5000)
+    monkeypatch.setattr(names, "_PIECE_BYTES", 5000)
     import_torch.main([*flags, f"--workdir={tmp_path / 'same'}"])
     tables["stem_embeddings.1.weight"][-1, -1] += 1e-6
     torch.save({"model": whole["model"] | tables}, files[0])
@@ -99,13 +99,20 @@ WQ = "lm_transformer.layers.0.attention.wq.weight"
         (lambda p, t: t.update({WQ: t[WQ].double()}), "wq.weight has dtype torch.float64"),
         (lambda p, t: t[WQ].fill_(float("nan")), "q_proj.kernel has values that are not finite"),
         (lambda p, t: t["stem_embeddings.2.weight"][9].fill_(1e999), "table 2 has rows that"),
-        (lambda p, t: p["model"].pop("dim"), "params.json lacks model.'dim'"),
+        (lambda p, t: p["model"].pop("dim"), "params.json: model: dim is missing; give"),
         (lambda p, t: p["model"].update(sliding_window=8), "model.sliding_window=8 is not"),
         (lambda p, t: p["model"].update(n_heads=5, head_dim=16), "wq.weight is (96, 96), expected"),
         (lambda p, t: p["model"].update(vocab_size=2), "tok_embeddings.weight is (257, 96)"),
-        (lambda p, t: p.update(model=None), "params.json lacks model"),
-        (lambda p, t: p["model"].update(n_heads=0, head_dim=None), "by zero in its model section"),
-        (lambda p, t: p["model"].update(n_heads=0, head_dim=8), "gives num_heads=0, expected a"),
+        (lambda p, t: p.update(model=None), "params.json: model is null; give the file"),
+        (
+            lambda p, t: p["model"].update(n_heads=0, head_dim=None),
+            "n_heads is 0, expected",
+        ),
+        (lambda p, t: p["model"].update(n_heads=99, head_dim=None), "gives 99 heads of a width of"),
+        (lambda p, t: p["model"].update(n_layers=10**9), "gives 1000000000 layers, there are"),
+        (lambda p, t: p["model"].update(norm_eps=True), "norm_eps is true, expected a number"),
+        (lambda p, t: p["model"].update(weight_tying="false"), "weight_tying is 'false', expected"),
+        (lambda p, t: p["model"].update(max_seqlen=1.5), "max_seqlen is 1.5, expected a whole"),
         (lambda p, t: t.update({WQ: t[WQ].to_sparse()}), "wq.weight is a sparse_coo tensor; save"),
         (lambda p, t: t.update({WQ: t[WQ].to("meta")}), "wq.weight is a meta tensor; save it as"),
         (lambda p, t: t.update({WQ: [1.0]}), "wq.weight is not a tensor; remove it"),
@@ -161,14 +168,17 @@ EMBED = "model.embed_tokens.weight"
     ("spoil", "message"),
     [
         (lambda f: next(f.glob("*00002-of*")).unlink(), "missing in"),
-        (_cut, "cut short: copy it again"),
+        (_cut, "file not fully covered); copy it again"),
         (lambda f: next(f.glob("*00001-of*")).write_bytes(b"x" * 50), "not a safetensors file"),
         (lambda f: next(f.glob("*00001-of*")).write_bytes(b""), "is not a safetensors file"),
-        (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "is not an index"),
+        (
+            lambda f: (f / "model.safetensors.index.json").write_text("{}"),
+            "weight_map is missing",
+        ),
         (lambda f: (f / "model.safetensors.index.json").unlink(), "has neither model.safetensors"),
         (_edit_tensors(lambda t: t.update({EMBED: t.pop(EMBED).int()})), "has dtype I32; convert"),
         (_edit_tensors(lambda t: t.pop(EMBED)), f"places {EMBED} in"),
-        (lambda f: (f / "config.json").unlink(), "has no readable config.json"),
+        (lambda f: (f / "config.json").unlink(), "config.json cannot be read (No such file"),
         (_edit_config(model_type="mistral"), "holds a model of type 'mistral'"),
         (_edit_config(attention_bias=True), "attention_bias=True, only False"),
         (_edit_config(hidden_act="gelu"), "hidden_act='gelu', only 'silu'"),
@@ -184,11 +194,11 @@ EMBED = "model.embed_tokens.weight"
             ),
             "low_freq_factor=2.0 in its rotary scaling",
         ),
-        (_edit_config(rope_parameters={"rope_type": "yarn"}), "config.json: KeyError 'factor'"),
-        (_edit_config(rope_parameters=[1.0]), "has [1.0] as its rotary parameters, expected a"),
-        (_edit_config(num_attention_heads=0, head_dim=None), "config.json: ZeroDivisionError"),
-        (_edit_config(num_attention_heads=0, head_dim=8), "gives num_heads=0, expected a number"),
-        (_edit_config(num_hidden_layers="3"), "gives num_layers='3', expected a number"),
+        (_edit_config(rope_parameters={"rope_type": "yarn"}), "rope_parameters: factor is missing"),
+        (_edit_config(rope_parameters=[1.0]), "rope_parameters is [1.0], expected an object"),
+        (_edit_config(num_attention_heads=0, head_dim=None), "num_attention_heads is 0, expected"),
+        (_edit_config(num_attention_heads=0, head_dim=8), "num_attention_heads is 0, expected"),
+        (_edit_config(num_hidden_layers="3"), "num_hidden_layers is '3', expected a whole"),
         (_edit_config(bos_token_id=1), "bos is token 256, config.json of the model has bos_token"),
         (_edit_config(eos_token_id=[1, 2]), "has eos_token_id=1 or 2: it is not the one"),
         (_edit_config(eos_token_id="</s>"), "has eos_token_id='</s>', expected token ids"),

@@ -15,6 +15,7 @@ LEVELS = [
     [
         "errors",
         "files",
+        "json_fields",
         "lock",
         "storage",
         "config",
@@ -55,8 +56,9 @@ ENTRY_POINTS += ["prepare", "plan"]
 LEVEL = {name: level for level, names in enumerate([*LEVELS, ENTRY_POINTS]) for name in names}
 # Tighter than the levels: the data pipeline runs without JAX, in worker processes.
 ONLY = {
-    "data": {"data", "files", "lock", "storage", "errors"},
+    "data": {"data", "files", "json_fields", "lock", "storage", "errors"},
     "files": {"errors", "lock"},
+    "json_fields": {"errors"},
     "lock": set(),
     "storage": {"errors"},
     "errors": set(),

@@ -15,7 +15,6 @@ import numpy as np
 
 from stem_jax.checkpoint import Checkpointer, CheckpointInfo
 from stem_jax.config import Config, ModelConfig, load_config
-from stem_jax.config_checks import validate
 from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
 from stem_jax.files import new_folder
@@ -74,7 +73,8 @@ def import_config(
     data = dataclasses.replace(data, tokenizer=tokenizer.kind, tokenizer_path=None)
     model = ModelConfig(**{**values, **decided})
     config = dataclasses.replace(config, model=model, train=train, data=data)
-    validate(config)
+    # What the files of the model say passes the same checks as what a config file says.
+    config = Config.from_json(config.to_json())
     if tokenizer.vocab_size > model.vocab_size:
         raise InputError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.vocab_size}: it is "

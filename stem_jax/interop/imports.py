@@ -1,6 +1,5 @@
 """What the three formats that can be imported hold, under our names."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,9 @@ import numpy as np
 from stem_jax.config import ModelConfig
 from stem_jax.data.tokenizer import Tokenizer, load_tokenizer, load_tokenizer_folder
 from stem_jax.errors import InputError
+from stem_jax.files import read_json
 from stem_jax.interop.import_model import Imported
+from stem_jax.interop.llama_config import llama_context, llama_model_values
 from stem_jax.interop.llama_names import (
     EMBEDDING,
     HEAD,
@@ -24,47 +25,22 @@ from stem_jax.interop.names import (
     check_shapes,
     official_pairs,
     official_table_names,
+    same_values,
 )
 from stem_jax.interop.official_format import (
+    official_context,
     official_model_values,
     official_tokenizer,
     read_official,
+    read_params,
 )
 from stem_jax.interop.safetensors_files import read_folder
 from stem_jax.interop.tokenizer_export import NATIVE_FOLDER
+from stem_jax.json_fields import Fields
 
 FORMATS = ("official", "hf", "llama")
-# Values of a Llama configuration that change what is computed, with those that we compute.
-_ONLY = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "pretraining_tp": 1,
-    "quantization_config": None,
-    "partial_rotary_factor": 1.0,
-    "sliding_window": None,
-}
-_SIZES = (
-    "vocab_size",
-    "embed_dim",
-    "num_layers",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "ffn_dim",
-)
-_ROPE_ONLY = {
-    "default": {},
-    "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
-    "yarn": {
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "attention_factor": None,
-        "mscale": None,
-        "mscale_all_dim": None,
-        "truncate": True,
-    },
-}
+_REMEDY = "give the file that belongs to the model"
+_FOLDER = "give the folder of a model of transformers"
 
 
 class LazyParams(Mapping):
@@ -124,7 +100,7 @@ def find_tokenizer(kind: str, path: Path, given: tuple[str, str | None] | None) 
                 )
         return tokenizer
     if kind == "official":
-        found = official_tokenizer(json.loads(_params_file(path).read_text()), path)
+        found = official_tokenizer(read_params(path), path)
         if found is not None:
             return load_tokenizer(*found)
     elif native.is_dir():
@@ -139,44 +115,10 @@ def find_tokenizer(kind: str, path: Path, given: tuple[str, str | None] | None) 
     )
 
 
-def llama_model_values(config: Mapping[str, Any], tied: bool) -> dict[str, Any]:
-    """The values of our model section from a config.json.
-
-    Raises:
-        InputError: a key is missing, or asks for what we do not compute.
-    """
-    for key, value in _ONLY.items():
-        if config.get(key) not in (None, value):
-            raise InputError(
-                f"config.json has {key}={config[key]!r}, only {value!r} can be imported"
-            )
-    try:
-        D, H = config["hidden_size"], config["num_attention_heads"]
-        return {
-            "vocab_size": config["vocab_size"],
-            "embed_dim": D,
-            "num_layers": config["num_hidden_layers"],
-            "num_heads": H,
-            "num_kv_heads": config.get("num_key_value_heads") or H,
-            "head_dim": config.get("head_dim") or D // H,
-            "ffn_dim": config["intermediate_size"],
-            "stem_layers": tuple(config.get("stem_layers", ())),
-            "tie_embeddings": tied,
-            "norm_eps": float(config["rms_norm_eps"]),
-            **_rope_values(config),
-        }
-    except InputError:
-        raise
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise InputError(
-            f"config.json: {type(error).__name__} {error}; give the file that belongs to the model"
-        ) from error
-
-
 def _official(path: Path) -> Imported:
     params, tensors = read_official(path)
     values = official_model_values(params, tensors)
-    model = _model(values)
+    model = _model(values, tensors)
     prefix = STEM_PREFIX if any(name.startswith(STEM_PREFIX) for name in tensors) else ""
     check_official(tensors, model, prefix)
 
@@ -185,19 +127,15 @@ def _official(path: Path) -> Imported:
         return lambda: tensor.T if pair.is_linear else tensor
 
     makers = {pair.ours: maker(pair) for pair in official_pairs(model)}
-    context = params["model"].get("max_seqlen") or 1024
     tables = [tensors[name] for name in official_table_names(model)]
-    return Imported(values, context, LazyParams(makers), tables)
+    return Imported(values, official_context(params), LazyParams(makers), tables)
 
 
 def _transformers(kind: str, path: Path) -> Imported:
-    try:
-        config = json.loads((path / "config.json").read_text())
-        found = config["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"--path={path} has no readable config.json; give the folder of a model of transformers"
-        ) from error
+    # NaN and Infinity may stand in values that nobody here reads.
+    read = read_json(path / "config.json", "--path=", _FOLDER, constants=True)
+    config = Fields(read, "config.json", _REMEDY)
+    found = config.text("model_type")
     if found not in {"hf": ("stem", "llama"), "llama": ("llama",)}[kind]:
         raise InputError(
             f"--path={path} holds a model of type {found!r}; --from={kind} reads "
@@ -206,17 +144,16 @@ def _transformers(kind: str, path: Path) -> Imported:
     tensors = read_folder(path)
     # Older files carry the rotary frequencies along.
     tensors = {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-    # A tied head is mostly left out, but may be there.
-    tied = bool(config.get("tie_word_embeddings", False))
-    values = llama_model_values(config, tied)
-    model = _model(values)
-    if tied and HEAD in tensors and EMBEDDING in tensors:
-        if not np.array_equal(tensors[HEAD], tensors[EMBEDDING]):
+    values = llama_model_values(config)
+    model = _model(values, tensors)
+    if model.tie_embeddings and HEAD in tensors:
+        # Of the two mostly the head is left out, but both may be there, or the head alone.
+        head = tensors.pop(HEAD)
+        if not same_values(head, tensors.setdefault(EMBEDDING, head)):
             raise InputError(
                 f"{HEAD} differs from {EMBEDDING}, but config.json has tie_word_embeddings=true; "
                 "set it to false"
             )
-        del tensors[HEAD]
     check_shapes(tensors, llama_shapes(model))
 
     def maker(weight):
@@ -224,8 +161,8 @@ def _transformers(kind: str, path: Path) -> Imported:
 
     makers = {weight.ours: maker(weight) for weight in llama_weights(model)}
     tables = [tensors[name] for name in table_names(model)]
-    context = config.get("max_position_embeddings", 2048)
-    return Imported(values, context, LazyParams(makers), tables, _special_ids(config))
+    special_ids = _special_ids(config.values)
+    return Imported(values, llama_context(config), LazyParams(makers), tables, special_ids)
 
 
 def _special_ids(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -239,57 +176,21 @@ def _special_ids(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return ids
 
 
-def _rope_values(config: Mapping[str, Any]) -> dict[str, Any]:
-    # Before transformers 5 the base stood by itself, and the rest under rope_scaling.
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise InputError(
-            f"config.json has {rope!r} as its rotary parameters, expected a dictionary; correct it"
-        )
-    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in _ROPE_ONLY:
-        raise InputError(
-            f"config.json has the rotary scaling {kind!r}, only {', '.join(_ROPE_ONLY)} can be "
-            "imported"
-        )
-    for key, value in _ROPE_ONLY[kind].items():
-        if rope.get(key) not in (None, value):
-            raise InputError(
-                f"config.json has {key}={rope[key]} in its rotary scaling, only {value} can be "
-                "imported"
-            )
-    if kind == "default":
-        return {
-            "rope_theta": theta,
-            "rope_scaling": "none",
-            "rope_factor": 1.0,
-            "rope_original_len": None,
-        }
-    return {
-        "rope_theta": theta,
-        "rope_scaling": kind,
-        "rope_factor": float(rope["factor"]),
-        "rope_original_len": int(rope["original_max_position_embeddings"]),
-    }
-
-
-def _model(values: dict[str, Any]) -> ModelConfig:
+def _model(values: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> ModelConfig:
     """A model of these sizes; the other values do not matter for its tensors.
 
     Raises:
-        InputError: a size that is none.
+        InputError: a size that is none, or more layers than there can be.
     """
-    for name in _SIZES:
-        if type(values[name]) is not int or values[name] < 1:
-            raise InputError(
-                f"the configuration beside the tensors gives {name}={values[name]!r}, expected a "
-                "number of at least 1; give the file that belongs to the model"
-            )
+    if values["head_dim"] < 1:
+        raise InputError(
+            f"the configuration beside the tensors gives {values['num_heads']} heads of a width of "
+            f"{values['embed_dim']}; {_REMEDY}"
+        )
+    if values["num_layers"] > len(tensors):
+        raise InputError(
+            f"the configuration beside the tensors gives {values['num_layers']} layers, there are "
+            f"{len(tensors)} tensors; {_REMEDY}"
+        )
     others = dict.fromkeys(ModelConfig.__dataclass_fields__)
     return ModelConfig(**{**others, **values})
-
-
-def _params_file(path: Path) -> Path:
-    inner = path / "consolidated" / "params.json"
-    return inner if inner.is_file() else path / "params.json"

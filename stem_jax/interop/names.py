@@ -28,6 +28,8 @@ from stem_jax.tables.layout import TableLayout
 STEM_PREFIX = "lm_transformer."
 TIED_HEAD = "output.tied_module.weight"
 _LISTED = 8
+# Of two tensors that are compared at a time.
+_PIECE_BYTES = 2**25
 
 
 class Pair(NamedTuple):
@@ -70,9 +72,7 @@ def check_official(tensors: Mapping[str, np.ndarray], config: ModelConfig, prefi
     """Raises InputError as `official_to_params` does."""
     check_shapes(tensors, official_shapes(config, prefix))
     embedding = f"{prefix}tok_embeddings.weight"
-    if config.tie_embeddings and not np.array_equal(
-        tensors[embedding], tensors[prefix + TIED_HEAD]
-    ):
+    if config.tie_embeddings and not same_values(tensors[embedding], tensors[prefix + TIED_HEAD]):
         raise InputError(
             f"{prefix}{TIED_HEAD} differs from {embedding}; set model.tie_embeddings=False and "
             "rename it output.weight"
@@ -166,6 +166,21 @@ def official_pairs(config: ModelConfig) -> Iterator[Pair]:
 
 def _turn(value: np.ndarray, is_linear: bool) -> np.ndarray:
     return np.ascontiguousarray(value.T) if is_linear else value
+
+
+def same_values(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two tensors hold the same numbers, NaN being like NaN; read a piece at a time."""
+    if one.shape != other.shape:
+        return False
+    one, other = np.atleast_1d(one), np.atleast_1d(other)
+    size = max(1, _PIECE_BYTES // max(1, one[:1].nbytes))
+    return all(
+        np.array_equal(
+            *(np.asarray(part[first : first + size], np.float32) for part in (one, other)),
+            equal_nan=True,
+        )
+        for first in range(0, len(one), size)
+    )
 
 
 def check_shapes(

@@ -20,7 +20,7 @@ import numpy as np
 from stem_jax.config import Config, ModelConfig
 from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
-from stem_jax.files import new_folder
+from stem_jax.files import new_folder, read_json
 from stem_jax.interop.hf_export import DTYPES
 from stem_jax.interop.names import (
     STEM_PREFIX,
@@ -28,17 +28,18 @@ from stem_jax.interop.names import (
     Pair,
     official_pairs,
     official_table_names,
+    same_values,
 )
 from stem_jax.interop.safetensors_files import BFLOAT16, SINGLE_FILE, SafetensorsWriter, read_file
 from stem_jax.interop.saved_model import SavedModel
+from stem_jax.json_fields import Fields
 
 FOLDER = "consolidated"
 _BACKBONE, _TABLES, _PARAMS = "consolidated.pth", "consolidated_stem.pth", "params.json"
 _MODEL_DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 # The official code's names of our tokenizer kinds; it has none for a tokenizer.json.
 _TOKENIZERS = {"sentencepiece": "sp", "bytes": "bytes"}
-# Of two tables that are compared at a time.
-_PIECE_BYTES = 2**25
+_REMEDY = "give the file that was written with the checkpoint"
 
 
 def export_official(
@@ -120,20 +121,13 @@ def read_official(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         InputError: missing or unreadable files, tensors of another dtype than float32, float16 and
             bfloat16, or a table that is in both files with different values.
     """
-    folder = path / FOLDER if (path / FOLDER).is_dir() else path
-    try:
-        params = json.loads((folder / _PARAMS).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"--path={path} has no readable {_PARAMS} ({error}); give the {FOLDER} folder of a "
-            "checkpoint of the official code"
-        ) from error
+    params, folder = read_params(path), _folder(path)
     loaded = _load(folder / _BACKBONE)
     tensors = _arrays(loaded.get("model", loaded), folder / _BACKBONE)
     if (folder / _TABLES).is_file():
         tables = _arrays(_load(folder / _TABLES), folder / _TABLES)
         for name in tables.keys() & tensors.keys():
-            if not _same_values(tables[name], tensors[name]):
+            if not same_values(tables[name], tensors[name]):
                 raise InputError(
                     f"{name} in {folder / _BACKBONE} differs from {name} in {folder / _TABLES}; "
                     "remove the file whose tables are not those of the checkpoint, or consolidate "
@@ -141,6 +135,17 @@ def read_official(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
                 )
         tensors |= tables
     return params, tensors
+
+
+def read_params(path: Path) -> dict[str, Any]:
+    """params.json alone.
+
+    Raises:
+        InputError: it is missing or unreadable.
+    """
+    folder = f"give the {FOLDER} folder of a checkpoint of the official code"
+    params = read_json(_folder(path) / _PARAMS, "--path=", folder, constants=True)
+    return dict(Fields(params, _PARAMS, folder).values)
 
 
 def official_model_values(
@@ -151,43 +156,40 @@ def official_model_values(
     Raises:
         InputError: params.json lacks a key, or asks for what we have not.
     """
-    try:
-        model = dict(params["model"])
-        dim, heads = model["dim"], model["n_heads"]
-        values = {
-            "vocab_size": model["vocab_size"],
-            "embed_dim": dim,
-            "num_layers": model["n_layers"],
-            "num_heads": heads,
-            "num_kv_heads": model.get("n_kv_heads") or heads,
-            "head_dim": model.get("head_dim") or dim // heads,
-            "stem_layers": tuple(model.get("stem_layers") or ()),
-            "tie_embeddings": bool(model.get("weight_tying", False)),
-            "norm_eps": float(model["norm_eps"]),
-            "rope_theta": float(model["rope_theta"]),
-            "init_base_std": model.get("init_base_std"),
-            "init_std_factor": model.get("init_std_factor", "disabled"),
-        }
-    except (KeyError, TypeError) as error:
+    model = Fields(params, _PARAMS, _REMEDY).inner("model")
+    dim, heads = model.integer("dim", least=1), model.integer("n_heads", least=1)
+    values = {
+        "vocab_size": model.integer("vocab_size", least=1),
+        "embed_dim": dim,
+        "num_layers": model.integer("n_layers", least=1),
+        "num_heads": heads,
+        "num_kv_heads": model.integer("n_kv_heads", heads, least=1),
+        "head_dim": model.integer("head_dim", dim // heads, least=1),
+        "stem_layers": model.integers("stem_layers", ()),
+        "tie_embeddings": model.boolean("weight_tying", False),
+        "norm_eps": model.number("norm_eps"),
+        "rope_theta": model.number("rope_theta"),
+        "init_base_std": model.number("init_base_std", None),
+        "init_std_factor": model.text("init_std_factor", "disabled"),
+    }
+    if model.values.get("sliding_window"):
         raise InputError(
-            f"{_PARAMS} lacks model.{error}; give the file that was written with the checkpoint"
-        ) from error
-    except (ValueError, ZeroDivisionError) as error:
-        raise InputError(
-            f"{_PARAMS}: {error} in its model section; give the file that was written with the "
-            "checkpoint"
-        ) from error
-    if model.get("sliding_window"):
-        raise InputError(
-            f"{_PARAMS}: model.sliding_window={model['sliding_window']} is not supported; only "
-            "models that attend to the whole document can be imported"
+            f"{_PARAMS}: model.sliding_window={model.values['sliding_window']} is not supported; "
+            "only models that attend to the whole document can be imported"
         )
     gate = "layers.0.feed_forward.w1.weight"
     found = [tensor for name, tensor in tensors.items() if name.endswith(gate)]
     if not found:
         raise InputError(f"{_BACKBONE} has no {gate}; it is not a checkpoint of a transformer")
+    if found[0].ndim != 2:
+        raise InputError(f"{_BACKBONE}: {gate} is {found[0].shape}, expected a matrix; {_REMEDY}")
     # The formula behind it needs two more values, which not every file has.
     return values | {"ffn_dim": found[0].shape[0]}
+
+
+def official_context(params: Mapping[str, Any]) -> int:
+    """Tokens that the model was trained with; raises InputError if that is no number."""
+    return Fields(params, _PARAMS, _REMEDY).inner("model").integer("max_seqlen", 0) or 1024
 
 
 def official_tokenizer(params: Mapping[str, Any], path: Path) -> tuple[str, Path | None] | None:
@@ -300,20 +302,6 @@ def _arrays(tensors: Any, path: Path) -> dict[str, np.ndarray]:
     return {name: _to_numpy(name, tensor) for name, tensor in tensors.items()}
 
 
-def _same_values(one: np.ndarray, other: np.ndarray) -> bool:
-    if one.shape != other.shape:
-        return False
-    one, other = np.atleast_1d(one), np.atleast_1d(other)
-    size = max(1, _PIECE_BYTES // max(1, one[:1].nbytes))
-    return all(
-        np.array_equal(
-            *(np.asarray(part[first : first + size], np.float32) for part in (one, other)),
-            equal_nan=True,
-        )
-        for first in range(0, len(one), size)
-    )
-
-
 def _to_numpy(name: str, tensor) -> np.ndarray:
     torch = import_torch()
     if tensor.dtype == torch.bfloat16:
@@ -366,3 +354,7 @@ def _ffn_sizes(model: ModelConfig) -> dict[str, Any]:
         return {"ffn_dim_multiplier": None, "multiple_of": 256}
     # In the middle between two integers, so that rounding does not matter.
     return {"ffn_dim_multiplier": (model.ffn_dim + 0.5) / third, "multiple_of": 1}
+
+
+def _folder(path: Path) -> Path:
+    return path / FOLDER if (path / FOLDER).is_dir() else path

@@ -8,25 +8,31 @@ A model of several files has an index beside them that says which tensor is in w
 """
 
 import errno
+import itertools
 import json
+import math
 import os
 import struct
+import sys
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from stem_jax.errors import InputError
+from stem_jax.files import read_json
+from stem_jax.json_fields import Fields
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_SUFFIX = ".safetensors"
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BFLOAT16}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 # Readers map tensors into memory; the format asks for a header that keeps them aligned.
 _ALIGNMENT = 8
-_LONGEST_HEADER = 100_000_000
 
 
 class SafetensorsWriter:
@@ -127,36 +133,39 @@ class SafetensorsWriter:
 def read_folder(folder: Path) -> dict[str, np.ndarray]:
     """The tensors of a model in its folder, mapped into memory and read when they are used.
 
+    As transformers does, a single file comes before an index: where a model was saved again into
+    a folder of several files, their index stays behind.
+
     Raises:
         InputError: no such files, one that the index names is missing, or a damaged one.
     """
-    index_path = folder / INDEX_FILE
-    if not index_path.is_file():
-        if not (folder / SINGLE_FILE).is_file():
-            raise InputError(
-                f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; save the model as "
-                "safetensors (save_pretrained does)"
+    if (folder / SINGLE_FILE).is_file():
+        if (folder / INDEX_FILE).is_file():
+            print(
+                f"note: {folder} has {SINGLE_FILE} and {INDEX_FILE}; the single file is read, as "
+                "transformers does",
+                file=sys.stderr,
             )
         return read_file(folder / SINGLE_FILE)
-    try:
-        where = dict(json.loads(index_path.read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
+    if not (folder / INDEX_FILE).is_file():
         raise InputError(
-            f"{index_path} is not an index of safetensors files; restore it"
-        ) from error
+            f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; save the model as "
+            "safetensors (save_pretrained does)"
+        )
+    where = _read_index(folder / INDEX_FILE)
     names = sorted(set(where.values()))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise InputError(
-            f"{index_path} names {', '.join(missing)}, missing in {folder}; copy all "
+            f"{folder / INDEX_FILE} names {', '.join(missing[:8])}, missing in {folder}; copy all "
             f"{len(names)} files"
         )
     found = {name: read_file(folder / name) for name in names}
     absent = [tensor for tensor, name in where.items() if tensor not in found[name]]
     if absent:
         raise InputError(
-            f"{index_path} places {absent[0]} in {where[absent[0]]}, which does not have it; "
-            "restore the files of one export"
+            f"{folder / INDEX_FILE} places {absent[0]} in {where[absent[0]]}, which does not have "
+            "it; restore the files of one export"
         )
     return {tensor: found[name][tensor] for tensor, name in where.items()}
 
@@ -168,39 +177,53 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
         InputError: no such file, a damaged one, or a dtype other than float32, float16, bfloat16.
     """
     try:
-        with path.open("rb") as file:
-            [length] = struct.unpack("<Q", file.read(8))
-            if length > _LONGEST_HEADER:
-                raise ValueError(f"a header of {length} bytes")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        entries = {
-            name: (
-                entry["dtype"],
-                tuple(map(int, entry["shape"])),
-                *map(int, entry["data_offsets"]),
-            )
-            for name, entry in header.items()
-        }
-        data = np.memmap(path, np.uint8, mode="r", offset=8 + length) if entries else None
+        # The library checks the header: that tensors fill the file, each byte belonging to one.
+        with safe_open(path, "numpy") as file:
+            names = file.offset_keys()
+            slices = [file.get_slice(name) for name in names]
+            entries = [(one.get_dtype(), tuple(one.get_shape())) for one in slices]
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); check the path") from error
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise InputError(
+            f"{path} cannot be read ({error.strerror or error}); check the path"
+        ) from error
+    except SafetensorError as error:
         raise InputError(f"{path} is not a safetensors file ({error}); copy it again") from error
-    tensors = {}
-    for name, (code, shape, start, end) in entries.items():
+    for name, (code, _) in zip(names, entries, strict=True):
         if code not in _DTYPES:
             raise InputError(
                 f"{path}: {name} has dtype {code}; convert it to {', '.join(_DTYPES)} first"
             )
-        size = int(np.prod(shape, dtype=object)) * _DTYPES[code].itemsize
-        if min(shape, default=0) < 0 or not 0 <= start <= end <= len(data) or end - start != size:
-            raise InputError(
-                f"{path}: {name} {shape} does not lie within the file ({len(data)} bytes of "
-                "tensors); the file is damaged or cut short: copy it again"
-            )
-        tensors[name] = data[start:end].view(_DTYPES[code]).reshape(shape)
+    sizes = [math.prod(shape) * _DTYPES[code].itemsize for code, shape in entries]
+    # They lie one after the other, up to the end. Nothing cannot be mapped.
+    begin = path.stat().st_size - sum(sizes)
+    data = (
+        np.memmap(path, np.uint8, mode="r", offset=begin) if sum(sizes) else np.zeros(0, np.uint8)
+    )
+    tensors = {}
+    for name, (code, shape), size, end in zip(
+        names, entries, sizes, itertools.accumulate(sizes), strict=True
+    ):
+        try:
+            tensors[name] = data[end - size : end].view(_DTYPES[code]).reshape(shape)
+        except ValueError as error:
+            # Of no elements, but too large in one dimension for an array.
+            raise InputError(f"{path}: {name} is {shape}; no tensor is so large") from error
     return tensors
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """File names by tensor, all of them within the folder."""
+    remedy = "restore the files of one export"
+    where = Fields(read_json(path, "the index", remedy), f"the index {path}", remedy)
+    where = where.inner("weight_map").values
+    for tensor, name in where.items():
+        inside = isinstance(name, str) and name.endswith(_SUFFIX) and "\0" not in name
+        if not inside or PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+            raise InputError(
+                f"the index {path} places {tensor} in {name!r}, expected the name of a {_SUFFIX} "
+                f"file of its folder; {remedy}"
+            )
+    return dict(where)
 
 
 def _split(shapes: dict[str, tuple[int, ...]], itemsize: int, file_bytes: int) -> list[list[str]]:
