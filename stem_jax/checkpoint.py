@@ -18,7 +18,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from stem_jax.checkpoint_files import write_list
+from stem_jax.checkpoint_files import (
+    FORMAT_VERSION,
+    ITEMS,
+    PLAIN_ITEMS,
+    TABLE_ITEMS,
+    check_format,
+    write_list,
+)
 from stem_jax.config import Config
 from stem_jax.errors import InputError
 from stem_jax.store_handler import StoreField, store_args, table_handler
@@ -27,12 +34,10 @@ from stem_jax.tables.spec import TableSpec, TableState
 from stem_jax.tables.store_snapshot import StoreSnapshot
 from stem_jax.training.state import TrainState
 
-FORMAT_VERSION = 2
 FOLDER = "checkpoints"
 _BEST = "eval/loss"
 # Arrays of the table on disk are cut into values of this size, so that a part can be read alone.
 _CHUNK_BYTES = 2**24
-_ITEMS = ("params", "opt_state", "table_rows", "table_slots", "data", "config", "layout")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,18 +207,13 @@ class Checkpointer:
         if step not in self.steps():
             known = ", ".join(map(str, self.steps())) or "none"
             raise InputError(f"no checkpoint of step {step} in {self.folder}; there are: {known}")
-        missing = [name for name in _ITEMS if not (self.folder / str(step) / name).is_dir()]
-        names = ("data", "config", "layout")
-        if not {*names, "params", "opt_state"}.isdisjoint(missing):
+        folder = self.folder / str(step)
+        missing = [name for name in (*ITEMS, *TABLE_ITEMS) if not (folder / name).is_dir()]
+        if not set(ITEMS).isdisjoint(missing):
             raise self._damaged(step, f"without {', '.join(missing)}")
-        found = self._restore(step, {name: ocp.args.JsonRestore() for name in names})
+        found = self._restore(step, {name: ocp.args.JsonRestore() for name in PLAIN_ITEMS})
         layout, data = found["layout"], dict(found["data"])
-        if layout["format"] != FORMAT_VERSION:
-            age = "an older" if layout["format"] < FORMAT_VERSION else "a newer"
-            raise InputError(
-                f"checkpoint {self.folder / str(step)} has format {layout['format']}, this version "
-                f"reads {FORMAT_VERSION}; it was written by {age} stem_jax, use that"
-            )
+        check_format(folder, layout["format"])
         info = CheckpointInfo(
             # Those that do not say were made when no schedule had an end.
             endless=data.pop("endless_updates", data["updates"]),
@@ -233,7 +233,7 @@ class Checkpointer:
             spec.layout.multiplier,
         ):
             raise InputError(
-                f"checkpoint {self.folder / str(step)} spreads {layout['num_rows']} rows by "
+                f"checkpoint {folder} spreads {layout['num_rows']} rows by "
                 f"{layout['multiplier']}, its configuration gives {spec.layout.num_rows} by "
                 f"{spec.layout.multiplier}; it was written by another version"
             )

@@ -4,16 +4,26 @@ Values on disk carry no checksums that would tell a truncated file from a whole 
 read, and reading is too late: by then other processes wait for this one.
 """
 
+import contextlib
+import errno
 import json
 import shutil
 from pathlib import Path
 
 from stem_jax.errors import InputError
+from stem_jax.files import read_json
 
+FORMAT_VERSION = 2
+PLAIN_ITEMS = ("data", "config", "layout")
+ITEMS = ("params", "opt_state", *PLAIN_ITEMS)
+# Of a model with tables.
+TABLE_ITEMS = ("table_rows", "table_slots")
 LIST = "files.json"
 ASIDE = "damaged_checkpoints"
 # Orbax adds the time of the commit to it afterwards.
 _GROWS = "_CHECKPOINT_METADATA"
+# What Orbax calls the file of a plain item.
+_JSON = "metadata"
 
 
 def write_list(folder: Path) -> None:
@@ -27,12 +37,14 @@ def write_list(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with the files of a checkpoint; None if nothing is, or if it has no list."""
-    try:
-        sizes = json.loads((folder / LIST).read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError:
+    """What is wrong with the files of a checkpoint; None if nothing is.
+
+    One without a list, as earlier versions wrote them, is whole if it has its items.
+    """
+    if not (folder / LIST).exists():
+        return _missing_items(folder)
+    sizes = _plain(folder / LIST)
+    if sizes is None:
         return f"{LIST} is not readable"
     for name, size in sizes.items():
         path = folder / name
@@ -43,17 +55,32 @@ def damage(folder: Path) -> str | None:
     return None
 
 
+def check_format(folder: Path, version: int) -> None:
+    """Raises InputError for a checkpoint of another format, `version`, than this code reads."""
+    if version != FORMAT_VERSION:
+        age = "an older" if version < FORMAT_VERSION else "a newer"
+        raise InputError(
+            f"checkpoint {folder} has format {version}, this version reads {FORMAT_VERSION}; it "
+            f"was written by {age} stem_jax, use that"
+        )
+
+
 def set_aside_damaged(checkpoints: Path) -> list[str]:
     """Moves damaged checkpoints that are newer than the newest whole one out of the way.
 
-    Returns a line for each. Raises InputError if no whole one is left.
+    Returns a line for each. Raises InputError if no whole one is left, if one cannot be moved, and
+    for one of another format: what is whole there, only its own version knows.
     """
     steps = sorted(
         (int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal()), reverse=True
     )
     found: list[tuple[int, str]] = []
     for step in steps:
-        reason = damage(checkpoints / str(step))
+        folder = checkpoints / str(step)
+        layout = _plain(folder / "layout" / _JSON)
+        if layout is not None and isinstance(layout.get("format"), int):
+            check_format(folder, layout["format"])
+        reason = damage(folder)
         if reason is None:
             break
         found.append((step, reason))
@@ -62,13 +89,56 @@ def set_aside_damaged(checkpoints: Path) -> list[str]:
             f"no checkpoint in {checkpoints} is whole (the newest, {found[0][0]}: {found[0][1]}); "
             "bring its files back, or start in another --workdir"
         )
-    aside = checkpoints.parent / ASIDE
     lines = []
     for step, reason in found:
-        aside.mkdir(exist_ok=True)
-        target = aside / str(step)
-        if target.exists():
-            shutil.rmtree(target)
-        (checkpoints / str(step)).rename(target)
+        folder, target = checkpoints / str(step), checkpoints.parent / ASIDE / str(step)
+        try:
+            _move(folder, target)
+        except OSError as error:
+            raise InputError(
+                f"checkpoint {folder} is damaged ({reason}) and cannot be moved to {target} "
+                f"({error.strerror or error}); move or delete it to go on from the one before"
+            ) from error
         lines.append(f"checkpoint {step} is damaged ({reason}); moved to {target}")
     return lines
+
+
+def _missing_items(folder: Path) -> str | None:
+    """Which items a checkpoint without a list lacks; None if none."""
+    config = _plain(folder / "config" / _JSON) or {}
+    model = config.get("model")
+    has_tables = isinstance(model, dict) and model.get("stem_layers")
+    wanted = (*ITEMS, *TABLE_ITEMS) if has_tables else ITEMS
+    missing = [name for name in wanted if not any((folder / name).glob("*"))]
+    if len(missing) == len(ITEMS) == len(wanted):
+        return f"without {LIST} and any item"
+    return f"without {LIST} and {', '.join(missing)}" if missing else None
+
+
+def _plain(path: Path) -> dict | None:
+    """The object in a JSON file; None without such a file, or if it holds anything else."""
+    with contextlib.suppress(InputError):
+        found = read_json(path)
+        return found if isinstance(found, dict) else None
+    return None
+
+
+def _move(folder: Path, target: Path) -> None:
+    target.parent.mkdir(exist_ok=True)
+    if target.exists():
+        shutil.rmtree(target)
+    try:
+        folder.rename(target)
+        return
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+    # The checkpoints lie behind a link, on another file system.
+    part = target.with_name(f".{target.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        shutil.copytree(folder, part)
+        part.rename(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(folder)

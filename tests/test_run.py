@@ -14,6 +14,7 @@ import pytest
 from children import train_flags
 
 from stem_jax.errors import InputError, TrainingError
+from stem_jax.loading import load_run
 from stem_jax.train import main
 
 TEXT = [
@@ -268,30 +269,30 @@ def test_other_tokenizer_is_refused(copied_run, text_file):
         main(arguments(text_file, copied_run))
 
 
-def test_incomplete_checkpoint_is_refused_with_a_way_out(copied_run, text_file):
+def test_an_incomplete_checkpoint_is_refused_with_a_way_out(copied_run):
     newest = copied_run / "checkpoints" / "12"
-    # One of an earlier version, which wrote no list of its files.
-    (newest / "files.json").unlink()
     shutil.rmtree(newest / "table_rows")
     with pytest.raises(InputError, match=r"12 is incomplete .* delete that folder"):
-        main(arguments(text_file, copied_run))
+        load_run(copied_run)
 
 
-@pytest.mark.parametrize("cut", ["missing", "short"])
+@pytest.mark.parametrize("cut", ["short", "empty"])
 def test_a_damaged_checkpoint_is_set_aside(copied_run, text_file, cut):
     expected = final_arrays(copied_run, 12)
     newest = copied_run / "checkpoints" / "12"
     [path, *_] = sorted((newest / "table_rows").rglob("d/*"))
     size = path.stat().st_size
-    if cut == "missing":
-        path.unlink()
+    what = f"{path.relative_to(newest)} has {size - 1} bytes of {size}"
+    if cut == "empty":
+        shutil.rmtree(newest)
+        newest.mkdir()
+        what = "without files.json and any item"
     else:
         os.truncate(path, size - 1)
     out, _ = finish(start(arguments(text_file, copied_run)))
-    what = "is missing" if cut == "missing" else f"has {size - 1} bytes of {size}"
-    assert f"checkpoint 12 is damaged ({path.relative_to(newest)} {what})" in out
+    assert f"checkpoint 12 is damaged ({what})" in out
     assert "resuming from step 8" in out
-    assert (copied_run / "damaged_checkpoints" / "12" / "params").is_dir()
+    assert (copied_run / "damaged_checkpoints" / "12").is_dir()
     for name, array in final_arrays(copied_run, 12).items():
         np.testing.assert_array_equal(array, expected[name], err_msg=name)
 
