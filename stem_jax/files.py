@@ -4,23 +4,18 @@ import contextlib
 import errno
 import json
 import os
-import shutil
-import signal
-import sys
-import tempfile
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from stem_jax.errors import InputError
+from stem_jax.unfinished import moved_away, refused_writes, remove, unfinished
 
 # Of lists and objects in each other; files that people write stay below 20. A fixed number: what
 # the JSON reader of Python bears depends on its version and on who calls it.
 DEEPEST = 200
 _BOM = "\ufeff"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _REMEDY = "correct it, or restore it"
 
 
@@ -107,9 +102,9 @@ def new_folder(folder: Path, flag: str) -> Iterator[Path]:
     """
     check_absent(folder, flag)
     where = f"{flag}={folder}"
-    with _part_of(folder, where, _make_folder) as made:
+    with unfinished(folder, where, _make_folder) as made:
         yield made
-        with _refused(where):
+        with refused_writes(where):
             _sync_all(made)
             check_absent(folder, flag)
             made.rename(folder)
@@ -122,20 +117,19 @@ def replace_folder(folder: Path, flag: str) -> Iterator[Path]:
     where = f"{flag}={folder}"
     # Behind a link the folder itself is replaced; the link stays.
     folder = folder.resolve() if folder.is_symlink() else folder
-    with _part_of(folder, where, _make_folder) as made:
+    with unfinished(folder, where, _make_folder) as made:
         yield made
-        with _refused(where):
+        with refused_writes(where):
             _sync_all(made)
             if folder.exists():
                 # Two renames: a folder cannot be renamed over one that has files in it.
-                old = made.with_name(made.name + "-old")
-                folder.rename(old)
+                folder.rename(moved_away(made))
                 try:
                     made.rename(folder)
                 except BaseException:
-                    old.rename(folder)
+                    moved_away(made).rename(folder)
                     raise
-                shutil.rmtree(old, ignore_errors=True)
+                remove(moved_away(made))
             else:
                 made.rename(folder)
             _sync(folder.parent)
@@ -158,7 +152,7 @@ def write_whole(path: str | Path, content: str | bytes, flag: str = "") -> None:
     if path.exists() and not path.is_file():
         kind = "a folder" if path.is_dir() else "no regular file"
         raise InputError(f"{where} is {kind}; give the name of a file")
-    with _part_of(path, where, _make_file) as made, _refused(where):
+    with unfinished(path, where, _make_file) as made, refused_writes(where):
         with made.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
@@ -167,111 +161,12 @@ def write_whole(path: str | Path, content: str | bytes, flag: str = "") -> None:
         _sync(path.parent)
 
 
-@contextlib.contextmanager
-def _part_of(target: Path, where: str, make: Callable[[Path], Path]) -> Iterator[Path]:
-    """A temporary file or folder beside `target`, gone at the end unless it was renamed."""
-    with _exit_on_sigterm(where):
-        made = _made(target, where, make)
-        try:
-            with _refused(where, _FULL):
-                yield made
-        finally:
-            with _undisturbed():
-                _remove(made)
+def _make_folder(path: Path) -> None:
+    path.mkdir()
 
 
-@contextlib.contextmanager
-def _refused(where: str, numbers: tuple[int, ...] = ()) -> Iterator[None]:
-    """Errors of the file system, all or those of some numbers, as an InputError."""
-    try:
-        yield
-    except OSError as error:
-        if numbers and error.errno not in numbers:
-            raise
-        reason, remedy = error.strerror, "choose another place"
-        if error.errno in _FULL:
-            reason, remedy = "no space left", "free some, or choose another place"
-        raise InputError(f"{where} cannot be written ({reason}); {remedy}") from error
-
-
-def _made(target: Path, where: str, make: Callable[[Path], Path]) -> Path:
-    there = next((parent for parent in target.parents if parent.exists()), None)
-    if there is not None and not there.is_dir():
-        raise InputError(
-            f"{where} cannot be created: {there} is not a folder; choose another folder"
-        )
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return make(target)
-    except OSError as error:
-        raise InputError(
-            f"{where} cannot be created ({error.strerror}); choose another folder"
-        ) from error
-
-
-def _make_folder(target: Path) -> Path:
-    made = tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
-    # A temporary folder is for its owner alone; this one will be a folder like others.
-    os.chmod(made, 0o777 & ~_umask())
-    return Path(made)
-
-
-def _make_file(target: Path) -> Path:
-    file, made = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
-    os.fchmod(file, 0o666 & ~_umask())
-    os.close(file)
-    return Path(made)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _exit_on_sigterm(where: str) -> Iterator[None]:
-    """SIGTERM raises SystemExit meanwhile, so that what was begun is removed.
-
-    Only where it would kill the process: a training has its own way to stop.
-    """
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-
-    def leave(number, _) -> None:
-        # A second one must not end the removal.
-        signal.signal(number, signal.SIG_IGN)
-        print(f"error: stopped by SIGTERM; {where} was not written", file=sys.stderr)
-        raise SystemExit(128 + number)
-
-    signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Ctrl-C is not heard: what is removed meanwhile is gone at the end."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        # None is a handler that was not set by Python, and that Python cannot set again.
-        signal.signal(signal.SIGINT, signal.default_int_handler if before is None else before)
+def _make_file(path: Path) -> None:
+    path.touch(exist_ok=False)
 
 
 def _sync_all(folder: Path) -> None:

@@ -3,12 +3,14 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import stat
 
 import pytest
 from children import child, finish
 
+from stem_jax import files
 from stem_jax.errors import InputError
 from stem_jax.files import (
     DEEPEST,
@@ -111,6 +113,73 @@ def test_a_stop_leaves_a_folder_as_it_was(way, stop, tmp_path):
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == (
         ["out", "out/old"] if way == "replace_folder" else []
     )
+
+
+def _names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("way", ["new_folder", "replace_folder"])
+def test_the_next_writer_removes_what_a_dead_one_left(way, tmp_path):
+    out = tmp_path / "out"
+    write = getattr(files, way)
+    # Of a program without locks, of another name, and of a number that a living process may have.
+    others = [".out.abcd1234.part", ".out.x.abcd1234.part", f".out.tmp-{os.getpid()}"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    with child("-c", WRITER, way, str(out)) as process:
+        assert any(line == "begun\n" for line in process.stdout)
+        begun = set(_names(tmp_path)) - set(others)
+        assert {name[-5:] for name in begun} == {".part", ".lock"}
+        # A live one keeps its own, and its end does not touch what others wrote meanwhile.
+        with write(out, "--out") as folder:
+            (folder / "new").write_text("new")
+        assert set(_names(tmp_path)) == {"out", *begun, *others}
+        process.kill()
+        process.wait()
+    shutil.rmtree(out)
+    assert set(_names(tmp_path)) == {*begun, *others}
+    with write(out, "--out"):
+        pass
+    assert set(_names(tmp_path)) == {"out", *others}
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from stem_jax import files
+
+def rename(self, target):
+    os.rename(self, target)
+    os.kill(os.getpid(), 9)
+
+Path.rename = rename
+with files.replace_folder(Path(sys.argv[1]), "--out") as folder:
+    (folder / "new").write_text("new")
+"""
+
+
+def test_a_replaced_folder_comes_back(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("old")
+    with child("-c", KILLED, str(out)) as process:
+        assert process.wait(60) == -signal.SIGKILL
+    assert not out.exists()
+    with pytest.raises(ZeroDivisionError), replace_folder(out, "--out"):
+        _ = 1 / 0
+    assert _names(tmp_path) == ["out"]
+    assert _names(out) == ["old"]
+
+
+def test_a_file_of_a_dead_writer_is_removed(tmp_path):
+    dead = "import os; from stem_jax import files; os.fsync = lambda _: os.kill(os.getpid(), 9); "
+    dead += f"files.write_whole({str(tmp_path / 'x')!r}, 'half')"
+    with child("-c", dead) as process:
+        assert process.wait(60) == -signal.SIGKILL
+    assert len(_names(tmp_path)) == 2
+    write_whole(tmp_path / "x", "whole")
+    assert _names(tmp_path) == ["x"]
 
 
 def test_a_folder_is_replaced(tmp_path):

@@ -18,6 +18,7 @@ LEVELS = [
         "json_fields",
         "lock",
         "storage",
+        "unfinished",
         "config",
         "config_checks",
         "cli",
@@ -57,10 +58,11 @@ LEVEL = {name: level for level, names in enumerate([*LEVELS, ENTRY_POINTS]) for 
 # Tighter than the levels: the data pipeline runs without JAX, in worker processes.
 ONLY = {
     "data": {"data", "files", "json_fields", "lock", "storage", "errors"},
-    "files": {"errors", "lock"},
+    "files": {"errors", "unfinished"},
     "json_fields": {"errors"},
     "lock": set(),
     "storage": {"errors"},
+    "unfinished": {"errors", "lock"},
     "errors": set(),
     "hardware": set(),
 }

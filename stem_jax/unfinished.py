@@ -1,0 +1,155 @@
+"""What is being written lies beside its name, and is gone if it does not get it."""
+
+import contextlib
+import errno
+import re
+import secrets
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from stem_jax.errors import InputError
+from stem_jax.lock import Lock
+
+_PART, _LOCK = ".part", ".lock"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextlib.contextmanager
+def unfinished(target: Path, where: str, make: Callable[[Path], None]) -> Iterator[Path]:
+    """A temporary file or folder beside `target`, gone at the end unless it was renamed.
+
+    A lock beside it says that its writer lives. What dead writers left is removed first.
+    """
+    with _exit_on_sigterm(where):
+        _make_parent(target, where)
+        made, lock = None, None
+        try:
+            with refused_writes(where):
+                _remove_abandoned(target)
+                made, lock = _locked_name(target)
+                make(made)
+            with refused_writes(where, _FULL):
+                yield made
+        finally:
+            if lock is not None:
+                with _undisturbed():
+                    remove(made)
+                    lock.release()
+
+
+def _make_parent(target: Path, where: str) -> None:
+    there = next((parent for parent in target.parents if parent.exists()), None)
+    if there is not None and not there.is_dir():
+        raise InputError(
+            f"{where} cannot be created: {there} is not a folder; choose another folder"
+        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{where} cannot be created ({error.strerror}); choose another folder"
+        ) from error
+
+
+def _locked_name(target: Path) -> tuple[Path, Lock]:
+    """A name beside `target` that nobody has, and a lock that says so."""
+    while True:
+        made = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_PART}")
+        # One who looks for what the dead left may hold it for a moment.
+        if (lock := Lock.take(_lock_of(made))) is not None:
+            return made, lock
+
+
+def _remove_abandoned(target: Path) -> None:
+    """What writers of this name left who were killed: their locks can be taken.
+
+    A folder that one of them had moved away to replace it comes back.
+    """
+    name = re.escape(target.name)
+    pattern = re.compile(rf"(\.{name}\.[0-9a-f]{{8}}{re.escape(_PART)}){re.escape(_LOCK)}")
+    for path in target.parent.iterdir():
+        if (match := pattern.fullmatch(path.name)) is None:
+            continue
+        # Another user's stays; so does what this one may not remove.
+        with contextlib.suppress(OSError):
+            if (lock := Lock.take(path)) is None:
+                continue
+            with lock:
+                made = path.with_name(match[1])
+                if moved_away(made).exists() and not target.exists():
+                    moved_away(made).rename(target)
+                remove(moved_away(made))
+                remove(made)
+
+
+def _lock_of(made: Path) -> Path:
+    return made.with_name(made.name + _LOCK)
+
+
+def moved_away(made: Path) -> Path:
+    """Where the folder that is replaced lies for a moment."""
+    return made.with_name(made.name + "-old")
+
+
+@contextlib.contextmanager
+def refused_writes(where: str, numbers: tuple[int, ...] = ()) -> Iterator[None]:
+    """Errors of the file system, all or those of some numbers, as an InputError."""
+    try:
+        yield
+    except OSError as error:
+        if numbers and error.errno not in numbers:
+            raise
+        reason, remedy = error.strerror, "choose another place"
+        if error.errno in _FULL:
+            reason, remedy = "no space left", "free some, or choose another place"
+        raise InputError(f"{where} cannot be written ({reason}); {remedy}") from error
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder with all that is in it, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _exit_on_sigterm(where: str) -> Iterator[None]:
+    """SIGTERM raises SystemExit meanwhile, so that what was begun is removed.
+
+    Only where it would kill the process: a training has its own way to stop.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def leave(number, _) -> None:
+        # A second one must not end the removal.
+        signal.signal(number, signal.SIG_IGN)
+        print(f"error: stopped by SIGTERM; {where} was not written", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C is not heard: what is removed meanwhile is gone at the end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        # None is a handler that was not set by Python, and that Python cannot set again.
+        signal.signal(signal.SIGINT, signal.default_int_handler if before is None else before)
