@@ -1,4 +1,7 @@
-"""The processes of a run: how one joins the others, and how it leaves them."""
+"""The processes of a run: how one joins the others, and how it leaves them.
+
+JAX is imported where a process joins, as flags are parsed before.
+"""
 
 import argparse
 import contextlib
@@ -10,9 +13,6 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-
-import jax
-from orbax.checkpoint import multihost as orbax_multihost
 
 from stem_jax.errors import InputError, TrainingError
 
@@ -83,8 +83,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default=known.coordinator,
         help="HOST:PORT of process 0, where no cluster is detected (TPU VM, Slurm, Kubernetes)",
     )
-    parser.add_argument("--num-processes", type=int, default=known.num_processes)
-    parser.add_argument("--process-index", type=int, default=known.process_index)
+    parser.add_argument(
+        "--num-processes", type=int, default=known.num_processes, help="of the run, where needed"
+    )
+    parser.add_argument(
+        "--process-index", type=int, default=known.process_index, help="of this one, from 0"
+    )
     parser.add_argument(
         "--init-timeout", type=int, default=known.timeout, help="seconds to wait for the others"
     )
@@ -123,6 +127,8 @@ def join(gang: Gang) -> None:
             "processes of --num-processes"
         )
     # Past its own timeout JAX aborts the process with a stack of C++; this one says why before.
+    import jax
+
     watch = threading.Timer(gang.timeout, _not_joined, [gang])
     note = threading.Timer(_NOTE_SECONDS, _still_waiting, [gang])
     for timer in (watch, note):
@@ -183,6 +189,8 @@ def membership(
     try:
         yield
     except Exception as error:
+        import jax
+
         index, refused = jax.process_index(), isinstance(error, InputError | TrainingError)
         if refused:
             print(f"error: process {index}: {error}", file=sys.stderr)
@@ -203,6 +211,8 @@ def membership(
 
 def wait_for_all(name: str, seconds: int) -> None:
     """Returns when every process asked for the same name; raises after so many seconds."""
+    from orbax.checkpoint import multihost as orbax_multihost
+
     # Not a collective of the devices: on CPUs those give up after half a minute.
     wait = orbax_multihost.get_barrier_sync_fn()
     wait(key=f"stem_jax_{name}", timeout_ms=seconds * 1000)

@@ -7,39 +7,35 @@ python -m stem_jax.edit --workdir=runs/facts --measure=facts
 
 import argparse
 import json
-from pathlib import Path
 
 from stem_jax import cli
-from stem_jax.errors import InputError
-from stem_jax.knowledge.comparison import compare, format_comparison
+from stem_jax.jax_start import start_jax
 from stem_jax.knowledge.edit_flags import parse
-from stem_jax.knowledge.edit_trial import Trial, try_edits
-from stem_jax.knowledge.patch import check_new, edited_run, format_patch, make_patch, read_patch
-from stem_jax.knowledge.result_folder import check_folder
-from stem_jax.knowledge.swaps import recipes_of
-from stem_jax.loading import load_run
 
 
 def main(argv: list[str]) -> None:
     """Parses flags; makes a patch and prints completions before and after it, or measures edits."""
     args = parse(argv, __doc__)
+    start_jax(args.compilation_cache)
     if args.measure is not None:
-        _measure(args)
-        return
-    base = [read_patch(path) for path in args.edits]
+        return _measure(args)
+    from stem_jax.knowledge import patch as patches
+    from stem_jax.knowledge.comparison import compare, format_comparison
+    from stem_jax.knowledge.swaps import recipes_of
+    from stem_jax.loading import load_run
+
+    base = [patches.read_patch(path) for path in args.edits]
     if args.list:
-        print("\n".join(format_patch(patch) for patch in base) or "no patches")
-        return
-    if not args.swap + args.inject:
-        raise InputError("there is nothing to edit; give --swap, --inject, --measure or --list")
+        return print("\n".join(map(patches.format_patch, base)) or "no patches")
     if args.save:
-        check_new(args.save)
+        patches.check_new(args.save)
     run = load_run(args.workdir, args.step, args.resident_rows)
     recipes = recipes_of(run.tokenizer, args.swap, args.inject, args.strategy)
     where = {"layers": args.layers, "scale": args.scale, "base": base}
-    patch = make_patch(run, recipes, description="; ".join([*args.swap, *args.inject]), **where)
-    print(format_patch(patch, run.tokenizer))
-    old, new = edited_run(run, base), edited_run(run, [*base, patch])
+    said = "; ".join([*args.swap, *args.inject])
+    patch = patches.make_patch(run, recipes, description=said, **where)
+    print(patches.format_patch(patch, run.tokenizer))
+    old, new = (patches.edited_run(run, stack) for stack in (base, [*base, patch]))
     for found in compare(old, new, args.prompt, args.max_new_tokens, args.top):
         print(f"\n{format_comparison(found)}")
     if args.save:
@@ -48,9 +44,13 @@ def main(argv: list[str]) -> None:
 
 
 def _measure(args: argparse.Namespace) -> None:
+    from stem_jax.knowledge.edit_trial import Trial, try_edits
+    from stem_jax.knowledge.result_folder import check_folder
+    from stem_jax.loading import load_run
+
     choice = (args.pairs, args.tokens, args.strategy, args.layers, args.write, args.seed)
     run = load_run(args.workdir, args.step, args.resident_rows)
-    out = check_folder(args.out or Path(args.workdir) / "editing")
+    out = check_folder(args.out or args.workdir / "editing")
     result = try_edits(run, Trial(args.measure, *choice))
     paths = ", ".join(map(str, result.write(out)))
     print(json.dumps(result.record()) if args.json else f"{result.format()}\n\n{paths}")

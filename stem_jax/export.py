@@ -3,32 +3,34 @@
 python -m stem_jax.export --workdir=runs/tiny --format=hf --out=exported
 """
 
-import argparse
 import dataclasses
 import time
 
 from stem_jax import cli
-from stem_jax.interop.hf_export import DTYPES, export_hf
-from stem_jax.interop.official_format import export_official
-from stem_jax.interop.saved_model import open_saved_model
-from stem_jax.knowledge.patch import read_patch
+from stem_jax.jax_start import start_jax
 
 
 def main(argv: list[str]) -> None:
     """Parses flags, writes the folder and says what it holds."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = cli.Parser("stem_jax.export", __doc__)
     add = parser.add_argument
-    add("--workdir", required=True, help="folder of a training run")
+    parser.add_path("--workdir", required=True, help="folder of a training run")
     add("--step", type=int, help="checkpoint; without it, the newest")
-    add("--format", required=True, choices=["hf", "official"], help="transformers, or STEM's code")
-    add("--out", required=True, help="folder to create")
-    add("--dtype", default="float32", choices=list(DTYPES), help="of the weights")
-    add("--file-gib", "--file_gib", type=float, default=4.0, help="hf: largest weights file")
-    add("--no-tokenizer", "--no_tokenizer", action="store_true", help="leave the tokenizer out")
-    add("--edits", type=cli.names, default=[], help="patches of stem_jax.edit to bake in")
+    add("--format", required=True, choices=("hf", "official"), help="transformers, or STEM's code")
+    parser.add_path("--out", required=True, help="folder to create")
+    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights")
+    add("--file-gib", type=float, default=4.0, help="hf: largest weights file")
+    add("--no-tokenizer", action="store_true", help="leave the tokenizer out")
+    parser.add_paths("--edits", default=[], help="patches of stem_jax.edit to bake in")
     args = parser.parse_args(argv)
     if args.file_gib <= 0:
         parser.error(f"--file-gib={args.file_gib} must be more than 0")
+    start_jax()
+    from stem_jax.interop.hf_export import export_hf
+    from stem_jax.interop.official_format import export_official
+    from stem_jax.interop.saved_model import open_saved_model
+    from stem_jax.knowledge.patch import read_patch
+
     start = time.perf_counter()
     saved = open_saved_model(args.workdir, args.step)
     patches = tuple(read_patch(path) for path in args.edits)

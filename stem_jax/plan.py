@@ -1,28 +1,20 @@
 """Plans a run: python -m stem_jax.plan --config=configs/stem_1b.py --topology=v5e:8x8"""
 
-import argparse
-
-import jax
-
 from stem_jax import cli
 from stem_jax.config import load_config
 from stem_jax.errors import InputError
-from stem_jax.planning.plan import make_plan
-from stem_jax.planning.report import as_json, as_text, verdict
-from stem_jax.planning.topology import Topology
 
 
 def main(argv: list[str]) -> None:
     """Parses flags, compiles the step for the pod and prints the plan."""
-    parser = argparse.ArgumentParser(
-        prog="python -m stem_jax.plan",
-        description="Compiles the train step of a config file for a TPU pod, on a machine without\n"
+    parser = cli.Parser(
+        "stem_jax.plan",
+        "Compiles the train step of a config file for a TPU pod, on a machine without\n"
         "any, and says whether it fits, what it sends and what bounds its speed.\n"
         "Topologies: v4, v5e, v5p, v6e as in v5e:8x8, and cpu:8 (fake CPU devices).\n"
         "Any key of configs/base.py can be given as --config.section.key=value.",
-        formatter_class=cli.HelpFormatter,
     )
-    parser.add_argument("--config", required=True, help="config file, e.g. configs/stem_1b.py")
+    parser.add_path("--config", required=True, help="config file, e.g. configs/stem_1b.py")
     parser.add_argument("--topology", required=True, help="kind and shape of a slice")
     parser.add_argument("--slices", type=int, default=1, help="slices of that shape")
     switches = {
@@ -35,8 +27,14 @@ def main(argv: list[str]) -> None:
         parser.add_argument(flag, action="store_true", help=meaning)
     flags, overrides = cli.split_overrides(argv)
     args = parser.parse_args(flags)
-    topology = Topology.parse(args.topology, args.slices)
     config = load_config(args.config, overrides)
+    import jax
+
+    from stem_jax.planning.plan import make_plan
+    from stem_jax.planning.report import as_json, as_text, verdict
+    from stem_jax.planning.topology import Topology
+
+    topology = Topology.parse(args.topology, args.slices)
     # The devices of a plan are descriptions; the process itself needs none but the CPU.
     jax.config.update("jax_platforms", "cpu")
     plan = make_plan(

@@ -3,7 +3,6 @@
 python -m stem_jax.prepare --input='data/*.jsonl.zst' --vocab-size=32000 --out=stores/mine
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -17,8 +16,7 @@ from stem_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 
 def main(argv: list[str]) -> None:
     """Parses flags, prepares, and prints a summary."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    args = parse(parser, argv)
+    args = parse(cli.Parser("stem_jax.prepare", __doc__), argv)
     names, path, folder = args.input + args.corpus, args.tokenizer_path, Path(args.out, "tokenizer")
     reading = Reading(args.text_field, args.format)
     if args.vocab_size is not None:
@@ -32,7 +30,7 @@ def main(argv: list[str]) -> None:
         documents, tokenizer, args.out, name=",".join(names), progress=not args.json, **split
     )
     tokenizer.save(folder)
-    summary = {"out": args.out, **summarize(stores)}
+    summary = {"out": str(args.out), **summarize(stores)}
     print(json.dumps(summary) if args.json else format_summary(summary))
 
 

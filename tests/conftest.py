@@ -16,6 +16,12 @@ os.environ["XLA_FLAGS"] = (
     f"--xla_force_host_platform_device_count=8 {os.environ.get('XLA_FLAGS', '')}".strip()
 )
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
+# Also of the programs that tests start: nothing is kept in the user's own folder. One folder per
+# user: what another user wrote there could be read but not extended.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(
+    tempfile.gettempdir(), f"stem_jax_test_cache_{getattr(os, 'getuid', int)()}"
+)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 import hypothesis
 import jax
@@ -30,13 +36,6 @@ from stem_jax.training.step import Batch, TrainStep
 
 # Their fixtures.
 pytest_plugins = ["pod"]
-
-# One folder per user: what another user wrote there could be read but not extended.
-jax.config.update(
-    "jax_compilation_cache_dir",
-    os.path.join(tempfile.gettempdir(), f"stem_jax_test_cache_{getattr(os, 'getuid', int)()}"),
-)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 # A first call compiles, so no example has a deadline; in CI a failure must repeat.
 hypothesis.settings.register_profile("local", deadline=None)

@@ -22,7 +22,7 @@ from stem_jax import evaluate
 from stem_jax.agreement import unanimous
 from stem_jax.cluster import Gang, membership
 from stem_jax.errors import InputError
-from stem_jax.evaluation import division
+from stem_jax.evaluation import division, measurement
 from stem_jax.evaluation.division import divide
 
 TASKS = Path(__file__).parent / "data" / "lm_eval_tasks"
@@ -132,7 +132,7 @@ def test_what_others_print_is_not_in_the_json(monkeypatch, tmp_path, capfd):
         os.write(1, b"[Gloo] Rank 0 is connected\n")
         return SimpleNamespace(record={"step": 3})
 
-    monkeypatch.setattr(evaluate, "measure", measure)
+    monkeypatch.setattr(measurement, "measure", measure)
     evaluate.main([f"--workdir={tmp_path}", "--facts", "--json"])
     output, errors = capfd.readouterr()
     assert json.loads(output) == {"step": 3} and "[Gloo] Rank 0" in errors

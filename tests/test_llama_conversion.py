@@ -13,7 +13,8 @@ from saved_models import BYTES, logits
 
 from stem_jax import cli, export, import_torch
 from stem_jax.data.corpora import read_corpus
-from stem_jax.interop.import_model import BASE_CONFIG, import_config
+from stem_jax.interop.import_flags import BASE_CONFIG
+from stem_jax.interop.import_model import import_config
 from stem_jax.interop.imports import read_model
 from stem_jax.knowledge.up_means import UpMeans
 from stem_jax.loading import load_run

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from stem_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 from stem_jax.errors import InputError
-from stem_jax.knowledge.swaps import STRATEGIES, recipes_of, swap_recipes, word_ids
+from stem_jax.knowledge.edit_choices import STRATEGIES
+from stem_jax.knowledge.swaps import recipes_of, swap_recipes, word_ids
 
 BYTES = load_tokenizer("bytes")
 WORDS = st.text("abcdefghij", min_size=1, max_size=8)

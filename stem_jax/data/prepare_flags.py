@@ -5,13 +5,17 @@ import argparse
 from stem_jax.data.corpora import BUILTIN
 from stem_jax.data.formats import FORMATS
 from stem_jax.data.tokenizer import KINDS
+from stem_jax.storage import local_path
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """Exits with 2 for wrong flags, 0 for --help."""
+    """Exits with 2 for wrong flags, 0 for --help; raises InputError for an address as a path."""
 
     def add(name: str, **options) -> None:
-        parser.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('-', '_')}"]), **options)
+        parser.add_argument(f"--{name}", **options)
+
+    def add_path(name: str, **options) -> None:
+        add(name, type=lambda text: local_path(text, f"--{name}"), **options)
 
     files = "text, .json, .jsonl, .parquet; also packed: .gz, .zst, .bz2, .xz"
     add("input", nargs="+", action="extend", default=[], help=files)
@@ -19,13 +23,15 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
     add("text-field", default="text", help="JSON field or Parquet column")
     add("format", choices=FORMATS, default="auto", help="of the files; auto: by name and content")
     add("tokenizer", choices=KINDS, default="sentencepiece", help="kind of tokenizer")
-    add("tokenizer-path", help="a .model file or a tokenizer.json")
+    add_path("tokenizer-path", help="a .model file or a tokenizer.json")
     add("vocab-size", type=int, help="train SentencePiece on the text instead")
-    add("out", required=True, help="folder for train/, validation/ and tokenizer/")
+    add_path("out", required=True, help="folder for train/, validation/ and tokenizer/")
     add("validation-fraction", type=float, default=0.02, help="share")
     add("seed", type=int, default=0, help="of the split into train and validation")
     add("json", action="store_true", help="print the summary as JSON")
     args = parser.parse_args(argv)
+    for pattern in args.input:
+        local_path(pattern, "--input")
     models = [args.tokenizer_path is not None, args.vocab_size is not None]
     if not args.input + args.corpus:
         parser.error("give --input or --corpus")

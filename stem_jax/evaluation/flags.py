@@ -2,13 +2,12 @@
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from stem_jax import cli
 from stem_jax.cluster import add_flags
 from stem_jax.data.formats import FORMATS
-from stem_jax.evaluation.niah import DEPTHS
+from stem_jax.evaluation.limits import DEPTHS
 
 # The flags that not every measurement has, with those that do.
 _ONLY = {
@@ -21,44 +20,46 @@ _ONLY = {
 
 def parse(argv: list[str], description: str | None) -> argparse.Namespace:
     """The flags; `out` is filled in. Exits with 2 for wrong ones, 0 for --help."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=cli.HelpFormatter)
+    parser = cli.Parser("stem_jax.evaluate", description)
     add = parser.add_argument
-    add("--workdir", required=True, help="folder of a training run")
+    parser.add_path("--workdir", required=True, help="folder of a training run")
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument(
-        "--tasks", type=_list(str), help="tasks of lm-eval, folders of task YAMLs (comma-separated)"
+        "--tasks",
+        type=_list(cli.name_or_path("--tasks")),
+        help="tasks of lm-eval, folders of task YAMLs (comma-separated)",
     )
     mode.add_argument(
         "--perplexity",
-        type=_list(str),
+        type=_list(cli.name_or_path("--perplexity")),
         help="bits per byte of built-in corpora, files, folders of token stores",
     )
     mode.add_argument("--niah", action="store_true", help="needle in a haystack")
     mode.add_argument("--facts", action="store_true", help="what the facts corpus tells")
     add("--step", type=int, help="checkpoint; without it, the newest")
-    add("--resident-rows", "--resident_rows", type=int, help="table rows kept on the device")
-    add("--batch-size", "--batch_size", type=int, default=16, help="sequences at a time")
-    add("--out", help="JSON file; without it, WORKDIR/evaluation/MODE.json")
+    add("--resident-rows", type=int, help="table rows kept on the device")
+    add("--batch-size", type=int, default=16, help="sequences at a time")
+    parser.add_path("--out", help="JSON file; without it, WORKDIR/evaluation/MODE.json")
     add("--json", action="store_true", help="print JSON instead of a table")
-    add("--no-progress", "--no_progress", action="store_true", help="draw no bars")
+    add("--no-progress", action="store_true", help="draw no bars")
     add("--limit", type=int, help="examples of a task, documents, countries; without, all")
-    add("--text-field", "--text_field", help="perplexity: of files; without it, the run's")
+    add("--text-field", help="perplexity: of files; without it, the run's")
     add("--format", choices=FORMATS, help="perplexity: of files; without it, the run's")
-    add("--num-fewshot", "--num_fewshot", type=int, help="tasks: examples before each question")
+    add("--num-fewshot", type=int, help="tasks: examples before each question")
     add(
         "--max-gen-toks",
-        "--max_gen_toks",
         type=int,
         default=256,
         help="tasks: longest answer, where a task does not say",
     )
-    add("--log-samples", "--log_samples", action="store_true", help="tasks: write every answer")
+    add("--log-samples", action="store_true", help="tasks: write every answer")
     add("--lengths", type=_list(int), help="niah: tokens; without it, up to the context")
     add("--depths", type=_list(float), default=list(DEPTHS), help="niah: 0 is the beginning")
     add("--keys", type=_list(int), default=[1], help="niah: needles in a haystack")
     add("--samples", type=int, default=20, help="niah: prompts for each length and depth")
     add("--seed", type=int, default=0, help="niah: of the prompts")
     add_flags(parser)
+    parser.add_cache_flag()
     args = parser.parse_args(argv)
     modes = ("niah", "facts", "tasks", "perplexity")
     name = next(mode for mode in modes if getattr(args, mode) not in (None, False))
@@ -66,7 +67,7 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
         if name not in takers and getattr(args, flag) != parser.get_default(flag):
             listed = " or ".join(f"--{mode}" for mode in takers)
             parser.error(f"--{flag.replace('_', '-')} belongs to {listed}, not to --{name}")
-    args.out = Path(args.out or Path(args.workdir) / "evaluation" / f"{name}.json")
+    args.out = args.out or args.workdir / "evaluation" / f"{name}.json"
     if args.niah and args.out.suffix.lower() == ".png":
         parser.error(f"--out={args.out} must be the JSON file; the picture is put beside it")
     return args

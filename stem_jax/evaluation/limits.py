@@ -2,6 +2,9 @@
 
 from stem_jax.errors import InputError
 
+# Of a needle in its haystack; 0 is the beginning.
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
 
 def check_limit(limit: int | None, items: str) -> None:
     """Refuses a --limit without items; None is all of them.

@@ -20,7 +20,7 @@ from stem_jax.loading import LoadedRun, load_run
 from stem_jax.training.run_data import reading_of
 
 # Flags that processes of one measurement may differ in.
-_OWN_FLAGS = {"coordinator", "process_index", "init_timeout", "no_progress"}
+_OWN_FLAGS = {"coordinator", "process_index", "init_timeout", "no_progress", "compilation_cache"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ def measure(args: argparse.Namespace) -> Measurement:
         options = {"limit": args.limit, "reading": reading}
         result = perplexity(run, args.perplexity, **options, **common)
         table = format_perplexity(result)
-    record = {"workdir": args.workdir, "step": run.step, **result}
+    record = {"workdir": str(args.workdir), "step": run.step, **result}
     write_json(args.out, record)
     if args.niah:
         draw_retrieval(result, files[-1])

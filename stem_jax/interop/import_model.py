@@ -25,7 +25,6 @@ from stem_jax.training.optimizer import make_optimizer
 from stem_jax.training.run_data import TOKENIZER_FOLDER
 from stem_jax.training.state import TrainState
 
-BASE_CONFIG = Path(__file__).parents[2] / "configs" / "base.py"
 _SLICE_BYTES = 2**25
 
 

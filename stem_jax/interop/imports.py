@@ -38,7 +38,6 @@ from stem_jax.interop.safetensors_files import read_folder
 from stem_jax.interop.tokenizer_export import NATIVE_FOLDER
 from stem_jax.json_fields import Fields
 
-FORMATS = ("official", "hf", "llama")
 _REMEDY = "give the file that belongs to the model"
 _FOLDER = "give the folder of a model of transformers"
 

@@ -8,6 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from stem_jax.errors import InputError
+from stem_jax.knowledge.analysis_options import AnalysisOptions
 from stem_jax.knowledge.capacity import TEXT_TOKENS, Capacity, measure_capacity
 from stem_jax.knowledge.cost_table import check_cost, cost_table
 from stem_jax.knowledge.edit_tables import EditTable, read_edit_tables
@@ -16,7 +17,6 @@ from stem_jax.knowledge.geometry import LayerGeometry, SpreadVerdict, spread_ver
 from stem_jax.knowledge.stability import Stability, read_stability
 from stem_jax.knowledge.token_text import TokenText, open_text
 from stem_jax.knowledge.token_vectors import (
-    SAMPLED_ROWS,
     TokenSample,
     mean_geometry,
     row_geometry,
@@ -31,28 +31,6 @@ KINDS = ("plain", "centred", "frequent")
 _NO_DIFFERENCE = {"stem_layers", "attention", "remat", "scan_layers", "tokenizer_path", "folder"}
 _NO_DIFFERENCE |= {"step_timeout", "compilation_cache", "log_every", "loss_chunk", "micro_batches"}
 _NO_DIFFERENCE |= {"sample_prompt", "sample_tokens"}
-
-
-@dataclasses.dataclass(frozen=True)
-class AnalysisOptions:
-    """What to look at, and with what.
-
-    step, dense_step: checkpoints; None: the newest. resident_rows: kept on the device. text: as
-    `data.sources`; None: what the run was trained on. text_field, format: as those keys; None: the
-    run's. tokens: of the text, for frequencies and means; None: at most 262,144. rows: sampled
-    tokens. seed: of the sample. progress: draw bars.
-    """
-
-    step: int | None = None
-    dense_step: int | None = None
-    resident_rows: int | None = None
-    text: str | None = None
-    text_field: str | None = None
-    format: str | None = None
-    tokens: int | None = None
-    rows: int = SAMPLED_ROWS
-    seed: int = 0
-    progress: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,10 +18,9 @@ from stem_jax.data.facts import (
 from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
 from stem_jax.evaluation.recall import END, fact_prompt
+from stem_jax.knowledge.edit_choices import TOKEN_COUNTS
 from stem_jax.knowledge.swaps import swap_recipes, word_ids
 
-# Of the subject's name: one as the donor's, more, fewer, or either of these.
-TOKEN_COUNTS = ("one", "more", "fewer", "differing")
 _PARAPHRASES = 2
 _OTHERS = 2
 

@@ -3,34 +3,36 @@
 import argparse
 
 from stem_jax import cli
-from stem_jax.knowledge.edit_cases import TOKEN_COUNTS
-from stem_jax.knowledge.edit_measurement import WRITTEN
-from stem_jax.knowledge.edit_trial import FACTS
-from stem_jax.knowledge.swaps import STRATEGIES
+from stem_jax.errors import InputError
+from stem_jax.knowledge.edit_choices import FACTS, STRATEGIES, TOKEN_COUNTS, WRITTEN
 
 # What makes or shows one edit.
 _ONE_EDIT = {"swap", "inject", "scale", "edits", "prompt", "max_new_tokens", "top", "save"}
 
 
 def parse(argv: list[str], description: str | None) -> argparse.Namespace:
-    """The flags. Exits with 2 for wrong ones, 0 for --help."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=cli.HelpFormatter)
+    """The flags. Exits with 2 for wrong ones, 0 for --help; raises InputError without an edit."""
+    parser = cli.Parser("stem_jax.edit", description)
     add = parser.add_argument
-    add("--workdir", required=True, help="folder of a training run")
+    parser.add_path("--workdir", required=True, help="folder of a training run")
     add("--step", type=int, help="checkpoint; without it, the newest")
     add("--swap", action="append", default=[], help="SOURCE=>TARGET; may be repeated")
     add("--inject", action="append", default=[], help="WORD=0.5*FIRST+0.5*SECOND, or WORD=@FILE")
     add("--strategy", default="average", choices=STRATEGIES, help="if the token counts differ")
     add("--layers", type=cli.integers, help="where rows are written, such as 0,1; without: all")
     add("--scale", type=float, default=1.0, help="times the rows that are written")
-    add("--edits", type=cli.names, default=[], help="patches that apply first, in this order")
+    parser.add_paths("--edits", default=[], help="patches that apply first, in this order")
     add("--prompt", action="append", default=[], help="text to complete; may be repeated")
-    add("--max-new-tokens", "--max_new_tokens", type=int, default=16, help="of each completion")
+    add("--max-new-tokens", type=int, default=16, help="of each completion")
     add("--top", type=int, default=5, help="probabilities shown")
-    add("--save", help="file for the patch")
+    parser.add_path("--save", help="file for the patch")
     add("--list", action="store_true", help="show what --edits hold")
-    add("--resident-rows", "--resident_rows", type=int, help="table rows kept on the device")
-    add("--measure", help="facts, or a JSON file like CounterFact's or zsRE's: edits to try alone")
+    add("--resident-rows", type=int, help="table rows kept on the device")
+    add(
+        "--measure",
+        type=cli.name_or_path("--measure"),
+        help="facts, or a JSON file like CounterFact's or zsRE's: edits to try alone",
+    )
     add("--pairs", type=int, default=200, help="facts: edits of each relation")
     add(
         "--tokens",
@@ -40,8 +42,9 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
     )
     add("--write", default="rows", choices=WRITTEN, help="measure: embedding is for contrast")
     add("--seed", type=int, default=0, help="facts: of the pairs and phrasings")
-    add("--out", help="measure: folder of CSV and JSON; without it, WORKDIR/editing")
+    parser.add_path("--out", help="measure: folder of CSV and JSON; without it, WORKDIR/editing")
     add("--json", action="store_true", help="measure: print the JSON instead of a table")
+    parser.add_cache_flag()
     args = parser.parse_args(argv)
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     if args.measure is None:
@@ -58,4 +61,6 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
         parser.error(
             f"{', '.join(f'--{x}'.replace('_', '-') for x in sorted(wrong))}: not for {mode}"
         )
+    if args.measure is None and not (args.list or args.swap + args.inject):
+        raise InputError("there is nothing to edit; give --swap, --inject, --measure or --list")
     return args

@@ -15,12 +15,12 @@ from stem_jax.evaluation.answers import Question, Verdict, answer_all
 from stem_jax.evaluation.progress import bars_off
 from stem_jax.evaluation.scoring import Scorer
 from stem_jax.knowledge.edit_cases import EditCase
+from stem_jax.knowledge.edit_choices import WRITTEN
 from stem_jax.knowledge.overlay import OverlaidRows
 from stem_jax.knowledge.patch import make_patch, read_rows
 from stem_jax.knowledge.swaps import RowRecipe, swap_recipes
 from stem_jax.loading import LoadedRun
 
-WRITTEN = ("rows", "embedding")
 # Of rows that lie beside the table at a time.
 _LAID_BYTES = 1 << 28
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from stem_jax.knowledge.edit_cases import fact_cases
+from stem_jax.knowledge.edit_choices import FACTS
 from stem_jax.knowledge.edit_datasets import read_edit_dataset
 from stem_jax.knowledge.edit_measurement import EditOutcome, measure_edits
 from stem_jax.knowledge.edit_report import (
@@ -19,7 +20,6 @@ from stem_jax.knowledge.fluency import Fluency, fluency
 from stem_jax.knowledge.result_folder import write_files
 from stem_jax.loading import LoadedRun
 
-FACTS = "facts"
 _NAMES = {
     "one": "",
     "more": " of names with more tokens than the donor's",

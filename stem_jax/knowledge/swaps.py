@@ -20,8 +20,9 @@ from safetensors import SafetensorError
 
 from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
+from stem_jax.knowledge.edit_choices import STRATEGIES
+from stem_jax.storage import local_path
 
-STRATEGIES = ("pad_left", "pad_right", "copy", "subset", "average")
 _ARROW = "=>"
 # At the start of a text a word has other tokens than after a space.
 _START = "^"
@@ -175,7 +176,7 @@ def _parts(
 
 def _read_row(path: str) -> np.ndarray:
     try:
-        arrays = safetensors.numpy.load_file(path)
+        arrays = safetensors.numpy.load_file(local_path(path, "--inject"))
     except (OSError, SafetensorError) as error:
         raise InputError(f"--inject: {path} cannot be read ({error}); check the path") from error
     row = arrays.get("row")

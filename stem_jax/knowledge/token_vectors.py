@@ -18,7 +18,6 @@ from stem_jax.knowledge.up_means import UpMeans
 from stem_jax.loading import LoadedRun
 from stem_jax.training.step import TrainStep
 
-SAMPLED_ROWS = 2048
 # Tokens that the text lacks, of which the norms are shown beside the others'.
 _UNSEEN = 256
 # Of the sums over tokens [V, D] that exist at a time; more layers are read in several passes.

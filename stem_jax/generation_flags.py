@@ -1,0 +1,30 @@
+"""The flags of `python -m stem_jax.generate`."""
+
+import argparse
+
+from stem_jax import cli
+
+
+def parse(argv: list[str], description: str | None) -> argparse.Namespace:
+    """The flags. Exits with 2 for wrong ones, 0 for --help."""
+    parser = cli.Parser("stem_jax.generate", description)
+    add = parser.add_argument
+    parser.add_path("--workdir", required=True, help="folder of a training run")
+    add("--step", type=int, help="checkpoint; without it, the newest")
+    add("--prompt", action="append", default=[], help="text to complete; may be repeated")
+    parser.add_path("--prompt-file", action="append", default=[], help="one prompt per line")
+    add("--max-new-tokens", type=int, default=64, help="of each completion")
+    add("--temperature", type=float, default=0.8, help="divides the logits; 0 is greedy")
+    add("--top-k", type=int, default=40, help="only the k likeliest tokens; 0: all")
+    add("--top-p", type=float, default=0.95, help="fewest tokens that reach p; 1: all")
+    add("--greedy", action="store_true", help="always the likeliest token")
+    add("--seed", type=int, default=0, help="of the samples")
+    add("--no-stream", action="store_true", help="print when all is done")
+    add("--resident-rows", type=int, help="table rows kept on the device")
+    parser.add_paths("--edits", default=[], help="patches of stem_jax.edit, in their order")
+    add("--json", action="store_true", help="print a JSON list instead")
+    parser.add_cache_flag()
+    args = parser.parse_args(argv)
+    if not args.prompt + args.prompt_file:
+        parser.error("give --prompt or --prompt-file")
+    return args
