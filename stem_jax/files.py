@@ -147,11 +147,7 @@ def write_whole(path: str | Path, content: str | bytes, flag: str = "") -> None:
     """
     path = Path(path)
     where = f"{flag}={path}" if flag else str(path)
-    # Behind a link the file itself is replaced; the link stays.
-    path = path.resolve() if path.is_symlink() else path
-    if path.exists() and not path.is_file():
-        kind = "a folder" if path.is_dir() else "no regular file"
-        raise InputError(f"{where} is {kind}; give the name of a file")
+    path = _file_to_write(path, where)
     with unfinished(path, where, _make_file) as made, refused_writes(where):
         with made.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -159,6 +155,36 @@ def write_whole(path: str | Path, content: str | bytes, flag: str = "") -> None:
             os.fsync(file.fileno())
         made.replace(path)
         _sync(path.parent)
+
+
+def check_writable(path: str | Path, flag: str) -> None:
+    """Asks before the work whether `write_whole` can write a file, and leaves nothing there.
+
+    Raises:
+        InputError: as `write_whole` does.
+    """
+    path = Path(path)
+    where = f"{flag}={path}"
+    path = _file_to_write(path, where)
+    missing = [folder for folder in path.parents if not folder.exists()]
+    try:
+        # Permissions do not tell: root, read-only disks and access lists have their own rules.
+        with unfinished(path, where, _make_file):
+            pass
+    finally:
+        for folder in missing:
+            # Somebody else's file in it keeps it.
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _file_to_write(path: Path, where: str) -> Path:
+    # Behind a link the file itself is replaced; the link stays.
+    path = path.resolve() if path.is_symlink() else path
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "no regular file"
+        raise InputError(f"{where} is {kind}; give the name of a file")
+    return path
 
 
 def _make_folder(path: Path) -> None:

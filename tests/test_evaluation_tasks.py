@@ -272,7 +272,7 @@ def test_the_entry_point_writes_a_table_and_json(run_folder, tmp_path, monkeypat
         (["--tasks={tasks}", "--num-fewshot=7"], "too many for task 'facts_rolling', which has 6"),
         (["--tasks={tasks}", "--max-gen-toks=0"], "--max-gen-toks=0 must be at least 1"),
         (["--tasks={tasks}", "--batch-size=0"], "--batch-size=0 must be at least 1"),
-        (["--tasks={tasks}", "--out={tmp}"], "is a folder; give the name of a JSON file"),
+        (["--tasks={tasks}", "--out={tmp}"], "is a folder; give the name of a file"),
         (["--tasks={tasks}", "--step=3"], "no checkpoint of step 3"),
     ],
 )

@@ -14,6 +14,7 @@ from stem_jax import files
 from stem_jax.errors import InputError
 from stem_jax.files import (
     DEEPEST,
+    check_writable,
     new_folder,
     parse_json,
     read_json,
@@ -227,6 +228,19 @@ def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
     write_whole(tmp_path / "link", b"through")
     assert path.read_bytes() == b"through"
     assert [item.name for item in path.parent.iterdir()] == ["x.json"]
+
+
+def test_a_place_is_asked_for_before_the_work(tmp_path):
+    check_writable(tmp_path / "new" / "deep" / "x", "--out")
+    assert _names(tmp_path) == []
+    (tmp_path / "x").write_text("old")
+    check_writable(tmp_path / "x", "--out")
+    assert (tmp_path / "x").read_text() == "old"
+    with pytest.raises(InputError, match=r"^--out=/proc/none/x cannot be "):
+        check_writable("/proc/none/x", "--out")
+    with pytest.raises(InputError, match=r"^--save=.* cannot be written \(File name too long\)"):
+        check_writable(tmp_path / ("x" * 250), "--save")
+    assert _names(tmp_path) == ["x"]
 
 
 def test_what_is_no_file_is_not_replaced(tmp_path):

@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from stem_jax.agreement import is_first
-from stem_jax.evaluation.report import write_whole
+from stem_jax.evaluation.report import write_result
 
 
 def draw_retrieval(result: dict[str, Any], path: str | Path) -> None:
@@ -41,4 +41,4 @@ def draw_retrieval(result: dict[str, Any], path: str | Path) -> None:
         figure.colorbar(image, ax=axes, label="found (%)")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    write_whole(path, buffer.getvalue())
+    write_result(path, buffer.getvalue())

@@ -10,6 +10,7 @@ from typing import Any
 
 from stem_jax.agreement import is_first
 from stem_jax.errors import InputError
+from stem_jax.files import check_writable, write_whole
 
 
 def check_out(out: str | Path, *beside: Path) -> None:
@@ -21,22 +22,13 @@ def check_out(out: str | Path, *beside: Path) -> None:
     Raises:
         InputError: one of them is a folder, or their folder cannot be made or written to.
     """
-    out = Path(out)
-    if out.is_dir():
-        raise InputError(f"--out={out} is a folder; give the name of a JSON file")
+    check_writable(out, "--out")
     for path in beside:
         if path.is_dir():
             raise InputError(
                 f"--out={out} puts {path.name} beside it, where a folder is; rename one"
             )
-    probe = _temporary(out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # Permissions do not tell: root, read-only disks and access lists have their own rules.
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"--out={out}: {error.strerror}; choose another place") from error
+        check_writable(path, "--out")
 
 
 def write_json(out: str | Path, record: dict[str, Any]) -> None:
@@ -45,25 +37,17 @@ def write_json(out: str | Path, record: dict[str, Any]) -> None:
     Raises:
         InputError: the file cannot be written.
     """
-    write_whole(out, (json.dumps(record, indent=2, default=str) + "\n").encode())
+    write_result(out, json.dumps(record, indent=2, default=str) + "\n")
 
 
-def write_whole(path: str | Path, content: bytes) -> None:
+def write_result(path: str | Path, content: str | bytes) -> None:
     """Writes a file in process 0.
 
     Raises:
         InputError: the file cannot be written.
     """
-    if not is_first():
-        return
-    path = Path(path)
-    temporary = _temporary(path)
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: {error.strerror}; choose another --out") from error
+    if is_first():
+        write_whole(path, content, "--out")
 
 
 @contextlib.contextmanager
@@ -78,7 +62,3 @@ def stdout_kept() -> Iterator[None]:
         sys.stdout.flush()
         os.dup2(kept, 1)
         os.close(kept)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp-{os.getpid()}")

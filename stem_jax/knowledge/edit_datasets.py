@@ -12,11 +12,11 @@ edited row, and stay as they are whatever the edit.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from stem_jax.errors import InputError
+from stem_jax.files import read_json
 from stem_jax.knowledge.edit_cases import EditCase, Probe
 
 # In tables, of edits whose relation is not named.
@@ -37,11 +37,7 @@ def read_edit_dataset(path: str | Path) -> EditDataset:
     Raises:
         InputError: no such file, not such a list, a record without a field, or no donor for any.
     """
-    path = Path(path)
-    try:
-        records = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"--measure={path} cannot be read ({error}); give a JSON file") from error
+    records = read_json(path, "--measure=", "give a JSON file", constants=True)
     if not isinstance(records, list) or not all(isinstance(x, dict) for x in records):
         raise InputError(f"--measure={path} is not a list of records; give CounterFact or zsRE")
     cases = []

@@ -5,11 +5,11 @@ hold "note", a text, and "run", the fingerprint of the checkpoint.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from stem_jax.errors import InputError
+from stem_jax.files import read_json
 
 FOLDER = "editing"
 
@@ -43,13 +43,8 @@ def read_edit_tables(workdir: str | Path) -> list[EditTable]:
 
 
 def _read(path: Path) -> EditTable:
-    try:
-        record = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(
-            f"{path} cannot be read ({reason}); remove it, or write it anew"
-        ) from error
+    # Figures of ours may be NaN.
+    record = read_json(path, remedy="remove it, or write it anew", constants=True)
     names = {field.name for field in dataclasses.fields(EditTable)}
     known = record if isinstance(record, dict) else {}
     table = {name: known[name] for name in names if name in known}

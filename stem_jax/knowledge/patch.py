@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
+from stem_jax.files import check_writable, write_whole
 from stem_jax.knowledge.overlay import OverlaidRows
 from stem_jax.knowledge.swaps import RowRecipe
 from stem_jax.loading import LoadedRun
@@ -47,25 +48,22 @@ class Patch:
 
     def save(self, path: str | Path) -> None:
         """Writes the file; raises InputError if it exists or cannot be written."""
-        path = Path(path)
         check_new(path)
         arrays = {name: getattr(self, name) for name in ("ids", "layers", "before", "after")}
         values = (_FORMAT, self.run, self.tokenizer, self.description)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(f".{path.name}.part")
-            safetensors.numpy.save_file(arrays, part, dict(zip(_METADATA, values)))
-            part.rename(path)
-        except OSError as error:
-            raise InputError(
-                f"--save={path} cannot be written ({error}); choose another"
-            ) from error
+        content = safetensors.numpy.save(arrays, dict(zip(_METADATA, values, strict=True)))
+        write_whole(path, content, "--save")
 
 
 def check_new(path: str | Path) -> None:
-    """Raises InputError if there is such a file, for a patch to be saved."""
+    """Asks before the work whether a patch can be saved there.
+
+    Raises:
+        InputError: there is such a file, or none can be written.
+    """
     if Path(path).exists():
         raise InputError(f"--save={path} exists; choose another name, or remove it first")
+    check_writable(path, "--save")
 
 
 def read_patch(path: str | Path) -> Patch:
