@@ -226,9 +226,7 @@ def test_it_refuses_bad_input(folder_of, run, tmp_path, capsys):
     # Before the work: a run that is not even loaded.
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with pytest.raises(
-        InputError, match=r"--out=.*file/out/.* is not a folder; choose another"
-    ):
+    with pytest.raises(InputError, match=r"--out=.*file/out/.* is not a folder; choose another"):
         run(stem, f"--out={blocked / 'out'}")
     folder = stem / "editing"
     folder.mkdir(exist_ok=True)

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import io
 import json
 import sys
 
@@ -19,9 +20,9 @@ from stem_jax.evaluation.scoring import Scorer
 from stem_jax.generation import Generator
 from stem_jax.knowledge import edit_cases, edit_measurement
 from stem_jax.knowledge.edit_cases import fact_cases
-from stem_jax.knowledge.edit_measurement import EditOutcome, lay_edits, measure_edits
-from stem_jax.knowledge.edit_report import COLUMNS, summarize
-from stem_jax.knowledge.edit_trial import Trial, try_edits
+from stem_jax.knowledge.edit_measurement import NOT_READ, EditOutcome, lay_edits, measure_edits
+from stem_jax.knowledge.edit_report import COLUMNS, format_csv, format_summary, summarize
+from stem_jax.knowledge.edit_trial import Trial, TrialResult, try_edits
 from stem_jax.knowledge.fluency import fluency, ngram_entropy
 from stem_jax.knowledge.overlay import SequenceKeys
 from stem_jax.knowledge.patch import edited_run, make_patch, read_rows
@@ -207,10 +208,50 @@ def test_shares_are_counted_by_relation():
     other = dataclasses.replace(case, relation="domain")
     third = EditOutcome(other, False, "other", True, (), (False,), ())
     assert summarize([first, second, third]) == [
-        ["capital", 2, 100, 50, 50, 0, 50, 25, 100, None],
-        ["domain", 1, 0, 0, 0, 100, 100, None, 0, None],
-        ["all", 3, 66.67, 33.33, 33.33, 33.33, 66.67, 25, 50, None],
+        ["capital", 2, 100, 50, 50, 0, 50, 25, 100, None, 0],
+        ["domain", 1, 0, 0, 0, 100, 100, None, 0, None, 0],
+        ["all", 3, 66.67, 33.33, 33.33, 33.33, 66.67, 25, 50, None, 0],
     ]
+    # An edit that no prompt reads has not failed.
+    unread = EditOutcome(case, True, NOT_READ, None, (True,), (), ())
+    assert summarize([first, unread]) == [["capital", 2, 100, 100, 0, 0, 100, 66.67, 100, None, 1]]
+    nothing = dataclasses.replace(unread, paraphrases=())
+    assert summarize([nothing]) == [["capital", 1, *[None] * 8, 1]]
+    assert "  -  " in format_summary(summarize([nothing]))
+    [line] = csv.DictReader(io.StringIO(format_csv([unread])))
+    assert (line["answer"], line["preferred"]) == ("not read", "")
+
+
+@pytest.mark.parametrize("written", ["rows", "embedding"])
+def test_edits_that_no_prompt_reads_are_told_apart(run, cases, written):
+    plain = next(case for case in cases if case.prompt.startswith("The "))
+    name = plain.subject
+    away = {
+        "start": (f"{name} has the capital", NOT_READ),
+        "quotes": (f'The capital of "{name}" is', NOT_READ),
+        "capitals": (f"The capital of {name.upper()} is", NOT_READ),
+        "absent": ("The capital of the country is", NOT_READ),
+        "plain": (plain.prompt, None),
+    }
+    probe = edit_cases.Probe(plain.prompt, plain.old)
+    edited = [
+        dataclasses.replace(
+            plain,
+            prompt=prompt,
+            paraphrases=(prompt, plain.prompt),
+            locality=(edit_cases.Probe(prompt, plain.old), probe),
+            specificity=(),
+        )
+        for prompt, _ in away.values()
+    ]
+    found = measure_edits(run, edited, written=written, progress=False)
+    for outcome, (_, expected) in zip(found, away.values(), strict=True):
+        assert (outcome.answer == NOT_READ) == (expected == NOT_READ) == (outcome.preferred is None)
+        assert len(outcome.paraphrases) == (1 if expected else 2)
+        assert len(outcome.locality) == (1 if expected else 2)
+    trial = TrialResult(Trial(), 1, "", found, None, 0)
+    assert trial.note.startswith("4 of 5 edits are not in the shares: their prompt reads no edited")
+    assert trial.record()["rows"][-1][-1] == 4
 
 
 def test_pieces_of_many_edits_give_the_same(run, cases, outcomes, monkeypatch):

@@ -29,10 +29,12 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """exact: greedy decoding gives the answer and its end. log_likelihood: nats per token of it."""
+    """exact: greedy decoding gives the answer and its end. log_likelihood: nats per token of it.
+    reads: the prompt has a token whose row or embedding is not its own."""
 
     exact: bool
     log_likelihood: float
+    reads: bool = False
 
 
 def answer_all(
@@ -52,7 +54,7 @@ def answer_all(
     Raises:
         InputError: an answer without text, or a question that is longer than the context.
     """
-    sequences, keys, lengths = [], [], []
+    sequences, keys, lengths, reads = [], [], [], []
     for question in questions:
         if not question.answer.strip():
             raise InputError(f"the answer to {question.prompt!r} is empty; give one")
@@ -65,11 +67,12 @@ def answer_all(
                 f"context of train.seq_len={scorer.context} takes {scorer.context + 1}; shorten it"
             )
         lengths.append(len(answer))
+        reads.append(not {*question.keys, *question.embedded}.isdisjoint(prompt))
         keys.append([question.keys.get(token, token) for token in ids])
         # The answer that is asked for stays what it is.
         sequences.append([*(question.embedded.get(token, token) for token in prompt), *answer])
     scores = scorer.score(sequences, on_scored, keys)
     return [
-        Verdict(bool(score.greedy[-n:].all()), float(score.log_likelihoods[-n:].mean()))
-        for score, n in zip(scores, lengths, strict=True)
+        Verdict(bool(score.greedy[-n:].all()), float(score.log_likelihoods[-n:].mean()), read)
+        for score, n, read in zip(scores, lengths, reads, strict=True)
     ]

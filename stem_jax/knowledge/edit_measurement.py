@@ -21,6 +21,7 @@ from stem_jax.knowledge.patch import make_patch, read_rows
 from stem_jax.knowledge.swaps import RowRecipe, swap_recipes
 from stem_jax.loading import LoadedRun
 
+NOT_READ = "not read"
 # Of rows that lie beside the table at a time.
 _LAID_BYTES = 1 << 28
 
@@ -30,15 +31,18 @@ class EditOutcome:
     """What one edit did.
 
     base: the old answer was given before. answer: which one is given after, "new", "old" or
-    "other". preferred: the new answer is likelier per token than the old one. paraphrases: whether
-    each of them gives the new answer. locality, specificity: whether each answer that was right
-    before still is; those that were wrong are left out.
+    "other"; NOT_READ if the prompt reads none of the rows that were written, as where the subject
+    has other tokens in it (at its start, in quotes, in capitals) or is absent. preferred: the new
+    answer is likelier per token than the old one; None likewise. paraphrases: whether each of them
+    gives the new answer. locality, specificity: whether each answer that was right before still is;
+    those that were wrong are left out, and so is, of all three, what reads no such row: nothing can
+    change it, and that says nothing about the edit.
     """
 
     case: EditCase
     base: bool
     answer: str
-    preferred: bool
+    preferred: bool | None
     paraphrases: tuple[bool, ...]
     locality: tuple[bool, ...]
     specificity: tuple[bool, ...]
@@ -181,17 +185,19 @@ def _asked(case: EditCase, edit: Mapping[str, Mapping[int, int]]) -> list[Questi
 def _outcome(case: EditCase, before, after) -> EditOutcome:
     base: Verdict = next(before)
     to_new, to_old = next(after), next(after)
-    paraphrases = tuple(next(after).exact for _ in case.paraphrases)
+    rephrased = [next(after) for _ in case.paraphrases]
     kept = []
     for probes in (case.locality, case.specificity):
-        pairs = [(next(before).exact, next(after).exact) for _ in probes]
-        kept.append(tuple(now for was, now in pairs if was))
+        pairs = [(next(before), next(after)) for _ in probes]
+        kept.append(tuple(now.exact for was, now in pairs if was.exact and now.reads))
+    answer = "new" if to_new.exact else "old" if to_old.exact else "other"
+    preferred = to_new.log_likelihood > to_old.log_likelihood
     return EditOutcome(
         case=case,
         base=base.exact,
-        answer="new" if to_new.exact else "old" if to_old.exact else "other",
-        preferred=to_new.log_likelihood > to_old.log_likelihood,
-        paraphrases=paraphrases,
+        answer=answer if to_new.reads else NOT_READ,
+        preferred=preferred if to_new.reads else None,
+        paraphrases=tuple(verdict.exact for verdict in rephrased if verdict.reads),
         locality=kept[0],
         specificity=kept[1],
     )

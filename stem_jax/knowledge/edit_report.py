@@ -5,11 +5,11 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from stem_jax.knowledge.edit_measurement import EditOutcome
+from stem_jax.knowledge.edit_measurement import NOT_READ, EditOutcome
 from stem_jax.knowledge.fluency import Fluency
 
 COLUMNS = ("relation", "edits", "right before", "new", "old", "other", "preferred")
-COLUMNS += ("paraphrase", "locality", "specificity")
+COLUMNS += ("paraphrase", "locality", "specificity", NOT_READ)
 _CSV = ("relation", "subject", "donor", "prompt", "old", "new", "right_before", "answer")
 _CSV += ("preferred", "paraphrase", "locality", "specificity")
 
@@ -19,7 +19,9 @@ def summarize(outcomes: Sequence[EditOutcome]) -> list[list[Any]]:
 
     new, old, other: what is answered after the edit. preferred: new likelier than old. paraphrase:
     new in other words. locality, specificity: answers about other subjects and other relations of
-    the subject that stay; None where nothing was asked.
+    the subject that stay; None where nothing was asked. not read: a number, of edits whose prompt
+    reads no row that was written; these are in none of the other columns but the first two and the
+    last, and questions that read none are in none.
     """
     relations = list(dict.fromkeys(outcome.case.relation for outcome in outcomes))
     groups = [(name, [x for x in outcomes if x.case.relation == name]) for name in relations]
@@ -29,14 +31,16 @@ def summarize(outcomes: Sequence[EditOutcome]) -> list[list[Any]]:
         [
             name,
             len(group),
-            _percent(x.base for x in group),
-            *(_percent(x.answer == answer for x in group) for answer in ("new", "old", "other")),
-            _percent(x.preferred for x in group),
+            _percent(x.base for x in read),
+            *(_percent(x.answer == answer for x in read) for answer in ("new", "old", "other")),
+            _percent(x.preferred for x in read),
             _percent(y for x in group for y in x.paraphrases),
             _percent(y for x in group for y in x.locality),
             _percent(y for x in group for y in x.specificity),
+            len(group) - len(read),
         ]
         for name, group in groups
+        for read in [[x for x in group if x.answer != NOT_READ]]
     ]
 
 
@@ -72,7 +76,8 @@ def _line(outcome: EditOutcome) -> list[Any]:
     case = outcome.case
     named = [case.relation, case.subject, case.donor, case.prompt, case.old, case.new]
     shares = [_percent(x) for x in (outcome.paraphrases, outcome.locality, outcome.specificity)]
-    return [*named, int(outcome.base), outcome.answer, int(outcome.preferred), *shares]
+    preferred = None if outcome.preferred is None else int(outcome.preferred)
+    return [*named, int(outcome.base), outcome.answer, preferred, *shares]
 
 
 def _percent(found: Iterable[bool]) -> float | None:

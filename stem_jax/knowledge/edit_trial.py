@@ -8,7 +8,7 @@ from typing import Any
 from stem_jax.knowledge.edit_cases import fact_cases
 from stem_jax.knowledge.edit_choices import FACTS
 from stem_jax.knowledge.edit_datasets import read_edit_dataset
-from stem_jax.knowledge.edit_measurement import EditOutcome, measure_edits
+from stem_jax.knowledge.edit_measurement import NOT_READ, EditOutcome, measure_edits
 from stem_jax.knowledge.edit_report import (
     COLUMNS,
     format_csv,
@@ -85,6 +85,12 @@ class TrialResult:
         parts = [] if self.fluency is None else [format_fluency(self.fluency)]
         if self.left_out:
             parts.append(f"{self.left_out} records without a donor were left out")
+        if unread := sum(outcome.answer == NOT_READ for outcome in self.outcomes):
+            parts.append(
+                f"{unread} of {len(self.outcomes)} edits are not in the shares: their prompt reads "
+                "no edited row, as the subject is not in it, or with other tokens (at its start, "
+                "in quotes, in capitals)"
+            )
         return "; ".join(parts)
 
     def write(self, folder: str | Path) -> list[Path]:
@@ -140,5 +146,6 @@ def try_edits(
     outcomes = measure_edits(run, cases, **options, progress=progress)
     found = None
     if with_fluency and trial.written == "rows":
-        found = fluency(run, cases, trial.strategy, trial.layers)
+        read = [outcome.case for outcome in outcomes if outcome.answer != NOT_READ]
+        found = fluency(run, read, trial.strategy, trial.layers) if read else None
     return TrialResult(trial, run.step, run.fingerprint, outcomes, found, left_out)
