@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import absl.logging
 
@@ -32,18 +32,26 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             prog=f"python -m {program}", description=description, formatter_class=_HelpFormatter
         )
+        self._converted: dict[str, tuple[str, Callable[[str, str], Any]]] = {}
 
     def add_path(self, flag: str, **options) -> None:
         """Adds a flag that names a file or folder of this machine: see `storage.local_path`."""
-        self.add_argument(flag, type=lambda text: local_path(text, flag), **options)
+        self._add(flag, local_path, **options)
 
     def add_paths(self, flag: str, **options) -> None:
         """Adds a flag whose value names several, with commas between them."""
+        self._add(flag, _paths, **options)
 
-        def paths(text: str) -> list[Path]:
-            return [local_path(part.strip(), flag) for part in text.split(",") if part.strip()]
+    def add_names(self, flag: str, parser=None, **options) -> None:
+        """Adds a flag whose values name corpora or tasks, or are paths.
 
-        self.add_argument(flag, type=paths, **options)
+        parser: a group of this one that the flag belongs to.
+        """
+        self._add(flag, _name_or_path, parser, **options)
+
+    def _add(self, flag: str, convert: Callable[[str, str], Any], parser=None, **options) -> None:
+        # Not the `type` of the flag: argparse takes a refusal for a wrong flag.
+        self._converted[(parser or self).add_argument(flag, **options).dest] = (flag, convert)
 
     def add_cache_flag(self) -> None:
         """Adds what `compilation_cache.keep_programs` is to be told."""
@@ -56,7 +64,15 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         given = sys.argv[1:] if args is None else args
-        return super().parse_known_args([self._dashed(text) for text in given], namespace)
+        dashed = [self._dashed(text) for text in given]
+        found, unknown = super().parse_known_args(dashed, namespace)
+        for dest, (flag, convert) in self._converted.items():
+            value = getattr(found, dest)
+            if isinstance(value, str):
+                setattr(found, dest, convert(value, flag))
+            elif isinstance(value, list):
+                setattr(found, dest, [convert(text, flag) for text in value])
+        return found, unknown
 
     def _dashed(self, text: str) -> str:
         flag, equals, value = text.partition("=")
@@ -121,16 +137,14 @@ class _Interrupt:
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def name_or_path(flag: str) -> Callable[[str], str]:
-    """The `type` of a flag that takes names, of corpora or tasks, as well as paths."""
+def _paths(value: str, flag: str) -> list[Path]:
+    return [local_path(part.strip(), flag) for part in value.split(",") if part.strip()]
 
-    def text(value: str) -> str:
-        path = local_path(value, flag)
-        # `./facts` is a file, `facts` the corpus.
-        return str(path) if value.startswith("~") else value
 
-    text.__name__ = "str"
-    return text
+def _name_or_path(value: str, flag: str) -> str:
+    path = local_path(value, flag)
+    # `./facts` is a file, `facts` the corpus.
+    return str(path) if value.startswith("~") else value
 
 
 def integers(text: str) -> tuple[int, ...]:

@@ -8,16 +8,16 @@ an error. Derived sizes (head_dim, the STEM layer indices) are resolved here and
 import ast
 import dataclasses
 import difflib
-import importlib.util
 import json
-import sys
 import types
 import typing
 from pathlib import Path
 from typing import Any
 
 from stem_jax.config_checks import validate
+from stem_jax.config_file import read_config_file
 from stem_jax.errors import InputError
+from stem_jax.storage import local_path
 
 _STEM_PATTERNS = {
     "none": lambda n: (),
@@ -39,6 +39,9 @@ _ADDED = {
     "data.text_field": "text",
     "data.format": "auto",
 }
+
+# Keys that name files or folders; the sources of data are read by `data.sources.parse_sources`.
+_PATHS = ("data.folder", "data.tokenizer_path", "train.init_from", "train.compilation_cache")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,16 +243,20 @@ def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> Co
     Raises:
         InputError: missing file, unknown key, wrong type, or sizes that do not fit together.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"config file {path} does not exist; see configs/ for the shipped ones")
-    raw = _import_config(path)
+    raw = read_config_file(Path(path))
     for key, text in (overrides or {}).items():
         section, _, name = key.partition(".")
         if section not in raw or name not in raw[section]:
             raise InputError(_unknown_key(key, [f"{s}.{k}" for s in raw for k in raw[s]]))
-        raw[section][name] = _parse_override(text)
-    return build(raw)
+        declared = typing.get_type_hints(typing.get_type_hints(Config)[section])
+        raw[section][name] = _parse_override(text, declared.get(name))
+    config = build(raw)
+    for key in _PATHS:
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        if value is not None:
+            local_path(value, key)
+    return config
 
 
 def build(raw: dict[str, dict[str, Any]]) -> Config:
@@ -288,32 +295,6 @@ def _stem_layers(value: str | tuple[int, ...], num_layers: int) -> tuple[int, ..
     return tuple(value)
 
 
-def _import_config(path: Path):
-    # Configs import their base as `configs.base`, also when run from another folder.
-    root = str(path.resolve().parent.parent)
-    added = root not in sys.path
-    if added:
-        sys.path.append(root)
-    try:
-        spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
-        if spec is None or spec.loader is None:
-            raise InputError(f"config file {path} is not a Python file; its name must end in .py")
-        module = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-            return module.get_config().to_dict()
-        # A config file is the user's program and may fail in any way.
-        except Exception as error:
-            message = " ".join(str(error).split())[:300]
-            raise InputError(
-                f"config file {path}: {type(error).__name__}: {message}; every key is declared in "
-                "configs/base.py"
-            ) from error
-    finally:
-        if added:
-            sys.path.remove(root)
-
-
 def _unknown_key(key: str, known: list[str]) -> str:
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}?" if close else "configs/base.py lists every key"
@@ -329,7 +310,13 @@ def _same_keys(raw: dict, declared: dict, prefix: str) -> None:
             raise InputError(f"config key {prefix}{key} is missing; configs/base.py declares it")
 
 
-def _parse_override(text: str) -> Any:
+def _parse_override(text: str, hint: Any) -> Any:
+    """The value that a text on the command line stands for, as `_coerce` takes it."""
+    # 2026_11 is the name of a folder and 1.10 a prompt, where a text is wanted.
+    if hint == str | None and text.lower() == "none":
+        return None
+    if hint in (str, str | None):
+        return text
     words = {"true": True, "false": False, "none": None}
     if text.lower() in words and text != "none":
         return words[text.lower()]

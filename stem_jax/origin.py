@@ -9,6 +9,7 @@ import numpy as np
 from stem_jax.checkpoint import FOLDER, Checkpointer, CheckpointInfo
 from stem_jax.config import Config
 from stem_jax.errors import InputError
+from stem_jax.storage import local_path
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.offloaded_rows import caught_up_store
 from stem_jax.tables.sharded_table import ShardedTable
@@ -41,7 +42,7 @@ def find_origin(config: Config) -> Origin | None:
     """
     if config.train.init_from is None:
         return None
-    folder = Path(config.train.init_from)
+    folder = local_path(config.train.init_from, "train.init_from")
     if not (folder / FOLDER).is_dir():
         raise InputError(
             f"train.init_from={folder} has no {FOLDER} folder; give the work folder of a run, or "

@@ -22,6 +22,7 @@ LEVELS = [
         "compilation_cache",
         "jax_start",
         "config",
+        "config_file",
         "config_checks",
         "cli",
         "hardware",

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -137,13 +138,60 @@ def test_parse_sources():
     assert parse_sources("a=b.txt=2") == (SourceSpec("a=b.txt", 2.0),)
 
 
+def test_what_is_no_number_after_an_equals_sign_is_part_of_the_path():
+    sources = "data/dt=2024/*.txt,lang=en,data/dt=2024/*.txt.gz=0.5,a=1e2"
+    assert [(spec.source, spec.weight) for spec in parse_sources(sources)] == [
+        ("data/dt=2024/*.txt", 1.0),
+        ("lang=en", 1.0),
+        ("data/dt=2024/*.txt.gz", 0.5),
+        ("a", 100.0),
+    ]
+
+
+@pytest.mark.parametrize("store", [False, True])
+def test_a_path_that_ends_like_a_weight_is_asked_about_once(tmp_path, store):
+    given = f"{tmp_path}/dt=2024"
+    if store:
+        documents = [Document(text, text) for text in ("one", "two", "three")]
+        options = {"name": "s", "validation_fraction": 0.0, "seed": 0, "progress": False}
+        prepare_stores(documents, BYTES, given, **options)
+    else:
+        Path(given).write_text("text")
+        (tmp_path / "dt").write_text("other text")
+    with pytest.raises(InputError, match=rf"item '{given}' of data.sources names .* {given}=1$"):
+        open_sources(parse_sources(given), BYTES, tmp_path / "cache", progress=False)
+    options = {"progress": False, "validation_fraction": 0.0}
+    [meant] = open_sources(parse_sources(f"{given}=1"), BYTES, tmp_path / "cache", **options)
+    assert (meant.source, meant.weight) == (given, 1.0)
+
+
+def test_a_run_that_goes_on_takes_a_weight_for_one_whatever_is_there(tmp_path):
+    (tmp_path / "dt").write_text("text")
+    specs = parse_sources(f"{tmp_path}/dt=2024")
+    options = {"progress": False, "validation_fraction": 0.0}
+    [before] = open_sources(specs, BYTES, tmp_path / "cache", **options)
+    (tmp_path / "dt").unlink()
+    (tmp_path / "dt=2024").write_text("came later")
+    [after] = open_sources(specs, BYTES, tmp_path / "cache", keep=True, **options)
+    assert (after.weight, after.train.meta.checksum) == (2024, before.train.meta.checksum)
+
+
+def test_the_home_of_the_user_is_found_in_sources(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("text")
+    options = {"progress": False, "validation_fraction": 0.0}
+    [opened] = open_sources(parse_sources("~/*.txt"), BYTES, tmp_path / "cache", **options)
+    assert opened.source == "~/*.txt" and opened.train.num_documents == 1
+
+
 @pytest.mark.parametrize(
     "text, match",
     [
         ("", "item '' of data.sources '' has no name"),
         ("pydoc,", "item '' of data.sources 'pydoc,' has no name"),
         ("pydoc,=2", "item '=2' .* has no name"),
-        ("pydoc=zero", "item 'pydoc=zero' .* weight 'zero': use a positive number"),
+        ("gs://b/x", "data.sources=gs://b/x is an address"),
+        ("pydoc,s3:x=0.5", "data.sources=s3:x is an address .an address is written s3://x"),
         ("pydoc=0", "weight '0'"),
         ("a=1,pydoc=-1", "item 'pydoc=-1'"),
         ("pydoc=nan", "weight 'nan'"),

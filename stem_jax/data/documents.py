@@ -13,6 +13,7 @@ from stem_jax.data.json_documents import decode, read_json_array, read_json_line
 from stem_jax.data.packing import one_line, read_chunks
 from stem_jax.data.parquet_documents import read_parquet
 from stem_jax.errors import BadRecord, InputError
+from stem_jax.storage import local_path
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -51,12 +52,13 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
     Raises InputError for a pattern without a match.
     """
     found: dict[str, Path] = {}
-    for pattern in patterns:
+    for given in patterns:
+        pattern = str(local_path(given, "input"))
         matches = {match for match in glob.glob(pattern, recursive=True) if Path(match).is_file()}
         if Path(pattern).is_file():  # a name with [ or * in it
             matches.add(pattern)
         if not matches:
-            raise InputError(f"input {pattern!r} matches no file: check the path, quote globs")
+            raise InputError(f"input {given!r} matches no file: check the path, quote globs")
         for match in sorted(matches):
             found.setdefault(os.path.realpath(match), Path(match))
     return list(found.values())

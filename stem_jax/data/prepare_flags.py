@@ -14,24 +14,24 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
     def add(name: str, **options) -> None:
         parser.add_argument(f"--{name}", **options)
 
-    def add_path(name: str, **options) -> None:
-        add(name, type=lambda text: local_path(text, f"--{name}"), **options)
-
     files = "text, .json, .jsonl, .parquet; also packed: .gz, .zst, .bz2, .xz"
     add("input", nargs="+", action="extend", default=[], help=files)
     add("corpus", action="append", choices=BUILTIN, default=[], help="a built-in corpus")
     add("text-field", default="text", help="JSON field or Parquet column")
     add("format", choices=FORMATS, default="auto", help="of the files; auto: by name and content")
     add("tokenizer", choices=KINDS, default="sentencepiece", help="kind of tokenizer")
-    add_path("tokenizer-path", help="a .model file or a tokenizer.json")
+    add("tokenizer-path", help="a .model file or a tokenizer.json")
     add("vocab-size", type=int, help="train SentencePiece on the text instead")
-    add_path("out", required=True, help="folder for train/, validation/ and tokenizer/")
+    add("out", required=True, help="folder for train/, validation/ and tokenizer/")
     add("validation-fraction", type=float, default=0.02, help="share")
     add("seed", type=int, default=0, help="of the split into train and validation")
     add("json", action="store_true", help="print the summary as JSON")
     args = parser.parse_args(argv)
     for pattern in args.input:
         local_path(pattern, "--input")
+    args.out = local_path(args.out, "--out")
+    if args.tokenizer_path is not None:
+        args.tokenizer_path = local_path(args.tokenizer_path, "--tokenizer-path")
     models = [args.tokenizer_path is not None, args.vocab_size is not None]
     if not args.input + args.corpus:
         parser.error("give --input or --corpus")

@@ -1,6 +1,7 @@
 """The sources of a training run: corpora, files or token stores, each with a weight."""
 
 import dataclasses
+import glob
 import hashlib
 import json
 import math
@@ -19,6 +20,7 @@ from stem_jax.data.prepare import open_stores, prepare_stores
 from stem_jax.data.token_store import TokenStore
 from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
+from stem_jax.storage import local_path
 
 # What the stores beside it were made from; written last.
 _RECORD_FILE = "source.json"
@@ -26,10 +28,14 @@ _RECORD_FILE = "source.json"
 
 @dataclasses.dataclass(frozen=True)
 class SourceSpec:
-    """One source of text as the user names it, and its weight in the mixture (positive)."""
+    """One source of text as the user names it, and its weight in the mixture (positive).
+
+    item: what it was parsed from.
+    """
 
     source: str
     weight: float = 1.0
+    item: str = dataclasses.field(default="", compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,18 +51,18 @@ class OpenedSource:
 def parse_sources(text: str) -> tuple[SourceSpec, ...]:
     """Parses "pydoc" or "pydoc=0.7,data/*.jsonl=0.3"; a weight left out is 1.
 
+    What follows the last `=` is a weight if it is a number; else it belongs to the source, as in
+    "data/lang=en/*.txt". The disk is not asked: a run goes on when its text is gone.
+
     Raises InputError naming the item for an empty name, a weight that is not a positive number, or
     a source given twice.
     """
     specs: list[SourceSpec] = []
     for item in text.split(","):
         name, equals, number = item.strip().rpartition("=")
-        if not equals:
-            name, number = number, "1"
-        try:
-            weight = float(number)
-        except ValueError:
-            weight = math.nan
+        if not equals or not _is_number(number):
+            name, number = item, "1"
+        weight = float(number)
         if not name.strip():
             raise InputError(
                 f"item {item!r} of data.sources {text!r} has no name: write NAME or NAME=WEIGHT"
@@ -70,8 +76,31 @@ def parse_sources(text: str) -> tuple[SourceSpec, ...]:
             raise InputError(
                 f"item {item!r} of data.sources {text!r} is given twice: add up its weights"
             )
-        specs.append(SourceSpec(name.strip(), weight))
+        local_path(name.strip(), "data.sources")
+        specs.append(SourceSpec(name.strip(), weight, item.strip()))
     return tuple(specs)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_meant(spec: SourceSpec) -> None:
+    """Refuses an item whose last part was taken for a weight where the whole is there."""
+    whole = spec.item
+    if whole not in ("", spec.source) and (_path(whole).exists() or glob.glob(str(_path(whole)))):
+        raise InputError(
+            f"item {whole!r} of data.sources names something that exists, but what follows the "
+            f"last = is taken for a weight: write {whole}=1"
+        )
+
+
+def _path(source: str) -> Path:
+    return local_path(source, "data.sources")
 
 
 def read_sources(
@@ -95,7 +124,7 @@ def read_sources(
 
 def is_store_folder(source: str) -> bool:
     """Whether a source names a folder that `prepare_stores` wrote."""
-    return (Path(source) / "train" / "meta.json").is_file()
+    return (_path(source) / "train" / "meta.json").is_file()
 
 
 def open_sources(
@@ -121,9 +150,11 @@ def open_sources(
     """
     opened = []
     for spec in sources:
+        if not keep:
+            _check_meant(spec)
         if is_store_folder(spec.source):
-            target = Path(spec.source)
-        elif Path(spec.source).is_dir():
+            target = _path(spec.source)
+        elif _path(spec.source).is_dir():
             raise InputError(
                 f"source {spec.source!r} is a folder without train/meta.json: run prepare, or give"
                 " a file pattern"

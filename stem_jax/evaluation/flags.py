@@ -24,16 +24,11 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
     add = parser.add_argument
     parser.add_path("--workdir", required=True, help="folder of a training run")
     mode = parser.add_mutually_exclusive_group(required=True)
-    mode.add_argument(
-        "--tasks",
-        type=_list(cli.name_or_path("--tasks")),
-        help="tasks of lm-eval, folders of task YAMLs (comma-separated)",
-    )
-    mode.add_argument(
-        "--perplexity",
-        type=_list(cli.name_or_path("--perplexity")),
-        help="bits per byte of built-in corpora, files, folders of token stores",
-    )
+    names = {"parser": mode, "type": _list(str)}
+    tasks = "tasks of lm-eval, folders of task YAMLs (comma-separated)"
+    parser.add_names("--tasks", help=tasks, **names)
+    texts = "bits per byte of built-in corpora, files, folders of token stores"
+    parser.add_names("--perplexity", help=texts, **names)
     mode.add_argument("--niah", action="store_true", help="needle in a haystack")
     mode.add_argument("--facts", action="store_true", help="what the facts corpus tells")
     add("--step", type=int, help="checkpoint; without it, the newest")

@@ -28,9 +28,8 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
     parser.add_path("--save", help="file for the patch")
     add("--list", action="store_true", help="show what --edits hold")
     add("--resident-rows", type=int, help="table rows kept on the device")
-    add(
+    parser.add_names(
         "--measure",
-        type=cli.name_or_path("--measure"),
         help="facts, or a JSON file like CounterFact's or zsRE's: edits to try alone",
     )
     add("--pairs", type=int, default=200, help="facts: edits of each relation")

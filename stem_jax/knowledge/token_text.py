@@ -14,7 +14,7 @@ from stem_jax.data.loader import Batch, GlobalBatches
 from stem_jax.data.sources import OpenedSource, open_sources, parse_sources
 from stem_jax.errors import InputError
 from stem_jax.loading import LoadedRun
-from stem_jax.training.run_data import reading_of
+from stem_jax.training.run_data import prepared_folder, reading_of
 
 # Where nobody says how many tokens are read.
 DEFAULT_TOKENS = 1 << 18
@@ -128,7 +128,7 @@ def _open(
         specs = parse_sources(text)
         options |= {"validation_fraction": 0, "reading": reading}
         return open_sources(specs, run.tokenizer, folder, **options)
-    prepared = Path(data.folder or workdir / "data")
+    prepared = prepared_folder(run.config, workdir)
     return open_sources(
         parse_sources(data.sources),
         run.tokenizer,

@@ -15,6 +15,7 @@ from stem_jax.data.tokenizer import (
     train_sentencepiece,
 )
 from stem_jax.errors import InputError
+from stem_jax.storage import local_path
 
 TOKENIZER_FOLDER = "tokenizer"
 
@@ -50,7 +51,7 @@ def open_run_data(
     sources = open_sources(
         parse_sources(data.sources),
         tokenizer,
-        Path(data.folder or workdir / "data"),
+        prepared_folder(config, workdir),
         validation_fraction=data.validation_fraction,
         seed=train.seed,
         reading=reading_of(data),
@@ -89,7 +90,7 @@ def run_tokenizer(config: Config, workdir: Path, prepared: bool) -> Tokenizer:
     folder = workdir / TOKENIZER_FOLDER
     data = config.data
     tokenizer = load_tokenizer_folder(folder) if prepared else _first_tokenizer(config, workdir)
-    if tokenizer.kind != data.tokenizer:
+    if not prepared and _kind_counts(config) and tokenizer.kind != data.tokenizer:
         raise InputError(
             f"data.tokenizer={data.tokenizer!r}, but the tokenizer of this run is "
             f"{tokenizer.kind!r}; set data.tokenizer={tokenizer.kind}"
@@ -104,15 +105,31 @@ def run_tokenizer(config: Config, workdir: Path, prepared: bool) -> Tokenizer:
     return tokenizer
 
 
+def prepared_folder(config: Config, workdir: Path) -> Path:
+    """Where the text of a run is prepared."""
+    folder = config.data.folder
+    return local_path(folder, "data.folder") if folder else workdir / "data"
+
+
+def _kind_counts(config: Config) -> bool:
+    """Whether `data.tokenizer` says what is made here. Prepared stores come with theirs."""
+    sources = [spec.source for spec in parse_sources(config.data.sources)]
+    return config.data.tokenizer_path is not None or not all(map(is_store_folder, sources))
+
+
 def _first_tokenizer(config: Config, workdir: Path) -> Tokenizer:
     data = config.data
     specs = parse_sources(data.sources)
     if data.tokenizer_path is not None or data.tokenizer == "bytes":
-        return load_tokenizer(data.tokenizer, data.tokenizer_path)
+        path = data.tokenizer_path
+        path = None if path is None else local_path(path, "data.tokenizer_path")
+        return load_tokenizer(data.tokenizer, path)
     if config.train.init_from is not None:
-        return load_tokenizer_folder(Path(config.train.init_from) / TOKENIZER_FOLDER)
+        return load_tokenizer_folder(
+            local_path(config.train.init_from, "train.init_from") / TOKENIZER_FOLDER
+        )
     for spec in specs:
-        beside = Path(spec.source) / TOKENIZER_FOLDER
+        beside = local_path(spec.source, "data.sources") / TOKENIZER_FOLDER
         if is_store_folder(spec.source) and beside.is_dir():
             return load_tokenizer_folder(beside)
     if data.tokenizer != "sentencepiece":
