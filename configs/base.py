@@ -41,7 +41,8 @@ def get_config() -> config_dict.ConfigDict:
     # "current_depth" (sqrt(2 (layer + 1))), "global_depth" (sqrt(2 (layers + 1))), "dim_ratio".
     config.model.init_std_factor = "disabled"
     config.model.init_base_std = None  # None: fan_in^-0.5 for every projection, as published
-    config.model.param_dtype = "float32"  # backbone parameters and optimizer state
+    # Of the backbone's copies that a step reads; parameters and their moments are float32.
+    config.model.param_dtype = "float32"
     config.model.compute_dtype = "float32"  # matmuls and activations: float32 or bfloat16
     config.model.attention = "auto"  # auto: splash on TPU, cudnn on GPU, xla elsewhere
     config.model.remat = "none"  # none, full (per layer), dots (keep projections)

@@ -135,7 +135,11 @@ def load_run(
         mesh = make_mesh(config.mesh, jax.local_devices()[:1])
         spec = TableSpec.from_config(config)
         store = HostStore.allocate(spec, mesh) if spec.offloaded else None
-        abstract = abstract_state(config, ModelDef(config, mesh), mesh)
+        model = ModelDef(config, mesh)
+        abstract = abstract_state(config, model, mesh)
+        # Nothing is updated here: the copies that training reads are enough.
+        copies = jax.eval_shape(model.copies, abstract.params)
+        abstract = dataclasses.replace(abstract, params=copies)
         params, table = found.checkpoints.restore_model(found.step, abstract, store)
     rows = _rows(config, info, table, store, mesh)
     return LoadedRun(config, found.step, params, rows, found.tokenizer, mesh)

@@ -159,9 +159,9 @@ def _stem_config(config: Config, stem_layers: str) -> Config:
 
 
 def _placed(imported: Imported, programs: TrainStep) -> Params:
-    shardings, dtype = programs.shardings.params, programs.config.model.param_dtype
+    shardings = programs.shardings.params
     return {
-        name: jax.device_put(jnp.asarray(value, dtype), shardings[name])
+        name: jax.device_put(jnp.asarray(value, jnp.float32), shardings[name])
         for name, value in imported.params.items()
     }
 

@@ -100,13 +100,13 @@ def write_checkpoint(
         InputError: the folder exists, or a parameter is not finite.
     """
     mesh = make_mesh(dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1), jax.devices()[:1])
-    whole, dtype = replicated(mesh), config.model.param_dtype
+    whole = replicated(mesh)
     with new_folder(Path(workdir), "--workdir") as folder:
         tokenizer.save(folder / TOKENIZER_FOLDER)
         (folder / "config.json").write_text(config.to_json())
         params = {}
         for name, value in imported.params.items():
-            params[name] = jax.device_put(jnp.asarray(value, dtype), whole)
+            params[name] = jax.device_put(jnp.asarray(value, jnp.float32), whole)
             if not bool(jnp.isfinite(params[name]).all()):
                 raise InputError(f"{name} has values that are not finite; the file is damaged")
         store = None

@@ -53,8 +53,8 @@ class SavedModel:
         return self.config.model
 
     def param(self, name: str) -> np.ndarray:
-        """A parameter of the backbone."""
-        return self._read("params", name, ...)
+        """A parameter of the backbone, as the model reads it: in `model.param_dtype`."""
+        return self._read("params", name, ...).astype(jnp.dtype(self.model.param_dtype))
 
     def table_pieces(self) -> Iterator[tuple[np.ndarray, slice, np.ndarray]]:
         """Token ids [n], columns, and these columns of their rows [n, S, columns].

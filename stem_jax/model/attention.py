@@ -26,7 +26,7 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, factor: float, mesh: Mesh | None, *, rngs: nnx.Rngs):
         D, H, K, Dh = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
         std = config.init_base_std or D**-0.5
-        make = functools.partial(Linear, cut=3 * std, param_dtype=config.param_dtype, rngs=rngs)
+        make = functools.partial(Linear, cut=3 * std, rngs=rngs)
         self.q_proj = make((D, H * Dh), ("embed", "heads"), std)
         self.k_proj = make((D, K * Dh), ("embed", "kv_heads"), std)
         self.v_proj = make((D, K * Dh), ("embed", "kv_heads"), std)

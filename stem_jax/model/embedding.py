@@ -31,15 +31,14 @@ class Embedding(nnx.Module):
         mesh: Mesh | None,
         *,
         has_dropout: bool,
-        param_dtype: str,
         rngs: nnx.Rngs,
     ):
         std = embed_dim**-0.5
-        value = truncated_normal(rngs.params(), (vocab_size, embed_dim), std, 3 * std, param_dtype)
+        value = truncated_normal(rngs.params(), (vocab_size, embed_dim), std, 3 * std)
         self.weight = nnx.Param(value, logical_axes=("vocab", "embed"))
         self.mesh = mesh
         if has_dropout:
-            instead = truncated_normal(rngs.params(), (embed_dim,), std, 3 * std, param_dtype)
+            instead = truncated_normal(rngs.params(), (embed_dim,), std, 3 * std)
             self.dropped = nnx.Param(instead, logical_axes=("norm",))
 
     def __call__(self, tokens_BxL: jax.Array, dtype, dropped_BxL=None) -> jax.Array:

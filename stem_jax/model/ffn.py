@@ -12,17 +12,12 @@ class GatedFFN(nnx.Module):
 
     def __init__(self, config: ModelConfig, layer: int, factor: float, *, rngs: nnx.Rngs):
         D, F = config.embed_dim, config.ffn_dim
-        dtype = config.param_dtype
         in_std = config.init_base_std or D**-0.5
         out_std = (config.init_base_std or F**-0.5) / factor
         inward = ("embed", "ffn")
-        self.gate_proj = Linear((D, F), inward, in_std, 3 * in_std, param_dtype=dtype, rngs=rngs)
+        self.gate_proj = Linear((D, F), inward, in_std, 3 * in_std, rngs=rngs)
         dense = layer not in config.stem_layers
-        self.up_proj = (
-            Linear((D, F), inward, in_std, 3 * in_std, param_dtype=dtype, rngs=rngs)
-            if dense
-            else None
-        )
+        self.up_proj = Linear((D, F), inward, in_std, 3 * in_std, rngs=rngs) if dense else None
         # [D, F] like the others, so that the weight gradient turns the narrow operand and not the
         # [B, L, F] activations: on CPUs that turn cost a tenth of the step.
         self.down_proj = Linear(
@@ -30,7 +25,6 @@ class GatedFFN(nnx.Module):
             inward,
             out_std,
             3 * out_std,
-            param_dtype=dtype,
             rngs=rngs,
             output_first=True,
         )

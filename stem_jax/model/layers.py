@@ -9,19 +9,16 @@ from jax.ad_checkpoint import checkpoint_name
 PROJECTION = "projection"
 
 
-def truncated_normal(key: jax.Array, shape: tuple[int, ...], std: float, cut: float, dtype):
-    """Normal samples of standard deviation `std` (before the cut), cut at +-`cut`."""
-    unit = jax.random.truncated_normal(key, -cut / std, cut / std, shape, jnp.float32)
-    return (unit * std).astype(dtype)
+def truncated_normal(key: jax.Array, shape: tuple[int, ...], std: float, cut: float):
+    """Normal samples of standard deviation `std` (before the cut), cut at +-`cut`, float32."""
+    return jax.random.truncated_normal(key, -cut / std, cut / std, shape, jnp.float32) * std
 
 
 class Linear(nnx.Module):
     """y = x W without bias; W is [in, out], or [out, in] with `output_first`."""
 
-    def __init__(
-        self, shape, logical_axes, std, cut, *, param_dtype, rngs: nnx.Rngs, output_first=False
-    ):
-        value = truncated_normal(rngs.params(), shape, std, cut, param_dtype)
+    def __init__(self, shape, logical_axes, std, cut, *, rngs: nnx.Rngs, output_first=False):
+        value = truncated_normal(rngs.params(), shape, std, cut)
         self.kernel = nnx.Param(value, logical_axes=logical_axes)
         self.output_first = output_first
 
@@ -52,8 +49,8 @@ def _project_back(x: jax.Array, kernel_OxI: jax.Array) -> jax.Array:
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale, computed in float32 and returned in the dtype of x."""
 
-    def __init__(self, dim: int, eps: float, *, param_dtype):
-        self.scale = nnx.Param(jnp.ones((dim,), param_dtype), logical_axes=("norm",))
+    def __init__(self, dim: int, eps: float):
+        self.scale = nnx.Param(jnp.ones((dim,), jnp.float32), logical_axes=("norm",))
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -41,9 +41,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, layer: int, mesh: Mesh | None, *, rngs: nnx.Rngs):
         factor = residual_factor(config, layer)
-        norm = functools.partial(
-            RMSNorm, config.embed_dim, config.norm_eps, param_dtype=config.param_dtype
-        )
+        norm = functools.partial(RMSNorm, config.embed_dim, config.norm_eps)
         self.attention_norm = norm()
         self.attention = Attention(config, factor, mesh, rngs=rngs)
         self.ffn_norm = norm()
@@ -70,13 +68,12 @@ class Transformer(nnx.Module):
             config.embed_dim,
             mesh,
             has_dropout=config.token_embedding_dropout > 0,
-            param_dtype=config.param_dtype,
             rngs=rngs,
         )
         self.blocks = nnx.List(
             [Block(config, layer, mesh, rngs=rngs) for layer in range(config.num_layers)]
         )
-        self.norm = RMSNorm(config.embed_dim, config.norm_eps, param_dtype=config.param_dtype)
+        self.norm = RMSNorm(config.embed_dim, config.norm_eps)
         std = config.embed_dim**-0.5
         self.head = (
             None
@@ -86,7 +83,6 @@ class Transformer(nnx.Module):
                 ("embed", "vocab"),
                 std,
                 3 * std,
-                param_dtype=config.param_dtype,
                 rngs=rngs,
             )
         )
@@ -169,7 +165,7 @@ class Transformer(nnx.Module):
         return jax.lax.scan(one_group, x_BxLxD, (states, rows))[0]
 
     def head_weight(self) -> jax.Array:
-        """The output head [D, V] in the parameter dtype."""
+        """The output head [D, V] in the dtype of the parameters."""
         return self.embed.weight[...].T if self.head is None else self.head.kernel[...]
 
     def logits(self, hidden_BxLxD: jax.Array) -> jax.Array:

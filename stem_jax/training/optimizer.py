@@ -21,12 +21,9 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def apply_update(optimizer, params, opt_state, gradients, learning_rate):
-    """One update; returns the new parameters and optimizer state."""
+    """One update; returns the new parameters and optimizer state. All arrays are float32."""
     direction, opt_state = optimizer.update(gradients, opt_state, params)
-    params = jax.tree.map(
-        lambda p, d: (p - learning_rate * d.astype(jnp.float32)).astype(p.dtype), params, direction
-    )
-    return params, opt_state
+    return jax.tree.map(lambda p, d: p - learning_rate * d, params, direction), opt_state
 
 
 def clip_factor(norm: jax.Array, limit: float) -> jax.Array:

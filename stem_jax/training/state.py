@@ -25,7 +25,8 @@ class TrainState:
     step: scalar int32, global batches consumed. updates: scalar int32, completed optimizer updates;
     lower than `step` by the batches skipped for non-finite values. bad_steps: scalar int32, skipped
     batches in a row. touched_rows: scalar int32, rows that some update had. params: backbone by
-    dotted name. opt_state: optax state. table: None for a dense model.
+    dotted name. opt_state: optax state; both float32, whatever dtype a step computes in. table:
+    None for a dense model.
     """
 
     step: jax.Array
@@ -45,12 +46,21 @@ class ModelDef:
             return Transformer(config.model, mesh, rngs=nnx.Rngs(params=config.train.seed))
 
         self._make = make
+        self._param_dtype = config.model.param_dtype
         self.graph, self.abstract = nnx.split(nnx.eval_shape(make))
         self._paths = [path for path, _ in nnx.to_flat_state(self.abstract)]
 
+    def copies(self, params: Params) -> Params:
+        """The parameters as a step reads them, in `model.param_dtype`.
+
+        A state holds them in float32: in bfloat16 an update smaller than a rounding step is lost.
+        """
+        return jax.tree.map(lambda p: p.astype(self._param_dtype), params)
+
     def bind(self, params: Params) -> Transformer:
-        """The module with these parameters."""
-        flat = {path: params[_name(path)] for path in self._paths}
+        """The module with copies of these parameters."""
+        copies = self.copies(params)
+        flat = {path: copies[_name(path)] for path in self._paths}
         state = nnx.from_flat_state(
             [
                 (path, variable.replace(flat[path]))
@@ -60,7 +70,7 @@ class ModelDef:
         return nnx.merge(self.graph, state)
 
     def init(self) -> Params:
-        """Fresh parameters, from the configured seed."""
+        """Fresh parameters in float32, from the configured seed."""
         _, state = nnx.split(self._make())
         return {_name(path): variable[...] for path, variable in nnx.to_flat_state(state)}
 
@@ -72,7 +82,7 @@ class ModelDef:
         }
 
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shape and dtype of each parameter."""
+        """Shape and dtype of each parameter of a state; `jax.eval_shape(copies)` has the others."""
         return {
             _name(path): jax.ShapeDtypeStruct(variable.shape, variable.dtype)
             for path, variable in nnx.to_flat_state(self.abstract)

@@ -103,7 +103,7 @@ class TrainStep:
         rows, requests = self._rows(state, table, batch, schedule, slots)
         dropped = self._dropped(state.step, batch.tokens)
         loss, cross_entropy, gradients, row_gradients = self._gradients(
-            state.params, rows, requests, batch, dropped, scored
+            self.model.copies(state.params), rows, requests, batch, dropped, scored
         )
         norm = global_norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -129,7 +129,7 @@ class TrainStep:
         else:
             new_table, touched_rows = None, state.touched_rows
         factor = clip_factor(norm, config.optimizer.clip_norm)
-        gradients = jax.tree.map(lambda g: g * factor.astype(g.dtype), gradients)
+        gradients = jax.tree.map(lambda g: g.astype(jnp.float32) * factor, gradients)
         updated = apply_update(self._optimizer, state.params, state.opt_state, gradients, rate)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), updated, (state.params, state.opt_state)
