@@ -142,6 +142,7 @@ def test_readers_of_a_run_have_what_training_reads(run, tmp_path):
     assert fingerprint == loaded.fingerprint
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("shape", "dtypes_of"), [((1, 1, 1), ["compute"]), ((2, 2, 2), ["param", "compute"])]
 )
