@@ -18,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from stem_jax.agreement import is_first, unanimous
 from stem_jax.checkpoint_files import (
     FORMAT_VERSION,
     ITEMS,
@@ -26,9 +27,11 @@ from stem_jax.checkpoint_files import (
     check_format,
     write_list,
 )
+from stem_jax.checkpoint_tables import restored_table, saved_store, saved_table, table_targets
 from stem_jax.config import Config
 from stem_jax.errors import InputError
-from stem_jax.store_handler import StoreField, store_args, table_handler
+from stem_jax.files import write_whole
+from stem_jax.store_handler import table_handler
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.spec import TableSpec, TableState
 from stem_jax.tables.store_snapshot import StoreSnapshot
@@ -36,8 +39,6 @@ from stem_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
 _BEST = "eval/loss"
-# Arrays of the table on disk are cut into values of this size, so that a part can be read alone.
-_CHUNK_BYTES = 2**24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,8 @@ class CheckpointInfo:
 
     step: batches consumed. updates: optimizer updates completed. bad_steps: skipped batches in a
     row. touched_rows: rows that some update had. tokenizer: fingerprint of the tokenizer whose ids
-    key the tables. data: seed, sources. endless: see `schedule.learning_rates`.
+    key the tables. data: seed, sources. endless: see `schedule.learning_rates`. owes_validation: a
+    stop came before the validation of this step.
     """
 
     step: int
@@ -57,6 +59,7 @@ class CheckpointInfo:
     data: dict[str, Any]
     config: Config
     endless: int = 0
+    owes_validation: bool = False
 
 
 class Checkpointer:
@@ -98,8 +101,8 @@ class Checkpointer:
             self.folder, options=options, handler_registry=registry
         )
         self._snapshot: StoreSnapshot | None = None
-        # The step under way.
-        self._saving: int | None = None
+        # The step under way, and its validation loss.
+        self._saving: tuple[int, float | None] | None = None
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -165,6 +168,7 @@ class Checkpointer:
                     "bad_steps": info.bad_steps,
                     "touched_rows": info.touched_rows,
                     "endless_updates": info.endless,
+                    **({"owes_validation": True} if info.owes_validation else {}),
                     **info.data,
                 }
             ),
@@ -183,12 +187,12 @@ class Checkpointer:
         try:
             # The save before must be done with its snapshot and step; Orbax would wait anyway.
             self.wait()
-            self._saving = info.step
+            self._saving = (info.step, eval_loss)
             if store is not None:
                 self._snapshot = store.snapshot()
-                items |= _saved_store(store, self._snapshot)
+                items |= saved_store(store, self._snapshot)
             elif state.table is not None:
-                items |= _saved_table(state.table)
+                items |= saved_table(state.table)
             started = self._manager.save(
                 info.step, args=ocp.args.Composite(**items), metrics=metrics
             )
@@ -197,6 +201,17 @@ class Checkpointer:
         finally:
             if not started:
                 self._drop_snapshot()
+
+    def add_eval_loss(self, step: int, loss: float) -> None:
+        """Gives a checkpoint, in every process, the loss that it was saved without.
+
+        Raises:
+            InputError: the folder cannot be written.
+        """
+        with unanimous():
+            if is_first():
+                _write_loss(self.folder / str(step), loss)
+        self._manager.reload()
 
     def info(self, step: int) -> CheckpointInfo:
         """Reads the plain part of a checkpoint.
@@ -217,6 +232,7 @@ class Checkpointer:
         info = CheckpointInfo(
             # Those that do not say were made when no schedule had an end.
             endless=data.pop("endless_updates", data["updates"]),
+            owes_validation=data.pop("owes_validation", False),
             step=data.pop("step"),
             updates=data.pop("updates"),
             bad_steps=data.pop("bad_steps"),
@@ -253,7 +269,7 @@ class Checkpointer:
         items = {
             "params": ocp.args.StandardRestore(abstract.params),
             "opt_state": ocp.args.StandardRestore(_plain(abstract.opt_state)),
-            **_table_targets(abstract.table, store),
+            **table_targets(abstract.table, store),
         }
         found = self._restore(step, items)
         treedef = jax.tree.structure(abstract.opt_state)
@@ -270,7 +286,7 @@ class Checkpointer:
             *counters,
             params=found["params"],
             opt_state=jax.tree.unflatten(treedef, _unplain(found["opt_state"])),
-            table=None if store is not None or abstract.table is None else _table(found),
+            table=None if store is not None or abstract.table is None else restored_table(found),
         )
 
     def restore_model(
@@ -282,15 +298,18 @@ class Checkpointer:
         """
         items = {
             "params": ocp.args.StandardRestore(abstract.params),
-            **_table_targets(abstract.table, store),
+            **table_targets(abstract.table, store),
         }
         found = self._restore(step, items)
         in_state = store is None and abstract.table is not None
-        return found["params"], _table(found) if in_state else None
+        return found["params"], restored_table(found) if in_state else None
 
     def _list_files(self) -> None:
         """Called when all files of a step are written, before its folder gets its final name."""
-        [folder] = [path for path in self.folder.glob(f"{self._saving}.*") if path.is_dir()]
+        step, loss = self._saving
+        [folder] = [path for path in self.folder.glob(f"{step}.*") if path.is_dir()]
+        if loss is not None:
+            _write_loss(folder, loss)
         write_list(folder)
 
     def _drop_snapshot(self) -> None:
@@ -334,6 +353,15 @@ class Checkpointer:
         )
 
 
+def _write_loss(folder: Path, loss: float) -> None:
+    """Puts the validation loss where Orbax reads it when it opens the folder again.
+
+    It would write it itself if it chose the best one by a function of its options, and then warns
+    of every checkpoint that has none.
+    """
+    write_whole(folder / "metrics" / "metrics", json.dumps({_BEST: loss}))
+
+
 def _plain(opt_state) -> dict[str, Any]:
     """The optimizer state as a flat dictionary: named tuples differ between optax versions."""
     return {f"{index:03d}": leaf for index, leaf in enumerate(jax.tree.leaves(opt_state))}
@@ -341,42 +369,3 @@ def _plain(opt_state) -> dict[str, Any]:
 
 def _unplain(flat: dict[str, Any]) -> list[Any]:
     return [flat[key] for key in sorted(flat)]
-
-
-def _saved_table(table: TableState) -> dict[str, Any]:
-    def chunked(item):
-        cut = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in item}
-        return ocp.args.PyTreeSave(item, save_args=cut)
-
-    slots = {"mu": table.mu, "nu": table.nu, "last_step": table.last_step}
-    return {"table_rows": chunked({"rows": table.rows}), "table_slots": chunked(slots)}
-
-
-def _saved_store(store: HostStore, snapshot: StoreSnapshot) -> dict[str, Any]:
-    fields = {name: StoreField(store, name, snapshot) for name in store.fields}
-    return {
-        "table_rows": ocp.args.PyTreeSave({"rows": fields.pop("rows")}),
-        "table_slots": ocp.args.PyTreeSave(fields),
-    }
-
-
-def _table_targets(table: TableState | None, store: HostStore | None) -> dict[str, Any]:
-    """Where the items of the table are restored to: a store, arrays, or nowhere."""
-    if store is not None:
-        fields = {name: StoreField(store, name) for name in store.fields}
-        rows, slots = {"rows": fields.pop("rows")}, fields
-        items = {"table_rows": store_args(rows), "table_slots": store_args(slots)}
-        return items if slots else {"table_rows": items["table_rows"]}
-    if table is None:
-        return {}
-
-    def arrays(item):
-        args = ocp.checkpoint_utils.construct_restore_args(item)
-        return ocp.args.PyTreeRestore(item, restore_args=args)
-
-    slots = {"mu": table.mu, "nu": table.nu, "last_step": table.last_step}
-    return {"table_rows": arrays({"rows": table.rows}), "table_slots": arrays(slots)}
-
-
-def _table(found) -> TableState:
-    return TableState(rows=found["table_rows"]["rows"], **found["table_slots"])

@@ -23,12 +23,13 @@ from stem_jax.checkpoint import FOLDER, Checkpointer, CheckpointInfo
 from stem_jax.checkpoint_files import set_aside_damaged
 from stem_jax.config import Config
 from stem_jax.data.loader import Share
-from stem_jax.errors import InputError, TrainingError
+from stem_jax.errors import InputError
 from stem_jax.lock import Lock
 from stem_jax.mesh import BATCH_AXES, axis_size, check_placement, make_mesh, own_batch_shards
 from stem_jax.origin import Origin, begin_from, find_origin
 from stem_jax.process_log import log, process_log
 from stem_jax.run_checks import check_first_start, check_mesh
+from stem_jax.run_saves import RunSaves, data_record, owes_validation
 from stem_jax.start_clock import StartClock
 from stem_jax.stop_signal import StopSignal
 from stem_jax.tables.host_memory import available_host_bytes, check_host_memory
@@ -94,14 +95,15 @@ def _train(config: Config, workdir: Path, clock: StartClock, own_log: Path, lock
         origin = find_origin(config) if info is None else None
     latest, endless = (0, 0) if info is None else (info.step, info.endless)
     data = _open_data(config, workdir, mesh, info)
-    record = _data_record(config, data)
+    record, owed = data_record(config, data), owes_validation(workdir, info)
     check_same(
         {"the newest checkpoint": str(latest), "the tokenizer": data.tokenizer.fingerprint}
+        | {"the validations that were made": str(owed)}
         | {f"the text of source {i}": text for i, text in enumerate(record["checksums"])}
     )
     _check_continues(info, data, record, workdir)
     _check_origin(origin, data)
-    if latest >= config.train.steps:
+    if latest > config.train.steps or (latest == config.train.steps and not owed):
         log.info(f"run complete: {workdir} is at step {latest} of {config.train.steps}")
         return Ending.WAS_COMPLETE
     clock.mark("data")
@@ -124,25 +126,10 @@ def _train(config: Config, workdir: Path, clock: StartClock, own_log: Path, lock
             state = dataclasses.replace(state, table=TableState(**prefetch.load()))
         clock.mark("state")
 
-        def save(state: TrainState, validation: Validation | None) -> None:
-            _check_own(workdir, lock)
-            if prefetch is not None:
-                # While the save before still reads the store, old rows would be kept for it.
-                checkpoints.wait()
-                prefetch.write_back(vars(state.table))
-            info = CheckpointInfo(
-                step=int(state.step),
-                updates=int(state.updates),
-                bad_steps=int(state.bad_steps),
-                touched_rows=int(state.touched_rows),
-                tokenizer=data.tokenizer.fingerprint,
-                data=record,
-                config=config,
-                endless=endless,
-            )
-            loss = None if validation is None else validation.loss
-            checkpoints.save(state, info, loss, store)
-
+        fingerprint = data.tokenizer.fingerprint
+        saves = RunSaves(
+            config, workdir, lock, checkpoints, fingerprint, record, endless, store, prefetch
+        )
         with StopSignal() as stop:
             loop = Loop(
                 config,
@@ -150,13 +137,14 @@ def _train(config: Config, workdir: Path, clock: StartClock, own_log: Path, lock
                 data,
                 workdir,
                 prefetch,
-                save,
+                saves.save,
+                saves.add_validation,
                 stop,
                 watchdog.beat,
                 clock,
                 endless,
             )
-            state, validation, done = loop.run(state)
+            state, validation, done = loop.run(state, owed)
             checkpoints.wait()
     if not done:
         log.info(f"stopped at step {int(state.step)}; the same command continues")
@@ -282,24 +270,6 @@ def _latest(workdir: Path) -> CheckpointInfo | None:
     with Checkpointer(workdir, read_only=True) as checkpoints:
         latest = checkpoints.latest_step()
         return None if latest is None else checkpoints.info(latest)
-
-
-def _check_own(workdir: Path, lock: Lock) -> None:
-    other = lock.lost_to()
-    if other is not None:
-        raise TrainingError(
-            f"{workdir} was taken by {other} while this process stood still; nothing more is "
-            "written there, and that run goes on from the last checkpoint"
-        )
-
-
-def _data_record(config: Config, data: RunData) -> dict:
-    """What the data stream is a function of, beside the step."""
-    return {
-        "seed": config.train.seed,
-        "sources": config.data.sources,
-        "checksums": [store.meta.checksum for store in data.stores],
-    }
 
 
 def _verdict(config: Config, data: RunData, validation: Validation) -> str:

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a wish to stop, the same step in every process."""
+"""SIGTERM and SIGINT as a wish to stop, at the same place in every process."""
 
 import signal
 
@@ -10,19 +10,25 @@ class StopSignal:
     """Remembers SIGTERM and SIGINT instead of dying of them; the previous handlers come back.
 
     With several processes JAX's preemption service hears SIGTERM, on whichever of them it arrives,
-    and picks a step that none has passed.
+    and picks a question that none has asked yet: they ask the same ones in the same order.
     """
 
     def __init__(self):
         self._received = False
+        self._agreed = False
+        self._asked = 0
         self._previous = {}
         self._many = jax.process_count() > 1
 
-    def __call__(self, step: int) -> bool:
-        """Whether to stop after `step`. Every process asks after every step."""
-        if self._many:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._received
+    def __call__(self) -> bool:
+        """Whether to stop here. Every process asks at the same places, and once told, it stays so.
+
+        Asking waits for nothing.
+        """
+        if self._many and not self._agreed:
+            self._asked += 1
+            self._agreed = multihost_utils.reached_preemption_sync_point(self._asked)
+        return self._agreed if self._many else self._received
 
     def __enter__(self) -> "StopSignal":
         # The service's own handler of SIGTERM stays where it is.

@@ -169,7 +169,7 @@ def run(
             stack.enter_context(prefetch)
             state = dataclasses.replace(state, table=TableState(**prefetch.load()))
 
-        def save(state: TrainState, validation) -> None:
+        def save(state: TrainState, *_) -> None:
             if prefetch is not None:
                 prefetch.write_back(vars(state.table))
             watch(state, prefetch)
@@ -177,7 +177,7 @@ def run(
                 saving.save(state, _info(config, state), None, store)
 
         data = zipf_data(config, processes)
-        loop = Loop(config, step, data, workdir, prefetch, save, lambda step: False)
+        loop = Loop(config, step, data, workdir, prefetch, save, None, lambda: False)
         state, _, _ = loop.run(state)
         if saving:
             saving.wait()

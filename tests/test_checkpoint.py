@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from stem_jax import checkpoint, store_handler
+from stem_jax import checkpoint_tables, store_handler
 from stem_jax.checkpoint import Checkpointer, CheckpointInfo
 from stem_jax.errors import InputError
 from stem_jax.tables import store_snapshot
@@ -173,7 +173,7 @@ def small_pieces(monkeypatch):
         (store_snapshot, "_CHUNK_BYTES", 2),
         (store_snapshot, "_PIECE_BYTES", 4),
         (store_handler, "_READ_BYTES", 4),
-        (checkpoint, "_CHUNK_BYTES", 3),
+        (checkpoint_tables, "_CHUNK_BYTES", 3),
     ):
         monkeypatch.setattr(module, name, rows * 2 * 48 * 4)
 

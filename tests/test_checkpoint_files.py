@@ -13,6 +13,7 @@ from stem_jax.checkpoint import Checkpointer, CheckpointInfo
 from stem_jax.checkpoint_files import FORMAT_VERSION, damage, set_aside_damaged, write_list
 from stem_jax.errors import InputError
 from stem_jax.training.state import init_state
+from stem_jax.training.step import TrainStep
 
 ITEMS = ["params", "opt_state", "table_rows", "table_slots", "data", "config", "layout"]
 
@@ -94,17 +95,38 @@ def test_one_without_a_list_is_read_if_its_items_are_there(tmp_path, stem_layers
     assert set_aside_damaged(tmp_path / "checkpoints") == []
 
 
+def _save(workdir: Path, step: TrainStep, losses: dict[int, float | None]) -> list[int]:
+    """Saves with a start of their own; which steps are left."""
+    state = init_state(step.config, step.model, step.mesh)
+    with Checkpointer(workdir, keep=2) as checkpoints:
+        for number, loss in losses.items():
+            info = CheckpointInfo(number, number, 0, 0, "none", {}, step.config)
+            checkpoints.save(state, info, loss)
+            checkpoints.wait()
+        return checkpoints.steps()
+
+
 def test_the_items_are_those_that_are_saved(train_step, tmp_path):
-    step = train_step((1, 1, 1))
-    info = CheckpointInfo(3, 3, 0, 0, "none", {}, step.config)
-    with Checkpointer(tmp_path) as checkpoints:
-        checkpoints.save(init_state(step.config, step.model, step.mesh), info, None)
+    _save(tmp_path, train_step((1, 1, 1)), {3: None})
     folder = tmp_path / "checkpoints" / "3"
     assert damage(folder) is None
     (folder / "files.json").unlink()
     assert damage(folder) is None
     shutil.rmtree(folder / "table_slots")
     assert damage(folder) == "without files.json and table_slots"
+
+
+def test_the_best_is_known_to_the_next_start(train_step, tmp_path):
+    step = train_step((1, 1, 1))
+    assert _save(tmp_path, step, {1: 3.0, 2: 1.0, 3: None}) == [2, 3]
+    with Checkpointer(tmp_path) as checkpoints:
+        # The validation of step 3 came after its save, and does not make it the best.
+        checkpoints.add_eval_loss(3, 2.0)
+    assert _save(tmp_path, step, {4: None, 5: 4.0}) == [2, 4, 5]
+    with Checkpointer(tmp_path) as checkpoints:
+        checkpoints.add_eval_loss(4, 0.5)
+    assert _save(tmp_path, step, {6: 0.75, 7: None}) == [4, 6, 7]
+    assert damage(tmp_path / "checkpoints" / "4") is None
 
 
 @pytest.mark.parametrize("spoil", [None, _without("opt_state"), _without("params", "table_rows")])

@@ -39,7 +39,7 @@ LEVELS = [
     ["tables"],
     ["model"],
     ["training"],
-    ["store_handler", "checkpoint_files", "checkpoint"],
+    ["store_handler", "checkpoint_files", "checkpoint_tables", "checkpoint"],
     [
         "loading",
         "sampling",
@@ -53,6 +53,7 @@ LEVELS = [
         "evaluation",
         "origin",
         "run_checks",
+        "run_saves",
         "run",
     ],
 ]

@@ -153,7 +153,7 @@ def bring_all(step, prefetch):
     store = HostStore.create(step.spec, table_key(step.config), step.mesh)
     with Prefetch(step.mesh, store, "lfu", prefetch) as moving:
         state = TrainState(*[None] * 6, TableState(**moving.load()))
-        loop = Loop(step.config, step, data, None, moving, None, None)
+        loop = Loop(step.config, step, data, None, moving, None, None, None)
         batches = map(data.batches.batch, range(STEPS))
         for ahead in (
             loop._look_ahead(batches, STEPS),

@@ -4,6 +4,8 @@ Stages by step distance: batches beyond t+n are read ahead on threads; up to bat
 their way (`look_ahead`); step t runs; metrics of step t-1 are fetched, so the host never waits for
 the step it has just started. The loop drains (fetches the last metrics) before validation, before a
 save, and at the end.
+
+Told to stop, it saves at once: a validation that is due, or under way, is left to the next start.
 """
 
 import dataclasses
@@ -44,8 +46,10 @@ class Loop:
 
     Attributes:
         prefetch: of an offloaded table; None if all rows are resident.
-        save: called with (state, validation or None) where a checkpoint is due.
-        stop_requested: asked after every step, with its number.
+        save: called where a checkpoint is due, with (state, validation or None, whether a stop came
+            before it).
+        add_validation: called with (step, validation) that the checkpoint of the step lacks.
+        stop_requested: asked after every step and every batch of a validation.
         beat: told what was just done, several times a minute if all is well.
         clock: of the start, read at the first step.
         endless: see `schedule.learning_rates`.
@@ -56,14 +60,20 @@ class Loop:
     data: RunData
     workdir: Path
     prefetch: Prefetch | None
-    save: Callable[[TrainState, Validation | None], None]
-    stop_requested: Callable[[int], bool]
+    save: Callable[[TrainState, Validation | None, bool], None]
+    add_validation: Callable[[int, Validation], None]
+    stop_requested: Callable[[], bool]
     beat: Callable[[str], None] = lambda place: None
     clock: StartClock = dataclasses.field(default_factory=StartClock)
     endless: int = 0
 
-    def run(self, state: TrainState) -> tuple[TrainState, Validation | None, bool]:
-        """Returns the final state, the last validation, and whether all steps were done.
+    def run(
+        self, state: TrainState, owes_validation: bool = False
+    ) -> tuple[TrainState, Validation | None, bool]:
+        """Returns the final state, the validation of the last step, and whether all was done.
+
+        Args:
+            owes_validation: a stop came before the one of the state's step.
 
         Raises:
             TrainingError: `train.max_bad_steps` non-finite steps in a row.
@@ -76,6 +86,11 @@ class Loop:
         )
         validation = None
         try:
+            if owes_validation:
+                state, validation = self._validate(state, schedule, start, metrics_log, owed=True)
+                if validation is None:
+                    return state, None, False
+                reporter.resume_clock()
             with self.data.batches.iterate(start) as batches:
                 ahead = self._look_ahead(batches, end - start)
                 for step, ready in enumerate(ahead, start=start + 1):
@@ -85,22 +100,25 @@ class Loop:
                     )
                     reporter.dispatched(step, metrics | ready.metrics)
                     self.beat(f"step {step - 1}")
-                    last = self.stop_requested(step) or step == end
-                    checkpoint_due = last or _due(step, self.config.checkpoint.every)
-                    evaluation_due = step == end or _due(step, self.config.eval.every)
-                    if evaluation_due or checkpoint_due:
+                    stopped = self.stop_requested()
+                    due = step == end or _due(step, self.config.eval.every)
+                    evaluation_due = due and self.data.held_out is not None
+                    checkpoint_due = self._checkpoint_due(step)
+                    if stopped or evaluation_due or checkpoint_due:
                         reporter.drain()
                     validation = None
-                    if evaluation_due and self.data.held_out is not None:
+                    if evaluation_due and not stopped:
                         state = ahead.settle(state)
                         state, validation = self._validate(state, schedule, step, metrics_log)
-                    if checkpoint_due:
-                        self.save(state, validation)
+                        stopped = validation is None
+                    owed = evaluation_due and validation is None
+                    if stopped or checkpoint_due:
+                        self.save(state, validation, owed)
                         self.beat(f"the save of step {step}")
                     if evaluation_due or checkpoint_due:
                         reporter.resume_clock()
-                    if last:
-                        return state, validation, step == end
+                    if stopped or step == end:
+                        return state, validation, step == end and not owed
         finally:
             reporter.close()
             metrics_log.close()
@@ -110,9 +128,21 @@ class Loop:
         placed = map(self.programs.place, batches)
         return LookAhead(self.programs, placed, length, self.prefetch, training=training)
 
+    def _checkpoint_due(self, step: int) -> bool:
+        return step == self.config.train.steps or _due(step, self.config.checkpoint.every)
+
     def _validate(
-        self, state: TrainState, schedule: Schedule, step: int, metrics_log: MetricsLog
-    ) -> tuple[TrainState, Validation]:
+        self,
+        state: TrainState,
+        schedule: Schedule,
+        step: int,
+        metrics_log: MetricsLog,
+        owed: bool = False,
+    ) -> tuple[TrainState, Validation | None]:
+        """The state, and what came out; None if told to stop meanwhile.
+
+        owed: the checkpoint of the step is there, without it.
+        """
         held_out, sums = self.data.held_out, []
         ahead = self._look_ahead(held_out, len(held_out), training=False)
         for ready in ahead:
@@ -120,8 +150,16 @@ class Loop:
             sums.append(
                 self.programs.evaluate(state, ready.batch, schedule, ready.slots, ready.sizes)
             )
+            # Two batches in flight keep the devices busy; with all of them a wish to stop would be
+            # heard at the start and at the end.
+            sums[-2:-1] = jax.device_get(sums[-2:-1])
             self.beat(f"validation batch {len(sums)} at step {step}")
+            if self.stop_requested():
+                return ahead.settle(state), None
         result = summarize(sums, held_out.num_bytes)
+        if owed and self._checkpoint_due(step):
+            # Before the record, by which a next start sees that nothing is owed any more.
+            self.add_validation(step, result)
         metrics_log.write(step, result.metrics())
         log.info(
             f"step {step}: validation loss {result.loss:.4f} nats per token, "

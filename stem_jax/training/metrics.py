@@ -14,6 +14,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+METRICS = "metrics.jsonl"
 Record = dict[str, Any]
 
 
@@ -26,7 +27,7 @@ class MetricsLog:
 
     def __init__(self, workdir: Path, start_step: int, *, writing: bool = True):
         """writing: of the processes of a run one writes, the others keep the records alone."""
-        self._path = workdir / "metrics.jsonl"
+        self._path = workdir / METRICS
         self._picture = workdir / "loss.png"
         self._writing = writing
         self.records = [r for r in read_records(self._path) if r["step"] <= start_step]
