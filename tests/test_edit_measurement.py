@@ -399,9 +399,9 @@ def test_donors_are_found_among_the_records(run, cases, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("no json", "cannot be read"),
+        ("no json", "is not JSON"),
         ("{}", "is not a list of records"),
-        ("[" * 100_000, "cannot be read"),
+        ("[" * 100_000, "is nested deeper than 200"),
         ('[{"subject": "Spain"}]', "record 0 lacks 'src'"),
         ('[{"subject": "a", "src": "b", "answers": [1], "alt": "d"}]', "record 0 is wrong: 1 is"),
         (

@@ -3,9 +3,10 @@
 CounterFact: Meng et al., Locating and Editing Factual Associations in GPT (arXiv 2202.05262),
 appendix D. zsRE for editing: Mitchell et al., Fast Model Editing at Scale (arXiv 2110.11309),
 section 5. Their records give the answer that is wanted but no subject of which it is true, whose
-rows could be taken: the donor is another subject of the file with that answer to the same relation,
-or what a field `donor` of the record says. Records of zsRE name no relation, so they need `donor`,
-or a field `relation`.
+rows could be taken: the donor is another subject of the file of which the same is asked, with that
+answer, or what a field `donor` of the record says. The same is asked by records of one relation
+(`relation_id`, or a field `relation`), and where none is named, as in zsRE, by questions that have
+the same words but for the subject. Of a file as it is published most records find no donor.
 
 Questions about other subjects follow a sentence about the edited one; alone they would not read an
 edited row, and stay as they are whatever the edit.
@@ -15,9 +16,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
 from stem_jax.files import read_json
 from stem_jax.knowledge.edit_cases import EditCase, Probe
+from stem_jax.knowledge.swaps import swap_recipes
 
 # In tables, of edits whose relation is not named.
 _ANY = "any"
@@ -29,6 +32,26 @@ class EditDataset:
 
     cases: list[EditCase]
     without_donor: int
+
+    def swappable(self, tokenizer: Tokenizer, strategy: str) -> list[EditCase]:
+        """The cases whose names a strategy of `swaps.swap_recipes` fits.
+
+        Raises:
+            InputError: it fits none; the message is about the first.
+        """
+        found, first = [], None
+        for case in self.cases:
+            try:
+                swap_recipes(tokenizer, case.swap, strategy)
+            except InputError as error:
+                first = first or error
+            else:
+                found.append(case)
+        if not found:
+            raise InputError(
+                f"no edit of --measure can be made with --strategy={strategy}; the first: {first}"
+            )
+        return found
 
 
 def read_edit_dataset(path: str | Path) -> EditDataset:
@@ -59,20 +82,28 @@ def read_edit_dataset(path: str | Path) -> EditDataset:
             )
     donors: dict[tuple[str, str], list[str]] = {}
     for case in cases:
-        if case.relation:
-            donors.setdefault((case.relation, case.old), []).append(case.subject)
+        donors.setdefault((_asked(case), case.old), []).append(case.subject)
     found = []
     for case in cases:
-        others = [x for x in donors.get((case.relation, case.new), []) if x != case.subject]
+        others = [x for x in donors.get((_asked(case), case.new), []) if x != case.subject]
         if case.donor or others:
             relation, donor = case.relation or _ANY, case.donor or others[0]
             found.append(dataclasses.replace(case, relation=relation, donor=donor))
     if not found:
         raise InputError(
-            f"--measure={path}: none of its {len(cases)} records has a donor, a subject of the "
-            "same relation of which the new answer is true; name one in a field `donor`"
+            f"--measure={path}: none of its {len(cases)} records has a donor, a subject of "
+            "another record that asks the same, with the new answer; name one in a field `donor`"
         )
     return EditDataset(found, len(cases) - len(found))
+
+
+def _asked(case: EditCase) -> str:
+    """The same for cases that ask the same of their subjects."""
+    if case.relation:
+        return f"relation {case.relation}"
+    words = case.prompt.replace(case.subject, "{}")
+    # Without the subject in it, it asks about nobody else.
+    return " ".join(words.casefold().split()) if "{}" in words else f"of {case.subject}: {words}"
 
 
 def _counterfact(record: dict[str, Any]) -> EditCase:
@@ -82,7 +113,7 @@ def _counterfact(record: dict[str, Any]) -> EditCase:
     return EditCase(
         relation=str(wanted.get("relation_id", "")),
         subject=subject,
-        donor=_text(record.get("donor", "")),
+        donor=_donor(record),
         prompt=prompt,
         old=old,
         new=_text(wanted["target_new"]["str"]),
@@ -104,7 +135,7 @@ def _zsre(record: dict[str, Any]) -> EditCase:
     return EditCase(
         relation=str(record.get("relation", "")),
         subject=_text(record["subject"]),
-        donor=_text(record.get("donor", "")),
+        donor=_donor(record),
         prompt=prompt,
         old=old,
         new=_text(record["alt"]),
@@ -113,8 +144,13 @@ def _zsre(record: dict[str, Any]) -> EditCase:
     )
 
 
+def _donor(record: dict[str, Any]) -> str:
+    """ "" where the record names none."""
+    return _text(record["donor"]) if record.get("donor") else ""
+
+
 def _text(value: Any) -> str:
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not value.strip():
         raise TypeError(f"{value!r} is no text")
     return value.strip()
 

@@ -70,7 +70,8 @@ class Trial:
 @dataclasses.dataclass(frozen=True)
 class TrialResult:
     """step, run: checkpoint that was edited, and its fingerprint. outcomes: of each edit. fluency:
-    None if it was not asked for. left_out: records that could not be tried."""
+    None if it was not asked for. left_out: records without a donor. unfit: records whose names the
+    strategy does not fit."""
 
     trial: Trial
     step: int
@@ -78,6 +79,7 @@ class TrialResult:
     outcomes: list[EditOutcome]
     fluency: Fluency | None
     left_out: int
+    unfit: int = 0
 
     @property
     def note(self) -> str:
@@ -85,6 +87,11 @@ class TrialResult:
         parts = [] if self.fluency is None else [format_fluency(self.fluency)]
         if self.left_out:
             parts.append(f"{self.left_out} records without a donor were left out")
+        if self.unfit:
+            parts.append(
+                f"{self.unfit} records were left out, whose names {self.trial.strategy} does not "
+                "fit, or with a token twice"
+            )
         if unread := sum(outcome.answer == NOT_READ for outcome in self.outcomes):
             parts.append(
                 f"{unread} of {len(self.outcomes)} edits are not in the shares: their prompt reads "
@@ -124,6 +131,7 @@ class TrialResult:
             "run": self.run,
             "fluency": found,
             "left_out": self.left_out,
+            "unfit": self.unfit,
         }
 
 
@@ -135,17 +143,18 @@ def try_edits(
     Args:
         with_fluency: sample completions too, where rows are written.
     """
-    left_out = 0
+    left_out = unfit = 0
     if trial.source == FACTS:
         choice = {"pairs": trial.pairs, "tokens": trial.tokens, "seed": trial.seed}
         cases = fact_cases(run.tokenizer, strategy=trial.strategy, **choice)
     else:
         dataset = read_edit_dataset(trial.source)
-        cases, left_out = dataset.cases, dataset.without_donor
+        cases = dataset.swappable(run.tokenizer, trial.strategy)
+        left_out, unfit = dataset.without_donor, len(dataset.cases) - len(cases)
     options = {"strategy": trial.strategy, "layers": trial.layers, "written": trial.written}
     outcomes = measure_edits(run, cases, **options, progress=progress)
     found = None
     if with_fluency and trial.written == "rows":
         read = [outcome.case for outcome in outcomes if outcome.answer != NOT_READ]
         found = fluency(run, read, trial.strategy, trial.layers) if read else None
-    return TrialResult(trial, run.step, run.fingerprint, outcomes, found, left_out)
+    return TrialResult(trial, run.step, run.fingerprint, outcomes, found, left_out, unfit)
