@@ -20,6 +20,8 @@ LOGICAL_TO_MESH = {
     "ffn": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
+    # Fewer than the devices of `tensor`: each device has all of them, and reads one.
+    "shared_kv_heads": None,
     "vocab": "tensor",
     "norm": None,
 }

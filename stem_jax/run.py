@@ -86,11 +86,12 @@ def train(config: Config, workdir: str | Path) -> Ending:
 def _train(config: Config, workdir: Path, clock: StartClock, own_log: Path, lock: Lock) -> Ending:
     with unanimous():
         mesh = make_mesh(config.mesh)
-        check_mesh(config, mesh)
         info = _latest(workdir)
         if info is not None:
             check_resumable(info.config, config, info.updates, info.endless)
-        if info is None or not info.updates:
+        under_way = info is not None and info.updates > 0
+        check_mesh(config, mesh, under_way)
+        if not under_way:
             check_first_start(config)
         origin = find_origin(config) if info is None else None
     latest, endless = (0, 0) if info is None else (info.step, info.endless)

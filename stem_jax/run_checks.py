@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from stem_jax.config import Config
 from stem_jax.errors import InputError
 from stem_jax.mesh import BATCH_AXES, axis_size
+from stem_jax.model.attention import check_heads, resolve_backend
 from stem_jax.training.schedule import ENDING, schedule_length
 
 
@@ -40,12 +41,18 @@ def check_first_start(config: Config) -> None:
         )
 
 
-def check_mesh(config: Config, mesh: Mesh) -> None:
+def check_mesh(config: Config, mesh: Mesh, under_way: bool = False) -> None:
     """Checks of a configuration against the devices that it is to train on.
 
+    Args:
+        under_way: the run has made updates; with xla, which can cut heads, it goes on as it began.
+
     Raises:
-        InputError: sizes that do not divide over the mesh.
+        InputError: sizes that do not divide over the mesh, or that the attention kernel refuses.
     """
+    backend = resolve_backend(config.model, mesh, config.train.seq_len)
+    if not (under_way and backend == "xla"):
+        check_heads(config.model, mesh)
     devices = axis_size(mesh, BATCH_AXES)
     if config.micro_batch_size % devices:
         raise InputError(

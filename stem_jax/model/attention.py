@@ -16,6 +16,9 @@ from stem_jax.errors import InputError
 from stem_jax.mesh import BATCH_AXES
 from stem_jax.model.layers import Linear, rotate
 
+# Positions that splash takes at a time.
+_SPLASH_BLOCK = 128
+
 
 class Attention(nnx.Module):
     """Multi-head attention with rotary positions and num_heads / num_kv_heads queries per KV head.
@@ -28,12 +31,14 @@ class Attention(nnx.Module):
         std = config.init_base_std or D**-0.5
         make = functools.partial(Linear, cut=3 * std, rngs=rngs)
         self.q_proj = make((D, H * Dh), ("embed", "heads"), std)
-        self.k_proj = make((D, K * Dh), ("embed", "kv_heads"), std)
-        self.v_proj = make((D, K * Dh), ("embed", "kv_heads"), std)
+        kv_axes = ("embed", "shared_kv_heads" if _devices_of_head(K, mesh) > 1 else "kv_heads")
+        self.k_proj = make((D, K * Dh), kv_axes, std)
+        self.v_proj = make((D, K * Dh), kv_axes, std)
         # The published initialisation divides the std by the factor but not the cut.
         self.o_proj = make((H * Dh, D), ("heads", "embed"), std / factor)
+        resolve_backend(config, mesh)
         self.head_dim = Dh
-        self.backend = resolve_backend(config, mesh)
+        self.config = config
         self.mesh = mesh
 
     def __call__(self, x_BxLxD, angles, segment_ids_BxL, cache=None):
@@ -53,7 +58,8 @@ class Attention(nnx.Module):
         k = rotate(self.k_proj(x_BxLxD).reshape(B, L, -1, self.head_dim), angles)
         v = self.v_proj(x_BxLxD).reshape(B, L, -1, self.head_dim)
         if cache is None:
-            out = attend(q, k, v, segment_ids_BxL, self.backend, self.mesh)
+            backend = resolve_backend(self.config, self.mesh, L)
+            out = attend(q, k, v, segment_ids_BxL, backend, self.mesh)
         else:
             cache = cache.extend(k, v, segment_ids_BxL)
             slots_L = cache.length - L + jnp.arange(L)
@@ -62,23 +68,66 @@ class Attention(nnx.Module):
         return self.o_proj(out.reshape(B, L, -1)), cache
 
 
-def resolve_backend(config: ModelConfig, mesh: Mesh | None) -> str:
+def resolve_backend(config: ModelConfig, mesh: Mesh | None, length: int = 0) -> str:
     """The attention kernel for this platform: the configured one, or by `auto` the fastest.
 
+    Args:
+        length: of the sequences that it is to take; 0: not known yet.
+
     Raises:
-        InputError: a kernel that this platform or dtype does not have.
+        InputError: a kernel that does not take this platform, dtype, head size or length.
     """
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    refused = {"splash": _splash_refuses(length), "cudnn": _cudnn_refuses(config, length)}
     if config.attention == "auto":
-        if platform == "tpu":
-            return "splash"
-        # cuDNN's kernel takes half precision only, and head sizes up to 128 in steps of 8.
-        if platform == "gpu" and config.compute_dtype == "bfloat16":
-            return "cudnn" if config.head_dim <= 128 and config.head_dim % 8 == 0 else "xla"
-        return "xla"
+        fastest = {"tpu": "splash", "gpu": "cudnn"}.get(platform)
+        return "xla" if fastest is None or refused[fastest] else fastest
     if config.attention == "cudnn" and platform != "gpu":
         raise InputError(f"model.attention=cudnn needs a GPU, this is {platform}; use auto")
+    if reason := refused.get(config.attention):
+        raise InputError(
+            f"model.attention={config.attention} takes no {reason}; change it, or use auto"
+        )
     return config.attention
+
+
+def check_heads(config: ModelConfig, mesh: Mesh) -> None:
+    """Raises InputError for heads that would be cut: xla would reshard them, the others refuse."""
+    H, K, tensor = config.num_heads, config.num_kv_heads, mesh.shape["tensor"]
+    if H % tensor:
+        raise InputError(
+            f"model.num_heads={H} does not divide over mesh.tensor={tensor}: each device computes "
+            "whole heads; change one of them"
+        )
+    if K % tensor and tensor % K:
+        raise InputError(
+            f"model.num_kv_heads={K} neither divides over mesh.tensor={tensor} nor divides it, so "
+            "some device would need parts of several; change one of them"
+        )
+
+
+def _splash_refuses(length: int) -> str | None:
+    if length % _SPLASH_BLOCK:
+        return f"sequences of {length} tokens (train.seq_len), only multiples of {_SPLASH_BLOCK}"
+    return None
+
+
+def _cudnn_refuses(config: ModelConfig, length: int) -> str | None:
+    if config.compute_dtype != "bfloat16":
+        return f"model.compute_dtype={config.compute_dtype}, only bfloat16"
+    # Hopper has sizes up to 256, which `auto` leaves to xla as on the others.
+    largest = 128 if config.attention == "auto" else 256
+    if config.head_dim > largest or config.head_dim % 8:
+        return f"model.head_dim={config.head_dim}, only multiples of 8 up to {largest}"
+    if length % 2:
+        return f"sequences of {length} tokens (train.seq_len), only even ones"
+    return None
+
+
+def _devices_of_head(num_kv_heads: int, mesh: Mesh | None) -> int:
+    """Devices along `tensor` that share each KV head; 1 where there are heads enough."""
+    tensor = 1 if mesh is None else mesh.shape["tensor"]
+    return tensor // num_kv_heads if tensor % num_kv_heads == 0 else 1
 
 
 def document_mask(q_segments_BxL, kv_segments_BxT, q_slots_L) -> jax.Array:
@@ -91,6 +140,10 @@ def document_mask(q_segments_BxL, kv_segments_BxT, q_slots_L) -> jax.Array:
 
 def attend(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, segment_ids_BxL, backend: str, mesh: Mesh | None):
     """Causal attention within segments, [B, L, H, Dh], by the named backend."""
+    # As many KV heads as devices: the query heads of one all read the same.
+    shared = _devices_of_head(k_BxLxKxD.shape[2], mesh)
+    if shared > 1:
+        k_BxLxKxD, v_BxLxKxD = (jnp.repeat(x, shared, axis=2) for x in (k_BxLxKxD, v_BxLxKxD))
     if backend == "splash":
         return _splash(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, segment_ids_BxL, mesh)
     mask = document_mask(segment_ids_BxL, segment_ids_BxL, jnp.arange(q_BxLxHxD.shape[1]))

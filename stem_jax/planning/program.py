@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from stem_jax.config import Config
 from stem_jax.errors import InputError
 from stem_jax.mesh import BATCH_AXES, axis_size, batch_sharding, check_divides, check_placement
+from stem_jax.model.attention import check_heads, resolve_backend
 from stem_jax.tables.exchange import Exchange
 from stem_jax.tables.row_optimizer import RowBlock, adamw
 from stem_jax.tables.spec import TableSpec
@@ -47,6 +48,8 @@ def train_step_program(config: Config, mesh: Mesh, *, all_distinct: bool = False
         BATCH_AXES,
         mesh,
     )
+    check_heads(config.model, mesh)
+    resolve_backend(config.model, mesh, config.train.seq_len)
     step = TrainStep(config, mesh)
     check_placement(placed_arrays(config, step.model), mesh, config.mesh.max_replicated_mib)
     state = abstract_state(config, step.model, mesh)

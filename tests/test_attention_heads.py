@@ -1,0 +1,160 @@
+"""Heads over the tensor axis, and what each attention kernel takes, before anything is compiled."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stem_jax.config import Config
+from stem_jax.errors import InputError
+from stem_jax.model.attention import attend, resolve_backend
+from stem_jax.planning.program import train_step_program
+from stem_jax.run_checks import check_mesh
+from stem_jax.training.schedule import make_schedule
+from stem_jax.training.state import ModelDef, init_state
+
+
+class StandIn:
+    """A mesh as far as it is asked here: of a platform that this machine has not."""
+
+    def __init__(self, platform: str, tensor: int = 1):
+        self.shape = {"data": 1, "fsdp": 1, "tensor": tensor}
+        self.devices = np.array([type("Device", (), {"platform": platform})()])
+
+
+HEADS = [
+    ((6, 2), 4, "model.num_heads=6 does not divide over mesh.tensor=4: each device computes whole"),
+    ((6, 3), 2, "model.num_kv_heads=3 neither divides over mesh.tensor=2 nor divides it"),
+    ((12, 3), 4, "model.num_kv_heads=3 neither divides over mesh.tensor=4 nor divides it"),
+]
+
+
+def heads(config_of, H: int, K: int, **keys):
+    sizes = {"num_heads": H, "num_kv_heads": K, "embed_dim": 8 * H, "ffn_dim": 48}
+    return config_of(**{f"model.{key}": value for key, value in sizes.items()}, **keys)
+
+
+@pytest.mark.parametrize(("numbers", "tensor", "message"), HEADS)
+@pytest.mark.parametrize(
+    ("platform", "kernel"), [("cpu", "xla"), ("gpu", "cudnn"), ("tpu", "splash")]
+)
+def test_heads_that_would_be_cut_are_refused(
+    numbers, tensor, message, platform, kernel, tiny_config
+):
+    keys = {"train.seq_len": 128, "model.compute_dtype": "bfloat16"}
+    config, mesh = heads(tiny_config, *numbers, **keys), StandIn(platform, tensor)
+    assert resolve_backend(config.model, mesh, 128) == kernel
+    with pytest.raises(InputError, match=re.escape(message)):
+        check_mesh(config, mesh)
+    check_mesh(config, StandIn(platform, 1))
+    # A run that an earlier version began with xla goes on; with the others it never began.
+    if kernel == "xla":
+        check_mesh(config, mesh, under_way=True)
+    else:
+        with pytest.raises(InputError, match=re.escape(message)):
+            check_mesh(config, mesh, under_way=True)
+
+
+def test_a_plan_refuses_them_too(tiny_config, device_mesh):
+    config = heads(tiny_config, 6, 2, **{"train.global_batch_size": 2})
+    with pytest.raises(InputError, match=r"num_heads=6 does not divide over mesh\.tensor=4"):
+        train_step_program(config, device_mesh((1, 2, 4)))
+
+
+@pytest.mark.parametrize(
+    ("platform", "keys", "message"),
+    [
+        ("tpu", {"model.attention": "splash", "train.seq_len": 100}, "of 100 tokens (train.seq_l"),
+        ("tpu", {"model.attention": "splash", "train.seq_len": 200}, "only multiples of 128; chan"),
+        ("gpu", {"model.attention": "cudnn", "train.seq_len": 33}, "of 33 tokens (train.seq_len)"),
+        ("gpu", {"model.attention": "cudnn", "model.head_dim": 12}, "model.head_dim=12, only mult"),
+        (
+            "gpu",
+            {"model.attention": "cudnn", "model.compute_dtype": "float32"},
+            "takes no model.compute_dtype=float32, only bfloat16; change it, or use auto",
+        ),
+        ("cpu", {"model.attention": "cudnn"}, "model.attention=cudnn needs a GPU, this is cpu"),
+    ],
+)
+def test_what_a_kernel_does_not_take_is_refused(platform, keys, message, tiny_config):
+    config = tiny_config(**{"model.compute_dtype": "bfloat16", **keys})
+    with pytest.raises(InputError, match=re.escape(message)):
+        check_mesh(config, StandIn(platform))
+
+
+@pytest.mark.parametrize(
+    ("platform", "length", "dtype", "kernel"),
+    [
+        ("tpu", 256, "float32", "splash"),
+        ("tpu", 200, "float32", "xla"),
+        ("gpu", 200, "bfloat16", "cudnn"),
+        ("gpu", 201, "bfloat16", "xla"),
+        ("gpu", 200, "float32", "xla"),
+        ("cpu", 256, "bfloat16", "xla"),
+    ],
+)
+def test_auto_takes_a_kernel_that_takes_the_length(platform, length, dtype, kernel, tiny_config):
+    config = tiny_config(**{"model.compute_dtype": dtype, "train.seq_len": length})
+    check_mesh(config, StandIn(platform))
+    assert resolve_backend(config.model, StandIn(platform), length) == kernel
+
+
+@pytest.mark.parametrize(("K", "spec"), [(1, None), (2, None), (4, "tensor"), (8, "tensor")])
+def test_few_kv_heads_are_whole_on_every_device(K, spec, tiny_config, device_mesh):
+    specs = ModelDef(heads(tiny_config, 8, K), device_mesh((1, 2, 4))).specs()
+    for name in ("k_proj", "v_proj"):
+        assert tuple(specs[f"blocks.0.attention.{name}.kernel"]) == ("fsdp", spec)
+    assert tuple(specs["blocks.0.attention.q_proj.kernel"]) == ("fsdp", "tensor")
+    assert all("tensor" in spec or None in spec for spec in map(tuple, specs.values()))
+
+
+@pytest.mark.parametrize(
+    ("backend", "K", "Dh"),
+    [("xla", 1, 64), ("xla", 2, 64), ("splash", 1, 64), ("splash", 2, 96), ("splash", 4, 64)],
+)
+def test_kernels_over_tensor_equal_one_device(backend, K, Dh, device_mesh):
+    """Head sizes off the 128 lanes of a chip too: the shipped models have 64."""
+    H, L = 8, 128
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (
+        jax.random.normal(key, (2, L, n, Dh)) for key, n in zip(keys, (H, K, K), strict=True)
+    )
+    segments = jnp.asarray(np.stack([1 + (np.arange(L) > 50), np.arange(L) < 100]), jnp.int32)
+    mesh = device_mesh((1, 2, 4))
+
+    def outputs(backend, mesh):
+        def loss(q, k, v):
+            out = attend(q, k, v, segments, backend, mesh)
+            return jnp.sum(out * jnp.cos(jnp.arange(out.size).reshape(out.shape))), out
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    (gradients, expected), (found_gradients, found) = outputs("xla", None), outputs(backend, mesh)
+    np.testing.assert_allclose(found, expected, atol=5e-6)
+    for one, other in zip(found_gradients, gradients, strict=True):
+        np.testing.assert_allclose(one, other, atol=5e-5)
+
+
+@pytest.mark.long
+def test_one_kv_head_trains_on_two_devices_as_on_one(train_step, make_batch):
+    """And its projection, whole on both, stays the same on both."""
+    states = []
+    for shape in ((1, 1, 1), (1, 1, 2)):
+        step = train_step(shape, **{"model.num_kv_heads": 1})
+        state = init_state(step.config, step.model, step.mesh)
+        schedule = make_schedule(step.config, 3, np.full(3, 3e-3))
+        for seed in range(3):
+            state, _ = step.update(state, make_batch(step, seed=seed), schedule)
+        states.append(state)
+    for name, value in states[0].params.items():
+        np.testing.assert_allclose(states[1].params[name], value, atol=1e-5, err_msg=name)
+    one, other = states[1].params["blocks.1.attention.k_proj.kernel"].addressable_shards
+    np.testing.assert_array_equal(one.data, other.data)
+
+
+def test_a_config_with_such_heads_is_read(tiny_config):
+    """Checkpoints are read on any mesh: only a training asks for one."""
+    config = heads(tiny_config, 6, 2, **{"mesh.tensor": 4, "train.seq_len": 100})
+    assert Config.from_json(config.to_json()) == config
