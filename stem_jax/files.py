@@ -105,7 +105,7 @@ def new_folder(folder: Path, flag: str) -> Iterator[Path]:
     with unfinished(folder, where, _make_folder) as made:
         yield made
         with refused_writes(where):
-            _sync_all(made)
+            sync_all(made)
             check_absent(folder, flag)
             made.rename(folder)
             _sync(folder.parent)
@@ -120,7 +120,7 @@ def replace_folder(folder: Path, flag: str) -> Iterator[Path]:
     with unfinished(folder, where, _make_folder) as made:
         yield made
         with refused_writes(where):
-            _sync_all(made)
+            sync_all(made)
             if folder.exists():
                 # Two renames: a folder cannot be renamed over one that has files in it.
                 folder.rename(moved_away(made))
@@ -195,7 +195,7 @@ def _make_file(path: Path) -> None:
     path.touch(exist_ok=False)
 
 
-def _sync_all(folder: Path) -> None:
+def sync_all(folder: Path) -> None:
     """Everything in a folder is on the disk before the folder has its name."""
     for path in folder.rglob("*"):
         _sync(path)

@@ -169,13 +169,17 @@ def _open_data(config: Config, workdir: Path, mesh: Mesh, info: CheckpointInfo |
     shards = own_batch_shards(mesh)
     num_shards = axis_size(mesh, BATCH_AXES)
     share = Share.of_devices(shards, num_shards, config.train.micro_batches)
+    # A shared data.folder may hold the text as it was and as it is now.
+    checksums = () if info is None else info.data["checksums"]
     data = None
     with unanimous(PREPARING_SECONDS):
         if is_first():
-            data = open_run_data(config, workdir, prepared=info is not None, share=share)
+            data = open_run_data(
+                config, workdir, prepared=info is not None, checksums=checksums, share=share
+            )
     with unanimous():
         if data is None:
-            data = open_run_data(config, workdir, prepared=True, share=share)
+            data = open_run_data(config, workdir, prepared=True, checksums=checksums, share=share)
     return data
 
 

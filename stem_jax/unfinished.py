@@ -24,7 +24,7 @@ def unfinished(target: Path, where: str, make: Callable[[Path], None]) -> Iterat
 
     A lock beside it says that its writer lives. What dead writers left is removed first.
     """
-    with _exit_on_sigterm(where):
+    with exit_on_sigterm(f"{where} was not written"):
         _make_parent(target, where)
         made, lock = None, None
         try:
@@ -118,8 +118,8 @@ def remove(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _exit_on_sigterm(where: str) -> Iterator[None]:
-    """SIGTERM raises SystemExit meanwhile, so that what was begun is removed.
+def exit_on_sigterm(consequence: str) -> Iterator[None]:
+    """SIGTERM says what follows and raises SystemExit, so that what was begun is removed.
 
     Only where it would kill the process: a training has its own way to stop.
     """
@@ -131,7 +131,7 @@ def _exit_on_sigterm(where: str) -> Iterator[None]:
     def leave(number, _) -> None:
         # A second one must not end the removal.
         signal.signal(number, signal.SIG_IGN)
-        print(f"error: stopped by SIGTERM; {where} was not written", file=sys.stderr)
+        print(f"error: stopped by SIGTERM; {consequence}", file=sys.stderr)
         raise SystemExit(128 + number)
 
     signal.signal(signal.SIGTERM, leave)

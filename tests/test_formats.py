@@ -250,8 +250,9 @@ def test_bad_records_are_left_out_counted_and_listed(tmp_path):
     with BadRecords("skip", listed) as bad:
         assert _texts(path, empty, bad=bad) == TEXTS * 2
     places = [f"{path}:{3 + i}" for i in range(1, 6)] + [str(empty)]
-    assert [json.loads(line)["place"] for line in listed.read_text().splitlines()] == places
-    assert bad.count == 6 and "field 'text' is a NoneType" in bad.first[0]
+    found = [json.loads(line) for line in listed.read_text().splitlines()]
+    assert [record["place"] for record in found] == places
+    assert bad.count == 6 and "field 'text' is a NoneType" in found[0]["reason"]
     with pytest.raises(BadRecord, match=r"a\.jsonl:4: field 'text' is a NoneType"):
         _documents(path)
     with pytest.raises(InputError, match="on_bad 'go on' is unknown: use one of stop, skip"):

@@ -63,7 +63,7 @@ ENTRY_POINTS += ["prepare", "plan"]
 LEVEL = {name: level for level, names in enumerate([*LEVELS, ENTRY_POINTS]) for name in names}
 # Tighter than the levels: the data pipeline runs without JAX, in worker processes.
 ONLY = {
-    "data": {"data", "files", "json_fields", "lock", "storage", "errors"},
+    "data": {"data", "files", "json_fields", "lock", "storage", "unfinished", "errors"},
     "files": {"errors", "unfinished"},
     "json_fields": {"errors"},
     "lock": set(),

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stem_jax.data.loader import GlobalBatches, Share, ValidationBatches
-from stem_jax.data.token_store import TokenStore, TokenStoreWriter
+from stem_jax.data.token_store import TokenStore
+from stem_jax.data.token_store_writer import TokenStoreWriter
 from stem_jax.errors import InputError
 
 KEYS = {"tokens", "targets", "segment_ids", "positions", "loss_mask"}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from stem_jax.data.corpora import read_corpus
 from stem_jax.data.documents import Document
 from stem_jax.data.formats import Reading
-from stem_jax.data.prepare import prepare_stores
+from stem_jax.data.prepare import prepare_stores, write_stores
 from stem_jax.data.sources import SourceSpec, open_sources, parse_sources, read_sources
 from stem_jax.data.token_store import TokenStore
 from stem_jax.data.tokenizer import load_tokenizer, load_tokenizer_folder
@@ -100,7 +100,7 @@ def test_an_empty_corpus_is_refused(tmp_path, texts, match):
     for fraction in (0, 0.1):
         with pytest.raises(InputError, match=f"'mine' {match}"):
             _prepare(texts, tmp_path / "out", fraction, name="mine")
-        assert not list((tmp_path / "out").iterdir())
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("fraction", [0.001, 0.999])
@@ -125,7 +125,7 @@ def test_a_failing_reader_leaves_nothing(tmp_path):
             documents(), BYTES, tmp_path / "out", name="n",
             validation_fraction=0.1, seed=0, progress=True,
         )  # fmt: skip
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_parse_sources():
@@ -210,9 +210,9 @@ def count_prepared(monkeypatch):
 
     def counted(*args, **kwargs):
         calls.append(kwargs["name"])
-        return prepare_stores(*args, **kwargs)
+        return write_stores(*args, **kwargs)
 
-    monkeypatch.setattr("stem_jax.data.sources.prepare_stores", counted)
+    monkeypatch.setattr("stem_jax.data.sources.write_stores", counted)
     return calls
 
 
@@ -236,7 +236,11 @@ def test_sources_are_prepared_once_and_again_when_anything_changes(tmp_path, cou
     assert prepared(seed=1, validation_fraction=0.3) == both
     (tmp_path / "b.txt").write_text("more text than before")
     assert prepared(seed=1, validation_fraction=0.3) == both[1:]
-    (tmp_path / "cache" / "facts" / "source.json").unlink()
+    # Each has its own folder: what another run made is still there.
+    assert prepared() == both[1:]
+    assert prepared(seed=1, validation_fraction=0.3) == []
+    for record in (tmp_path / "cache").glob("facts-*/source.json"):
+        record.unlink()
     assert prepared(seed=1, validation_fraction=0.3) == both[:1]
 
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stem_jax.data.token_store import TokenStore, TokenStoreWriter
+from stem_jax.data.token_store import TokenStore
+from stem_jax.data.token_store_writer import TokenStoreWriter
 from stem_jax.errors import InputError
 
 BOS, EOS = 98, 99
@@ -121,29 +122,36 @@ def test_dropping_the_last_row_leaves_only_full_ones(tmp_path_factory, documents
         assert full * seq_len + seq_len + 1 > store.num_tokens
 
 
-def test_a_store_appears_whole_or_not_at_all(tmp_path):
+def test_a_folder_is_no_store_before_it_is_whole(tmp_path):
     folder = tmp_path / "store"
     with pytest.raises(RuntimeError, match="interrupted"), _writer(folder) as writer:
         writer.add([1, 2], 2)
-        assert not folder.exists()
         raise RuntimeError("interrupted")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_store_replaces_a_store_and_nothing_else(tmp_path, store):
-    mapped = store.row(0, 4)
-    assert _write(tmp_path / "store", [[7]]).document_ids(0).tolist() == [BOS, 7, EOS]
-    assert store.row(0, 4)["tokens"].tolist() == mapped["tokens"].tolist()  # still mapped
-    assert [path.name for path in tmp_path.iterdir()] == ["store"]
-    (tmp_path / "home").mkdir()
-    with pytest.raises(InputError, match="home exists and is no token store: remove it"):
-        _writer(tmp_path / "home")
-
-
-def test_an_empty_store_is_refused(tmp_path):
-    with pytest.raises(InputError, match="would be empty"), _writer(tmp_path / "store"):
+    with pytest.raises(InputError, match="holds no token store"):
+        TokenStore.open(folder)
+    with pytest.raises(InputError, match="would be empty"), _writer(tmp_path / "empty"):
         pass
-    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(InputError, match="holds no token store"):
+        TokenStore.open(tmp_path / "empty")
+
+
+def test_a_store_is_not_written_over(store):
+    with pytest.raises(InputError, match="holds a token store: write elsewhere"):
+        _writer(store.folder)
+
+
+def test_a_writer_goes_on_with_what_is_said_to_be_written(tmp_path, store):
+    folder = tmp_path / "again"
+    with pytest.raises(RuntimeError), _writer(folder) as writer:
+        writer.add([1, 2], 6)
+        kept = writer.size
+        writer.add([50], 3)
+        raise RuntimeError
+    with _writer(folder, written=kept) as writer:
+        writer.add([3, 4, 5], 9)
+    assert TokenStore.open(folder, verify=True).meta == store.meta
+    with pytest.raises(InputError, match=r"tokens\.bin has 0 bytes, not the 8 that were written"):
+        _writer(tmp_path / "none", written=kept)
 
 
 @pytest.mark.parametrize("wrong", [100, -1, 70000])
@@ -152,7 +160,7 @@ def test_ids_outside_the_vocabulary_are_refused(tmp_path, wrong):
     with pytest.raises(InputError, match=match), _writer(tmp_path / "store") as writer:
         writer.add([5], 1)
         writer.add([1, wrong], 2)
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "store" / "meta.json").exists()
 
 
 def _set_meta(store, **changes):
@@ -164,11 +172,16 @@ def test_missing_and_foreign_folders_are_refused(tmp_path, store):
     with pytest.raises(InputError, match=r"none holds no token store .*: run prepare"):
         TokenStore.open(tmp_path / "none")
     _set_meta(store, surprise=1)
-    with pytest.raises(InputError, match=r"meta\.json lacks fields or has unknown ones"):
+    with pytest.raises(InputError, match=r"does not know \(surprise\): a newer one wrote it"):
         TokenStore.open(store.folder)
-    for text in ("{}", "[]", "{cut"):
+    for text, match in (
+        ("{}", "is not a token store's"),
+        ("[]", "is not a token store's"),
+        ("{cut", "is not JSON"),
+        ('{"format_version": 1, "name": "n"}', "lacks split, dtype"),
+    ):
         (store.folder / "meta.json").write_text(text)
-        with pytest.raises(InputError, match=r"meta\.json is not a token store's"):
+        with pytest.raises(InputError, match=rf"meta\.json {match}.*prepare the text again"):
             TokenStore.open(store.folder)
 
 
@@ -191,14 +204,22 @@ def test_truncated_and_missing_files_are_refused(store, name):
         TokenStore.open(store.folder)
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "documents.bin"])
-def test_verify_finds_one_changed_byte(store, name):
+@pytest.mark.parametrize("name", ["tokens.bin", "documents.bin", "bytes.bin"])
+@pytest.mark.parametrize("earlier", [False, True])
+def test_verify_finds_one_changed_byte(store, name, earlier):
+    if earlier:
+        # As written by versions without this field.
+        record = json.loads((store.folder / "meta.json").read_text())
+        del record["bytes_checksum"]
+        (store.folder / "meta.json").write_text(json.dumps(record))
+    TokenStore.open(store.folder, verify=True)
     path = store.folder / name
     raw = bytearray(path.read_bytes())
     raw[8] ^= 1
     path.write_bytes(raw)
     TokenStore.open(store.folder)
-    with pytest.raises(InputError, match=r"does not match its checksum .* prepare the text again"):
+    match = r"bytes\.bin adds up" if earlier and name == "bytes.bin" else "not match its checksum"
+    with pytest.raises(InputError, match=rf"{match} .* prepare the text again"):
         TokenStore.open(store.folder, verify=True)
 
 

@@ -8,14 +8,12 @@ from typing import Self
 from stem_jax.errors import BadRecord, InputError
 
 ON_BAD = ("stop", "skip")
-# Shown to a person; the file has them all.
-_SHOWN = 5
 
 
 class BadRecords:
     """Takes the bad records of a reading, in their order.
 
-    count: how many were left out. first: some of them, as their messages.
+    count: how many were left out. stops: none is.
     """
 
     def __init__(self, on_bad: str = "stop", file: Path | None = None):
@@ -23,9 +21,10 @@ class BadRecords:
         if on_bad not in ON_BAD:
             raise InputError(f"on_bad {on_bad!r} is unknown: use one of {', '.join(ON_BAD)}")
         self.count = 0
-        self.first: list[str] = []
-        self._skip = on_bad == "skip"
+        self.stops = on_bad == "stop"
         self._path = file
+        if file is not None:
+            file.unlink(missing_ok=True)  # of an earlier attempt
         self._files = ExitStack()
         self._file = None
 
@@ -33,15 +32,17 @@ class BadRecords:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """The file is whole when it returns."""
         self._files.close()
 
     def add(self, error: BadRecord) -> None:
         """Counts it, or raises it."""
-        if not self._skip:
+        if self.stops:
             raise error
         self.count += 1
-        if len(self.first) < _SHOWN:
-            self.first.append(str(error))
         if self._path is not None:
             if self._file is None:
                 self._file = self._files.enter_context(self._path.open("w", encoding="utf-8"))

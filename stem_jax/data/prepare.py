@@ -1,25 +1,26 @@
 """Documents to token stores, split into train and validation by document."""
 
-import hashlib
-import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from tqdm import tqdm
 
+from stem_jax.data.assembly import Assembly
+from stem_jax.data.bad_records import BadRecords
 from stem_jax.data.documents import Document
-from stem_jax.data.token_store import TokenStore, TokenStoreWriter
+from stem_jax.data.encoded_piece import EncodedPiece
+from stem_jax.data.encoder_pool import Piece, cores, encode_pieces
+from stem_jax.data.piece_encoder import PieceEncoder, cut_pieces
+from stem_jax.data.preparation import Preparation
+from stem_jax.data.splitter import SPLITS
+from stem_jax.data.token_store import TokenStore
 from stem_jax.data.tokenizer import Tokenizer
-from stem_jax.errors import InputError
-
-SPLITS = ("train", "validation")
-# Large enough to feed every thread of the tokenizer, small enough to stay in memory.
-_BATCH_DOCUMENTS = 256
-_BATCH_CHARS = 4_000_000
+from stem_jax.errors import BadRecord, InputError
+from stem_jax.unfinished import exit_on_sigterm
 
 
 def prepare_stores(
@@ -31,49 +32,98 @@ def prepare_stores(
     validation_fraction: float,
     seed: int,
     progress: bool,
+    processes: int | None = None,
 ) -> dict[str, TokenStore]:
     """Writes `out/train` and, unless the fraction is 0, `out/validation`; returns them opened.
 
+    Both appear when they are whole. `write_stores` says more, and what is raised.
+    """
+    with Preparation(out, None) as place:
+        write_stores(
+            place,
+            documents,
+            tokenizer,
+            name=name,
+            validation_fraction=validation_fraction,
+            seed=seed,
+            progress=progress,
+            processes=processes,
+        )
+    return open_stores(out, tokenizer)
+
+
+def write_stores(
+    place: Preparation,
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    *,
+    name: str,
+    validation_fraction: float,
+    seed: int,
+    progress: bool,
+    processes: int | None = None,
+    bad: BadRecords | None = None,
+) -> tuple[int, int]:
+    """Makes the stores of a preparation and puts them, with all that is in `place.new`, in place.
+
     Documents without text are left out. A document's split depends on the seed and its text alone,
     so it stays when others come or go, and copies of it stay together. If a split would be empty,
-    the document whose hash is nearest to it moves there.
+    the document whose hash is nearest to it moves there. The stores are the same for any number of
+    processes, and however often they were begun.
 
-    validation_fraction: share of the documents, in [0, 1).
-    progress: draw a bar (documents, MB, tokens per second) on stderr if it is a terminal.
-    Raises InputError for a fraction out of range, a corpus without text, and a single document
-    that would have to fill both splits.
+    Args:
+        validation_fraction: share of the documents, in [0, 1).
+        progress: draw a bar (documents, MB, tokens per second) on stderr if it is a terminal.
+        processes: that tokenize; None: one for each core.
+        bad: takes the documents that the tokenizer cannot take; None: the first one is raised.
+
+    Returns:
+        Pieces of the input, and how many of them an earlier call of the same job had tokenized.
+
+    Raises:
+        InputError: a fraction out of range, a corpus without text, or a single document that would
+            have to fill both splits.
+        TrainingError: a process was killed.
     """
     if not 0 <= validation_fraction < 1:
         raise InputError(f"validation_fraction {validation_fraction} must lie in [0, 1)")
+    processes = cores() if processes is None else processes
+    if processes < 1:
+        raise InputError(f"--processes={processes} must be at least 1")
+    bad = bad or BadRecords()
     splits = SPLITS if validation_fraction > 0 else SPLITS[:1]
     with ExitStack() as stack:
-        writers = {
-            split: stack.enter_context(
-                TokenStoreWriter(
-                    Path(out) / split,
-                    vocab_size=tokenizer.vocab_size,
-                    fingerprint=tokenizer.fingerprint,
-                    bos_id=tokenizer.bos_id,
-                    eos_id=tokenizer.eos_id,
-                    name=name,
-                    split=split,
-                )
-            )
-            for split in splits
-        }
-        splitter = _Splitter(writers, validation_fraction)
+        stack.enter_context(exit_on_sigterm("the same command goes on where this one was"))
+        assembly = Assembly(place, splits, tokenizer, name, validation_fraction)
+        stack.enter_context(assembly)
         bar = stack.enter_context(_Progress(name, enabled=progress))
-        for batch in _batches(documents):
-            encoded = tokenizer.encode_batch([document.text for document in batch])
-            for document, ids in zip(batch, encoded, strict=True):
-                raw = document.text.encode()
-                splitter.add(_fraction_of(seed, raw), ids, len(raw))
-                bar.add(len(raw), len(ids))
-        splitter.finish(name)
-    stale = Path(out) / "validation"
-    if validation_fraction == 0 and (stale / "meta.json").is_file():
-        shutil.rmtree(stale)  # an earlier run's; its documents are now trained on
-    return open_stores(out, tokenizer)
+        found = 0
+
+        def missing() -> Iterator[Piece]:
+            nonlocal found
+            for piece in cut_pieces(documents):
+                index, found = found, found + 1
+                if assembly.has(index):
+                    bar.add(sum(len(document.text.encode()) for document in piece), 0, len(piece))
+                else:
+                    yield index, piece
+
+        done = 0
+        encoder = PieceEncoder(tokenizer, seed)
+        encoded = encode_pieces(missing(), encoder, processes)
+        for index, content in stack.enter_context(closing(encoded)):
+            piece = EncodedPiece.from_bytes(content)
+            if piece.bad and bad.stops:
+                origin, reason = piece.bad[0]
+                raise BadRecord(reason, origin)
+            assembly.add(index, content)
+            done += 1
+            bar.add(int(piece.num_bytes.sum()), len(piece.tokens), piece.num_documents)
+        for record in assembly.finish(name):
+            bad.add(record)
+        bad.close()
+        place.publish()
+    return found, found - done
 
 
 def open_stores(
@@ -90,55 +140,6 @@ def open_stores(
         )
         for split in found
     }
-
-
-class _Splitter:
-    """Sends documents to the writers; with two of them, neither stays empty.
-
-    Until both splits have been seen, the document nearest to the missing one is held back. It goes
-    there if the corpus ends before a document does.
-    """
-
-    def __init__(self, writers: dict[str, TokenStoreWriter], validation_fraction: float):
-        self._writers = writers
-        self._fraction = validation_fraction
-        self._settled = len(writers) == 1
-        self._held: tuple[float, Sequence[int], int] | None = None
-
-    def add(self, fraction: float, ids: Sequence[int], num_bytes: int) -> None:
-        document = (fraction, ids, num_bytes)
-        split = self._split_of(fraction)
-        if not self._settled:
-            if self._held is None:
-                self._held = document
-                return
-            held_split = self._split_of(self._held[0])
-            if held_split != split:
-                self._write(held_split, self._held)
-                self._held, self._settled = None, True
-            elif fraction != self._held[0] and (fraction < self._held[0]) == (split == "train"):
-                self._held, document = document, self._held
-        self._write(split, document)
-
-    def finish(self, name: str) -> None:
-        """Places the held document. Raises InputError if there are too few documents."""
-        written = sum(writer.num_documents for writer in self._writers.values())
-        if self._held is None and written == 0:
-            raise InputError(f"corpus {name!r} has no text: give documents that are not empty")
-        if self._held is not None and written == 0:
-            raise InputError(
-                f"corpus {name!r} has a single document, which cannot be both train and"
-                " validation: give more documents or set validation_fraction to 0"
-            )
-        if self._held is not None:
-            split = self._split_of(self._held[0])
-            self._write("train" if split == "validation" else "validation", self._held)
-
-    def _split_of(self, fraction: float) -> str:
-        return "validation" if fraction < self._fraction else "train"
-
-    def _write(self, split: str, document: tuple[float, Sequence[int], int]) -> None:
-        self._writers[split].add(*document[1:])
 
 
 class _Progress:
@@ -161,63 +162,11 @@ class _Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def add(self, num_bytes: int, num_tokens: int) -> None:
+    def add(self, num_bytes: int, num_tokens: int, num_documents: int) -> None:
         self._bytes += num_bytes
         self._tokens += num_tokens
         rate = self._tokens / max(time.monotonic() - self._began, 1e-9)
         self._bar.set_postfix_str(
             f"{self._bytes / 1e6:.1f} MB, {rate:,.0f} tokens/s", refresh=False
         )
-        self._bar.update()
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    chars = 0
-    for document in documents:
-        if not document.text:
-            continue
-        batch.append(document)
-        chars += len(document.text)
-        if len(batch) == _BATCH_DOCUMENTS or chars >= _BATCH_CHARS:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch
-
-
-def _fraction_of(seed: int, raw: bytes) -> float:
-    """A number in [0, 1), uniform over texts."""
-    digest = hashlib.blake2b(raw, digest_size=8, key=str(seed).encode()[:64]).digest()
-    return int.from_bytes(digest, "big") / 2**64
-
-
-def summarize(stores: dict[str, TokenStore]) -> dict[str, Any]:
-    """Counts for a person or a program: over all splits, then for each."""
-    total = {
-        key: sum(getattr(store, f"num_{key}") for store in stores.values())
-        for key in ("documents", "bytes", "tokens")
-    }
-    meta = stores["train"].meta
-    summary = {
-        **total,
-        "bytes_per_token": round(total["bytes"] / total["tokens"], 4),
-        "vocab_size": meta.vocab_size,
-        "fingerprint": meta.fingerprint,
-    }
-    for split, store in stores.items():
-        summary[f"{split}_documents"] = store.num_documents
-        summary[f"{split}_tokens"] = store.num_tokens
-    return summary
-
-
-def format_summary(summary: dict[str, Any]) -> str:
-    """`summarize` as aligned lines, with sizes in MB."""
-    lines = []
-    for key, value in summary.items():
-        if key == "bytes":
-            key, value = "text", f"{value / 1e6:.2f} MB"
-        elif isinstance(value, int):
-            value = f"{value:,}"
-        lines.append(f"{key.replace('_', ' '):<22}{value}")
-    return "\n".join(lines)
+        self._bar.update(num_documents)

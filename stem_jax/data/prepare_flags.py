@@ -2,6 +2,7 @@
 
 import argparse
 
+from stem_jax.data.bad_records import ON_BAD
 from stem_jax.data.corpora import BUILTIN
 from stem_jax.data.formats import FORMATS
 from stem_jax.data.tokenizer import KINDS
@@ -14,17 +15,20 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
     def add(name: str, **options) -> None:
         parser.add_argument(f"--{name}", **options)
 
-    files = "text, .json, .jsonl, .parquet; also packed: .gz, .zst, .bz2, .xz"
+    files = "text, .json, .jsonl, .parquet; also packed: .gz, .zst, .bz2, .xz; each file once"
     add("input", nargs="+", action="extend", default=[], help=files)
     add("corpus", action="append", choices=BUILTIN, default=[], help="a built-in corpus")
     add("text-field", default="text", help="JSON field or Parquet column")
     add("format", choices=FORMATS, default="auto", help="of the files; auto: by name and content")
+    add("on-bad", choices=ON_BAD, default="stop", help="at a record without usable text")
     add("tokenizer", choices=KINDS, default="sentencepiece", help="kind of tokenizer")
     add("tokenizer-path", help="a .model file or a tokenizer.json")
     add("vocab-size", type=int, help="train SentencePiece on the text instead")
     add("out", required=True, help="folder for train/, validation/ and tokenizer/")
     add("validation-fraction", type=float, default=0.02, help="share")
     add("seed", type=int, default=0, help="of the split into train and validation")
+    add("processes", type=int, help="that tokenize, each on one core; without it, all cores")
+    add("verify", action="store_true", help="only check the files of the stores in --out")
     add("json", action="store_true", help="print the summary as JSON")
     args = parser.parse_args(argv)
     for pattern in args.input:
@@ -33,6 +37,10 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
     if args.tokenizer_path is not None:
         args.tokenizer_path = local_path(args.tokenizer_path, "--tokenizer-path")
     models = [args.tokenizer_path is not None, args.vocab_size is not None]
+    if args.verify:
+        if args.input + args.corpus or any(models):
+            parser.error("--verify checks what is in --out; leave out text and tokenizer")
+        return args
     if not args.input + args.corpus:
         parser.error("give --input or --corpus")
     if sum(models) != (args.tokenizer != "bytes") or (models[1] and args.tokenizer == "hf"):

@@ -2,28 +2,33 @@
 
 import dataclasses
 import glob
-import hashlib
 import json
 import math
 import os
-import re
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from stem_jax.data import corpora
 from stem_jax.data.bad_records import BadRecords
 from stem_jax.data.documents import Document, find_files, read_documents
-from stem_jax.data.formats import AS_FOUND, Reading, was_read_as_text
-from stem_jax.data.prepare import open_stores, prepare_stores
+from stem_jax.data.formats import AS_FOUND, Reading
+from stem_jax.data.preparation import RECORD, Preparation, remove_unfinished
+from stem_jax.data.prepare import open_stores, write_stores
+from stem_jax.data.source_record import (
+    earlier_folder_of,
+    find_prepared,
+    folder_of,
+    is_current,
+    same_but_for_text,
+    settings_record,
+    text_record,
+)
 from stem_jax.data.token_store import TokenStore
 from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
+from stem_jax.files import write_whole
 from stem_jax.storage import local_path
-
-# What the stores beside it were made from; written last.
-_RECORD_FILE = "source.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,13 +143,16 @@ def open_sources(
     vocab_size: int | None = None,
     progress: bool = True,
     keep: bool = False,
+    checksums: Collection[str] = (),
 ) -> tuple[OpenedSource, ...]:
     """Opens every source, preparing text that was not prepared before.
 
     A source is a folder of token stores, a built-in corpus or a file pattern. The last two are
-    prepared below `folder` and reused while tokenizer, split, seed and text stay the same.
+    prepared below `folder` and reused while tokenizer, split, seed and text stay the same; runs
+    that share the folder and differ in one of them have each their own below it.
     vocab_size: of the model, if it is known; a store's may not be larger.
-    keep: read what was prepared before as it is, also if its text has changed or gone since.
+    keep: read what was prepared before as it is, also if its text has changed or gone since, best
+        that with one of the `checksums`.
     On several processes that share `folder`, let one call it before the others do.
     Raises InputError for a source that cannot be read, or one of another tokenizer.
     """
@@ -160,25 +168,14 @@ def open_sources(
                 " a file pattern"
             )
         else:
-            target = Path(folder) / _folder_name(spec.source)
-            kept = keep and (target / _RECORD_FILE).is_file()
-            record = (
-                None
-                if kept
-                else _source_record(spec.source, tokenizer, validation_fraction, seed, reading)
-            )
-            if not kept and not _is_current(target, record):
-                (target / _RECORD_FILE).unlink(missing_ok=True)
-                prepare_stores(
-                    read_sources([spec.source], reading),
-                    tokenizer,
-                    target,
-                    name=spec.source,
-                    validation_fraction=validation_fraction,
-                    seed=seed,
-                    progress=progress,
-                )
-                (target / _RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n")
+            target = None
+            settings = settings_record(tokenizer, validation_fraction, seed)
+            if keep:
+                target = find_prepared(Path(folder), spec.source, settings, reading, checksums)
+            if target is None:
+                record = {"source": spec.source, **settings}
+                record |= text_record([spec.source], reading)
+                target = _prepared(record, tokenizer, Path(folder), reading, progress)
         stores = open_stores(target, tokenizer, vocab_size)
         opened.append(
             OpenedSource(spec.source, spec.weight, stores["train"], stores.get("validation"))
@@ -186,40 +183,31 @@ def open_sources(
     return tuple(opened)
 
 
-def _folder_name(source: str) -> str:
-    if source in corpora.BUILTIN:
-        return source
-    readable = re.sub(r"[^A-Za-z0-9]+", "-", source).strip("-")[-40:]
-    return f"{readable}-{hashlib.sha256(source.encode()).hexdigest()[:8]}"
-
-
-def _source_record(
-    source: str, tokenizer: Tokenizer, validation_fraction: float, seed: int, reading: Reading
-) -> dict[str, Any]:
-    """Everything that the stores of a source are a function of."""
-    record: dict[str, Any] = {
-        "source": source,
-        "fingerprint": tokenizer.fingerprint,
-        "validation_fraction": validation_fraction,
-        "seed": seed,
-    }
-    if source in corpora.BUILTIN:
-        # The text of the running Python changes with it.
-        return {**record, "python": sys.version.split()[0]}
-    files = find_files([source])
-    stats = [(path, path.stat()) for path in files]
-    record["files"] = [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
-    record["text_field"] = reading.text_field
-    # Absent where they would say what held before they were written.
-    if reading.format != "auto":
-        record["format"] = reading.format
-    elif any(map(was_read_as_text, files)):
-        record["by_content"] = True
-    return record
-
-
-def _is_current(folder: Path, record: dict[str, Any]) -> bool:
-    try:
-        return json.loads((folder / _RECORD_FILE).read_text()) == record
-    except (OSError, ValueError):
-        return False
+def _prepared(
+    record: dict[str, Any], tokenizer: Tokenizer, folder: Path, reading: Reading, progress: bool
+) -> Path:
+    """The folder of a source's stores, which are made if they are not there."""
+    source = record["source"]
+    target, earlier = folder_of(folder, record), earlier_folder_of(folder, source)
+    if is_current(target, record):
+        return target
+    if is_current(earlier, record):
+        return earlier
+    remove_unfinished(
+        (place for place in folder.glob("*") if place != target),
+        lambda job: same_but_for_text(job, record),
+    )
+    with Preparation(target, record, wait=True) as place:
+        # Another process may have made them while this one waited.
+        if not is_current(target, record):
+            write_whole(place.new / RECORD, json.dumps(record, indent=2) + "\n")
+            write_stores(
+                place,
+                read_sources([source], reading),
+                tokenizer,
+                name=source,
+                validation_fraction=record["validation_fraction"],
+                seed=record["seed"],
+                progress=progress,
+            )
+    return target

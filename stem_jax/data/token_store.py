@@ -19,28 +19,28 @@ every (input, target) pair inside a document is scored in exactly one row.
 
 import dataclasses
 import hashlib
-import io
-import json
-import os
-import shutil
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
 from stem_jax.errors import InputError
+from stem_jax.files import read_json
 
 FORMAT_VERSION = 1
-_MAX_UINT16_VOCAB = 65536
+META_FILE = "meta.json"
 _HASH_BYTES = 1 << 22
+_SUM_ITEMS = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class StoreMeta:
-    """What meta.json records. `checksum` is the sha256 (hex) over tokens.bin and documents.bin."""
+    """What meta.json records.
+
+    checksum: sha256 (hex) over tokens.bin and documents.bin. bytes_checksum: over bytes.bin; ""
+    where an earlier version wrote none.
+    """
 
     format_version: int
     name: str
@@ -52,6 +52,7 @@ class StoreMeta:
     num_documents: int
     num_bytes: int
     checksum: str
+    bytes_checksum: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,7 @@ class TokenStore:
 
         fingerprint: of the tokenizer in use; must be the store's.
         vocab_size: of the model; the store's may be smaller (a padded model), not larger.
-        verify: recompute the checksum, which reads the whole store.
+        verify: recompute the checksums, which reads the whole store.
         Raises InputError if the folder holds no store, a newer or damaged one, or one that was
         prepared with another tokenizer.
         """
@@ -107,12 +108,28 @@ class TokenStore:
             _map(folder / "documents.bin", np.dtype("<i8"), meta.num_documents + 1),
             _map(folder / "bytes.bin", np.dtype("<i8"), meta.num_documents),
         )
-        if verify and _checksum(folder) != meta.checksum:
-            raise InputError(
-                f"token store {folder} does not match its checksum {meta.checksum[:12]}: it was"
-                " damaged, prepare the text again"
-            )
+        if verify:
+            store._verify()
         return store
+
+    def _verify(self) -> None:
+        checked = ((self.meta.checksum, ("tokens.bin", "documents.bin")),)
+        if self.meta.bytes_checksum:
+            checked += ((self.meta.bytes_checksum, ("bytes.bin",)),)
+        for checksum, names in checked:
+            if checksum_of(self.folder, names) != checksum:
+                raise InputError(
+                    f"token store {self.folder}: {' or '.join(names)} does not match its checksum"
+                    f" {checksum[:12]}: it was damaged, prepare the text again"
+                )
+        # All that is known of bytes.bin in stores of earlier versions.
+        starts = range(0, self.num_documents, _SUM_ITEMS)
+        total = sum(int(self.document_bytes[i : i + _SUM_ITEMS].sum()) for i in starts)
+        if total != self.num_bytes:
+            raise InputError(
+                f"token store {self.folder}: bytes.bin adds up to {total} bytes of text, not to"
+                f" the {self.num_bytes} of its meta.json: it was damaged, prepare the text again"
+            )
 
     @property
     def num_tokens(self) -> int:
@@ -190,143 +207,34 @@ class TokenStore:
         }
 
 
-class TokenStoreWriter:
-    """Writes a store document by document; the folder appears, whole, when the writer closes.
-
-    Use it as a context manager: leaving it by an exception removes everything it wrote. A store
-    that is already in the folder is replaced, anything else there is refused.
-    """
-
-    def __init__(
-        self,
-        folder: str | Path,
-        *,
-        vocab_size: int,
-        fingerprint: str,
-        bos_id: int,
-        eos_id: int,
-        name: str,
-        split: str,
-    ):
-        self._folder = Path(folder)
-        if self._folder.exists() and not (self._folder / "meta.json").is_file():
-            raise InputError(
-                f"folder {self._folder} exists and is no token store: remove it or write elsewhere"
-            )
-        self._temp = self._folder.with_name(f".{self._folder.name}.tmp-{os.getpid()}")
-        shutil.rmtree(self._temp, ignore_errors=True)
-        try:
-            self._temp.mkdir(parents=True)
-        except OSError as error:
-            raise InputError(
-                f"folder {self._folder} cannot be written ({error.strerror}): choose another one"
-            ) from error
-        self._dtype = np.dtype("<u2" if vocab_size <= _MAX_UINT16_VOCAB else "<u4")
-        self._bos_id, self._eos_id = bos_id, eos_id
-        self._meta = {
-            "format_version": FORMAT_VERSION,
-            "name": name,
-            "split": split,
-            "dtype": "uint16" if self._dtype.itemsize == 2 else "uint32",
-            "vocab_size": vocab_size,
-            "fingerprint": fingerprint,
-        }
-        self.num_tokens = self.num_documents = self.num_bytes = 0
-        self._files = ExitStack()
-        self._tokens = self._files.enter_context(_create(self._temp / "tokens.bin"))
-        self._documents = self._files.enter_context(_create(self._temp / "documents.bin"))
-        self._bytes = self._files.enter_context(_create(self._temp / "bytes.bin"))
-        self._documents.write(np.uint64(0).astype("<u8").tobytes())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.abort()
-
-    def add(self, ids: Sequence[int], num_bytes: int) -> None:
-        """Appends a document.
-
-        ids: of its text, without bos and eos. num_bytes: UTF-8 bytes of its text.
-        Raises InputError for an id outside the vocabulary.
-        """
-        ids = np.concatenate([[self._bos_id], np.asarray(ids, np.int64), [self._eos_id]])
-        vocab_size = self._meta["vocab_size"]
-        if ids.min() < 0 or ids.max() >= vocab_size:
-            wrong = ids[(ids < 0) | (ids >= vocab_size)][0]
-            raise InputError(
-                f"token id {wrong} in document {self.num_documents} is outside the vocabulary of"
-                f" {vocab_size} ids: prepare with the tokenizer that the ids come from"
-            )
-        self._tokens.write(ids.astype(self._dtype).tobytes())
-        self.num_tokens += len(ids)
-        self.num_documents += 1
-        self.num_bytes += num_bytes
-        self._documents.write(np.array(self.num_tokens, "<u8").tobytes())
-        self._bytes.write(np.array(num_bytes, "<u8").tobytes())
-
-    def close(self) -> None:
-        """Makes the store appear in its folder. Raises InputError if it has no documents."""
-        if self.num_documents == 0:
-            self.abort()
-            raise InputError(f"token store {self._folder} would be empty: give text to prepare")
-        self._files.close()
-        meta = StoreMeta(
-            **self._meta,
-            num_tokens=self.num_tokens,
-            num_documents=self.num_documents,
-            num_bytes=self.num_bytes,
-            checksum=_checksum(self._temp),
-        )
-        text = json.dumps(dataclasses.asdict(meta), indent=2) + "\n"
-        (self._temp / "meta.json").write_text(text)
-        if self._folder.exists():
-            # Two renames: a folder cannot be renamed over one that has files in it.
-            old = self._temp.with_name(self._temp.name + "-old")
-            os.rename(self._folder, old)
-            os.rename(self._temp, self._folder)
-            shutil.rmtree(old)
-        else:
-            os.rename(self._temp, self._folder)
-
-    def abort(self) -> None:
-        """Removes everything written so far."""
-        self._files.close()
-        shutil.rmtree(self._temp, ignore_errors=True)
-
-
-def _create(path: Path) -> io.BufferedWriter:
-    return io.BufferedWriter(io.FileIO(path, "wb"))
-
-
 def _read_meta(folder: Path) -> StoreMeta:
-    path = folder / "meta.json"
-    try:
-        record: Any = json.loads(path.read_text())
-        version = record["format_version"]
-    except OSError as error:
-        raise InputError(
-            f"folder {folder} holds no token store ({path.name} cannot be read): run prepare"
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not a token store's: prepare the text again") from error
+    path = folder / META_FILE
+    if not path.is_file():
+        raise InputError(f"folder {folder} holds no token store (no {path.name}): run prepare")
+    record = read_json(path, remedy="prepare the text again")
+    if not isinstance(record, dict) or "format_version" not in record:
+        raise InputError(f"{path} is not a token store's: prepare the text again")
+    version = record["format_version"]
     if version != FORMAT_VERSION:
         raise InputError(
             f"token store {folder} has format version {version}, this program reads"
             f" {FORMAT_VERSION}: use the program that wrote it, or prepare the text again"
         )
-    try:
-        return StoreMeta(**record)
-    except TypeError as error:
-        raise InputError(f"{path} lacks fields or has unknown ones: prepare again") from error
+    fields = {field.name: field for field in dataclasses.fields(StoreMeta)}
+    unknown = [name for name in record if name not in fields]
+    if unknown:
+        raise InputError(
+            f"{path} has fields that this program does not know ({', '.join(unknown)}): a newer"
+            " one wrote it; use that, or prepare the text again"
+        )
+    lacking = [
+        name
+        for name, field in fields.items()
+        if name not in record and field.default is dataclasses.MISSING
+    ]
+    if lacking:
+        raise InputError(f"{path} lacks {', '.join(lacking)}: prepare the text again")
+    return StoreMeta(**record)
 
 
 def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
@@ -340,9 +248,10 @@ def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
     return np.asarray(np.memmap(path, dtype, "r", shape=(count,)))
 
 
-def _checksum(folder: Path) -> str:
+def checksum_of(folder: Path, names: Sequence[str]) -> str:
+    """sha256 (hex) over some files of a folder, one after the other."""
     digest = hashlib.sha256()
-    for name in ("tokens.bin", "documents.bin"):
+    for name in names:
         with open(folder / name, "rb") as file:
             while chunk := file.read(_HASH_BYTES):
                 digest.update(chunk)

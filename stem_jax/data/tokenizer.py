@@ -121,6 +121,11 @@ class HfTokenizer(Tokenizer):
 
     file_name = "tokenizer.json"
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # The library forgets it on its way to another process.
+        self.processor.encode_special_tokens = True
+
     def encode(self, text: str) -> list[int]:
         return self.processor.encode(_checked(text), add_special_tokens=False).ids
 

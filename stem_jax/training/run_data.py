@@ -1,6 +1,7 @@
 """The tokenizer, the training batches and the held-out batches of a run."""
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 
 from stem_jax.config import Config, DataConfig
@@ -35,12 +36,14 @@ def open_run_data(
     workdir: Path,
     *,
     prepared: bool = False,
+    checksums: Collection[str] = (),
     share: Share = WHOLE,
 ) -> RunData:
     """Prepares what was not prepared before and opens the sources.
 
     Args:
         prepared: read the tokenizer and the prepared text of the work folder as they are.
+        checksums: of the training text as it was prepared, if they are known.
         share: what this process reads of each global batch.
 
     Raises:
@@ -57,6 +60,7 @@ def open_run_data(
         reading=reading_of(data),
         vocab_size=config.model.vocab_size,
         keep=prepared,
+        checksums=checksums,
     )
     slices = {
         "seq_len": train.seq_len,

@@ -1,0 +1,125 @@
+"""Tokenizes a piece of the input, in this process or in a worker that is fed over pipes."""
+
+import dataclasses
+import os
+import pickle
+import struct
+import sys
+import traceback
+from collections.abc import Iterable, Iterator
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from stem_jax.data.documents import Document
+from stem_jax.data.encoded_piece import EncodedPiece
+from stem_jax.data.splitter import fraction_of
+from stem_jax.data.token_store_writer import check_ids, token_dtype
+from stem_jax.data.tokenizer import Tokenizer
+from stem_jax.errors import BadRecord, InputError
+
+# A piece is what is done again, at most, by each worker after a kill. Large enough that its file
+# and its journey cost nothing, small enough that many fit into memory.
+PIECE_CHARS = 2_000_000
+_PIECE_DOCUMENTS = 8192
+_LENGTH = struct.Struct("<Q")
+
+
+def cut_pieces(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Cuts the documents that have text into pieces: a function of the documents alone."""
+    piece: list[Document] = []
+    chars = 0
+    for document in documents:
+        if not document.text:
+            continue
+        piece.append(document)
+        chars += len(document.text)
+        if len(piece) == _PIECE_DOCUMENTS or chars >= PIECE_CHARS:
+            yield piece
+            piece, chars = [], 0
+    if piece:
+        yield piece
+
+
+@dataclasses.dataclass(frozen=True)
+class PieceEncoder:
+    """What a worker needs to know. seed: of the split."""
+
+    tokenizer: Tokenizer
+    seed: int
+
+    def encode(self, piece: list[Document]) -> EncodedPiece:
+        """The ids of the documents, on one thread.
+
+        Raises InputError for ids outside the vocabulary, or a text that cannot be tokenized.
+        """
+        tokenizer = self.tokenizer
+        dtype = token_dtype(tokenizer.vocab_size)
+        bos, eos = np.array([tokenizer.bos_id], dtype), np.array([tokenizer.eos_id], dtype)
+        tokens: list[np.ndarray] = [np.empty(0, dtype)]
+        lengths, num_bytes, fractions, bad = [], [], [], []
+        for document in piece:
+            try:
+                ids = np.asarray(tokenizer.encode(document.text), np.int64)
+            except BadRecord as error:
+                bad.append((document.origin, f"{document.origin}: {error}"))
+                continue
+            check_ids(ids, tokenizer.vocab_size, document.origin)
+            raw = document.text.encode()
+            tokens += [bos, ids.astype(dtype), eos]
+            lengths.append(len(ids) + 2)
+            num_bytes.append(len(raw))
+            fractions.append(fraction_of(self.seed, raw))
+        return EncodedPiece(
+            np.concatenate(tokens),
+            np.array(lengths, np.int64),
+            np.array(num_bytes, np.int64),
+            np.array(fractions, np.float64),
+            tuple(bad),
+        )
+
+
+def send(file: BinaryIO, message: Any) -> None:
+    """Writes a message that `receive` reads."""
+    content = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+    file.write(_LENGTH.pack(len(content)))
+    file.write(content)
+    file.flush()
+
+
+def receive(file: BinaryIO) -> Any:
+    """The next message; raises EOFError where the other side has gone."""
+    header = file.read(_LENGTH.size)
+    length = _LENGTH.unpack(header)[0] if len(header) == _LENGTH.size else 0
+    content = file.read(length)
+    if not content or len(content) < length:
+        raise EOFError
+    return pickle.loads(content)
+
+
+def work() -> None:
+    """A worker: reads a PieceEncoder and then pieces, writes for each how it went and what came.
+
+    It ends with its parent, whatever ends that: then there is nothing more to read.
+    """
+    source, out = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    # What a library prints is no message.
+    os.dup2(2, 1)
+    try:
+        encoder = receive(source)
+        while True:
+            index, piece = receive(source)
+            send(out, (index, *_outcome(encoder, piece)))
+    except (EOFError, BrokenPipeError):
+        # Nothing is lost: what is not received is tokenized again.
+        os._exit(0)
+
+
+def _outcome(encoder: PieceEncoder, piece: list[Document]) -> tuple[str, Any]:
+    try:
+        return "done", encoder.encode(piece).to_bytes()
+    except InputError as error:
+        return "refused", str(error)
+    # The parent tells whatever it is, or a worker would end without a word.
+    except Exception:
+        return "failed", traceback.format_exc()

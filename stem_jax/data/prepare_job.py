@@ -1,0 +1,132 @@
+"""What `python -m stem_jax.prepare` does: text and tokenizer to a folder that training reads."""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from stem_jax.data.bad_records import BadRecords
+from stem_jax.data.formats import Reading
+from stem_jax.data.preparation import SKIPPED, TOKENIZER, Preparation
+from stem_jax.data.prepare import open_stores, write_stores
+from stem_jax.data.source_record import settings_record, text_record
+from stem_jax.data.sources import read_sources
+from stem_jax.data.store_summary import summarize
+from stem_jax.data.token_store import TokenStore
+from stem_jax.data.tokenizer import (
+    META_FILE,
+    Tokenizer,
+    load_tokenizer,
+    load_tokenizer_folder,
+    train_sentencepiece,
+)
+from stem_jax.errors import InputError
+
+# Of the records that were left out, on stderr; the file has them all.
+_SHOWN = 5
+# A trained model, while the text is tokenized with it.
+_MODEL = "tokenizer.model"
+
+
+def prepare(args: argparse.Namespace) -> dict[str, Any]:
+    """Makes the stores and the tokenizer in `args.out`, whole or not at all; a summary of them.
+
+    args: see `prepare_flags.parse`. The same command goes on where one was that was stopped.
+    Raises InputError as reading, `load_tokenizer`, `train_sentencepiece` and `write_stores` do.
+    """
+    names = [*args.input, *args.corpus]
+    reading = Reading(args.text_field, args.format)
+    tokenizer = None
+    if args.vocab_size is None:
+        tokenizer = load_tokenizer(args.tokenizer, args.tokenizer_path)
+    out = args.out
+    _check_tokenizer_folder(out / TOKENIZER)
+    pieces = resumed = 0
+    with Preparation(out, _job(args, names, tokenizer, reading)) as place:
+        if not place.finished:
+            tokenizer = tokenizer or _trained(place, names, reading, args)
+            _put_tokenizer(tokenizer, place.new / TOKENIZER, out / TOKENIZER)
+            with BadRecords(args.on_bad, place.new / SKIPPED) as bad:
+                pieces, resumed = write_stores(
+                    place,
+                    read_sources(names, reading, bad),
+                    tokenizer,
+                    name=",".join(names),
+                    validation_fraction=args.validation_fraction,
+                    seed=args.seed,
+                    progress=not args.json,
+                    processes=args.processes,
+                    bad=bad,
+                )
+    stores = open_stores(out, load_tokenizer_folder(out / TOKENIZER))
+    summary = {"out": str(out), **summarize(stores), "pieces": pieces, "resumed_pieces": resumed}
+    summary["skipped_records"] = _report_skipped(out / SKIPPED)
+    return summary
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Reads every byte of the stores in a folder and compares them with their checksums.
+
+    Returns their summary. Raises InputError for what is damaged, missing, or of another tokenizer.
+    """
+    found = [name for name in ("train", "validation") if (folder / name).exists()]
+    stores = {name: TokenStore.open(folder / name, verify=True) for name in found or ["train"]}
+    if (folder / TOKENIZER).exists():
+        fingerprint = load_tokenizer_folder(folder / TOKENIZER).fingerprint
+        for name in stores:
+            TokenStore.open(folder / name, fingerprint=fingerprint)
+    return {"out": str(folder), **summarize(stores)}
+
+
+def _report_skipped(path: Path) -> int:
+    """How many records were left out; says so on stderr, with the first places."""
+    if not path.exists():
+        return 0
+    count = 0
+    with path.open(encoding="utf-8") as file:
+        for count, line in enumerate(file, start=1):
+            if count <= _SHOWN:
+                print(f"skipped: {json.loads(line)['reason']}", file=sys.stderr)
+    print(f"{count:,} records were left out, see {path}", file=sys.stderr)
+    return count
+
+
+def _job(
+    args: argparse.Namespace, names: list[str], tokenizer: Tokenizer | None, reading: Reading
+) -> dict[str, Any]:
+    """What the folder is a function of."""
+    settings: dict[str, Any] = {"vocab_size": args.vocab_size}
+    if tokenizer is not None:
+        settings = settings_record(tokenizer, args.validation_fraction, args.seed)
+    settings |= {"validation_fraction": args.validation_fraction, "seed": args.seed}
+    return {"sources": names, **settings, **text_record(names, reading)}
+
+
+def _trained(
+    place: Preparation, names: list[str], reading: Reading, args: argparse.Namespace
+) -> Tokenizer:
+    path = place.work / _MODEL
+    if not path.exists():
+        with BadRecords(args.on_bad) as bad:
+            texts = (document.text for document in read_sources(names, reading, bad))
+            train_sentencepiece(texts, path.with_suffix(".part"), args.vocab_size)
+        path.with_suffix(".part").rename(path)
+    return load_tokenizer(args.tokenizer, path)
+
+
+def _put_tokenizer(tokenizer: Tokenizer, new: Path, old: Path) -> None:
+    """Saves the tokenizer; what lies beside the same one in the folder that it replaces stays."""
+    shutil.rmtree(new, ignore_errors=True)
+    if old.exists() and load_tokenizer_folder(old).fingerprint == tokenizer.fingerprint:
+        shutil.copytree(old, new)
+    tokenizer.save(new)
+
+
+def _check_tokenizer_folder(folder: Path) -> None:
+    if folder.exists() and not (folder / META_FILE).is_file():
+        raise InputError(
+            f"folder {folder} exists and has no {META_FILE}: it would be replaced; remove it or"
+            " write elsewhere"
+        )
