@@ -37,7 +37,8 @@ from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.prefetch import Prefetch
 from stem_jax.tables.row_slots import too_few_slots
 from stem_jax.tables.spec import TableState
-from stem_jax.training.evaluation import Validation, unigram_bits_per_byte, xz_bits_per_byte
+from stem_jax.training.baselines import token_unigrams, xz
+from stem_jax.training.evaluation import Validation
 from stem_jax.training.loop import Loop
 from stem_jax.training.report import describe_run, placed_arrays
 from stem_jax.training.resume import check_resumable
@@ -281,10 +282,11 @@ def _verdict(config: Config, data: RunData, validation: Validation) -> str:
     lines = [f"held-out text: {validation.bits_per_byte:.3f} bits per byte"]
     if not config.eval.baselines:
         return lines[0]
-    unigram = unigram_bits_per_byte(list(data.stores), data.held_out, config.model.vocab_size)
-    xz = xz_bits_per_byte(data.held_out, data.tokenizer)
-    for name, bits in (("token unigrams", unigram), ("xz -9", xz)):
-        ratio = validation.bits_per_byte / bits - 1
+    unigrams = token_unigrams(list(data.stores), data.held_out, config.model.vocab_size)
+    for baseline in (unigrams, xz(data.held_out, data.tokenizer)):
+        ratio = validation.bits_per_byte / baseline.bits_per_byte - 1
         how = "better" if ratio < 0 else "worse"
-        lines.append(f"  {name:<15} {bits:.3f}: the model is {abs(ratio):.0%} {how}")
+        note = f" (from {baseline.sample})" if baseline.sample else ""
+        what = f"  {baseline.name:<15} {baseline.bits_per_byte:.3f}"
+        lines.append(f"{what}: the model is {abs(ratio):.0%} {how}{note}")
     return "\n".join(lines)

@@ -205,12 +205,19 @@ class ValidationBatches:
 
         The first id is bos, which is read but never scored; all others are targets of one row.
         """
-        for store, end in self._scored_ends():
+        for store, end in self.scored_ends():
             for document in range(store.num_documents):
                 start = int(store.document_starts[document])
                 if start + 1 >= end:
                     break
                 yield store.document_ids(document)[: end - start]
+
+    def scored_ends(self) -> Iterator[tuple[TokenStore, int]]:
+        """(store, one past the last token that is a target) for each store that is read."""
+        for store, first in zip(self.stores, self._row_starts[:-1], strict=True):
+            rows = self.num_rows - int(first)
+            if rows > 0:
+                yield store, min(rows * self._seq_len + 1, store.num_tokens)
 
     def _row(self, row: int) -> Batch:
         if row < self.num_rows:
@@ -219,15 +226,8 @@ class ValidationBatches:
         filling = self.stores[0].row(0, self._seq_len)
         return {key: np.zeros_like(value) for key, value in filling.items()}
 
-    def _scored_ends(self) -> Iterator[tuple[TokenStore, int]]:
-        """(store, one past the last token that is a target) for each store that is read."""
-        for store, first in zip(self.stores, self._row_starts[:-1], strict=True):
-            rows = self.num_rows - int(first)
-            if rows > 0:
-                yield store, min(rows * self._seq_len + 1, store.num_tokens)
-
     def _scored_bytes(self) -> Iterator[float]:
-        for store, end in self._scored_ends():
+        for store, end in self.scored_ends():
             # Documents [0, cut) end at or before `end`.
             cut = int(np.searchsorted(store.document_starts, end, side="right")) - 1
             yield float(np.sum(store.document_bytes[:cut]))
