@@ -86,7 +86,8 @@ def read_json(
 
 def check_absent(folder: Path, flag: str) -> None:
     """Raises InputError if the folder exists."""
-    if folder.exists() or folder.is_symlink():
+    # Unlike a Path's, it does not raise for a name that no file can have.
+    if os.path.lexists(folder):
         raise InputError(f"{flag}={folder} exists; choose a new folder, or remove that one first")
 
 
@@ -115,8 +116,9 @@ def new_folder(folder: Path, flag: str) -> Iterator[Path]:
 def replace_folder(folder: Path, flag: str) -> Iterator[Path]:
     """Like `new_folder`, but takes the place of a folder that exists, which is removed then."""
     where = f"{flag}={folder}"
-    # Behind a link the folder itself is replaced; the link stays.
-    folder = folder.resolve() if folder.is_symlink() else folder
+    with refused_writes(where):
+        # Behind a link the folder itself is replaced; the link stays.
+        folder = folder.resolve() if folder.is_symlink() else folder
     with unfinished(folder, where, _make_folder) as made:
         yield made
         with refused_writes(where):
@@ -179,11 +181,12 @@ def check_writable(path: str | Path, flag: str) -> None:
 
 
 def _file_to_write(path: Path, where: str) -> Path:
-    # Behind a link the file itself is replaced; the link stays.
-    path = path.resolve() if path.is_symlink() else path
-    if path.exists() and not path.is_file():
-        kind = "a folder" if path.is_dir() else "no regular file"
-        raise InputError(f"{where} is {kind}; give the name of a file")
+    with refused_writes(where):
+        # Behind a link the file itself is replaced; the link stays.
+        path = path.resolve() if path.is_symlink() else path
+        if path.exists() and not path.is_file():
+            kind = "a folder" if path.is_dir() else "no regular file"
+            raise InputError(f"{where} is {kind}; give the name of a file")
     return path
 
 

@@ -107,6 +107,11 @@ class Generator:
         """
         self._check(prompts, max_new_tokens)
         seeds = sequence_seeds(0, prompts) if seeds is None else seeds
+        if len(seeds) != len(prompts) or not all(0 <= seed < 2**32 for seed in seeds):
+            raise InputError(
+                f"seeds={list(seeds)[:8]} must be one number below 2^32 for each of "
+                f"{len(prompts)} prompts"
+            )
         limits = [min(max_new_tokens, self.context - len(prompt)) for prompt in prompts]
         scalars = (sampling or Sampling()).scalars()
         return self._steps(prompts, limits, scalars, np.asarray(seeds, np.uint32))
@@ -130,6 +135,8 @@ class Generator:
         Raises:
             InputError: see `steps`.
         """
+        if batch_size < 1:
+            raise InputError(f"batch_size={batch_size} must be at least 1")
         ids = [self.encode(prompt) for prompt in prompts]
         self._check(ids, max_new_tokens)
         seeds = sequence_seeds(seed, ids)

@@ -8,6 +8,12 @@ import numpy as np
 
 from stem_jax.errors import InputError
 
+# On the device these are float32 and int32. Below its least normal number a share is zero, which
+# keeps no token; logits divided by less than the first temperature may be infinite.
+_LEAST_TOP_P = 1.2e-38
+_TEMPERATURES = (1e-30, 1e30)
+_MOST_TOKENS = 2**31 - 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -25,12 +31,20 @@ class Sampling:
     top_p: float = 0.95
 
     def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"):
-            raise InputError(f"temperature={self.temperature} must be 0 (greedy) or more")
-        if self.top_k < 0:
-            raise InputError(f"top_k={self.top_k} must be 0 (all tokens) or more")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p={self.top_p} must be more than 0 and at most 1 (all tokens)")
+        coldest, hottest = _TEMPERATURES
+        if self.temperature != 0 and not coldest <= self.temperature <= hottest:
+            raise InputError(
+                f"temperature={self.temperature} must be 0 (greedy) or from {coldest} to {hottest}"
+            )
+        if not 0 <= self.top_k <= _MOST_TOKENS:
+            raise InputError(
+                f"top_k={self.top_k} must be from 0 (all tokens) to {_MOST_TOKENS}; 0 for all"
+            )
+        if not _LEAST_TOP_P <= self.top_p <= 1:
+            raise InputError(
+                f"top_p={self.top_p} must be at least {_LEAST_TOP_P} and at most 1 (all tokens); "
+                "for the likeliest alone take temperature 0"
+            )
 
     def scalars(self) -> tuple[np.float32, np.int32, np.float32]:
         """The values as arguments of a compiled program, of which one serves all settings."""

@@ -42,12 +42,12 @@ def unfinished(target: Path, where: str, make: Callable[[Path], None]) -> Iterat
 
 
 def _make_parent(target: Path, where: str) -> None:
-    there = next((parent for parent in target.parents if parent.exists()), None)
-    if there is not None and not there.is_dir():
-        raise InputError(
-            f"{where} cannot be created: {there} is not a folder; choose another folder"
-        )
     try:
+        there = next((parent for parent in target.parents if parent.exists()), None)
+        if there is not None and not there.is_dir():
+            raise InputError(
+                f"{where} cannot be created: {there} is not a folder; choose another folder"
+            )
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(

@@ -322,6 +322,8 @@ def test_the_entry_point_prints_text(run_folder, generator, monkeypatch, capsys)
         (["--workdir={tmp}", "--prompt=x"], "nothing was trained there"),
         (["--workdir={run}", "--prompt=x", "--step=3"], "no checkpoint of step 3"),
         (["--workdir={run}", "--prompt=x", "--top-p=2"], "top_p=2.0 must be"),
+        (["--workdir={tmp}/none", "--prompt=x", "--top-p=1e-46"], "top_p=1e-46 must be at least"),
+        (["--workdir={tmp}/none", "--prompt=x", "--top-k=3000000000"], "top_k=3000000000 must be"),
         (["--workdir={run}", "--prompt-file={tmp}/none.txt"], "none.txt cannot be read"),
     ],
 )
@@ -330,6 +332,15 @@ def test_refused_input_is_one_line(run_folder, tmp_path, monkeypatch, capsys, fl
     status, output, errors = _run(monkeypatch, capsys, *flags)
     assert (status, output) == (1, "")
     assert errors.startswith("error: ") and errors.count("\n") == 1 and message in errors
+
+
+def test_batches_and_seeds_that_are_none(generator):
+    for size in (0, -3):
+        with pytest.raises(InputError, match=f"batch_size={size} must be at least 1"):
+            generator.complete(["abc"], 4, GREEDY, batch_size=size)
+    for seeds in ([-1], [2**32], [1, 2]):
+        with pytest.raises(InputError, match=r"seeds=\[.* must be one number below 2\^32 for each"):
+            generator.steps([[1, 2]], 4, GREEDY, seeds)
 
 
 def test_missing_prompts_are_wrong_usage(monkeypatch, capsys):

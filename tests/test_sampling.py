@@ -1,6 +1,7 @@
 """Which tokens may be drawn, and how often they are."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -71,3 +72,32 @@ def test_samples_have_the_softmax_distribution():
 def test_sampling_refuses_values_out_of_range(field, value):
     with pytest.raises(InputError, match=f"{field}={value}"):
         Sampling(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"top_k": 3_000_000_000}, "top_k=3000000000 must be from 0 .all tokens. to 2147483647"),
+        ({"top_k": -1}, "top_k=-1 must be from 0"),
+        ({"top_p": 1e-46}, "top_p=1e-46 must be at least 1.2e-38"),
+        ({"top_p": 1e-40}, "top_p=1e-40 must be at least 1.2e-38"),
+        ({"top_p": 0.0}, "top_p=0.0 must be at least"),
+        ({"top_p": float("nan")}, "top_p=nan must be at least"),
+        ({"temperature": 1e-38}, "temperature=1e-38 must be 0 .greedy. or from 1e-30"),
+        ({"temperature": 1e39}, "temperature=1e.39 must be 0 .greedy. or from 1e-30"),
+        ({"temperature": float("nan")}, "temperature=nan must be 0"),
+        ({"temperature": -1.0}, "temperature=-1.0 must be 0"),
+    ],
+)
+def test_values_that_the_device_has_not(values, message):
+    with pytest.raises(InputError, match=message):
+        Sampling(**values)
+
+
+@pytest.mark.parametrize(
+    "scalars", [(1e-30, 0, 1.0), (1.0, 0, 1.2e-38), (1.0, 1, 1.0), (1e-30, 2**31 - 1, 1.2e-38)]
+)
+def test_the_most_extreme_values_give_the_likeliest(scalars):
+    logits_1xV = jnp.asarray([[-9.0, 3.0, 3.5, 3.25]])
+    token = sample(logits_1xV, jnp.uint32([1]), 0, *Sampling(*scalars).scalars())
+    assert token.tolist() == [2]

@@ -84,8 +84,7 @@ class SavedModel:
             self.patches,
             fingerprint,
             self.tokenizer.fingerprint,
-            self.model.stem_layers,
-            self.model.ffn_dim,
+            self.model,
         )
 
     def _rows(

@@ -6,17 +6,19 @@ Reverting a patch is leaving it out.
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
-from safetensors import SafetensorError, safe_open
 
+from stem_jax.config import ModelConfig
 from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
 from stem_jax.files import check_writable, write_whole
+from stem_jax.knowledge.array_file import FLOAT32, INTEGERS, check_rows, read_arrays
 from stem_jax.knowledge.overlay import OverlaidRows
 from stem_jax.knowledge.swaps import RowRecipe
 from stem_jax.loading import LoadedRun
@@ -61,7 +63,7 @@ def check_new(path: str | Path) -> None:
     Raises:
         InputError: there is such a file, or none can be written.
     """
-    if Path(path).exists():
+    if os.path.lexists(path):
         raise InputError(f"--save={path} exists; choose another name, or remove it first")
     check_writable(path, "--save")
 
@@ -73,37 +75,40 @@ def read_patch(path: str | Path) -> Patch:
         InputError: no such file, not a patch, or arrays that do not fit each other.
     """
     path = Path(path)
-    try:
-        with safe_open(path, "numpy") as file:
-            metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"patch {path} cannot be read ({error}); check the path") from error
-    if metadata.get("format") != _FORMAT or set(arrays) != {"ids", "layers", "before", "after"}:
+    codes = {"ids": INTEGERS, "layers": INTEGERS, "before": FLOAT32, "after": FLOAT32}
+    arrays, metadata = read_arrays(path, f"patch {path}", codes)
+    if metadata.get("format") != _FORMAT or arrays.keys() != codes.keys():
         raise InputError(f"{path} is not a patch of stem_jax.edit; give a file that --save wrote")
-    ids, layers = arrays["ids"], arrays["layers"]
     for name in ("ids", "layers"):
-        found = arrays[name]
-        if found.ndim != 1 or not np.issubdtype(found.dtype, np.integer):
-            raise InputError(
-                f"patch {path}: {name} is {found.dtype}{list(found.shape)}, it must be a list of "
-                "integers; make the patch again"
-            )
+        arrays[name] = _distinct(arrays[name], f"patch {path}: {name}")
+    n, m = len(arrays["ids"]), len(arrays["layers"])
     for name in ("before", "after"):
         shape = arrays[name].shape
-        if (
-            len(shape) != 3
-            or shape[:2] != (len(ids), len(layers))
-            or shape != arrays["after"].shape
-        ):
+        if len(shape) != 3 or shape[:2] != (n, m) or shape != arrays["after"].shape:
             raise InputError(
-                f"patch {path}: {name} is {shape}, its {len(ids)} tokens and {len(layers)} layers "
-                "ask for one row of each; make the patch again"
+                f"patch {path}: {name} is {shape}, its {n} tokens and {m} layers ask for one row "
+                "of each; make the patch again"
             )
-        if not np.isfinite(arrays[name]).all():
-            raise InputError(f"patch {path}: {name} has values that are not finite; make it again")
+        check_rows(arrays[name], f"patch {path}: {name} has", "make the patch again")
     described = {name: metadata.get(name, "") for name in ("run", "tokenizer", "description")}
     return Patch(name=path.name, **arrays, **described)
+
+
+def _distinct(numbers: np.ndarray, where: str) -> np.ndarray:
+    """Numbers of tokens or layers as int32."""
+    if numbers.ndim != 1 or not len(numbers):
+        raise InputError(
+            f"{where} is {numbers.dtype}{list(numbers.shape)}, it must be a list of integers; make "
+            "the patch again"
+        )
+    least, most = int(numbers.min()), int(numbers.max())
+    if least < 0 or most >= 2**31:
+        raise InputError(
+            f"{where} has {least if least < 0 else most}, which no model has; make the patch again"
+        )
+    if len(np.unique(numbers)) < len(numbers):
+        raise InputError(f"{where} has a number twice; make the patch again")
+    return numbers.astype(np.int32)
 
 
 class PatchStack:
@@ -114,18 +119,17 @@ class PatchStack:
         patches: Sequence[Patch],
         run: str,
         tokenizer: str,
-        stem_layers: Sequence[int],
-        width: int,
+        model: ModelConfig,
     ):
         """Args:
         run, tokenizer: fingerprints of the checkpoint.
-        stem_layers: its layers with tables.
-        width: F.
+        model: its sizes.
 
         Raises:
-            InputError: a patch of another checkpoint or tokenizer, of layers without tables, or of
-                another width.
+            InputError: a patch of another checkpoint or tokenizer, of tokens that it has not, of
+                layers without tables, or of another width.
         """
+        stem_layers, width = model.stem_layers, model.ffn_dim
         self._patches = list(patches)
         self._places = {layer: place for place, layer in enumerate(stem_layers)}
         for patch in patches:
@@ -138,6 +142,11 @@ class PatchStack:
                 raise InputError(
                     f"patch {patch.name} was made for checkpoint {patch.run[:12]}, this is "
                     f"{run[:12]}; give the --step it was made from, or make it again"
+                )
+            if patch.ids.max() >= model.vocab_size:
+                raise InputError(
+                    f"patch {patch.name} writes the rows of token {patch.ids.max()}, the model has "
+                    f"{model.vocab_size} tokens; make it again"
                 )
             missing = [layer for layer in patch.layers.tolist() if layer not in self._places]
             if missing or patch.after.shape[2] != width:
@@ -232,11 +241,11 @@ def make_patch(
             after[number] += scale * np.broadcast_to(recipe.given, (S, F))[columns]
         for weight, token in recipe.parts:
             after[number] += np.float32(weight * scale) * rows_nxSxF[place_of[token]][columns]
-    if not np.isfinite(after).all():
-        raise InputError(
-            f"the edit {description or name} with --scale={scale} writes rows that are not finite; "
-            "give finite weights and a finite scale"
-        )
+    check_rows(
+        after,
+        f"the edit {description or name} with --scale={scale} writes",
+        "give finite weights and a finite scale",
+    )
     # In C order, as the file has them.
     before = np.ascontiguousarray(rows_nxSxF[[place_of[token] for token in written]][:, columns])
     return Patch(
@@ -270,10 +279,7 @@ def format_patch(patch: Patch, tokenizer: Tokenizer | None = None) -> str:
 
 def stack_of(run: LoadedRun, patches: Sequence[Patch]) -> PatchStack:
     """The patches on a run; raises InputError if one was made for another."""
-    model = run.config.model
-    return PatchStack(
-        patches, run.fingerprint, run.tokenizer.fingerprint, model.stem_layers, model.ffn_dim
-    )
+    return PatchStack(patches, run.fingerprint, run.tokenizer.fingerprint, run.config.model)
 
 
 def edited_run(run: LoadedRun, patches: Sequence[Patch]) -> LoadedRun:

@@ -15,13 +15,11 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-import safetensors.numpy
-from safetensors import SafetensorError
 
 from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
+from stem_jax.knowledge.array_file import FLOAT32, check_rows, read_arrays
 from stem_jax.knowledge.edit_choices import STRATEGIES
-from stem_jax.storage import local_path
 
 _ARROW = "=>"
 # At the start of a text a word has other tokens than after a space.
@@ -175,15 +173,11 @@ def _parts(
 
 
 def _read_row(path: str) -> np.ndarray:
-    try:
-        arrays = safetensors.numpy.load_file(local_path(path, "--inject"))
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"--inject: {path} cannot be read ({error}); check the path") from error
+    arrays, _ = read_arrays(path, f"--inject: {path}", {"row": FLOAT32})
     row = arrays.get("row")
-    if row is None or row.ndim not in (1, 2) or row.dtype != np.float32:
+    if row is None or row.ndim not in (1, 2):
         raise InputError(f"--inject: {path} has no float32 array `row` of shape [S, F] or [F]")
-    if not np.isfinite(row).all():
-        raise InputError(f"--inject: the row in {path} has values that are not finite")
+    check_rows(row, f"--inject: {path} has", "give rows like those of the model")
     return row
 
 
