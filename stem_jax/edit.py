@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     said = "; ".join([*args.swap, *args.inject])
     patch = patches.make_patch(run, recipes, description=said, **where)
     print(patches.format_patch(patch, run.tokenizer))
-    old, new = (patches.edited_run(run, stack) for stack in (base, [*base, patch]))
+    old, new = patches.edited_run(run, base, [patch]), patches.edited_run(run, [*base, patch])
     for found in compare(old, new, args.prompt, args.max_new_tokens, args.top):
         print(f"\n{format_comparison(found)}")
     if args.save:

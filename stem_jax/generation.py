@@ -7,6 +7,7 @@ count text alone, so a prompt gets the same completion in any batch.
 Stages by step distance: token t is read by the host while step t+1 computes on the device.
 """
 
+import copy
 import dataclasses
 import zlib
 from collections import Counter
@@ -74,6 +75,12 @@ class Generator:
         self._place = lambda array: jax.device_put(array, whole)
         self.prefill = jax.jit(self._prefill, static_argnames="slots", out_shardings=whole)
         self.decode = jax.jit(self._decode, donate_argnames="state", out_shardings=whole)
+
+    def with_rows(self, rows: RowSource) -> "Generator":
+        """The same programs on other rows; rows of the same kind and number compile nothing."""
+        other = copy.copy(self)
+        other._rows = rows
+        return other
 
     @property
     def context(self) -> int:

@@ -1,6 +1,7 @@
 """Patches: they apply, stack, conflict and come off, and leave the table as it was."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -201,3 +202,23 @@ def test_a_comparison_shows_what_moved(loaded):
     sizes = [abs(moved.after - moved.before) for moved in cab.moved]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] > 0
     assert "next token" in format_comparison(cab)
+
+
+def test_one_program_reads_a_run_before_and_after_an_edit(loaded, caplog):
+    patch = swap(loaded, "ab=>xy")
+    before, after = edited_run(loaded, [], [patch]), edited_run(loaded, [patch])
+    np.testing.assert_array_equal(all_rows(before), all_rows(loaded))
+    with jax.log_compiles():
+        compare(before, after, ["abcab", "cab"], 4, 3)
+    compiled = re.findall(r"Finished XLA compilation of jit\((\w+)\)", caplog.text)
+    counts = {name: compiled.count(name) for name in ("_prefill", "_decode", "run_prompt")}
+    # The prompts have two lengths.
+    assert counts == {"_prefill": 1, "_decode": 1, "run_prompt": 2}
+
+
+def test_rows_are_read_by_few_programs(loaded, caplog):
+    with jax.log_compiles():
+        found = [read_rows(loaded, np.arange(size)) for size in (33, 40, 64)]
+    np.testing.assert_array_equal(found[0], found[2][:33])
+    compiled = re.findall(r"Finished XLA compilation of jit\(([^)]+)\)", caplog.text)
+    assert compiled.count("_rows_of") <= 1 and len(compiled) <= 4

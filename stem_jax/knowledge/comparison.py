@@ -2,7 +2,7 @@
 
 import dataclasses
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -49,14 +49,16 @@ def compare(
     """
     if not prompts:
         return []
-    old, new = (Generator(r.config, r.params, r.rows, r.tokenizer, r.mesh) for r in (before, after))
+    old = Generator(before.config, before.params, before.rows, before.tokenizer, before.mesh)
+    new = old.with_rows(after.rows)
     texts = [
         [found.text for found in generator.complete(prompts, max_new_tokens, _GREEDY)]
         for generator in (old, new)
     ]
     comparisons = []
+    program = _prompt_program(old)
     for prompt, old_text, new_text in zip(prompts, *texts):
-        old_V, new_V = (next_probabilities(g, r, prompt) for g, r in ((old, before), (new, after)))
+        old_V, new_V = (_probabilities(program, old, run, prompt) for run in (before, after))
         largest = np.argsort(-np.abs(new_V - old_V), kind="stable")[:top]
         moved = [
             Moved(before.tokenizer.decode([token]), float(old_V[token]), float(new_V[token]))
@@ -68,19 +70,30 @@ def compare(
 
 def next_probabilities(generator: Generator, run: LoadedRun, prompt: str) -> np.ndarray:
     """Probabilities [V] float32 of the token that follows a prompt."""
-    model = generator.config.model
+    return _probabilities(_prompt_program(generator), generator, run, prompt)
+
+
+def _probabilities(
+    program: Callable, generator: Generator, run: LoadedRun, prompt: str
+) -> np.ndarray:
     tokens_1xL = jnp.asarray([generator.encode(prompt)], jnp.int32)
-    length = tokens_1xL.shape[1]
+    return np.asarray(program(run.params, run.rows.serve(tokens_1xL), tokens_1xL))
+
+
+def _prompt_program(generator: Generator) -> Callable:
+    """(params, rows, tokens [1, L]) to probabilities [V] of the next token."""
+    model = generator.config.model
 
     @jax.jit
     def run_prompt(params, rows, tokens_1xL):
+        length = tokens_1xL.shape[1]
         caches = [LayerCache.empty(model, 1, length) for _ in range(model.num_layers)]
         positions_1xL = jnp.arange(length, dtype=jnp.int32)[None]
         ones_1xL = jnp.ones_like(tokens_1xL)
         logits_1xV, _ = generator.advance(params, rows, tokens_1xL, positions_1xL, ones_1xL, caches)
         return jax.nn.softmax(logits_1xV[0])
 
-    return np.asarray(run_prompt(run.params, run.rows.serve(tokens_1xL), tokens_1xL))
+    return run_prompt
 
 
 def format_comparison(found: Comparison) -> str:

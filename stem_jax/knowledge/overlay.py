@@ -1,6 +1,7 @@
 """Rows laid over a table: the table stays as it is, wherever its rows lie."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -61,8 +62,7 @@ class OverlaidRows:
 
     def serve(self, keys: jax.Array) -> OverlaidBlock:
         """See `row_source.RowSource`."""
-        keys = self._keys[keys]
-        of_table = jnp.where(keys >= self._vocab_size, 0, keys)
+        keys, of_table = _led(self._keys, keys, self._vocab_size)
         return OverlaidBlock(self._base.serve(of_table), self._extra, keys, self._vocab_size)
 
 
@@ -86,5 +86,17 @@ class SequenceKeys:
     def serve(self, keys: jax.Array) -> RowBlock:
         """See `row_source.RowSource`; the first axis of the tokens is the batch."""
         tokens_BxL = keys.reshape(keys.shape[0], -1)
-        led_BxL = jnp.take_along_axis(self._keys_BxV, tokens_BxL, axis=1)
+        led_BxL = _led_by_sequence(self._keys_BxV, tokens_BxL)
         return self._base.serve(led_BxL.reshape(keys.shape))
+
+
+@functools.partial(jax.jit, static_argnames="vocab_size")
+def _led(keys_K: jax.Array, keys: jax.Array, vocab_size: int) -> tuple[jax.Array, jax.Array]:
+    """Where keys lead, and the same with row 0 of the table for what is beside it."""
+    keys = keys_K[keys]
+    return keys, jnp.where(keys >= vocab_size, 0, keys)
+
+
+@jax.jit
+def _led_by_sequence(keys_BxV: jax.Array, tokens_BxL: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(keys_BxV, tokens_BxL, axis=1)

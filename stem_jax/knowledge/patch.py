@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
@@ -22,7 +23,7 @@ from stem_jax.knowledge.array_file import FLOAT32, INTEGERS, check_rows, read_ar
 from stem_jax.knowledge.overlay import OverlaidRows
 from stem_jax.knowledge.swaps import RowRecipe
 from stem_jax.loading import LoadedRun
-from stem_jax.tables.row_source import RowSource
+from stem_jax.tables.row_source import RowBlock, RowSource
 
 _FORMAT = "stem_jax patch 1"
 # Rows that are read at a time.
@@ -282,16 +283,20 @@ def stack_of(run: LoadedRun, patches: Sequence[Patch]) -> PatchStack:
     return PatchStack(patches, run.fingerprint, run.tokenizer.fingerprint, run.config.model)
 
 
-def edited_run(run: LoadedRun, patches: Sequence[Patch]) -> LoadedRun:
+def edited_run(run: LoadedRun, patches: Sequence[Patch], beside: Sequence[Patch] = ()) -> LoadedRun:
     """The run with patched rows; the rows of the given one are not touched.
+
+    Args:
+        beside: patches that do not apply here but to another version of this run: the rows that
+            they write are laid over the table as they are, so that one program reads both versions.
 
     Raises:
         InputError: a patch for another checkpoint, or patches that conflict.
     """
-    if not patches:
+    if not (patches or beside):
         return run
     stack = stack_of(run, patches)
-    ids = stack.token_ids
+    ids = stack_of(run, [*patches, *beside]).token_ids
     rows = stack.apply(ids, read_rows(run, ids))
     laid = OverlaidRows(run.rows, run.config.model.vocab_size, rows, ids)
     return dataclasses.replace(run, rows=laid)
@@ -305,9 +310,16 @@ def read_rows(run: LoadedRun, ids_n: np.ndarray) -> np.ndarray:
 
 
 def _read_piece(source: RowSource, ids_n: np.ndarray) -> np.ndarray:
-    keys_1xn = jnp.asarray(ids_n, jnp.int32)[None]
-    rows_UxSxF, inverse_1xn = source.serve(keys_1xn).block(keys_1xn, jnp.float32)
-    return np.asarray(rows_UxSxF)[np.asarray(inverse_1xn)[0]]
+    # A power of two, so that few programs are compiled; a token asked for twice is one row.
+    size = 1 << (len(ids_n) - 1).bit_length()
+    keys_1xn = jnp.asarray(np.pad(ids_n, (0, size - len(ids_n)), "edge"), jnp.int32)[None]
+    return np.asarray(_rows_of(source.serve(keys_1xn), keys_1xn))[: len(ids_n)]
+
+
+@jax.jit
+def _rows_of(block: RowBlock, keys_1xn: jax.Array) -> jax.Array:
+    rows_UxSxF, inverse_1xn = block.block(keys_1xn, jnp.float32)
+    return rows_UxSxF[inverse_1xn[0]]
 
 
 def _mismatch(patch: Patch, token: int, layer: int, writer: str | None) -> str:
