@@ -10,6 +10,7 @@ from stem_jax.config import Config
 from stem_jax.errors import InputError
 from stem_jax.mesh import BATCH_AXES, axis_size
 from stem_jax.model.attention import check_heads, resolve_backend
+from stem_jax.tables.coast_groups import MOST_TERMS, num_terms
 from stem_jax.training.schedule import ENDING, schedule_length
 
 
@@ -17,8 +18,20 @@ def check_first_start(config: Config) -> None:
     """Checks of a run that has made no update yet; a run under way goes on as it began.
 
     Raises:
-        InputError: a schedule whose rates jump.
+        InputError: a schedule whose rates jump, or betas with which rows coast for too long.
     """
+    _check_schedule(config)
+    beta1, beta2 = config.optimizer.beta1, config.optimizer.beta2
+    deferred = config.model.stem_layers and config.tables.optimizer == "deferred_adamw"
+    if deferred and (terms := num_terms(beta1, beta2)) > MOST_TERMS:
+        raise InputError(
+            f"optimizer.beta1={beta1} is so close to the square root of optimizer.beta2={beta2} "
+            f"that a row coasts for {terms:,} updates, of which tables.optimizer=deferred_adamw "
+            f"can make up for {MOST_TERMS:,}; choose other betas, or tables.optimizer=dense_adamw"
+        )
+
+
+def _check_schedule(config: Config) -> None:
     optimizer = config.optimizer
     if optimizer.schedule == "inv_sqrt" and not optimizer.warmup_steps:
         raise InputError(

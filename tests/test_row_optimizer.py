@@ -11,14 +11,10 @@ from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from stem_jax.errors import InputError
+from stem_jax.run_checks import check_first_start
+from stem_jax.tables.coast_groups import GROUP_EDGES, group_edges, num_terms
 from stem_jax.tables.layout import TableLayout
-from stem_jax.tables.row_optimizer import (
-    GROUP_EDGES,
-    RowBlock,
-    RowOptimizer,
-    catch_up,
-    num_terms,
-)
+from stem_jax.tables.row_optimizer import RowBlock, RowOptimizer, catch_up
 from stem_jax.tables.spec import TableSpec, TableState
 from stem_jax.tables.update_history import make_history
 
@@ -67,7 +63,11 @@ def zipf_run():
     return rows, gradients.astype(np.float32), start.astype(np.float32)
 
 
-def whole_table(spec: TableSpec, edges=GROUP_EDGES) -> np.ndarray:
+def every_term_its_own(spec: TableSpec) -> tuple[int, ...]:
+    return tuple(range(1, num_terms(spec.beta1, spec.beta2) + 1))
+
+
+def whole_table(spec: TableSpec, edges=None) -> np.ndarray:
     """The table after the Zipf run, every row caught up."""
     rows, gradients, start = zipf_run()
     optimizer = RowOptimizer(spec, edges)
@@ -94,7 +94,7 @@ def test_600_zipf_steps_against_dense(epsilon):
     five = whole_table(make_spec(epsilon=epsilon))
     assert np.abs(five - dense).max() <= 1e-4
     spec = make_spec(epsilon=epsilon)
-    every_term = whole_table(spec, tuple(range(1, num_terms(spec) + 1)))
+    every_term = whole_table(spec, every_term_its_own(spec))
     assert np.abs(every_term - dense).max() <= 1e-6
 
 
@@ -128,6 +128,7 @@ def coast(spec: TableSpec, rates, rows, mu, nu, start: int, end: int):
     epsilon=st.sampled_from([1e-8, 1e-3]),
 )
 @example(beta2=0.95, ratio=0.9 / 0.95**0.5, decay=0.1, last=1, gap=5000, warmup=10, epsilon=1e-8)
+@example(beta2=0.5, ratio=5e-324, decay=0.1, last=699, gap=103, warmup=169, epsilon=1e-8)
 @example(beta2=0.95, ratio=0.0, decay=0.1, last=0, gap=3, warmup=10, epsilon=1e-8)
 def test_catching_up_is_coasting(beta2, ratio, decay, last, gap, warmup, epsilon):
     spec = make_spec(beta1=ratio * beta2**0.5, beta2=beta2, weight_decay=decay, epsilon=epsilon)
@@ -140,20 +141,74 @@ def test_catching_up_is_coasting(beta2, ratio, decay, last, gap, warmup, epsilon
     rates = warmup_cosine(last + gap + 1, warmup=warmup)
     block = RowBlock(*(jnp.asarray(x, jnp.float32) for x in (rows, mu, nu)))
     history = jax.tree.map(jnp.asarray, make_history(spec, rates))
-    every_term = tuple(range(1, num_terms(spec) + 1))
-    found = _catch_up(spec, block, last, last + gap, history, every_term)
-    grouped = _catch_up(spec, block, last, last + gap, history, GROUP_EDGES)
+    found = _catch_up(spec, block, last, last + gap, history, every_term_its_own(spec))
+    grouped = _catch_up(spec, block, last, last + gap, history, None)
     expected = coast(spec, np.float32(rates), rows, mu, nu, last, last + gap)
     moved = np.abs(expected[0] - rows).max()
     np.testing.assert_allclose(found.rows, expected[0], atol=1e-6 + 1e-4 * moved)
-    # The groups cost a small part of what the momentum moves the row.
-    np.testing.assert_allclose(grouped.rows, expected[0], atol=1e-6 + 0.1 * moved)
+    # The groups cost 1% of what the momentum moves the row at a constant rate, and up to 2.6% in a
+    # warm-up, which gives late terms more weight.
+    np.testing.assert_allclose(grouped.rows, expected[0], atol=1e-6 + 0.03 * moved)
     np.testing.assert_allclose(found.mu, expected[1], rtol=2e-3, atol=1e-12)
     np.testing.assert_allclose(found.nu, expected[2], rtol=2e-3, atol=1e-14)
 
 
 def _catch_up(spec, block, last, step, history, edges):
     return catch_up(spec, block, jnp.full(1, last, jnp.int32), jnp.int32(step), history, edges)
+
+
+def coast_share(beta1: float, beta2: float, edges=None) -> float:
+    """The largest error of a catch-up at a constant rate, as a share of the coasting.
+
+    Second moments from where epsilon decides alone to where it decides nothing.
+    """
+    spec = make_spec(beta1=beta1, beta2=beta2, weight_decay=0.0, epsilon=1e-8)
+    gap, last = num_terms(beta1, beta2), 3000
+    root = 10.0 ** np.linspace(-9, 4, 64)[None, None]
+    rates = np.full(last + gap + 1, 1e-3)
+    block = RowBlock(*(jnp.asarray(x, jnp.float32) for x in (0 * root, root, root**2)))
+    history = jax.tree.map(jnp.asarray, make_history(spec, rates))
+    found = _catch_up(spec, block, last, last + gap, history, edges)
+    rows, mu, nu = (np.asarray(x, np.float64) for x in (block.rows, block.mu, block.nu))
+    expected, _, _ = coast(spec, np.float32(rates), rows, mu, nu, last, last + gap)
+    return float(np.max(np.abs(np.asarray(found.rows) / expected - 1)))
+
+
+@pytest.mark.parametrize(
+    ("beta1", "beta2", "allowed"),
+    [
+        (0.9, 0.95, 0.0055),
+        (0.9, 0.999, 0.001),
+        (0.95, 0.95, 0.01),
+        (0.9, 0.9, 0.01),
+        (0.96, 0.95, 0.01),
+        (0.6, 0.5, 0.01),
+        (0.99, 0.99, 0.01),
+    ],
+)
+def test_groups_follow_the_betas(beta1, beta2, allowed):
+    assert coast_share(beta1, beta2) <= allowed
+
+
+def test_the_usual_groups_are_wrong_for_betas_that_are_alike():
+    """By a fourteenth of the coasting; and for the usual betas every one of them is needed."""
+    assert coast_share(0.95, 0.95, GROUP_EDGES) > 0.06
+    assert coast_share(0.9, 0.95, GROUP_EDGES[:-1]) > 0.0055
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.95), (0.9, 0.98), (0.9, 0.99), (0.9, 0.999), (0, 0.95)])
+def test_usual_betas_keep_their_groups(betas):
+    """And with them the bits of runs under way."""
+    assert group_edges(*betas) == (1, 2, 4, 8, 16)
+
+
+def test_betas_with_which_rows_coast_for_too_long_are_refused_at_the_first_start(tiny_config):
+    keys = {"optimizer.beta1": 0.974, "optimizer.beta2": 0.95}
+    config = tiny_config(**keys)
+    with pytest.raises(InputError, match=r"beta1=0\.974 is so close to .* coasts for 29,"):
+        check_first_start(config)
+    check_first_start(tiny_config(**keys, **{"tables.optimizer": "dense_adamw"}))
+    check_first_start(tiny_config(**keys, **{"model.stem_layers": "none"}))
 
 
 def test_never_touched_rows_only_decay():

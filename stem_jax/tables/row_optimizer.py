@@ -28,13 +28,9 @@ import math
 import jax
 import jax.numpy as jnp
 
+from stem_jax.tables.coast_groups import group_edges, num_terms
 from stem_jax.tables.spec import TableSpec, TableState
 from stem_jax.tables.update_history import UpdateHistory
-
-# First terms of the groups; the last one is open.
-GROUP_EDGES = (1, 2, 4, 8, 16)
-# Terms fall off as (b1 / sqrt(b2))^j; those below this share of the first are left out.
-_SMALLEST_TERM = 1e-9
 
 
 @jax.tree_util.register_dataclass
@@ -70,7 +66,7 @@ def catch_up(
     last_step_O: jax.Array,
     step: jax.Array,
     history: UpdateHistory,
-    edges: tuple[int, ...] = GROUP_EDGES,
+    edges: tuple[int, ...] | None = None,
 ) -> RowBlock:
     """Brings rows from their last update to `step` completed updates, without gradients.
 
@@ -78,9 +74,11 @@ def catch_up(
         block: rows [O, S, F] as of `last_step_O`.
         last_step_O: int32, the last update of each row; 0 for a row that never had one.
         step: scalar int32, completed updates.
-        edges: first terms of the groups; `range(1, n)` gives every term its own.
+        edges: first terms of the groups; None: `group_edges` of the betas. `range(1, n)` gives
+            every term its own.
     """
-    terms = num_terms(spec)
+    terms = num_terms(spec.beta1, spec.beta2)
+    edges = edges or group_edges(spec.beta1, spec.beta2)
     terms_J = jnp.arange(1, terms + 1)
     missed_O = step - last_step_O
     update_OxJ = last_step_O[:, None] + terms_J
@@ -121,14 +119,6 @@ def _one_minus_power(beta: float, exponent: jax.Array) -> jax.Array:
     return -jnp.expm1(exponent * math.log(beta)) if beta > 0 else jnp.ones_like(exponent)
 
 
-def num_terms(spec: TableSpec) -> int:
-    """How many of the missed updates move a row by more than rounding."""
-    if spec.beta1 == 0:
-        return GROUP_EDGES[-1] + 1
-    ratio = spec.beta1 / math.sqrt(spec.beta2)
-    return max(GROUP_EDGES[-1] + 1, math.ceil(math.log(_SMALLEST_TERM) / math.log(ratio)))
-
-
 @dataclasses.dataclass(frozen=True)
 class RowOptimizer:
     """Reads and updates the rows of one shard; `spec.optimizer` names the rule.
@@ -138,7 +128,7 @@ class RowOptimizer:
     """
 
     spec: TableSpec
-    edges: tuple[int, ...] = GROUP_EDGES
+    edges: tuple[int, ...] | None = None
 
     def read(self, state: TableState, rows_O, step, history: UpdateHistory) -> RowBlock:
         """Rows as the next forward sees them, after `step` completed updates."""
