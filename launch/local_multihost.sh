@@ -32,7 +32,9 @@ while [[ ${1-} == --devices=* || ${1-} == --program=* ]]; do
 done
 [[ $devices =~ ^[1-9][0-9]*$ ]] || usage
 
-cd "$(dirname "$0")/.."
+root=$(cd "$(dirname "$0")/.." && pwd)
+# This checkout's programs, wherever they are started: relative paths in the flags are the caller's.
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1
 python=${PYTHON:-python}
 # Time for the others to end by themselves when one has failed.
 grace=${GRACE_SECONDS:-15}

@@ -5,7 +5,8 @@
 #
 #   create   asks for the machines (a queued resource) and waits until they are there
 #   setup    puts code and packages on every worker
-#   train    runs `python -m stem_jax.train --multihost` with the training flags on every worker,
+#   train    runs `python -m stem_jax.train --multihost` with the training flags on every worker
+#            (--workdir is needed: an absolute path that all of them share),
 #            shows what worker 0 says, and starts it again if it was lost or preempted. While a run
 #            goes on it only attaches to it; Ctrl-C detaches, and the run goes on
 #   logs     what a worker said: --worker=N or all, --follow
@@ -237,9 +238,22 @@ start() {
   stream
 }
 
+# Every worker sees it, and no setup empties it.
+need_workdir() {
+  local flag before='' workdir=''
+  for flag in "${flags[@]}"; do
+    if [[ $before == --workdir ]]; then workdir=$flag; fi
+    if [[ $flag == --workdir=* ]]; then workdir=${flag#*=}; fi
+    before=$flag
+  done
+  [[ $workdir == /* ]] || wrong "train: ${workdir:+"--workdir=$workdir is not absolute; "}give" \
+    "-- --workdir=/SHARED/RUN, a folder that all workers share"
+}
+
 train() {
   local tries=0 command
   if ((retries > 0)); then need_shape "train --retries"; fi
+  need_workdir
   command=(env PYTHONUNBUFFERED=1 "JAX_COORDINATOR_PORT=${setting["coordinator-port"]}"
     "${environment[@]}" ../venv/bin/python -m stem_jax.train --multihost "${flags[@]}")
   while :; do

@@ -2,6 +2,7 @@
 # What tpu_pod.sh does on a worker: it sends these functions there as text, each when it is needed.
 # They start in the home folder, and $1 is the folder under it that holds
 #   code/ venv/        the sources and their packages
+#   code.files         what setup wrote into code/, if it sent a copy
 #   log, log.previous  what the run says, and what the one before it said
 #   lock               held by every process of a run
 #   pid, group         process and process group of the run
@@ -23,13 +24,31 @@ worker_setup() {
     echo "worker $(worker_index) has a run going on" >&2
     exit 1
   fi
+  # Whatever else lies in code/ may be somebody's run: only what an earlier setup wrote goes.
+  mkdir -p code
+  if [ -e code.files ]; then
+    (cd code && xargs -r -d '\n' rm -f -- <../code.files &&
+      xargs -r -d '\n' dirname -- <../code.files | sort -u |
+      xargs -r -d '\n' rmdir -p --ignore-fail-on-non-empty -- 2>/dev/null) || true
+    rm code.files
+  elif [ -d code/.git ] && [ -z "$2" ]; then
+    (cd code && git ls-files -z | xargs -r -0 rm -f -- && rm -rf .git)
+  elif ! [ -d code/.git ] && [ -n "$(ls -A code)" ]; then
+    # An earlier version kept no list.
+    mv code "code.before-$(date +%s)"
+    mkdir code
+  fi
   if [ -n "$2" ]; then
-    if ! [ -d code/.git ]; then rm -rf code && git clone --quiet "$2" code; fi
+    if ! [ -d code/.git ]; then
+      rm -rf clone
+      git clone --quiet --no-checkout "$2" clone
+      mv clone/.git code/
+      rm -rf clone
+    fi
     git -C code fetch --quiet "$2" "${3:-HEAD}"
     git -C code checkout --quiet --force --detach FETCH_HEAD
   else
-    rm -rf code
-    mkdir code
+    tar -tzf ~/stem_jax_code.tar.gz --quoting-style=literal >code.files
     tar -xzf ~/stem_jax_code.tar.gz -C code
   fi
   if ! [ -x venv/bin/python ]; then

@@ -14,6 +14,8 @@ from launching import STAND_INS, kill_if, wait_until
 
 SCRIPT = ROOT / "launch" / "tpu_pod.sh"
 WHERE = ["--name=pod", "--zone=zone-a"]
+# The stand-in for the trainer writes nothing there.
+WORKDIR = "--workdir=/shared/run"
 SHAPE = ["--type=v5litepod-16", "--runtime-version=v2-alpha-tpuv5-lite", "--spot"]
 
 
@@ -61,7 +63,7 @@ class Pod:
 
     def start_training(self, plan: dict[str, list], *flags: str) -> subprocess.Popen:
         self.plan.write_text(json.dumps(plan))
-        return self.start("train", *SHAPE, *flags, "--", f"--plan={self.plan}")
+        return self.start("train", *SHAPE, *flags, "--", f"--plan={self.plan}", WORKDIR)
 
     def starts(self) -> list[dict]:
         """The starts of the trainer."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from children import ROOT
 from launching import STAND_INS
-from pod import SCRIPT, SHAPE
+from pod import SCRIPT, SHAPE, WORKDIR
 
 
 def test_scripts_are_clean():
@@ -138,12 +138,13 @@ def test_arguments_arrive_as_given(ready):
         "--coordinator-port=1234",
         "--",
         f"--plan={ready.plan}",
+        WORKDIR,
         *odd,
     )
     assert sorted(start["process"] for start in ready.starts()) == ["0", "1"]
     for start in ready.starts():
         assert start["argv"] == [
-            *["-m", "stem_jax.train", "--multihost", f"--plan={ready.plan}"],
+            *["-m", "stem_jax.train", "--multihost", f"--plan={ready.plan}", WORKDIR],
             *odd,
         ]
         assert start["environment"]["A"] == "b c='$d'\"\n\\"
@@ -196,7 +197,7 @@ def test_dry_run_calls_nothing(pod):
 
     assert verbs(commands("create", *SHAPE))[0] == "queued-resources create"
     assert verbs(commands("setup")) == ["tpu-vm scp", "tpu-vm ssh"]
-    training = commands("train", "--", "--config=a b's")
+    training = commands("train", "--", WORKDIR, "--config=a b's")
     assert verbs(training)[:3] == [
         "queued-resources describe",
         "tpu-vm describe",
@@ -205,7 +206,9 @@ def test_dry_run_calls_nothing(pod):
     starting = [call for call in training if "worker_start stem_jax" in " ".join(call)]
     assert len(starting) == 1 and "--worker=all" in starting[0]
     [command] = [part for part in starting[0] if part.startswith("--command=")]
-    assert command.rstrip().endswith("-m stem_jax.train --multihost --config=a\\ b\\'s")
+    assert command.rstrip().endswith(
+        "-m stem_jax.train --multihost --workdir=/shared/run --config=a\\ b\\'s"
+    )
     assert verbs(commands("stop"))[0] == "tpu-vm ssh"
     assert verbs(commands("logs")) == ["tpu-vm ssh"]
     assert "tpu-vm ssh" in verbs(commands("status"))
@@ -235,6 +238,16 @@ def bash_unquoted(line: str) -> str:
         (["train", "--name=a", "--zone=b", "--env=x"], "--env=x is not NAME=VALUE"),
         (["train", "--name=a", "--zone=b", "--poll=."], "--poll=. must be numbers"),
         (["train", "--name=a", "--zone=b", "--coordinator-port=x"], "--coordinator-port=x and"),
+        (["train", "--name=a", "--zone=b", "--", "--config=c"], "give -- --workdir=/SHARED/RUN"),
+        (
+            ["train", "--name=a", "--zone=b", "--", "--workdir=runs/x"],
+            "--workdir=runs/x is not absolute",
+        ),
+        (["train", "--name=a", "--zone=b", "--", "--workdir", "x"], "--workdir=x is not absolute"),
+        (
+            ["train", "--name=a", "--zone=b", "--", "--workdir=/x", "--workdir=~/x"],
+            "--workdir=~/x is not absolute",
+        ),
         (["logs", "--name=a", "--zone=b", "--worker=x"], "--worker=x must be a number, or all"),
         (["setup", "--name=a", "--zone=b", "--folder=/x"], "--folder=/x must be a name"),
         (["create", "--name=a", "--zone=b"], "create needs --type and --runtime-version"),

@@ -10,7 +10,7 @@ import jax
 import pytest
 from children import train_flags
 from launching import SMALL, STEPS, kill_if, wait_until
-from pod import SHAPE, finish
+from pod import SHAPE, WORKDIR, finish
 
 
 def test_end_to_end(pod, tmp_path):
@@ -222,7 +222,7 @@ def test_second_train_attaches(ready):
     _, err = finish(first, 130)
     assert "is READY and billed" in err
     assert "worker 0: running" in ready.run("status")[0]
-    second = ready.start("train", "--", "--other")
+    second = ready.start("train", "--", "--other", WORKDIR)
     said = second.stdout.readline()
     assert said == "step 1: loss 1.0\n"
     ready.run("stop")
