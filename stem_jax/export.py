@@ -23,8 +23,10 @@ def main(argv: list[str]) -> None:
     add("--no-tokenizer", action="store_true", help="leave the tokenizer out")
     parser.add_paths("--edits", default=[], help="patches of stem_jax.edit to bake in")
     args = parser.parse_args(argv)
-    if args.file_gib <= 0:
-        parser.error(f"--file-gib={args.file_gib} must be more than 0")
+    if not 0 < args.file_gib < 2**30:
+        parser.error(f"--file-gib={args.file_gib} must be more than 0, and a size that a disk has")
+    if args.format != "hf" and args.file_gib != parser.get_default("file_gib"):
+        parser.error(f"--file-gib={args.file_gib} is for --format=hf; one file is written")
     start_jax()
     from stem_jax.interop.hf_export import export_hf
     from stem_jax.interop.official_format import export_official

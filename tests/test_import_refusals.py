@@ -179,6 +179,7 @@ EMBED = "model.embed_tokens.weight"
         (_edit_tensors(lambda t: t.update({EMBED: t.pop(EMBED).int()})), "has dtype I32; convert"),
         (_edit_tensors(lambda t: t.pop(EMBED)), f"places {EMBED} in"),
         (lambda f: (f / "config.json").unlink(), "config.json cannot be read (No such file"),
+        (lambda f: (f / "adapter_config.json").touch(), "an adapter that is not read; merge it"),
         (_edit_config(model_type="mistral"), "holds a model of type 'mistral'"),
         (_edit_config(attention_bias=True), "attention_bias=True, only False"),
         (_edit_config(hidden_act="gelu"), "hidden_act='gelu', only 'silu'"),

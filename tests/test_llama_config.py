@@ -48,6 +48,8 @@ def test_sizes_that_are_none(key, value):
         ({"head_dim": 8.0}, "head_dim is 8.0, expected a whole number"),
         ({"stem_layers": "third"}, "stem_layers is 'third', expected a list"),
         ({"stem_layers": [True]}, "stem_layers is [True], expected a list"),
+        ({"is_causal": False}, "is_causal=False, only True can be imported"),
+        ({"transformers_weights": "b.safetensors"}, "only None can be imported"),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear', expected an object"),
         ({"rope_parameters": {"rope_type": 3}}, "rope_parameters: rope_type is 3, expected a t"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "has partial_rotary_factor=0.5 in"),

@@ -65,6 +65,8 @@ def test_injections(tmp_path):
     [recipe] = recipes_of(BYTES, [], ["^a=0.5*^b+0.25*^c+^d"], "average")
     assert recipe.token_id == ord("a")
     assert recipe.parts == ((0.5, ord("b")), (0.25, ord("c")), (1.0, ord("d")))
+    [recipe] = recipes_of(BYTES, [], ["^a=1e+2*^e+^c"], "average")
+    assert recipe.parts == ((100.0, ord("e")), (1.0, ord("c")))
     row = np.arange(6, dtype=np.float32).reshape(2, 3)
     safetensors.numpy.save_file({"row": row}, tmp_path / "row.safetensors")
     [recipe] = recipes_of(BYTES, [], [f"^a=@{tmp_path / 'row.safetensors'}"], "average")

@@ -39,6 +39,7 @@ from stem_jax.interop.tokenizer_export import NATIVE_FOLDER
 from stem_jax.json_fields import Fields
 
 _REMEDY = "give the file that belongs to the model"
+_ADAPTER = "adapter_config.json"
 _FOLDER = "give the folder of a model of transformers"
 
 
@@ -139,6 +140,12 @@ def _transformers(kind: str, path: Path) -> Imported:
         raise InputError(
             f"--path={path} holds a model of type {found!r}; --from={kind} reads "
             + {"hf": "exports of stem_jax and Llama models", "llama": "Llama models"}[kind]
+        )
+    if (path / _ADAPTER).is_file():
+        # transformers puts it on top of the weights beside it, or of those that it names.
+        raise InputError(
+            f"--path={path} has {_ADAPTER}, an adapter that is not read; merge it into the model "
+            "(merge_and_unload of peft) and save that, or give a copy without the adapter's files"
         )
     tensors = read_folder(path)
     # Older files carry the rotary frequencies along.

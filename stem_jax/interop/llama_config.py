@@ -14,6 +14,9 @@ _ONLY = {
     "quantization_config": None,
     "partial_rotary_factor": 1.0,
     "sliding_window": None,
+    "is_causal": True,
+    # Another file than the one that is read here.
+    "transformers_weights": None,
 }
 _ROPE_ONLY = {
     "default": {},

@@ -31,6 +31,12 @@ def parse(argv: list[str], description: str | None) -> tuple[argparse.Namespace,
     add("--no-progress", action="store_true", help="draw no bars")
     parser.add_cache_flag()
     args = parser.parse_args(argv)
+    if args.dense_step is not None and args.dense_workdir is None:
+        parser.error(
+            f"--dense-step={args.dense_step} needs --dense-workdir, the folder of the twin"
+        )
+    if args.seed < 0:
+        parser.error(f"--seed={args.seed} must be 0 or more")
     args.out = args.out or args.workdir / "analysis"
     options = AnalysisOptions(
         step=args.step,

@@ -60,6 +60,8 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
         parser.error(
             f"{', '.join(f'--{x}'.replace('_', '-') for x in sorted(wrong))}: not for {mode}"
         )
+    if args.top < 0:
+        parser.error(f"--top={args.top} must be 0 or more")
     if args.measure is None and not (args.list or args.swap + args.inject):
         raise InputError("there is nothing to edit; give --swap, --inject, --measure or --list")
     return args

@@ -12,6 +12,7 @@ knowledge editing):
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,6 +23,8 @@ from stem_jax.knowledge.array_file import FLOAT32, check_rows, read_arrays
 from stem_jax.knowledge.edit_choices import STRATEGIES
 
 _ARROW = "=>"
+# Between terms; that of an exponent, as in 1e+3, is none.
+_PLUS = r"(?<!\d[eE])\+"
 # At the start of a text a word has other tokens than after a space.
 _START = "^"
 
@@ -96,7 +99,7 @@ def injection_recipe(tokenizer: Tokenizer, injection: str) -> RowRecipe:
     if terms.startswith("@"):
         return RowRecipe(_one_token(tokenizer, word, injection), given=_read_row(terms[1:]))
     parts = []
-    for term in terms.split("+"):
+    for term in re.split(_PLUS, terms):
         weight, star, of = term.partition("*")
         try:
             number = float(weight) if star else 1.0
