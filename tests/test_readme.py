@@ -87,3 +87,13 @@ def test_the_file_tree_is_true():
     for path in (ROOT / "stem_jax").iterdir():
         if path.name not in ("__pycache__", "__init__.py"):
             assert f"stem_jax/{path.name}" in shown, f"{path.name} is missing in the README's tree"
+
+
+def test_ci_runs_the_readmes_test_command_and_then_the_long_tests():
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    [command] = [line for block in blocks for line in block.splitlines() if "pytest" in line]
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert lines[-1] == "python -m pytest --long -m long"
+    assert lines[-2] == command.replace("pip install", "pip install --quiet")
+    contributing = (ROOT / "CONTRIBUTING.md").read_text()
+    assert f"`{command}`" in contributing and f"`{lines[-1]}`" in contributing
