@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 
 from stem_jax.data.corpora import read_corpus
-from stem_jax.data.tokenizer import load_tokenizer, train_sentencepiece
+from stem_jax.data.sentencepiece_training import train_sentencepiece
+from stem_jax.data.tokenizer import load_tokenizer
 from stem_jax.tables.layout import TableLayout
 from stem_jax.tables.row_cache import HALF_LIFE, CacheTooSmall, RowCache
 

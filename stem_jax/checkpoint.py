@@ -29,6 +29,7 @@ from stem_jax.checkpoint_files import (
 )
 from stem_jax.checkpoint_tables import restored_table, saved_store, saved_table, table_targets
 from stem_jax.config import Config
+from stem_jax.data.special_tokens import SpecialTokens
 from stem_jax.errors import InputError
 from stem_jax.files import write_whole
 from stem_jax.store_handler import table_handler
@@ -48,7 +49,8 @@ class CheckpointInfo:
     step: batches consumed. updates: optimizer updates completed. bad_steps: skipped batches in a
     row. touched_rows: rows that some update had. tokenizer: fingerprint of the tokenizer whose ids
     key the tables. data: seed, sources. endless: see `schedule.learning_rates`. owes_validation: a
-    stop came before the validation of this step.
+    stop came before the validation of this step. special: the tokenizer's special tokens; None in
+    checkpoints that did not say yet.
     """
 
     step: int
@@ -60,6 +62,7 @@ class CheckpointInfo:
     config: Config
     endless: int = 0
     owes_validation: bool = False
+    special: SpecialTokens | None = None
 
 
 class Checkpointer:
@@ -179,6 +182,7 @@ class Checkpointer:
                     "num_rows": layout.num_rows,
                     "multiplier": layout.multiplier,
                     "tokenizer": info.tokenizer,
+                    "special_tokens": None if info.special is None else info.special.record(),
                 }
             ),
         }
@@ -238,6 +242,7 @@ class Checkpointer:
             bad_steps=data.pop("bad_steps"),
             touched_rows=data.pop("touched_rows"),
             tokenizer=layout["tokenizer"],
+            special=self._special(step, layout.get("special_tokens")),
             data=data,
             config=self._config(step, found["config"]),
         )
@@ -316,6 +321,10 @@ class Checkpointer:
         if self._snapshot is not None:
             self._snapshot.close()
             self._snapshot = None
+
+    def _special(self, step: int, record: dict[str, Any] | None) -> SpecialTokens | None:
+        where = f"checkpoint {self.folder / str(step)}"
+        return None if record is None else SpecialTokens.from_record(record, where)
 
     def _config(self, step: int, raw: dict[str, Any]) -> Config:
         try:

@@ -108,12 +108,22 @@ def open_checkpoint(
             )
         info = checkpoints.info(found)
         tokenizer = load_tokenizer_folder(workdir / "tokenizer")
-        if tokenizer.fingerprint != info.tokenizer:
-            raise InputError(
-                f"checkpoint {found} was trained with tokenizer {info.tokenizer[:12]}, "
-                f"{workdir / 'tokenizer'} holds {tokenizer.fingerprint[:12]}; restore the original"
-            )
+        check_tokenizer(info, tokenizer, workdir / "tokenizer")
         yield FoundCheckpoint(checkpoints, found, info, tokenizer)
+
+
+def check_tokenizer(info: CheckpointInfo, tokenizer: Tokenizer, folder: Path) -> None:
+    """Raises InputError if the tokenizer, from `folder`, is not that of the checkpoint."""
+    wrong = None
+    if tokenizer.fingerprint != info.tokenizer:
+        wrong = f"tokenizer {info.tokenizer[:12]}, {folder} holds {tokenizer.fingerprint[:12]}"
+    elif info.special is not None and info.special != tokenizer.special:
+        wrong = f"{info.special.difference(tokenizer.special)} as {folder} has it"
+    if wrong:
+        raise InputError(
+            f"checkpoint {info.step} was trained with {wrong}; restore the original, or start in "
+            "another --workdir"
+        )
 
 
 def load_run(

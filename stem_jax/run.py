@@ -24,6 +24,7 @@ from stem_jax.checkpoint_files import set_aside_damaged
 from stem_jax.config import Config
 from stem_jax.data.loader import Share
 from stem_jax.errors import InputError
+from stem_jax.loading import check_tokenizer
 from stem_jax.lock import Lock
 from stem_jax.mesh import BATCH_AXES, axis_size, check_placement, make_mesh, own_batch_shards
 from stem_jax.origin import Origin, begin_from, find_origin
@@ -42,7 +43,7 @@ from stem_jax.training.evaluation import Validation
 from stem_jax.training.loop import Loop
 from stem_jax.training.report import describe_run, placed_arrays
 from stem_jax.training.resume import check_resumable
-from stem_jax.training.run_data import RunData, open_run_data
+from stem_jax.training.run_data import TOKENIZER_FOLDER, RunData, open_run_data
 from stem_jax.training.state import TrainState, abstract_state, init_state, table_key
 from stem_jax.training.step import TrainStep
 from stem_jax.training.working_set import working_set
@@ -128,9 +129,8 @@ def _train(config: Config, workdir: Path, clock: StartClock, own_log: Path, lock
             state = dataclasses.replace(state, table=TableState(**prefetch.load()))
         clock.mark("state")
 
-        fingerprint = data.tokenizer.fingerprint
         saves = RunSaves(
-            config, workdir, lock, checkpoints, fingerprint, record, endless, store, prefetch
+            config, workdir, lock, checkpoints, data.tokenizer, record, endless, store, prefetch
         )
         with StopSignal() as stop:
             loop = Loop(
@@ -190,12 +190,7 @@ def _check_continues(
     """Refuses a tokenizer or a text other than those of the checkpoint."""
     if info is None:
         return
-    if info.tokenizer != data.tokenizer.fingerprint:
-        raise InputError(
-            f"checkpoint {info.step} was trained with tokenizer {info.tokenizer[:12]}, "
-            f"{workdir / 'tokenizer'} holds {data.tokenizer.fingerprint[:12]}; restore it, or "
-            "start in another --workdir"
-        )
+    check_tokenizer(info, data.tokenizer, workdir / TOKENIZER_FOLDER)
     if info.data != record:
         raise InputError(
             f"the text behind data.sources={info.config.data.sources!r} is not what checkpoint "

@@ -6,6 +6,7 @@ from typing import Any
 
 from stem_jax.checkpoint import Checkpointer, CheckpointInfo
 from stem_jax.config import Config
+from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import TrainingError
 from stem_jax.lock import Lock
 from stem_jax.tables.host_store import HostStore
@@ -28,7 +29,7 @@ class RunSaves:
     workdir: Path
     lock: Lock
     checkpoints: Checkpointer
-    tokenizer: str
+    tokenizer: Tokenizer
     data: dict[str, Any]
     endless: int
     store: HostStore | None
@@ -62,11 +63,12 @@ class RunSaves:
             updates=int(state.updates),
             bad_steps=int(state.bad_steps),
             touched_rows=int(state.touched_rows),
-            tokenizer=self.tokenizer,
+            tokenizer=self.tokenizer.fingerprint,
             data=self.data,
             config=self.config,
             endless=self.endless,
             owes_validation=owes_validation,
+            special=self.tokenizer.special,
         )
         loss = None if validation is None else validation.loss
         self.checkpoints.save(state, info, loss, self.store)

@@ -12,7 +12,8 @@ from offloading import row_threads
 from saved_models import CONTEXT, SIZES, save_run, trained_state
 
 from stem_jax import analyze, cli
-from stem_jax.data.tokenizer import load_tokenizer, train_sentencepiece
+from stem_jax.data.sentencepiece_training import train_sentencepiece
+from stem_jax.data.tokenizer import load_tokenizer
 from stem_jax.errors import InputError
 from stem_jax.knowledge import analysis
 from stem_jax.knowledge.flop_check import FlopCheck

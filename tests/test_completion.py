@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stem_jax.completion import TextStream
-from stem_jax.data.tokenizer import load_tokenizer, train_sentencepiece
+from stem_jax.data.sentencepiece_training import train_sentencepiece
+from stem_jax.data.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer("bytes")
 

@@ -26,7 +26,8 @@ from saved_models import (
 
 from stem_jax import cli, export, train
 from stem_jax.checkpoint import Checkpointer
-from stem_jax.data.tokenizer import load_tokenizer, train_sentencepiece
+from stem_jax.data.sentencepiece_training import train_sentencepiece
+from stem_jax.data.tokenizer import load_tokenizer
 from stem_jax.errors import InputError
 from stem_jax.interop import saved_model
 from stem_jax.interop.hf_export import export_hf

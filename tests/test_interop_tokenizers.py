@@ -12,7 +12,8 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stem_jax.data.tokenizer import load_tokenizer, load_tokenizer_folder, train_sentencepiece
+from stem_jax.data.sentencepiece_training import train_sentencepiece
+from stem_jax.data.tokenizer import load_tokenizer, load_tokenizer_folder
 from stem_jax.errors import InputError
 from stem_jax.interop.tokenizer_export import (
     NATIVE_FOLDER,

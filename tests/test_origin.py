@@ -12,7 +12,7 @@ from children import train_flags
 from offloading import store_arrays
 
 from stem_jax.checkpoint import Checkpointer
-from stem_jax.data.tokenizer import train_sentencepiece
+from stem_jax.data.sentencepiece_training import train_sentencepiece
 from stem_jax.errors import InputError
 from stem_jax.loading import load_run
 from stem_jax.mesh import make_mesh

@@ -257,7 +257,8 @@ def copied_run(whole_run, tmp_path) -> Path:
 
 
 def test_other_tokenizer_is_refused(copied_run, text_file):
-    from stem_jax.data.tokenizer import load_tokenizer, train_sentencepiece
+    from stem_jax.data.sentencepiece_training import train_sentencepiece
+    from stem_jax.data.tokenizer import load_tokenizer
 
     model = copied_run / "other.model"
     train_sentencepiece(TEXT, model, 300)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from stem_jax.data.corpora import read_corpus
-from stem_jax.data.tokenizer import load_tokenizer, train_sentencepiece
+from stem_jax.data.sentencepiece_training import train_sentencepiece
+from stem_jax.data.tokenizer import load_tokenizer
 from stem_jax.tables.sharded_table import ShardedTable
 
 VOCAB, OWNERS, TOKENS_PER_DEVICE = 4096, 8, 8192

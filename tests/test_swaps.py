@@ -7,7 +7,8 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stem_jax.data.tokenizer import load_tokenizer, train_sentencepiece
+from stem_jax.data.sentencepiece_training import train_sentencepiece
+from stem_jax.data.tokenizer import load_tokenizer
 from stem_jax.errors import InputError
 from stem_jax.knowledge.edit_choices import STRATEGIES
 from stem_jax.knowledge.swaps import recipes_of, swap_recipes, word_ids

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stem_jax.data import tokenizer as tokenizer_module
+from stem_jax.data import sentencepiece_training
 from stem_jax.data.corpora import read_corpus
-from stem_jax.data.tokenizer import load_tokenizer, load_tokenizer_folder, train_sentencepiece
+from stem_jax.data.sentencepiece_training import train_sentencepiece
+from stem_jax.data.tokenizer import load_tokenizer, load_tokenizer_folder
 from stem_jax.errors import InputError
 
 # All text but lone surrogates, which UTF-8 does not have, and SentencePiece's mark for a space.
@@ -112,8 +113,8 @@ def test_training_is_deterministic(model_path, tmp_path):
 
 
 def test_training_samples_evenly_within_its_bound(monkeypatch):
-    monkeypatch.setattr(tokenizer_module, "TRAINING_BYTES", 1000)
-    pieces = tokenizer_module._sample_pieces(f"{i:010d}\n" for i in range(5000))
+    monkeypatch.setattr(sentencepiece_training, "TRAINING_BYTES", 1000)
+    pieces = sentencepiece_training._sample_pieces(f"{i:010d}\n" for i in range(5000))
     numbers = [int(piece) for piece in pieces]
     assert 500 <= sum(map(len, pieces)) <= 1000
     steps = {after - before for before, after in itertools.pairwise(numbers)}
@@ -178,7 +179,7 @@ def test_hf_tokenizer(tmp_path):
     built.pre_tokenizer, built.decoder = byte_level, library.decoders.ByteLevel()
     path = tmp_path / "tokenizer.json"
     built.save(str(path))
-    with pytest.raises(InputError, match="no end-of-text token: it needs one of"):
+    with pytest.raises(InputError, match="no end-of-text token that is marked special"):
         load_tokenizer("hf", path)
 
     built.add_special_tokens(["<|end_of_text|>"])

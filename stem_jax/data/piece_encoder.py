@@ -60,7 +60,7 @@ class PieceEncoder:
         lengths, num_bytes, fractions, bad = [], [], [], []
         for document in piece:
             try:
-                ids = np.asarray(tokenizer.encode(document.text), np.int64)
+                ids = np.asarray(tokenizer.encode_document(document.text), np.int64)
             except BadRecord as error:
                 bad.append((document.origin, f"{document.origin}: {error}"))
                 continue

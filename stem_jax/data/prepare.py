@@ -136,7 +136,10 @@ def open_stores(
     found = [s for s in SPLITS if s == "train" or (Path(folder) / s).exists()]
     return {
         split: TokenStore.open(
-            Path(folder) / split, fingerprint=tokenizer.fingerprint, vocab_size=vocab_size
+            Path(folder) / split,
+            fingerprint=tokenizer.fingerprint,
+            ends=(tokenizer.bos_id, tokenizer.eos_id),
+            vocab_size=vocab_size,
         )
         for split in found
     }

@@ -5,6 +5,7 @@ import argparse
 from stem_jax.data.bad_records import ON_BAD
 from stem_jax.data.corpora import BUILTIN
 from stem_jax.data.formats import FORMATS
+from stem_jax.data.special_tokens import SpecialFlags
 from stem_jax.data.tokenizer import KINDS
 from stem_jax.storage import local_path
 
@@ -23,6 +24,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
     add("on-bad", choices=ON_BAD, default="stop", help="at a record without usable text")
     add("tokenizer", choices=KINDS, default="sentencepiece", help="kind of tokenizer")
     add("tokenizer-path", help="a .model file or a tokenizer.json")
+    SpecialFlags.add_flags(parser)
     add("vocab-size", type=int, help="train SentencePiece on the text instead")
     add("out", required=True, help="folder for train/, validation/ and tokenizer/")
     add("validation-fraction", type=float, default=0.02, help="share")

@@ -11,8 +11,10 @@ from stem_jax.data.bad_records import BadRecords
 from stem_jax.data.formats import Reading
 from stem_jax.data.preparation import SKIPPED, TOKENIZER, Preparation
 from stem_jax.data.prepare import open_stores, write_stores
+from stem_jax.data.sentencepiece_training import train_sentencepiece
 from stem_jax.data.source_record import settings_record, text_record
 from stem_jax.data.sources import read_sources
+from stem_jax.data.special_tokens import SpecialFlags
 from stem_jax.data.store_summary import summarize
 from stem_jax.data.token_store import TokenStore
 from stem_jax.data.tokenizer import (
@@ -20,7 +22,6 @@ from stem_jax.data.tokenizer import (
     Tokenizer,
     load_tokenizer,
     load_tokenizer_folder,
-    train_sentencepiece,
 )
 from stem_jax.errors import InputError
 
@@ -40,7 +41,10 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
     reading = Reading(args.text_field, args.format)
     tokenizer = None
     if args.vocab_size is None:
-        tokenizer = load_tokenizer(args.tokenizer, args.tokenizer_path)
+        flags = SpecialFlags.from_flags(args)
+        tokenizer = load_tokenizer(args.tokenizer, args.tokenizer_path, flags)
+        for note in tokenizer.notes:
+            print(f"note: {note}", file=sys.stderr)
     out = args.out
     _check_tokenizer_folder(out / TOKENIZER)
     pieces = resumed = 0
@@ -74,9 +78,7 @@ def verify(folder: Path) -> dict[str, Any]:
     found = [name for name in ("train", "validation") if (folder / name).exists()]
     stores = {name: TokenStore.open(folder / name, verify=True) for name in found or ["train"]}
     if (folder / TOKENIZER).exists():
-        fingerprint = load_tokenizer_folder(folder / TOKENIZER).fingerprint
-        for name in stores:
-            TokenStore.open(folder / name, fingerprint=fingerprint)
+        open_stores(folder, load_tokenizer_folder(folder / TOKENIZER))
     return {"out": str(folder), **summarize(stores)}
 
 
@@ -100,6 +102,7 @@ def _job(
     settings: dict[str, Any] = {"vocab_size": args.vocab_size}
     if tokenizer is not None:
         settings = settings_record(tokenizer, args.validation_fraction, args.seed)
+        settings["special_tokens"] = tokenizer.special.record()
     settings |= {"validation_fraction": args.validation_fraction, "seed": args.seed}
     return {"sources": names, **settings, **text_record(names, reading)}
 
@@ -113,7 +116,7 @@ def _trained(
             texts = (document.text for document in read_sources(names, reading, bad))
             train_sentencepiece(texts, path.with_suffix(".part"), args.vocab_size)
         path.with_suffix(".part").rename(path)
-    return load_tokenizer(args.tokenizer, path)
+    return load_tokenizer(args.tokenizer, path, SpecialFlags.from_flags(args))
 
 
 def _put_tokenizer(tokenizer: Tokenizer, new: Path, old: Path) -> None:

@@ -128,8 +128,7 @@ def _read(folder: Path) -> dict[str, Any] | None:
 
 def _special_ids(folder: Path) -> list[int]:
     """The ids that begin and end the documents of a store."""
-    tokens = TokenStore.open(folder / "train").tokens
-    return [int(tokens[0]), int(tokens[-1])]
+    return list(TokenStore.open(folder / "train").ends)
 
 
 def _readable(source: str) -> str:

@@ -39,7 +39,8 @@ class StoreMeta:
     """What meta.json records.
 
     checksum: sha256 (hex) over tokens.bin and documents.bin. bytes_checksum: over bytes.bin; ""
-    where an earlier version wrote none.
+    where an earlier version wrote none. bos_id, eos_id: that every document begins and ends with;
+    None where an earlier version did not say.
     """
 
     format_version: int
@@ -53,6 +54,8 @@ class StoreMeta:
     num_bytes: int
     checksum: str
     bytes_checksum: str = ""
+    bos_id: int | None = None
+    eos_id: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +79,14 @@ class TokenStore:
         folder: str | Path,
         *,
         fingerprint: str | None = None,
+        ends: tuple[int, int] | None = None,
         vocab_size: int | None = None,
         verify: bool = False,
     ) -> Self:
         """Opens a store without reading its tokens.
 
         fingerprint: of the tokenizer in use; must be the store's.
+        ends: ids that it begins and ends documents with; must be the store's.
         vocab_size: of the model; the store's may be smaller (a padded model), not larger.
         verify: recompute the checksums, which reads the whole store.
         Raises InputError if the folder holds no store, a newer or damaged one, or one that was
@@ -108,6 +113,12 @@ class TokenStore:
             _map(folder / "documents.bin", np.dtype("<i8"), meta.num_documents + 1),
             _map(folder / "bytes.bin", np.dtype("<i8"), meta.num_documents),
         )
+        if ends is not None and ends != store.ends:
+            raise InputError(
+                f"token store {folder} has documents from token {store.ends[0]} to {store.ends[1]}"
+                f" (bos and eos), the given tokenizer {ends[0]} and {ends[1]}: take the tokenizer"
+                " beside the store, or prepare the text again"
+            )
         if verify:
             store._verify()
         return store
@@ -135,6 +146,13 @@ class TokenStore:
     def num_tokens(self) -> int:
         """Tokens, the bos and eos of every document included."""
         return self.meta.num_tokens
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """Ids that every document begins and ends with."""
+        if self.meta.bos_id is None or self.meta.eos_id is None:
+            return int(self.tokens[0]), int(self.tokens[-1])
+        return self.meta.bos_id, self.meta.eos_id
 
     @property
     def num_documents(self) -> int:

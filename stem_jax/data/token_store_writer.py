@@ -75,6 +75,8 @@ class TokenStoreWriter:
             "dtype": self.dtype.name,
             "vocab_size": vocab_size,
             "fingerprint": fingerprint,
+            "bos_id": bos_id,
+            "eos_id": eos_id,
         }
         self._size = written
         self._stack = ExitStack()

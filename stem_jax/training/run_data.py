@@ -7,15 +7,12 @@ from pathlib import Path
 from stem_jax.config import Config, DataConfig
 from stem_jax.data.formats import Reading
 from stem_jax.data.loader import WHOLE, GlobalBatches, Share, ValidationBatches
+from stem_jax.data.sentencepiece_training import train_sentencepiece
 from stem_jax.data.sources import is_store_folder, open_sources, parse_sources, read_sources
 from stem_jax.data.token_store import TokenStore
-from stem_jax.data.tokenizer import (
-    Tokenizer,
-    load_tokenizer,
-    load_tokenizer_folder,
-    train_sentencepiece,
-)
+from stem_jax.data.tokenizer import Tokenizer, load_tokenizer, load_tokenizer_folder
 from stem_jax.errors import InputError
+from stem_jax.process_log import log
 from stem_jax.storage import local_path
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -93,7 +90,11 @@ def run_tokenizer(config: Config, workdir: Path, prepared: bool) -> Tokenizer:
     """
     folder = workdir / TOKENIZER_FOLDER
     data = config.data
-    tokenizer = load_tokenizer_folder(folder) if prepared else _first_tokenizer(config, workdir)
+    if prepared:
+        tokenizer = load_tokenizer_folder(folder)
+    else:
+        # Of an import prompts may begin otherwise; those of this run as its documents do.
+        tokenizer = _first_tokenizer(config, workdir).for_documents()
     if not prepared and _kind_counts(config) and tokenizer.kind != data.tokenizer:
         raise InputError(
             f"data.tokenizer={data.tokenizer!r}, but the tokenizer of this run is "
@@ -105,6 +106,8 @@ def run_tokenizer(config: Config, workdir: Path, prepared: bool) -> Tokenizer:
             f"{tokenizer.vocab_size} ids; set model.vocab_size={tokenizer.vocab_size}"
         )
     if not prepared:
+        for note in tokenizer.notes:
+            log.info(note)
         tokenizer.save(folder)
     return tokenizer
 
