@@ -1,14 +1,15 @@
 """A completion as it grows: its tokens, its text, and why it stopped."""
 
+import codecs
 import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from stem_jax.data.spelling import REPLACEMENT
 from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
 
-_REPLACEMENT = "\ufffd"
 # The first three bytes of a character of four; a decoder may show each as one replacement.
 _LONGEST_INCOMPLETE = 3
 
@@ -17,7 +18,8 @@ _LONGEST_INCOMPLETE = 3
 class Completion:
     """A completed prompt.
 
-    tokens: new ids, without eos. text: theirs. stop: "eos", "length" (as many as asked for) or
+    tokens: new ids, but a stop id. text: what they add to the prompt. stop: "eos" (or
+    another id that ends completions), "length" (as many as asked for) or
     "context" (prompt and completion fill the context). tokens_per_second: rate after the first
     token, which waits for compilation; None with fewer than two.
     """
@@ -56,7 +58,7 @@ class Progress:
         context: int,
     ):
         self._prompt = prompt
-        self._eos_id = tokenizer.eos_id
+        self._stop_ids = tokenizer.special.stop_ids
         self._stop = "length" if len(ids) + max_new_tokens <= context else "context"
         self._limit = min(max_new_tokens, context - len(ids))
         self._stream = TextStream(tokenizer, ids)
@@ -67,7 +69,7 @@ class Progress:
     def push(self, token: int) -> str:
         """Takes a token and returns the text that is now certain."""
         self._times.append(time.perf_counter())
-        if token == self._eos_id:
+        if token in self._stop_ids:
             self._stop = "eos"
             piece = self._stream.flush()
         else:
@@ -86,23 +88,32 @@ class Progress:
 
 
 class TextStream:
-    """Turns tokens into pieces of text whose concatenation is the text of all of them.
+    """Turns tokens into pieces of text whose concatenation is what they add to the prompt.
 
-    Only a short window of ids is decoded again for each token. It begins one token before the new
-    text, because some decoders drop a space at the start of what they are given; a completion's
-    window begins with the last token of its prompt.
+    The bytes of the tokens are joined, and a character goes out as soon as its last byte is there;
+    bytes that form none are U+FFFD. Where a tokenizer's text is more than its bytes, a short window
+    of ids is decoded again for each token. It begins one token before the new text, because some
+    decoders drop a space at the start of what they are given.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
         self._tokenizer = tokenizer
-        self._window = list(prompt[-1:])
-        self._done = len(tokenizer.decode(self._window))
+        self._spelling = tokenizer.spelling
+        if self._spelling is not None:
+            self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+            self._at_start = self._spelling.starts_after(prompt)
+        else:
+            self._window = list(prompt[-1:])
+            self._done = len(tokenizer.decode(self._window))
 
     def push(self, token: int) -> str:
         """The text that this token completes, often empty within a character of several bytes."""
+        if self._spelling is not None:
+            added, self._at_start = self._spelling.add(token, self._at_start)
+            return self._decoder.decode(added)
         self._window.append(token)
         text = self._tokenizer.decode(self._window)
-        trailing = len(text) - len(text.rstrip(_REPLACEMENT))
+        trailing = len(text) - len(text.rstrip(REPLACEMENT))
         stable = len(text) - min(trailing, _LONGEST_INCOMPLETE)
         piece = text[self._done : stable]
         self._done = max(self._done, stable)
@@ -113,6 +124,8 @@ class TextStream:
 
     def flush(self) -> str:
         """What is still held back, with U+FFFD for the incomplete character."""
+        if self._spelling is not None:
+            return self._decoder.decode(b"", final=True)
         text = self._tokenizer.decode(self._window)
         piece, self._done = text[self._done :], len(text)
         return piece

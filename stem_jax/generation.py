@@ -71,6 +71,9 @@ class Generator:
         self._params = params
         self._rows = rows
         self._model = ModelDef(self.config)
+        # Ids that decode to nothing are never drawn; mostly there are none.
+        absent = tokenizer.absent_ids(config.model.vocab_size)
+        self._absent_V = np.isin(np.arange(config.model.vocab_size), absent) if absent else None
         whole = None if mesh is None else replicated(mesh)
         self._place = lambda array: jax.device_put(array, whole)
         self.prefill = jax.jit(self._prefill, static_argnames="slots", out_shardings=whole)
@@ -88,8 +91,8 @@ class Generator:
         return self.config.train.seq_len
 
     def encode(self, prompt: str) -> list[int]:
-        """Ids of a prompt; like every document in training it begins with bos."""
-        return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
+        """Ids of a prompt, which begins as documents did in training, or as an import says."""
+        return [*self.tokenizer.special.prompt_ids, *self.tokenizer.encode(prompt)]
 
     def steps(
         self,
@@ -100,10 +103,10 @@ class Generator:
     ) -> Iterator[list[int | None]]:
         """Completes a batch, step by step.
 
-        A sequence ends with eos, after `max_new_tokens`, or where it fills the context.
+        A sequence ends with a stop id, after `max_new_tokens`, or where it fills the context.
 
         Args:
-            prompts: ids, bos included.
+            prompts: ids, what every prompt begins with included.
             seeds: one of each sequence, below 2^32; None: those of `sequence_seeds(0, prompts)`.
 
         Returns:
@@ -184,7 +187,7 @@ class Generator:
             read = np.asarray(token_B).tolist()
             yield [None if end else token for end, token in zip(ended, read)]
             ended = [
-                end or token == self.tokenizer.eos_id or step + 1 == limit
+                end or token in self.tokenizer.special.stop_ids or step + 1 == limit
                 for end, token, limit in zip(ended, read, limits)
             ]
             if all(ended):
@@ -200,7 +203,7 @@ class Generator:
             params, rows, tokens_BxL, positions_BxL, segment_ids_BxL, caches
         )
         first = DecodeState(caches, positions_BxL[:, -1] + 1, seeds_B, jnp.int32(1))
-        return sample(logits_BxV, seeds_B, jnp.int32(0), *scalars), first
+        return self._draw(logits_BxV, seeds_B, jnp.int32(0), scalars), first
 
     def _decode(self, params, rows, token_B, scalars, *, state: DecodeState):
         """The token [B] that follows `token_B`, and the state after it."""
@@ -209,7 +212,12 @@ class Generator:
             params, rows, token_B[:, None], state.position[:, None], ones_Bx1, state.caches
         )
         following = DecodeState(caches, state.position + 1, state.seeds, state.step + 1)
-        return sample(logits_BxV, state.seeds, state.step, *scalars), following
+        return self._draw(logits_BxV, state.seeds, state.step, scalars), following
+
+    def _draw(self, logits_BxV, seeds_B, step, scalars):
+        if self._absent_V is not None:
+            logits_BxV = jnp.where(self._absent_V, -jnp.inf, logits_BxV)
+        return sample(logits_BxV, seeds_B, step, *scalars)
 
     def advance(
         self,

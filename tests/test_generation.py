@@ -14,7 +14,8 @@ import pytest
 
 from stem_jax import cli, generate
 from stem_jax.checkpoint import Checkpointer, CheckpointInfo
-from stem_jax.data.tokenizer import load_tokenizer, train_sentencepiece
+from stem_jax.data.sentencepiece_training import train_sentencepiece
+from stem_jax.data.tokenizer import load_tokenizer
 from stem_jax.errors import InputError
 from stem_jax.generation import Generator, sequence_seeds
 from stem_jax.loading import load_run
@@ -224,7 +225,8 @@ def test_eos_ends_its_sequence_alone(generator):
     others.add(free[0].tokens[0])
     at, eos = next((i, t) for i, t in enumerate(free[0].tokens) if t not in others)
     original = generator.tokenizer
-    generator.tokenizer = dataclasses.replace(original, eos_id=eos)
+    special = dataclasses.replace(original.special, stop_ids=(eos,))
+    generator.tokenizer = dataclasses.replace(original, special=special)
     try:
         ended, *whole = generator.complete(PROMPTS, 10, VARIED)
         steps = list(generator.steps([generator.encode(PROMPTS[0])], 10, VARIED))

@@ -104,9 +104,9 @@ class HarnessModel(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: object
     ) -> list[int]:
-        """Ids of a text, with bos unless `add_special_tokens` is False."""
+        """Ids of a text, as a prompt begins unless `add_special_tokens` is False."""
         ids = self._tokenizer.encode(string)
-        return ids if add_special_tokens is False else [self._tokenizer.bos_id, *ids]
+        return ids if add_special_tokens is False else [*self._tokenizer.special.prompt_ids, *ids]
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -164,7 +164,7 @@ class HarnessModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to a stop string, eos, or as many tokens as the task allows."""
+        """Continuations up to a stop string, a stop id, or as many tokens as the task allows."""
         self._check_expected()
         settings = [self._settings(request) for request in requests]
         prompts = []
@@ -233,13 +233,13 @@ class HarnessModel(TemplateLM):
             settings.sampling,
             batch.seeds + batch.seeds[-1:] * filling,
         )
-        streams = [TextStream(self._tokenizer) for _ in prompts]
+        streams = [TextStream(self._tokenizer, prompt) for prompt in prompts]
         texts = [""] * len(prompts)
         going = set(range(len(prompts)))
         for tokens in steps:
             for index in list(going):
                 token = tokens[index]
-                if token is None or token == self._tokenizer.eos_id:
+                if token is None or token in self._tokenizer.special.stop_ids:
                     going.remove(index)
                     continue
                 texts[index] += streams[index].push(token)
