@@ -4,6 +4,7 @@ python -m stem_jax.import_torch --from=hf --path=exported --workdir=runs/importe
 python -m stem_jax.import_torch --from=llama --path=llama --stem-layers=third --workdir=runs/stem
 """
 
+import sys
 import time
 
 from stem_jax import cli
@@ -17,14 +18,17 @@ def main(argv: list[str]) -> None:
     start_jax(args.compilation_cache)
     from stem_jax.interop.conversion import convert
     from stem_jax.interop.import_model import import_config, write_checkpoint
-    from stem_jax.interop.imports import find_tokenizer, read_model
+    from stem_jax.interop.import_tokenizer import TokenizerChoice, find_tokenizer
+    from stem_jax.interop.imports import read_model
     from stem_jax.work_folder import making
 
     with making(args.workdir):
         start = time.perf_counter()
-        given = (args.tokenizer, args.tokenizer_path) if args.tokenizer else None
         imported = read_model(args.kind, args.path)
-        tokenizer = find_tokenizer(args.kind, args.path, given)
+        choice = TokenizerChoice.from_flags(args)
+        tokenizer = find_tokenizer(args.kind, args.path, choice)
+        for note in tokenizer.notes:
+            print(f"note: {note}", file=sys.stderr)
         config = import_config(imported, tokenizer, args.config, overrides)
         if args.stem_layers:
             imported, report = convert(imported, config, tokenizer, args.stem_layers, calibration)

@@ -63,7 +63,7 @@ def few_ids_flags(folder):
     path = folder / "t.json"
     vocabulary = {"<s>": 0, "</s>": 1, "a": 2, "b": 3}
     tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[])).save(str(path))
-    return ["--tokenizer=hf", f"--tokenizer-path={path}"]
+    return ["--tokenizer=hf", f"--tokenizer-path={path}", "--bos=<s>", "--eos=</s>"]
 
 
 @pytest.fixture(scope="module")

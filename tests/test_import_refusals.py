@@ -12,9 +12,9 @@ from saved_models import BYTES
 from test_import import few_ids_flags, write_llama, write_official
 
 from stem_jax import cli, export, import_torch
-from stem_jax.data.tokenizer import train_sentencepiece
+from stem_jax.data.sentencepiece_training import train_sentencepiece
 from stem_jax.interop import names
-from stem_jax.interop.imports import find_tokenizer
+from stem_jax.interop.import_tokenizer import TokenizerChoice, find_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +60,10 @@ def test_the_tokenizer_beside_the_weights_comes_first(inner, tmp_path):
     params = {"data": {"tokenizer": {"name": "sp", "path": str(recorded)}}}
     (folders[0] / "consolidated" / "params.json").write_text(json.dumps(params))
     beside = folders[0] / "consolidated" / "tokenizer.model"
-    found = find_tokenizer("official", folders[0] / inner, None)
+    found = find_tokenizer("official", folders[0] / inner, TokenizerChoice())
     assert found.source == beside.read_bytes() != recorded.read_bytes()
     beside.unlink()
-    found = find_tokenizer("official", folders[0] / inner, None)
+    found = find_tokenizer("official", folders[0] / inner, TokenizerChoice())
     assert found.source == recorded.read_bytes()
 
 

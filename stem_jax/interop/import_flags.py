@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from stem_jax import cli
+from stem_jax.data.special_tokens import SpecialFlags
 from stem_jax.data.tokenizer import KINDS
 from stem_jax.interop.calibration import Calibration, check_overrides
 
@@ -31,6 +32,7 @@ def parse(
     parser.add_path("--config", default=BASE_CONFIG, help="config file, for all but the model")
     add("--tokenizer", choices=KINDS, help="kind of the tokenizer, if not in --path")
     parser.add_path("--tokenizer-path", help="its file")
+    SpecialFlags.add_flags(parser)
     Calibration.add_flags(parser)
     parser.add_cache_flag()
     rest, overrides = cli.split_overrides(argv)

@@ -34,14 +34,12 @@ class Imported:
 
     model: values of the model section that it decides. context: tokens it was trained with. params:
     our parameters by name, in our layout. tables: [V, F] by token id, one for each STEM layer.
-    special_ids: token ids that its bos_token_id and eos_token_id may be, where it says.
     """
 
     model: dict[str, Any]
     context: int
     params: Mapping[str, np.ndarray]
     tables: list[np.ndarray]
-    special_ids: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
 
 def import_config(
@@ -79,15 +77,6 @@ def import_config(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.vocab_size}: it is "
             "not the one that the model was trained with; give that with --tokenizer-path"
         )
-    for name, found in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)):
-        expected = imported.special_ids.get(f"{name}_token_id", ())
-        if expected and found not in expected:
-            raise InputError(
-                f"the tokenizer's {name} is token {found}, config.json of the model has "
-                f"{name}_token_id={' or '.join(map(str, expected))}: it is not the one that the "
-                "model was trained with; give that with --tokenizer and --tokenizer-path, or "
-                "correct config.json"
-            )
     return config
 
 
@@ -118,7 +107,8 @@ def write_checkpoint(
         opt_state = jax.jit(optimizer.init)(params)
         state = TrainState(zero, zero, zero, zero, params, opt_state, None)
         data = {"seed": config.train.seed, "sources": config.data.sources, "checksums": []}
-        info = CheckpointInfo(0, 0, 0, 0, tokenizer.fingerprint, data, config)
+        special = {"special": tokenizer.special}
+        info = CheckpointInfo(0, 0, 0, 0, tokenizer.fingerprint, data, config, **special)
         with Checkpointer(folder) as checkpoints:
             checkpoints.save(state, info, None, store)
             checkpoints.wait()

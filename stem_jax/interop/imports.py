@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from stem_jax.config import ModelConfig
-from stem_jax.data.tokenizer import Tokenizer, load_tokenizer, load_tokenizer_folder
 from stem_jax.errors import InputError
 from stem_jax.files import read_json
 from stem_jax.interop.import_model import Imported
@@ -30,12 +29,9 @@ from stem_jax.interop.names import (
 from stem_jax.interop.official_format import (
     official_context,
     official_model_values,
-    official_tokenizer,
     read_official,
-    read_params,
 )
 from stem_jax.interop.safetensors_files import read_folder
-from stem_jax.interop.tokenizer_export import NATIVE_FOLDER
 from stem_jax.json_fields import Fields
 
 _REMEDY = "give the file that belongs to the model"
@@ -74,45 +70,6 @@ def read_model(kind: str, path: str | Path) -> Imported:
     if not path.is_dir():
         raise InputError(f"--path={path} is not a folder; give the folder of a model")
     return _official(path) if kind == "official" else _transformers(kind, path)
-
-
-def find_tokenizer(kind: str, path: Path, given: tuple[str, str | None] | None) -> Tokenizer:
-    """The tokenizer of a model.
-
-    Args:
-        kind: format of the model.
-        path: its folder.
-        given: kind and file, which come first; None to look for them in the folder.
-
-    Raises:
-        InputError: there is none, it cannot be read, or another one was exported with the model.
-    """
-    native = path / NATIVE_FOLDER
-    if given is not None:
-        tokenizer = load_tokenizer(*given)
-        if kind != "official" and native.is_dir():
-            own = load_tokenizer_folder(native)
-            if tokenizer.fingerprint != own.fingerprint:
-                raise InputError(
-                    f"--tokenizer={tokenizer.kind} has fingerprint {tokenizer.fingerprint[:12]}, "
-                    f"the model was exported with {own.fingerprint[:12]}, which is in {native}; "
-                    "leave the flag out"
-                )
-        return tokenizer
-    if kind == "official":
-        found = official_tokenizer(read_params(path), path)
-        if found is not None:
-            return load_tokenizer(*found)
-    elif native.is_dir():
-        return load_tokenizer_folder(native)
-    elif (path / "tokenizer.json").is_file():
-        return load_tokenizer("hf", path / "tokenizer.json")
-    elif (path / "tokenizer.model").is_file():
-        return load_tokenizer("sentencepiece", path / "tokenizer.model")
-    raise InputError(
-        f"--path={path} has no tokenizer; give the one that the model was trained with by "
-        "--tokenizer-path=FILE (and --tokenizer=sentencepiece or hf), or --tokenizer=bytes"
-    )
 
 
 def _official(path: Path) -> Imported:
@@ -167,19 +124,7 @@ def _transformers(kind: str, path: Path) -> Imported:
 
     makers = {weight.ours: maker(weight) for weight in llama_weights(model)}
     tables = [tensors[name] for name in table_names(model)]
-    special_ids = _special_ids(config.values)
-    return Imported(values, llama_context(config), LazyParams(makers), tables, special_ids)
-
-
-def _special_ids(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    ids = {}
-    for name in ("bos_token_id", "eos_token_id"):
-        value = config.get(name)
-        found = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(one) is int for one in found):
-            raise InputError(f"config.json has {name}={value!r}, expected token ids; correct it")
-        ids[name] = tuple(found)
-    return ids
+    return Imported(values, llama_context(config), LazyParams(makers), tables)
 
 
 def _model(values: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> ModelConfig:
