@@ -277,3 +277,23 @@ def test_sum_by_row_adds_half_precision_in_float32():
     sums = _sum_by_row(values, jnp.zeros(64, jnp.int32), 16)
     assert sums.dtype == jnp.float32
     assert sums[0].tolist() == [319.0] * 3 and not np.any(sums[1:])
+
+
+@pytest.mark.parametrize(
+    ("length", "spread"), [(2048, 16), (2048, 1), (1536, 3), (513, 2)], ids=str
+)
+def test_sum_by_row_over_several_chunks(length, spread):
+    """Segments of indices that go on over one end of a chunk of 512 values, over several, or end
+    there; `spread` is their number.
+    """
+    rng = np.random.default_rng(length + spread)
+    values = rng.integers(-8, 9, (length, 5)).astype(np.float32)
+    for index in (
+        rng.integers(0, spread, length),
+        # Each segment ends with its chunk, so that none may take what the one before left open.
+        np.arange(length) // 512 % 16,
+    ):
+        sums = np.zeros((16, 5), np.float32)
+        np.add.at(sums, index, values)
+        # Sums of small integers are exact in any order.
+        np.testing.assert_array_equal(_sum_by_row(values, jnp.asarray(index, jnp.int32), 16), sums)

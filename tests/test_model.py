@@ -302,6 +302,45 @@ def test_cudnn_needs_a_gpu(tiny_config):
 # --- Rematerialisation ---
 
 
+def _kept_for_backward(loss, *args) -> int:
+    """Bytes of activations that the backward pass waits for: what its closure holds."""
+    residuals = jax.eval_shape(lambda *args: jax.vjp(loss, *args)[1], *args)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(residuals))
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+def test_remat_keeps_less_for_the_backward_pass(scan, small, tiny_config):
+    """Per layer, so that the embedding and the head do not count."""
+    _, _, _, table = small
+    kept = {}
+    for policy in ("none", "full", "dots"):
+        layers = {}
+        for number in (4, 8):
+            config = tiny_config(
+                **{
+                    "model.remat": policy,
+                    "model.num_layers": number,
+                    "model.stem_layers": "none",
+                    "model.scan_layers": scan,
+                }
+            )
+            model = ModelDef(config)
+            inputs = _inputs(_random_tokens(5))
+
+            def loss(params, model=model, inputs=inputs):
+                return jnp.sum(_logits(model, params, inputs, table))
+
+            params = model.shapes()
+            size = sum(p.size * p.dtype.itemsize for p in params.values())
+            layers[number] = _kept_for_backward(loss, params) - size
+        kept[policy] = (layers[8] - layers[4]) / 4
+    stream = 4 * B * L * config.model.embed_dim
+    # The input of the block; it and what the seven projections gave; every step on the way.
+    assert kept["full"] == stream
+    assert stream < kept["dots"] <= 8 * stream
+    assert kept["none"] > 20 * stream
+
+
 def test_remat_changes_memory_not_gradients(small, tiny_config):
     _, _, params, table = small
     inputs, targets = _inputs(_random_tokens(5)), _random_tokens(6)
