@@ -59,7 +59,7 @@ def answer_all(
         if not question.answer.strip():
             raise InputError(f"the answer to {question.prompt!r} is empty; give one")
         prompt = [*tokenizer.special.prompt_ids, *tokenizer.encode(question.prompt)]
-        answer = tokenizer.encode(f" {question.answer}{question.end}")
+        answer = tokenizer.encode_behind(f" {question.answer}{question.end}")
         ids = prompt + answer
         if len(ids) > scorer.context + 1:
             raise InputError(
