@@ -9,6 +9,7 @@ exits with 1 where it grew by more than 256 MB.
 """
 
 import argparse
+import hashlib
 import json
 import re
 import subprocess
@@ -19,12 +20,14 @@ from pathlib import Path
 
 import numpy as np
 
-from stem_jax.data.token_store import TokenStoreWriter
 from stem_jax.data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 _HELD_OUT = 0.02
+# Tokens of a document, its bos and eos included, and documents that are drawn at once.
 _DOCUMENT = 4096
+_AT_ONCE = 1024
+_EDGES = 256, 257
 _STEPS = 4
 _MOST = 256e6
 _FLAGS = f"""
@@ -37,16 +40,34 @@ _FLAGS = f"""
 
 
 def write_store(folder: Path, tokens: int) -> None:
-    """Documents of random letters, as `prepare` would have written them."""
+    """Documents of random letters, in the format of `data/token_store.py`."""
     tokenizer = load_tokenizer("bytes")
     tokenizer.save(folder / "tokenizer")
-    rng = np.random.default_rng(0)
-    facts = {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint}
-    facts |= {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "name": "random"}
     for split, share in (("train", 1 - _HELD_OUT), ("validation", _HELD_OUT)):
-        with TokenStoreWriter(folder / split, split=split, **facts) as writer:
-            for _ in range(int(tokens * share) // (_DOCUMENT + 2)):
-                writer.add(rng.integers(ord("a"), ord("z") + 1, _DOCUMENT), _DOCUMENT)
+        documents = int(tokens * share) // _DOCUMENT
+        _write_split(folder / split, documents, tokenizer.vocab_size, tokenizer.fingerprint)
+
+
+def _write_split(folder: Path, documents: int, vocab_size: int, fingerprint: str) -> None:
+    folder.mkdir()
+    rng, digest = np.random.default_rng(0), hashlib.sha256()
+    with (folder / "tokens.bin").open("wb") as file:
+        for first in range(0, documents, _AT_ONCE):
+            size = (min(_AT_ONCE, documents - first), _DOCUMENT)
+            ids = rng.integers(ord("a"), ord("z") + 1, size).astype("<u2")
+            ids[:, 0], ids[:, -1] = _EDGES
+            digest.update(ids.tobytes())
+            file.write(ids.tobytes())
+    starts = (np.arange(documents + 1) * _DOCUMENT).astype("<u8").tobytes()
+    (folder / "documents.bin").write_bytes(starts)
+    digest.update(starts)
+    text_bytes = np.full(documents, _DOCUMENT - 2, "<u8")
+    (folder / "bytes.bin").write_bytes(text_bytes.tobytes())
+    meta = {"format_version": 1, "name": "random", "split": folder.name, "dtype": "uint16"}
+    meta |= {"vocab_size": vocab_size, "fingerprint": fingerprint}
+    meta |= {"num_tokens": documents * _DOCUMENT, "num_documents": documents}
+    meta |= {"num_bytes": int(text_bytes.sum()), "checksum": digest.hexdigest()}
+    (folder / "meta.json").write_text(json.dumps(meta))
 
 
 def anonymous_bytes(process: int) -> int:
