@@ -8,8 +8,6 @@ import json
 from pathlib import Path
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from stem_jax.agreement import (
@@ -29,14 +27,12 @@ from stem_jax.lock import Lock
 from stem_jax.mesh import BATCH_AXES, axis_size, check_placement, make_mesh, own_batch_shards
 from stem_jax.origin import Origin, begin_from, find_origin
 from stem_jax.process_log import log, process_log
-from stem_jax.run_checks import check_first_start, check_mesh
+from stem_jax.run_checks import check_first_start, check_mesh, check_tables
 from stem_jax.run_saves import RunSaves, data_record, owes_validation
 from stem_jax.start_clock import StartClock
 from stem_jax.stop_signal import StopSignal
-from stem_jax.tables.host_memory import available_host_bytes, check_host_memory
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.prefetch import Prefetch
-from stem_jax.tables.row_slots import too_few_slots
 from stem_jax.tables.spec import TableState
 from stem_jax.training.baselines import token_unigrams, xz
 from stem_jax.training.evaluation import Validation
@@ -46,7 +42,6 @@ from stem_jax.training.resume import check_resumable
 from stem_jax.training.run_data import TOKENIZER_FOLDER, RunData, open_run_data
 from stem_jax.training.state import TrainState, abstract_state, init_state, table_key
 from stem_jax.training.step import TrainStep
-from stem_jax.training.working_set import working_set
 from stem_jax.watchdog import Watchdog
 from stem_jax.work_folder import writing
 
@@ -112,7 +107,7 @@ def _train(config: Config, workdir: Path, clock: StartClock, own_log: Path, lock
     clock.mark("data")
     programs = TrainStep(config, mesh)
     check_placement(placed_arrays(config, programs.model), mesh, config.mesh.max_replicated_mib)
-    rows_in_flight = _check_fits(config, programs, data, latest)
+    rows_in_flight = check_tables(config, programs, data, latest)
     if is_first():
         (workdir / "config.json").write_text(config.to_json())
     log.info(describe_run(config, programs.model, mesh, rows_in_flight))
@@ -229,33 +224,6 @@ def _open_state(
     state = checkpoints.restore(info.step, abstract_state(config, programs.model, mesh), store)
     log.info(f"resuming from step {info.step}")
     return state, store
-
-
-def _check_fits(config: Config, programs: TrainStep, data: RunData, start: int) -> int | None:
-    """Rows that the batches in flight need, as far as it can be known before; None if resident.
-
-    Raises:
-        InputError: they do not fit into the slots, or the table not into the host's memory.
-    """
-    spec = programs.spec
-    if not spec.offloaded:
-        return None
-    store_bytes, available = HostStore.peak_bytes(spec, programs.mesh), available_host_bytes()
-    fits = available is None or store_bytes <= available
-    owners = axis_size(programs.mesh, spec.vocab_axes)
-    share = working_set(config, spec, owners, data, start)
-    # Each process has seen its memory and its share of the data; all must come to one verdict,
-    # or those that go on would wait for the others for ever.
-    found = multihost_utils.process_allgather(np.array([share, not fits], np.int32)).reshape(-1, 2)
-    check_host_memory(store_bytes, available)
-    if found[:, 1].any():
-        raise InputError(
-            "another host has too little memory for its part of the tables; see its log"
-        )
-    needed = int(found[:, 0].max())
-    if needed > spec.num_slots:
-        raise InputError(too_few_slots(spec.num_slots, needed))
-    return needed
 
 
 def _latest(workdir: Path) -> CheckpointInfo | None:

@@ -4,14 +4,24 @@ A checkpoint's configuration is validated whenever it is read (`config_checks`),
 there can never be read again. What only a training cannot do is refused here.
 """
 
+import json
+import socket
+
 from jax.sharding import Mesh
 
+from stem_jax.agreement import exchange
 from stem_jax.config import Config
 from stem_jax.errors import InputError
 from stem_jax.mesh import BATCH_AXES, axis_size
 from stem_jax.model.attention import check_heads, resolve_backend
 from stem_jax.tables.coast_groups import MOST_TERMS, num_terms
+from stem_jax.tables.host_memory import available_host_bytes, check_host_memory
+from stem_jax.tables.host_store import HostStore
+from stem_jax.tables.row_slots import too_few_slots
+from stem_jax.training.run_data import RunData
 from stem_jax.training.schedule import ENDING, schedule_length
+from stem_jax.training.step import TrainStep
+from stem_jax.training.working_set import working_set
 
 
 def check_first_start(config: Config) -> None:
@@ -74,3 +84,46 @@ def check_mesh(config: Config, mesh: Mesh, under_way: bool = False) -> None:
             f"divide over the {devices} devices of mesh axes {', '.join(BATCH_AXES)}; change one "
             "of them"
         )
+
+
+def check_tables(config: Config, programs: TrainStep, data: RunData, start: int) -> int | None:
+    """Rows that the batches in flight need, as far as it can be known before; None if resident.
+
+    Raises:
+        InputError: a batch does not fit into the slots, or the table not into the hosts' memory.
+    """
+    spec = programs.spec
+    if not spec.offloaded:
+        return None
+    owners = axis_size(programs.mesh, spec.vocab_axes)
+
+    def own_part() -> bytes:
+        found = working_set(config, spec, owners, data, start)
+        store_bytes = HostStore.peak_bytes(spec, programs.mesh)
+        memory = (socket.gethostname(), store_bytes, available_host_bytes())
+        return json.dumps([found.batch, found.in_flight, *memory]).encode()
+
+    # Each process has seen its memory and its share of the data; all come to one verdict.
+    parts = [json.loads(part) for part in exchange(own_part)]
+    check_hosts([(host, needed, available) for _, _, host, needed, available in parts])
+    batch, in_flight = (max(part[place] for part in parts) for place in (0, 1))
+    if batch > spec.num_slots:
+        raise InputError(too_few_slots(spec.num_slots, batch))
+    return in_flight
+
+
+def check_hosts(parts: list[tuple[str, int, int | None]]) -> None:
+    """Checks what the tables need of each host, over all of its processes.
+
+    Args:
+        parts: of each process: its host, the bytes of its tables, and those that are available on
+            the host; None if unknown.
+
+    Raises:
+        InputError: names the host and both figures.
+    """
+    for host in dict.fromkeys(host for host, _, _ in parts):
+        own = [(needed, available) for name, needed, available in parts if name == host]
+        known = [available for _, available in own if available is not None]
+        where = f"host {host}" if len(own) == 1 else f"host {host} for its {len(own)} processes"
+        check_host_memory(sum(needed for needed, _ in own), min(known, default=None), where)

@@ -3,6 +3,7 @@
 import pytest
 
 from stem_jax.errors import InputError
+from stem_jax.run_checks import check_hosts
 from stem_jax.tables.host_memory import available_host_bytes, check_host_memory
 
 MEMINFO = {"proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 5000 kB\n"}
@@ -77,3 +78,15 @@ def test_available_memory_is_the_smallest_bound(tmp_path, files, expected):
 
 def test_this_system_tells_its_memory():
     assert available_host_bytes() is None or available_host_bytes() > 2**20
+
+
+def test_the_processes_of_a_host_share_its_memory():
+    """Each fits alone; Slurm starts eight on a host."""
+    fits = [("a", 3 << 30, 8 << 30), ("b", 3 << 30, 8 << 30), ("a", 3 << 30, 7 << 30)]
+    check_hosts(fits)
+    message = r"9\.00 GiB on host a for its 3 processes, 7\.00 GiB are available"
+    with pytest.raises(InputError, match=message):
+        check_hosts([*fits, ("a", 3 << 30, None)])
+    with pytest.raises(InputError, match=r"9\.00 GiB on host b, 8\.00 GiB are available"):
+        check_hosts([("a", 3 << 30, 8 << 30), ("b", 9 << 30, 8 << 30)])
+    check_hosts([("a", 3 << 30, None)] * 8)

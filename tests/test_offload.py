@@ -48,7 +48,7 @@ def programs(train_step):
     def smallest(layout, prefetch):
         step = make(layout, prefetch=prefetch)
         owners = axis_size(step.mesh, step.spec.vocab_axes)
-        return working_set(step.config, step.spec, owners, zipf_data(step.config), 0)
+        return working_set(step.config, step.spec, owners, zipf_data(step.config), 0).batch
 
     return make
 

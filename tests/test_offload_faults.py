@@ -4,6 +4,7 @@ import threading
 import time
 
 import jax
+import numpy as np
 import pytest
 from offloading import SIZES, STEPS, row_threads, run, variant, zipf_data
 
@@ -12,6 +13,7 @@ from stem_jax.errors import InputError
 from stem_jax.mesh import axis_size
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.prefetch import Prefetch
+from stem_jax.tables.row_slots import TooFewSlots
 from stem_jax.tables.spec import TableState
 from stem_jax.training.loop import Loop
 from stem_jax.training.state import TrainState, table_key
@@ -21,14 +23,14 @@ SAVED_AT = 30
 
 
 def smallest(step) -> int:
-    """The rows that the batches in flight need."""
+    """The rows that one batch needs."""
     owners = axis_size(step.mesh, step.spec.vocab_axes)
-    return working_set(step.config, step.spec, owners, zipf_data(step.config), 0)
+    return working_set(step.config, step.spec, owners, zipf_data(step.config), 0).batch
 
 
 @pytest.fixture(scope="module")
 def tight(train_step):
-    """tight(prefetch): a step with the fewest rows on the device that four batches ahead need."""
+    """tight(prefetch): a step with the fewest rows on the device: those of one batch."""
     resident = train_step(**SIZES)
     rows = smallest(variant(resident, prefetch=4))
     step = train_step(**SIZES, **{"tables.resident_rows": rows})
@@ -132,6 +134,23 @@ def test_an_error_of_the_loop_ends_the_threads(tight, tmp_path):
     with pytest.raises(ZeroDivisionError):
         run(tight(), tmp_path, watch=failing)
     assert row_threads() == []
+
+
+def test_a_batch_that_does_not_fit_ends_the_run_with_a_save(train_step, whole, tmp_path):
+    """It comes in mid-run; with more rows the same run goes on."""
+    step = train_step((1, 1, 1), **SIZES)
+    batches = [zipf_data(step.config).batches.batch(number) for number in range(20)]
+    needs = [len(np.unique(batch["tokens"][batch["segment_ids"] > 0])) for batch in batches]
+    # The first that asks for more than any before it, and before any validation.
+    large = next(number for number in range(5, 20) if needs[number] > max(needs[:number]))
+    rows = {"tables.resident_rows": max(needs[:large])}
+    few = variant(train_step((1, 1, 1), **SIZES, **rows), prefetch=4)
+    with pytest.raises(TooFewSlots, match=rf"works for them is {needs[large]}\."):
+        run(few, tmp_path, checkpoints=tmp_path)
+    with Checkpointer(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.latest_step() == large
+    again = run(step, tmp_path / "again", resume=(tmp_path, large))
+    again.assert_equals(whole, after=large)
 
 
 @pytest.mark.parametrize(("shape", "prefetch"), [((1, 1, 1), 0), ((1, 1, 1), 4), ((8, 1, 1), 2)])

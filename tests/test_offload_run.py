@@ -19,6 +19,7 @@ import pytest
 from children import child, finish, train_flags
 
 from stem_jax import run as run_module
+from stem_jax import run_checks
 from stem_jax.errors import InputError
 from stem_jax.tables.host_store import HostStore
 from stem_jax.train import main
@@ -166,7 +167,7 @@ def test_little_host_memory_is_refused_before_anything_is_allocated(
     def allocate(*args, **kwargs):
         raise AssertionError("a store was allocated")
 
-    monkeypatch.setattr(run_module, "available_host_bytes", lambda: 10_000)
+    monkeypatch.setattr(run_checks, "available_host_bytes", lambda: 10_000)
     monkeypatch.setattr(HostStore, "allocate", allocate)
     monkeypatch.setattr(run_module, "init_state", allocate)
     with pytest.raises(InputError, match=r"resident_rows keeps the table in host memory: .* avail"):

@@ -21,12 +21,15 @@ def available_host_bytes(root: Path = Path("/")) -> int | None:
     return max(0, min(bounds)) if bounds else None
 
 
-def check_host_memory(needed_bytes: int, available_bytes: int | None) -> None:
+def check_host_memory(
+    needed_bytes: int, available_bytes: int | None, where: str = "this host"
+) -> None:
     """Refuses tables that do not fit, before anything is allocated.
 
     Args:
-        needed_bytes: of this process's part of the tables.
+        needed_bytes: of the part of the tables that lies there.
         available_bytes: from `available_host_bytes`; None checks nothing.
+        where: the host, for the message.
 
     Raises:
         InputError: both figures and the remedies.
@@ -34,7 +37,7 @@ def check_host_memory(needed_bytes: int, available_bytes: int | None) -> None:
     if available_bytes is not None and needed_bytes > available_bytes:
         raise InputError(
             f"tables.resident_rows keeps the table in host memory: {needed_bytes / _GIB:.2f} GiB "
-            f"on this host, {available_bytes / _GIB:.2f} GiB are available; give the host or its "
+            f"on {where}, {available_bytes / _GIB:.2f} GiB are available; give the host or its "
             "container more memory, use more hosts, lower model.stem_layers, model.ffn_dim or "
             "model.vocab_size, or leave tables.resident_rows unset to keep the table on devices"
         )

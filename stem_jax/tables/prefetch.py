@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from stem_jax.errors import InputError
 from stem_jax.mesh import axis_size
 from stem_jax.tables.host_store import Arrays, HostBlock, HostStore, field_dtype
 from stem_jax.tables.row_slots import Move, RowSlots
@@ -140,6 +141,14 @@ class Prefetch:
             # One piece at a time in memory.
             jax.block_until_ready(arrays)
         return arrays
+
+    def fits(self, asked: np.ndarray) -> bool:
+        """See `RowSlots.fits`."""
+        return self._slots.fits(asked)
+
+    def too_few(self, asked: np.ndarray) -> InputError:
+        """See `RowSlots.too_few`."""
+        return self._slots.too_few(asked)
 
     def ticket(
         self, tokens_of_row: np.ndarray, pinned: np.ndarray | None = None, *, record: bool = True

@@ -16,6 +16,10 @@ from stem_jax.tables.spec import TableSpec
 _SMALLEST_MOVE = 16
 
 
+class TooFewSlots(InputError):
+    """A batch asks for more rows than there are slots; all before it can still be used."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Move:
     """How the rows of a batch become resident; numbers count within an owner's shard.
@@ -64,6 +68,17 @@ class RowSlots:
         """[R / P] rows of an owner's shard by slot, a copy."""
         return self._caches[owner].rows.copy()
 
+    def fits(self, asked: np.ndarray) -> bool:
+        """Whether rows can be resident at a time. asked: [V_pad], not zero for each of them."""
+        slots = self._num_owners * self._caches[0].num_slots
+        return slots_needed(asked.reshape(self._num_owners, -1)) <= slots
+
+    def too_few(self, asked: np.ndarray) -> TooFewSlots:
+        """The refusal of a batch that does not fit."""
+        slots = self._num_owners * self._caches[0].num_slots
+        needed = slots_needed(asked.reshape(self._num_owners, -1))
+        return TooFewSlots(too_few_slots(slots, needed))
+
     def assign(
         self, tokens_of_row: np.ndarray, pinned: np.ndarray | None = None, *, record: bool = True
     ) -> Move:
@@ -75,8 +90,8 @@ class RowSlots:
             record: whether this counts as use of the rows.
 
         Raises:
-            InputError: there are too few slots; names how many would do. Some owners may have
-                made room already: the caches are of no use afterwards.
+            TooFewSlots: names how many would do. Some owners may have made room already: the
+                caches are of no use afterwards. See `fits`.
         """
         asked_PxN = tokens_of_row.reshape(self._num_owners, -1)
         pinned_PxN = None if pinned is None else pinned.reshape(self._num_owners, -1)
@@ -88,9 +103,7 @@ class RowSlots:
                 found = cache.assign(rows, stay, record)
             except CacheTooSmall as error:
                 needed = asked_PxN if pinned_PxN is None else asked_PxN + pinned_PxN
-                raise InputError(
-                    too_few_slots(self._num_owners * cache.num_slots, slots_needed(needed))
-                ) from error
+                raise self.too_few(needed) from error
             assignments.append(found)
             missing += len(found.missing)
             missing_tokens += int(asked_PxN[owner][found.missing].sum())
@@ -116,9 +129,9 @@ def slots_needed(asked_PxN: np.ndarray) -> int:
 def too_few_slots(resident_rows: int, needed: int) -> str:
     """The refusal of batches that need more slots than there are, with a number that will do."""
     return (
-        f"tables.resident_rows={resident_rows} is less than the rows that the batches in flight "
-        f"need at a time; the smallest that works for them is {needed}. Raise it to that or more, "
-        "or lower tables.prefetch or train.global_batch_size"
+        f"tables.resident_rows={resident_rows} is less than the rows that one of the batches needs "
+        f"at a time; the smallest that works for them is {needed}. Raise it to that or more, or "
+        "lower train.global_batch_size"
     )
 
 

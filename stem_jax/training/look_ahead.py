@@ -4,6 +4,10 @@ Stages by step distance, with `tables.prefetch` = n: batch t+n is placed and its
 the device before step t is dispatched, in program order, so that every process reads the same; once
 step t computes, the demand of batch t+n has come to the host, its slots are chosen and its missing
 rows start to travel; before step t+n they are swapped in.
+
+Rows of the batches in flight stay where they are while there are slots for all of them. A batch
+that needs more takes those of the ones before it, which leave after their steps: the look-ahead is
+shorter there, and nothing else changes.
 """
 
 import dataclasses
@@ -41,8 +45,8 @@ class Ready:
 class LookAhead(Iterator[Ready]):
     """Yields batches in order. Between `next` and the batch's step, `place` brings its rows.
 
-    In training the rows of the batches in flight stay where they are, so `settle` may bring all of
-    them at once when the table is needed for something else.
+    In training the rows of the batches in flight stay where they are if they can, so `settle` may
+    bring all of them at once when the table is needed for something else.
     """
 
     def __init__(
@@ -70,9 +74,11 @@ class LookAhead(Iterator[Ready]):
         self._window: deque[np.ndarray] = deque(maxlen=self._distance if training else 0)
 
     def __next__(self) -> Ready:
+        """Raises TooFewSlots for a batch that does not fit, when those before it are done."""
         # Their demands were dispatched before the step that computes now.
         for ready in self._queue:
-            self._choose(ready)
+            if not self._choose(ready):
+                break
         while self._unread and len(self._queue) <= self._distance:
             batch = next(self._batches)
             demand = self._programs.demand(batch) if self._programs.spec.num_layers else None
@@ -81,7 +87,8 @@ class LookAhead(Iterator[Ready]):
         if not self._queue:
             raise StopIteration
         ready = self._queue.popleft()
-        self._choose(ready)
+        if not self._choose(ready):
+            raise self._prefetch.too_few(ready.demand.tokens_of_row)
         return ready
 
     def place(self, state: TrainState, ready: Ready) -> TrainState:
@@ -105,21 +112,36 @@ class LookAhead(Iterator[Ready]):
         self._window.clear()
         return state
 
-    def _choose(self, ready: Ready) -> None:
+    def _choose(self, ready: Ready) -> bool:
+        """Chooses the slots of a batch; False if it has more rows than there are slots."""
         if ready.demand is None:
-            return
+            return True
         if ready.sizes is None:
             ready.demand = jax.tree.map(np.asarray, ready.demand)
             ready.sizes = self._programs.table(ready.batch.tokens).sizes_for(ready.demand)
         if self._prefetch is None or ready.ticket is not None:
-            return
+            return True
         tokens_of_row = ready.demand.tokens_of_row
-        pinned = np.logical_or.reduce(self._window) if self._window else None
+        if not self._prefetch.fits(tokens_of_row):
+            return False
         # The caches know of a batch that chose before.
         record = self._training and not ready.settled
+        pinned = self._pinned(tokens_of_row > 0)
         ready.ticket = self._prefetch.ticket(tokens_of_row, pinned, record=record)
         ready.slots = self._prefetch.slots(ready.ticket, ready.sizes.owned)
         self._window.append(tokens_of_row > 0)
+        return True
+
+    def _pinned(self, asked: np.ndarray) -> np.ndarray | None:
+        """Rows of the batches before this one that stay: of the latest, if there is room."""
+        kept = list(self._window)
+        while kept:
+            pinned = np.logical_or.reduce(kept)
+            if self._prefetch.fits(pinned | asked):
+                return pinned
+            # Those of the earliest are the first that are used no more.
+            kept.pop(0)
+        return None
 
     def _apply(self, state: TrainState, ticket: Ticket) -> TrainState:
         arrays = self._prefetch.apply(dict(vars(state.table)), ticket)

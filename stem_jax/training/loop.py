@@ -24,8 +24,9 @@ from stem_jax.model.cost import training_flops_per_token
 from stem_jax.process_log import log
 from stem_jax.start_clock import StartClock
 from stem_jax.tables.prefetch import Prefetch
+from stem_jax.tables.row_slots import TooFewSlots
 from stem_jax.training.evaluation import Validation, summarize
-from stem_jax.training.look_ahead import LookAhead
+from stem_jax.training.look_ahead import LookAhead, Ready
 from stem_jax.training.metrics import MetricsLog, SpikeCounter
 from stem_jax.training.run_data import RunData
 from stem_jax.training.schedule import Schedule, make_schedule
@@ -84,7 +85,7 @@ class Loop:
         reporter = _Reporter(
             self.config, metrics_log, self.clock, self.programs.mesh.devices.size, start
         )
-        validation = None
+        validation, saved = None, start
         try:
             if owes_validation:
                 state, validation = self._validate(state, schedule, start, metrics_log, owed=True)
@@ -93,7 +94,8 @@ class Loop:
                 reporter.resume_clock()
             with self.data.batches.iterate(start) as batches:
                 ahead = self._look_ahead(batches, end - start)
-                for step, ready in enumerate(ahead, start=start + 1):
+                for step in range(start + 1, end + 1):
+                    ready = self._next(ahead, state, saved, reporter)
                     state = ahead.place(state, ready)
                     state, metrics = self.programs.update(
                         state, ready.batch, schedule, ready.slots, ready.sizes
@@ -114,6 +116,7 @@ class Loop:
                     owed = evaluation_due and validation is None
                     if stopped or checkpoint_due:
                         self.save(state, validation, owed)
+                        saved = step
                         self.beat(f"the save of step {step}")
                     if evaluation_due or checkpoint_due:
                         reporter.resume_clock()
@@ -127,6 +130,18 @@ class Loop:
     def _look_ahead(self, batches: Iterable, length: int, *, training: bool = True) -> LookAhead:
         placed = map(self.programs.place, batches)
         return LookAhead(self.programs, placed, length, self.prefetch, training=training)
+
+    def _next(
+        self, ahead: LookAhead, state: TrainState, saved: int, reporter: "_Reporter"
+    ) -> Ready:
+        """The next batch. If its rows do not fit, what was trained so far is saved first."""
+        try:
+            return next(ahead)
+        except TooFewSlots:
+            reporter.drain()
+            if int(state.step) != saved:
+                self.save(state, None, False)
+            raise
 
     def _checkpoint_due(self, step: int) -> bool:
         return step == self.config.train.steps or _due(step, self.config.checkpoint.every)
@@ -145,7 +160,13 @@ class Loop:
         """
         held_out, sums = self.data.held_out, []
         ahead = self._look_ahead(held_out, len(held_out), training=False)
-        for ready in ahead:
+        for _ in range(len(held_out)):
+            try:
+                ready = next(ahead)
+            except TooFewSlots:
+                if not owed:
+                    self.save(ahead.settle(state), None, True)
+                raise
             state = ahead.place(state, ready)
             sums.append(
                 self.programs.evaluate(state, ready.batch, schedule, ready.slots, ready.sizes)

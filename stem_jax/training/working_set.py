@@ -1,5 +1,6 @@
 """Rows that the batches in flight need at a time, read from the data before a run begins."""
 
+import dataclasses
 from collections import deque
 from collections.abc import Iterator
 
@@ -15,21 +16,32 @@ from stem_jax.training.run_data import RunData
 _TOKENS = 2**22
 
 
-def working_set(config: Config, spec: TableSpec, num_owners: int, data: RunData, start: int) -> int:
-    """The smallest `tables.resident_rows` for the batches from step `start` on, and for validation.
+@dataclasses.dataclass(frozen=True)
+class WorkingSet:
+    """Rows that are needed at a time: by one batch, and by all in flight without waiting."""
+
+    batch: int
+    in_flight: int
+
+
+def working_set(
+    config: Config, spec: TableSpec, num_owners: int, data: RunData, start: int
+) -> WorkingSet:
+    """What `tables.resident_rows` must be, and should be, for the batches from step `start` on.
 
     Looks at as many batches as hold some four million tokens; with several processes at this
     process's share of them, which asks for fewer rows.
     """
     window: deque[np.ndarray] = deque(maxlen=config.tables.prefetch + 1)
-    needed = 0
+    one = in_flight = 0
     for batch in _training_batches(config, data, start):
         window.append(_asked(spec, num_owners, batch))
-        needed = max(needed, slots_needed(np.logical_or.reduce(window)))
+        one = max(one, slots_needed(window[-1]))
+        in_flight = max(in_flight, slots_needed(np.logical_or.reduce(window)))
     for batch in _few(config, data.held_out or ()):
         # Validation keeps nothing for the batches around it.
-        needed = max(needed, slots_needed(_asked(spec, num_owners, batch)))
-    return needed
+        one = max(one, slots_needed(_asked(spec, num_owners, batch)))
+    return WorkingSet(one, max(one, in_flight))
 
 
 def _training_batches(config: Config, data: RunData, start: int) -> Iterator[Batch]:
