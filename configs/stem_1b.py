@@ -2,7 +2,8 @@
 
 python -m stem_jax.train --config=configs/stem_1b.py --config.data.sources=DIR
 
-Dense 1,498 M parameters; STEM 1,415 M active beside tables of 5,253 M (arXiv 2601.10639).
+Dense 1,498 M parameters; STEM 1,415 M active beside tables of 5,253 M, and the peak learning rate
+of 4e-4: as published (arXiv 2601.10639). Length and batch are ours.
 """
 
 from configs.base import get_config as base_config
@@ -27,7 +28,7 @@ def get_config():
     config.data.tokenizer_path = "corpus/tokenizer/tokenizer.json"
     config.mesh.data = 1
     config.mesh.fsdp = -1
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 4e-4
     config.optimizer.warmup_steps = 2000
     config.train.steps = 240_000
     config.train.global_batch_size = 512

@@ -1,10 +1,12 @@
-"""A model of the published 350M class: 32 layers, half of them STEM.
+"""MobileLLM-350M with STEM layers, half of its 32.
 
 python -m stem_jax.train --config=configs/stem_350m.py --config.data.sources=DIR
 
-The official repository does not publish the exact widths of its 350M model. These (D 960, 15 query
-and 5 KV heads, F 2560) give 0.37 B dense parameters and, with half the layers STEM, close to the
-published 1.85 B total / 0.34 B active.
+The 350M model of STEM (arXiv 2601.10639) is MobileLLM-350M (arXiv 2402.14905; widths as in
+huggingface.co/facebook/MobileLLM-350M), which ties head and embedding: 345 M parameters, here 376 M
+with a head of its own. In all there are 1.25 B with a third of the layers STEM, 1.65 B with half
+and 2.84 B with all but the first; the 1.85 B and 3.25 B that the paper gives do not follow from
+these widths. Rate, length and batch are ours.
 """
 
 from configs.base import get_config as base_config

@@ -90,14 +90,27 @@ def test_published_counts(name, published, tables):
     assert round(TableSpec.from_config(config).num_parameters / 1e6) == tables
 
 
-def test_350m_is_of_the_published_class():
-    stem = load_config(ROOT / "configs" / "stem_350m.py")
-    dense = load_config(ROOT / "configs" / "dense_350m.py")
-    active = _backbone_parameters(stem)
-    assert active / 1e9 == pytest.approx(0.34, abs=0.01)
-    total = active + TableSpec.from_config(stem).num_parameters
-    assert total / 1e9 == pytest.approx(1.85, rel=0.12)
-    assert _backbone_parameters(dense) / 1e9 == pytest.approx(0.37, abs=0.01)
+def test_350m_is_mobilellm_350m():
+    """345.3 M in arXiv 2402.14905, where the head is the embedding."""
+    tied = {"model.tie_embeddings": "true"}
+    dense = load_config(ROOT / "configs" / "dense_350m.py", tied)
+    assert round(_backbone_parameters(dense) / 1e5) == 3454
+    text = (ROOT / "configs" / "stem_350m.py").read_text()
+    for layers, total in (("third", "1.25 B"), ("half", "1.65 B"), ("all_but_first", "2.84 B")):
+        config = load_config(ROOT / "configs" / "stem_350m.py", {"model.stem_layers": layers})
+        parameters = _backbone_parameters(config) + TableSpec.from_config(config).num_parameters
+        assert f"{parameters / 1e9:.2f} B" == total and total in text
+
+
+def test_published_settings():
+    """Of arXiv 2601.10639."""
+    for name in ("stem_1b", "dense_1b", "stem_1b_offload"):
+        config = load_config(ROOT / "configs" / f"{name}.py")
+        assert config.optimizer.learning_rate == 4e-4
+    long = load_config(ROOT / "configs" / "stem_350m_long.py")
+    before = load_config(ROOT / "configs" / "stem_350m.py")
+    assert long.train.seq_len == 32768 == long.model.rope_factor * before.train.seq_len
+    assert long.tokens_per_step == before.tokens_per_step
 
 
 @pytest.mark.parametrize("name", ["tiny", "stem_1b", "stem_350m"])

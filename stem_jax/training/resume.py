@@ -1,6 +1,7 @@
 """Which changes of the configuration a run survives on resume."""
 
 import dataclasses
+import shlex
 
 import numpy as np
 
@@ -41,21 +42,27 @@ def check_resumable(saved: Config, current: Config, updates: int, endless: int =
     """
     changed = differing_keys(saved, current)
     refused = [key for key in changed if key not in _HARMLESS | _SCHEDULE]
+    before, now = (learning_rates(config, updates, endless) for config in (saved, current))
+    of_rates = [key for key in changed if key in _SCHEDULE]
+    same_rates = np.array_equal(before, now)
+    # All of them at once: a shipped file may have changed in several.
+    restored = refused + ([] if same_rates else of_rates)
+    remedy = (
+        f"to continue the run add {' '.join(_flag(saved, key) for key in restored)}, or start in "
+        "another --workdir"
+    )
     if refused:
         listed = "; ".join(
             f"{key}: {_get(saved, key)!r} -> {_get(current, key)!r}" for key in refused
         )
         raise InputError(
-            f"the checkpoint was trained with another configuration ({listed}); restore these "
-            "values, or start in another --workdir"
+            f"the checkpoint was trained with another configuration ({listed}); {remedy}"
         )
-    before, now = (learning_rates(config, updates, endless) for config in (saved, current))
-    if not np.array_equal(before, now):
-        keys = ", ".join(key for key in changed if key in _SCHEDULE)
+    if not same_rates:
         raise InputError(
-            f"{keys} changed the learning rates of the {updates} updates already made; restore "
-            "them, or start in another --workdir. To leave room for more steps later, set "
-            "optimizer.schedule_steps at the start"
+            f"{', '.join(of_rates)} changed the learning rates of the {updates} updates already "
+            f"made; {remedy}. To leave room for more steps later, set optimizer.schedule_steps at "
+            "the start"
         )
 
 
@@ -68,6 +75,16 @@ def differing_keys(saved: Config, current: Config) -> list[str]:
         if _get(saved, f"{section.name}.{field.name}")
         != _get(current, f"{section.name}.{field.name}")
     ]
+
+
+def _flag(config: Config, key: str) -> str:
+    """The override that gives a key the value that it has here."""
+    value = _get(config, key)
+    if isinstance(value, tuple):
+        value = ",".join(map(str, value)) or "none"
+    elif value is None or isinstance(value, bool):
+        value = str(value).lower()
+    return f"--config.{key}={shlex.quote(str(value))}"
 
 
 def _get(config: Config, key: str):
