@@ -39,9 +39,13 @@ print(json.dumps(found))
 """
 EXPECTED = earlier.expected()
 LATER = [str(step) for step in range(STEP + 1, END + 1)]
-# Losses of float32 runs on another CPU; six updates in bfloat16 make more of a rounding.
-TOLERANCE = dict.fromkeys(earlier.RUNS, 1e-5) | {"bfloat16": 0.02}
+# Losses of float32 runs on another CPU. Parameters and moments of the run in bfloat16 were rounded
+# to it at each update then, and are float32 since: 0.03 of a validation loss of 6.35 was seen.
+TOLERANCE = dict.fromkeys(earlier.RUNS, 1e-5) | {"bfloat16": 0.05}
 STORE = FOLDER / "store"
+# These and their programs are another kind each.
+LONG = ("offloaded", "dense", "bfloat16")
+NAMES = [pytest.param(n, marks=pytest.mark.long) if n in LONG else n for n in earlier.RUNS]
 
 
 def _losses(workdir: Path, key: str) -> dict[str, float]:
@@ -59,29 +63,37 @@ def stopped(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def trained(stopped, tmp_path_factory):
-    """The kept runs continued, and two that begin with what was kept: folder, failures by name.
+def _train(commands: dict[str, list[str]]) -> dict[str, str | None]:
+    """How each of these commands failed, or None. On one device, as the kept runs were made.
 
-    On one device, as they were made, in one process: importing takes longer than training.
+    In one process: importing takes longer than training.
     """
-    folder = tmp_path_factory.mktemp("trained") / "runs"
-    shutil.copytree(stopped, folder)
-    commands = {name: earlier.train_flags(name, folder / name) for name in earlier.RUNS}
-    # A list of files is not in checkpoints of still earlier versions.
-    (folder / "bytes" / "checkpoints" / str(STEP) / LIST).unlink()
-    tokenizer = STORE / "tokenizer" / "tokenizer.model"
-    fresh = {"train__steps": 2, "eval__every": 0, "checkpoint__every": 0}
-    store = {"data__sources": STORE, "data__tokenizer_path": tokenizer}
-    commands["store"] = earlier.train_flags("sentencepiece", folder / "store", **fresh, **store)
-    origin = {"train__init_from": stopped / "sentencepiece"}
-    commands["origin"] = earlier.train_flags("sentencepiece", folder / "origin", **fresh, **origin)
     with child("-c", TRAIN, json.dumps(commands), stderr=subprocess.PIPE) as process:
         out, err = process.communicate()
     assert process.returncode == 0, err[-5000:]
     failures = json.loads(out.splitlines()[-1])
     assert failures.keys() == commands.keys()
-    return folder, failures
+    return failures
+
+
+@pytest.fixture(scope="module")
+def trained(request, stopped, tmp_path_factory):
+    """Kept runs continued, and two that begin with what was kept: folder, failures by name."""
+    folder = tmp_path_factory.mktemp("trained") / "runs"
+    shutil.copytree(stopped, folder)
+    # What is printed at the end would compile the decoding of each.
+    silent = {"train__sample_prompt": ""}
+    names = [n for n in earlier.RUNS if n not in LONG or request.config.getoption("--long")]
+    commands = {name: earlier.train_flags(name, folder / name, **silent) for name in names}
+    # A list of files is not in checkpoints of still earlier versions.
+    (folder / "bytes" / "checkpoints" / str(STEP) / LIST).unlink()
+    tokenizer = STORE / "tokenizer" / "tokenizer.model"
+    fresh = silent | {"train__steps": 2, "eval__every": 0, "checkpoint__every": 0}
+    store = {"data__sources": STORE, "data__tokenizer_path": tokenizer}
+    commands["store"] = earlier.train_flags("sentencepiece", folder / "store", **fresh, **store)
+    origin = {"train__init_from": stopped / "sentencepiece"}
+    commands["origin"] = earlier.train_flags("sentencepiece", folder / "origin", **fresh, **origin)
+    return folder, _train(commands)
 
 
 def _completion(capsys, workdir: Path, prompts: list[str], *flags: str) -> list[dict]:
@@ -98,7 +110,7 @@ def _same_completions(found: list[dict], then: list[dict]) -> None:
     assert [{key: f[key] for key in t} for f, t in zip(found, then, strict=True)] == then
 
 
-@pytest.mark.parametrize("name", earlier.RUNS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_same_command_continues(name, trained, stopped):
     folder, failures = trained
     assert failures[name] is None, failures[name]
@@ -110,6 +122,8 @@ def test_the_same_command_continues(name, trained, stopped):
         found = [losses[step] for step in then[key]]
         np.testing.assert_allclose(found, list(then[key].values()), atol=TOLERANCE[name], rtol=0)
     assert list(then["losses"]) == LATER and then["validation"]
+    # Made from what the checkpoint holds, before any update.
+    assert after[LATER[0]] == pytest.approx(then["losses"][LATER[0]], rel=0, abs=1e-5)
 
 
 def test_a_new_run_reads_an_earlier_store(trained):
@@ -126,7 +140,7 @@ def test_a_new_run_begins_with_an_earlier_one(trained):
     assert _losses(folder / "origin", "train/loss")["1"] < 2
 
 
-@pytest.mark.parametrize("name", earlier.RUNS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_run_completes_as_then(name, stopped, capsys):
     then = EXPECTED[name]["completions"]
     prompts = [completion["prompt"] for completion in then]
@@ -231,7 +245,7 @@ def test_an_export_has_the_values_of_then(name, stopped, tmp_path):
         np.testing.assert_allclose(new[key], old[key], atol=1e-6, rtol=0, err_msg=key)
 
 
-@pytest.mark.parametrize("name", ["hf", "hf_words", "bytes", "offloaded", "bfloat16"])
+@pytest.mark.parametrize("name", [*NAMES[1:5], NAMES[6]])
 def test_an_earlier_run_is_exported_and_read_again(name, stopped, tmp_path, capsys):
     out, workdir = tmp_path / "out", tmp_path / "imported"
     export.main([f"--workdir={stopped / name}", "--format=hf", f"--out={out}"])
