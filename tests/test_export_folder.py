@@ -106,6 +106,7 @@ def test_no_space_for_the_official_format(run_folder, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 def test_memory_of_an_export(train_step, tmp_path):
     sizes = {"vocab_size": 24000, "embed_dim": 64, "num_layers": 2, "stem_layers": (1,)}
     sizes = {f"model.{name}": value for name, value in (sizes | {"ffn_dim": 3200}).items()}

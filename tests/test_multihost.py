@@ -113,7 +113,7 @@ def assert_same_losses(workdir: Path, other: Path) -> None:
             assert found[step] == pytest.approx(value, rel=0, abs=1e-6), (key, step)
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", [pytest.param("resident", marks=pytest.mark.long), "offloaded"])
 def test_two_processes_equal_one(alone, tmp_path, place):
     with local_multihost("2", *flags(tmp_path / "run", **PLACES[place])) as script:
         finish(script)
@@ -127,6 +127,7 @@ def test_two_processes_equal_one(alone, tmp_path, place):
     assert values(tmp_path / "run", "train/startup_seconds").keys() == {1}
 
 
+@pytest.mark.long
 def test_sigterm_to_one_process_saves_once_and_others_go_on(alone, tmp_path):
     workdir = tmp_path / "run"
     with local_multihost("2", *flags(workdir)) as script:
@@ -295,6 +296,7 @@ def test_the_watchdog_ends_a_process_whose_log_cannot_be_written(tmp_path, log):
 MESHES = [((8, 1, 1), 1), ((2, 2, 2), 2), ((1, 1, 8), 1)]
 
 
+@pytest.mark.long
 def test_the_same_batches_on_any_number_of_processes(tiny_config, tmp_path):
     configs = []
     for (data, fsdp, tensor), micro_batches in MESHES:
@@ -361,6 +363,7 @@ def _whole(array: jax.Array) -> np.ndarray:
     return found.reshape(-1, found.shape[-1])
 
 
+@pytest.mark.long
 def test_nothing_is_lost_by_faults(tmp_path):
     names = ["newest checkpoint truncated", "kill -9 of the coordinator"]
     # Mounting a small disk needs root.

@@ -43,6 +43,7 @@ def test_the_heatmap_shows_what_was_found(found, run_folder):
     assert_is_heatmap(path, [table["accuracy"] for table in found["tables"]])
 
 
+@pytest.mark.long
 def test_two_processes_find_the_same(found, run_folder, tmp_path):
     out = tmp_path / "both.json"
     flags = [f"--workdir={run_folder}", *FLAGS, f"--out={out}"]

@@ -31,7 +31,10 @@ OVERRIDES = SIZES | {
     "tables.prefetch": 2,
 }
 # On the second mesh both processes have a copy of each shard, and of its columns a half.
-PLACES = [((8, 1, 1), ("data", "fsdp"), 208), ((2, 2, 2), ("fsdp",), 208)]
+PLACES = [
+    ((8, 1, 1), ("data", "fsdp"), 208),
+    pytest.param((2, 2, 2), ("fsdp",), 208, marks=pytest.mark.long),
+]
 
 
 @pytest.mark.parametrize(("shape", "vocab_axes", "rows"), PLACES)

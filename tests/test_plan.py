@@ -192,7 +192,14 @@ def test_a_batch_that_does_not_divide_is_refused():
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: no TPU compiler"
 )
 @pytest.mark.parametrize(
-    ("name", "slices"), [("v4:2x2x1", 1), ("v5e:2x2", 1), ("v6e:2x2", 1), ("v5p:2x2x1", 2)]
+    ("name", "slices"),
+    [
+        *[
+            pytest.param(name, 1, marks=pytest.mark.long)
+            for name in ("v4:2x2x1", "v5e:2x2", "v6e:2x2")
+        ],
+        ("v5p:2x2x1", 2),
+    ],
 )
 def test_a_plan_for_tpus(name, slices, tiny_config):
     config = tiny_config(**{"model.head_dim": 64, "train.seq_len": 128})

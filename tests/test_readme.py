@@ -51,6 +51,7 @@ def test_the_readme_has_the_commands():
     assert {"stem_jax.train", "stem_jax.generate", "stem_jax.prepare"} <= modules
 
 
+@pytest.mark.long
 def test_the_readme_runs(folder):
     for line in readme_commands():
         argv = [sys.executable, *shlex.split(line)[1:]]

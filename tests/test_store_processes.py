@@ -111,6 +111,7 @@ ROWS, WIDTH = 16384, 10924
 CONSTANT = 256 << 20
 
 
+@pytest.mark.long
 def test_peak_memory_is_little_over_the_store(on_mesh, tmp_path):
     needed = 5 * GIB
     free = shutil.disk_usage(tmp_path).free
