@@ -46,11 +46,17 @@ RUNS = {
     "dense": {"model.stem_layers": "none"},
     "bfloat16": {"model.param_dtype": "bfloat16", "model.compute_dtype": "bfloat16"},
 }
-# Flags of `prepare` that give the stores whose checksums are kept.
+# Flags of `prepare` that give the stores whose checksums are kept. Unless flags say otherwise, only
+# special tokens end a document since.
 STORES = {
     "sentencepiece": ["--vocab-size=448"],
     "hf": ["--tokenizer=hf", f"--tokenizer-path={SHOWN}/tokenizer.json"],
-    "hf_words": ["--tokenizer=hf", f"--tokenizer-path={SHOWN}/tokenizer_with_words.json"],
+    "hf_words": [
+        "--tokenizer=hf",
+        f"--tokenizer-path={SHOWN}/tokenizer_with_words.json",
+        "--bos=<s>",
+        "--eos=</s>",
+    ],
     "bytes": ["--tokenizer=bytes"],
 }
 SPLIT = ["--validation-fraction=0.2", "--seed=3"]
