@@ -156,6 +156,9 @@ def _description(tokenizer: Tokenizer) -> dict[str, Any]:
     """The content of tokenizer.json."""
     if isinstance(tokenizer, HfTokenizer):
         description = json.loads(tokenizer.source)
+        # Those that flags or an earlier version made special are marked so in the processor alone.
+        marked = json.loads(tokenizer.processor.to_str())
+        description["added_tokens"] = marked["added_tokens"]
         vocabulary = tokenizer.processor.get_vocab(with_added_tokens=True)
         bos = next(token for token, number in vocabulary.items() if number == tokenizer.bos_id)
     elif isinstance(tokenizer, SentencePieceTokenizer):
