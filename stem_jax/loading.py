@@ -49,8 +49,7 @@ class LoadedRun:
 
     def close(self) -> None:
         """Ends the threads that bring rows from the host, if there are any."""
-        if isinstance(self.rows, OffloadedRows):
-            self.rows.close()
+        self.rows.close()
 
 
 def checkpoint_fingerprint(

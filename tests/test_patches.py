@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from offloading import row_threads
 
 from stem_jax.data.tokenizer import load_tokenizer
 from stem_jax.errors import InputError
 from stem_jax.generation import Generator
 from stem_jax.knowledge.comparison import compare, format_comparison, next_probabilities
+from stem_jax.knowledge.overlay import SequenceKeys
 from stem_jax.knowledge.patch import (
     edited_run,
     format_patch,
@@ -99,12 +101,16 @@ def test_offloaded_rows_are_edited_alike(loaded, tiny_config, device_mesh):
     assert patch.run == run.fingerprint
     same = swap(loaded, "^abc=>^xy", "copy")
     np.testing.assert_array_equal(patch.after, same.after)
-    prompt = "a cab, abc"
+    prompt, edited = "a cab, abc", edited_run(run, [patch])
     np.testing.assert_array_equal(
-        probabilities(edited_run(run, [patch]), prompt),
-        probabilities(edited_run(loaded, [same]), prompt),
+        probabilities(edited, prompt), probabilities(edited_run(loaded, [same]), prompt)
     )
-    run.rows.close()
+    assert row_threads()
+    # Whatever lies over the rows ends their threads.
+    by_sequence = SequenceKeys(edited.rows, 258, [{}])
+    dataclasses.replace(edited, rows=by_sequence).close()
+    assert row_threads() == []
+    loaded.close()
 
 
 def test_files_come_back_as_they_were(loaded, tmp_path):

@@ -65,6 +65,10 @@ class OverlaidRows:
         keys, of_table = _led(self._keys, keys, self._vocab_size)
         return OverlaidBlock(self._base.serve(of_table), self._extra, keys, self._vocab_size)
 
+    def close(self) -> None:
+        """See `row_source.RowSource`."""
+        self._base.close()
+
 
 class SequenceKeys:
     """A row source in which each sequence of a batch reads rows of its own for some tokens."""
@@ -88,6 +92,10 @@ class SequenceKeys:
         tokens_BxL = keys.reshape(keys.shape[0], -1)
         led_BxL = _led_by_sequence(self._keys_BxV, tokens_BxL)
         return self._base.serve(led_BxL.reshape(keys.shape))
+
+    def close(self) -> None:
+        """See `row_source.RowSource`."""
+        self._base.close()
 
 
 @functools.partial(jax.jit, static_argnames="vocab_size")

@@ -29,6 +29,9 @@ class RowSource(Protocol):
     def serve(self, keys: jax.Array) -> RowBlock:
         """The rows for int32 keys of any shape, on the device and perhaps not computed yet."""
 
+    def close(self) -> None:
+        """Ends the threads that bring rows, if it or the source it reads from has any."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,9 @@ class NoRows:
 
     def serve(self, keys: jax.Array) -> "NoRows":
         return self
+
+    def close(self) -> None:
+        """See `RowSource`."""
 
     def block(self, keys_BxL: jax.Array, dtype) -> tuple[None, jax.Array]:
         return None, jnp.zeros_like(keys_BxL)
@@ -57,6 +63,9 @@ class ResidentRows:
 
     def serve(self, keys: jax.Array) -> "ResidentRows":
         return self
+
+    def close(self) -> None:
+        """See `RowSource`."""
 
     def block(self, keys_BxL: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
         """The block is whole on every device but for its columns, which follow the table's."""
