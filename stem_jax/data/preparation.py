@@ -82,7 +82,8 @@ class Preparation:
         self.work = self.folder / _WORK
         self.new = self.work / "new"
         self.finished = False
-        self._job = job
+        # As it is read back.
+        self._job = json.loads(json.dumps(job))
         self._wait = wait
         self._lock: Lock | None = None
 
