@@ -20,6 +20,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from stem_jax.agreement import is_first, unanimous
 from stem_jax.checkpoint_files import (
+    FOLDER,
     FORMAT_VERSION,
     ITEMS,
     PLAIN_ITEMS,
@@ -38,7 +39,6 @@ from stem_jax.tables.spec import TableSpec, TableState
 from stem_jax.tables.store_snapshot import StoreSnapshot
 from stem_jax.training.state import TrainState
 
-FOLDER = "checkpoints"
 _BEST = "eval/loss"
 
 

@@ -7,6 +7,7 @@ read, and reading is too late: by then other processes wait for this one.
 import contextlib
 import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -18,12 +19,27 @@ PLAIN_ITEMS = ("data", "config", "layout")
 ITEMS = ("params", "opt_state", *PLAIN_ITEMS)
 # Of a model with tables.
 TABLE_ITEMS = ("table_rows", "table_slots")
+FOLDER = "checkpoints"
 LIST = "files.json"
 ASIDE = "damaged_checkpoints"
 # Orbax adds the time of the commit to it afterwards.
 _GROWS = "_CHECKPOINT_METADATA"
 # What Orbax calls the file of a plain item.
 _JSON = "metadata"
+
+
+def check_outside(path: str | Path, flag: str) -> None:
+    """Keeps other results out of the checkpoints of a run, where they would count as damaged ones.
+
+    Raises:
+        InputError: the path lies among checkpoints.
+    """
+    for folder in Path(os.path.realpath(path)).parents:
+        if folder.name == FOLDER and (folder.parent / "config.json").is_file():
+            raise InputError(
+                f"{flag}={path} is among the checkpoints of {folder.parent}, which could not be "
+                "read any more; choose another place"
+            )
 
 
 def write_list(folder: Path) -> None:

@@ -232,7 +232,7 @@ def test_it_refuses_bad_input(folder_of, run, tmp_path, capsys):
     folder = stem / "editing"
     folder.mkdir(exist_ok=True)
     wrong = folder / "wrong.json"
-    for content, reason in (("{", "cannot be read"), ('{"title": "a"}', "is no table of an edit")):
+    for content, reason in (("{", "is not JSON"), ('{"title": "a"}', "is no table of an edit")):
         wrong.write_text(content)
         with pytest.raises(InputError, match=reason):
             run(stem, out)

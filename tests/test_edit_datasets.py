@@ -98,3 +98,30 @@ def test_files_that_are_refused(text, message, tmp_path):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(InputError, match=message):
         read_edit_dataset(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("no json", "is not JSON"),
+        ("{}", "is not a list of records"),
+        ("[" * 100_000, "is nested deeper than 200"),
+        ('[{"subject": "Spain"}]', "record 0 lacks 'src'"),
+        ('[{"subject": "a", "src": "b", "answers": [1], "alt": "d"}]', "record 0 is wrong: 1 is"),
+        (
+            '[{"subject": "a", "src": "b", "answers": ["c"], "alt": "c"}]',
+            "record 0 wants 'c', which is the answer already",
+        ),
+        (
+            json.dumps([{"subject": "a", "src": "b", "answers": ["c"], "alt": "d"}]),
+            "none of its 1 records has a donor",
+        ),
+    ],
+)
+def test_refused_files(tmp_path, text, message):
+    path = tmp_path / "edits.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=f"--measure={path}.*{message}"):
+        read_edit_dataset(path)
+    with pytest.raises(InputError, match=r"--measure=nowhere.json cannot be read"):
+        read_edit_dataset("nowhere.json")

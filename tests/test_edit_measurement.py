@@ -394,30 +394,3 @@ def test_donors_are_found_among_the_records(run, cases, tmp_path):
     assert f"{found.left_out} records without a donor were left out" in found.format()
     for outcome in found.outcomes:
         assert outcome.case.donor == capitals[outcome.case.new]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("no json", "is not JSON"),
-        ("{}", "is not a list of records"),
-        ("[" * 100_000, "is nested deeper than 200"),
-        ('[{"subject": "Spain"}]', "record 0 lacks 'src'"),
-        ('[{"subject": "a", "src": "b", "answers": [1], "alt": "d"}]', "record 0 is wrong: 1 is"),
-        (
-            '[{"subject": "a", "src": "b", "answers": ["c"], "alt": "c"}]',
-            "record 0 wants 'c', which is the answer already",
-        ),
-        (
-            json.dumps([{"subject": "a", "src": "b", "answers": ["c"], "alt": "d"}]),
-            "none of its 1 records has a donor",
-        ),
-    ],
-)
-def test_refused_files(run, tmp_path, text, message):
-    path = tmp_path / "edits.json"
-    path.write_text(text)
-    with pytest.raises(InputError, match=f"--measure={path}.*{message}"):
-        try_edits(run, Trial(str(path)))
-    with pytest.raises(InputError, match=r"--measure=nowhere.json cannot be read"):
-        try_edits(run, Trial("nowhere.json"))

@@ -11,6 +11,7 @@ import pytest
 from children import child, finish
 
 from stem_jax import files
+from stem_jax.checkpoint_files import check_outside
 from stem_jax.errors import InputError
 from stem_jax.files import (
     DEEPEST,
@@ -21,6 +22,8 @@ from stem_jax.files import (
     replace_folder,
     write_whole,
 )
+from stem_jax.knowledge.patch import check_new
+from stem_jax.knowledge.result_folder import check_folder
 
 WRITER = """
 import sys, time
@@ -254,3 +257,24 @@ def test_what_is_no_file_is_not_replaced(tmp_path):
     with pytest.raises(InputError, match="file is not a folder; choose another"):
         write_whole(tmp_path / "file" / "deep" / "x", b"")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "pipe"]
+
+
+def test_results_stay_out_of_the_checkpoints_of_a_run(tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints" / "5").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(run / "checkpoints")
+    inside = (run / "checkpoints" / "9", tmp_path / "link" / "5" / "x.json")
+    outside = (run / "exported", run / "checkpoints", tmp_path / "checkpoints" / "x")
+    for path in (*inside, *outside):
+        check_outside(path, "--out")
+    # A run has its configuration beside them.
+    (run / "config.json").write_text("{}")
+    for path in outside:
+        check_outside(path, "--out")
+    for path in inside:
+        with pytest.raises(InputError, match=r"^--out=.* is among the checkpoints of .*/run, whi"):
+            check_outside(path, "--out")
+    with pytest.raises(InputError, match=r"^--save=.*/x is among the checkpoints"):
+        check_new(inside[0] / "x")
+    with pytest.raises(InputError, match=r"^--out=.* is among the checkpoints"):
+        check_folder(inside[0])

@@ -3,6 +3,7 @@
 import pytest
 
 from stem_jax import analyze, edit, export
+from stem_jax.errors import InputError
 
 EXPORT = ["--workdir=x", "--out=y"]
 
@@ -19,7 +20,6 @@ EXPORT = ["--workdir=x", "--out=y"]
             "--file-gib=2.0 is for --format=hf",
         ),
         (analyze.main, ["--workdir=x", "--dense-step=3"], "--dense-step=3 needs --dense-workdir"),
-        (analyze.main, ["--workdir=x", "--seed=-1"], "--seed=-1 must be 0 or more"),
         (edit.main, ["--workdir=x", "--swap=a=>b", "--top=-1"], "--top=-1 must be 0 or more"),
     ],
 )
@@ -28,3 +28,10 @@ def test_wrong_usage(main, flags, message, capsys):
         main(flags)
     assert left.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--seed=-1", "--rows=1", "--tokens=0", "--tokens=-5"])
+def test_an_analysis_refuses_its_numbers_before_the_work(flag):
+    # No run is there to be read: the numbers come first.
+    with pytest.raises(InputError, match=f"{flag} must be"):
+        analyze.main(["--workdir=x", flag])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stem_jax.agreement import is_first
+from stem_jax.checkpoint_files import check_outside
 from stem_jax.errors import InputError
 from stem_jax.files import check_writable, write_whole
 
@@ -22,6 +23,7 @@ def check_out(out: str | Path, *beside: Path) -> None:
     Raises:
         InputError: one of them is a folder, or their folder cannot be made or written to.
     """
+    check_outside(out, "--out")
     check_writable(out, "--out")
     for path in beside:
         if path.is_dir():

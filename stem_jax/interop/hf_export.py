@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from stem_jax.checkpoint_files import check_outside
 from stem_jax.config import Config, ModelConfig
 from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
@@ -52,6 +53,7 @@ def export_hf(
     """
     out = Path(out)
     config = hf_config(saved.config, saved.tokenizer, dtype)
+    check_outside(out, "--out")
     with new_folder(out, "--out") as folder:
         if with_tokenizer:
             write_tokenizer(saved.tokenizer, folder, saved.config.train.seq_len)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stem_jax.checkpoint import Checkpointer, CheckpointInfo
+from stem_jax.checkpoint_files import check_outside
 from stem_jax.config import Config, ModelConfig, load_config
 from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
@@ -90,6 +91,7 @@ def write_checkpoint(
     """
     mesh = make_mesh(dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1), jax.devices()[:1])
     whole = replicated(mesh)
+    check_outside(workdir, "--workdir")
     with new_folder(Path(workdir), "--workdir") as folder:
         tokenizer.save(folder / TOKENIZER_FOLDER)
         (folder / "config.json").write_text(config.to_json())

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from stem_jax.checkpoint_files import check_outside
 from stem_jax.config import Config, ModelConfig
 from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
@@ -60,6 +61,7 @@ def export_official(
     params = official_params(saved.config, dtype)
     params["data"] = {"tokenizer": _tokenizer_entry(saved.tokenizer, out, with_tokenizer)}
     prefix = STEM_PREFIX if saved.model.stem_layers else ""
+    check_outside(out, "--out")
     with new_folder(out, "--out") as folder:
         _check_space(saved.model, folder, DTYPES[dtype], out)
         target = folder / FOLDER

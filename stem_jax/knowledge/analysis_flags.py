@@ -35,8 +35,6 @@ def parse(argv: list[str], description: str | None) -> tuple[argparse.Namespace,
         parser.error(
             f"--dense-step={args.dense_step} needs --dense-workdir, the folder of the twin"
         )
-    if args.seed < 0:
-        parser.error(f"--seed={args.seed} must be 0 or more")
     args.out = args.out or args.workdir / "analysis"
     options = AnalysisOptions(
         step=args.step,

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from stem_jax.errors import InputError
+
 
 @dataclasses.dataclass(frozen=True)
 class AnalysisOptions:
@@ -23,3 +25,12 @@ class AnalysisOptions:
     rows: int = 2048
     seed: int = 0
     progress: bool = True
+
+    def __post_init__(self):
+        """Raises InputError for a value out of range."""
+        if self.rows < 2:
+            raise InputError(f"--rows={self.rows} must be at least 2: angles are between pairs")
+        if self.tokens is not None and self.tokens < 1:
+            raise InputError(f"--tokens={self.tokens} must be at least 1")
+        if self.seed < 0:
+            raise InputError(f"--seed={self.seed} must be 0 or more")

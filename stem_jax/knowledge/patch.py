@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
+from stem_jax.checkpoint_files import check_outside
 from stem_jax.config import ModelConfig
 from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
@@ -66,6 +67,7 @@ def check_new(path: str | Path) -> None:
     """
     if os.path.lexists(path):
         raise InputError(f"--save={path} exists; choose another name, or remove it first")
+    check_outside(path, "--save")
     check_writable(path, "--save")
 
 

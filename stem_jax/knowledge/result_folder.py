@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from stem_jax.checkpoint_files import check_outside
 from stem_jax.errors import InputError
 from stem_jax.files import check_writable, write_whole
 
@@ -16,6 +17,7 @@ def check_folder(out: str | Path) -> Path:
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out={out} is not a folder; choose another")
+    check_outside(out / "x", "--out")
     check_writable(out / "x", "--out")
     return out
 

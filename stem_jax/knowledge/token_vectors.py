@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from stem_jax.errors import InputError
 from stem_jax.knowledge.geometry import LayerGeometry
 from stem_jax.knowledge.patch import read_rows
 from stem_jax.knowledge.token_text import TokenText, reading_config
@@ -54,10 +53,8 @@ def sample_tokens(
         rows: the most to draw of those that the text has.
 
     Raises:
-        InputError: fewer than two rows, or a text that is too short.
+        InputError: a text that is too short.
     """
-    if rows < 2:
-        raise InputError(f"--rows={rows} must be at least 2: angles are between pairs")
     counts_V = np.zeros(vocab_size, np.int64)
     for batch in text.batches(tokens):
         counts_V += np.bincount(batch["tokens"][batch["segment_ids"] > 0], minlength=vocab_size)
