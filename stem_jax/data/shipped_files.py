@@ -13,8 +13,8 @@ GENERATION_CONFIG = "generation_config.json"
 CONFIG = "config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 _OLD_TEMPLATE = "chat_template.json"
-_OTHER_TEMPLATES = "additional_chat_templates"
-_DEFAULT = "default"
+OTHER_TEMPLATES = "additional_chat_templates"
+DEFAULT_TEMPLATE = "default"
 
 # One template, or several by name.
 ChatTemplate = str | dict[str, str]
@@ -106,13 +106,13 @@ class ShippedFiles:
         """
         if self.meta is not None:
             return self.meta.get("chat_template")
-        apart = self.folder / _OTHER_TEMPLATES
+        apart = self.folder / OTHER_TEMPLATES
         named = {path.stem: path for path in sorted(apart.glob("*.jinja"))}
         if (self.folder / CHAT_TEMPLATE).is_file():
-            named = {_DEFAULT: self.folder / CHAT_TEMPLATE, **named}
+            named = {DEFAULT_TEMPLATE: self.folder / CHAT_TEMPLATE, **named}
         if named:
             texts = {name: _read_text(path) for name, path in named.items()}
-            return texts[_DEFAULT] if set(texts) == {_DEFAULT} else texts
+            return texts[DEFAULT_TEMPLATE] if set(texts) == {DEFAULT_TEMPLATE} else texts
         for file in (_OLD_TEMPLATE, TOKENIZER_CONFIG):
             value = self.files.get(file, {}).get("chat_template")
             if value is not None:

@@ -23,6 +23,8 @@ from stem_jax.interop.tokenizer_export import padding_id, write_tokenizer
 
 MODELING_FILE = "modeling_stem.py"
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": BFLOAT16}
+# Of a model's generation configuration; they speak of its code, or of lengths that we set.
+_NOT_CARRIED = {"transformers_version", "_from_model_config", "cache_implementation", "max_length"}
 # Constants of `model.rotary`: in turns within the trained context.
 _ROPE = {
     "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
@@ -58,7 +60,7 @@ def export_hf(
         if with_tokenizer:
             write_tokenizer(saved.tokenizer, folder, saved.config.train.seq_len)
         _write_json(folder / "config.json", config)
-        generation = _generation_config(saved.config, saved.tokenizer)
+        generation = generation_config(saved.config, saved.tokenizer)
         _write_json(folder / "generation_config.json", generation)
         if saved.model.stem_layers:
             shutil.copyfile(Path(__file__).with_name(MODELING_FILE), folder / MODELING_FILE)
@@ -109,8 +111,8 @@ def hf_config(config: Config, tokenizer: Tokenizer, dtype: str) -> dict[str, Any
         "rms_norm_eps": model.norm_eps,
         "rope_parameters": _rope_parameters(model),
         "tie_word_embeddings": model.tie_embeddings,
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
+        "bos_token_id": tokenizer.special.bos_id,
+        "eos_token_id": tokenizer.special.eos_id,
         "use_cache": True,
         "dtype": dtype,
     }
@@ -128,26 +130,33 @@ def _rope_parameters(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _generation_config(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Ends at the context, and makes no ids that stand for nothing."""
-    values = {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
+def generation_config(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the tokenizer came with, ends at the context, and no ids that stand for nothing."""
+    special = tokenizer.special
+    values = {k: v for k, v in tokenizer.generation_config.items() if k not in _NOT_CARRIED}
+    stops = [special.eos_id, *(stop for stop in special.stop_ids if stop != special.eos_id)]
+    values |= {
+        "bos_token_id": special.bos_id,
+        "eos_token_id": stops[0] if len(stops) == 1 else stops,
         "pad_token_id": _fill_id(tokenizer),
-        # Tokens of prompt and completion; without it a pipeline asks for 256 more in any context.
-        "max_length": config.train.seq_len,
     }
-    beyond = list(range(tokenizer.vocab_size, config.model.vocab_size))
-    return {**values, "suppress_tokens": beyond} if beyond else values
+    if values.get("max_new_tokens") is None:
+        # Of prompt and completion; without it a pipeline asks for 256 more in any context.
+        values["max_length"] = config.train.seq_len
+    found = values.get("suppress_tokens")
+    absent = {*(found if isinstance(found, list) else ())}
+    absent.update(tokenizer.absent_ids(config.model.vocab_size))
+    return {**values, "suppress_tokens": sorted(absent)} if absent else values
 
 
 def _fill_id(tokenizer: Tokenizer) -> int:
     """What `generate` fills ended sequences with, and takes for padding where no mask is given.
 
-    That may not be bos, which begins every prompt and would be masked.
+    That may be nothing that begins a prompt, and would be masked.
     """
     padding = padding_id(tokenizer)
-    return tokenizer.eos_id if padding in (None, tokenizer.bos_id) else padding
+    begins = padding in (tokenizer.special.bos_id, *tokenizer.special.prompt_ids)
+    return tokenizer.special.eos_id if padding is None or begins else padding
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -11,25 +11,22 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-from stem_jax.data.tokenizer import (
+from stem_jax.data.shipped_files import CHAT_TEMPLATE, DEFAULT_TEMPLATE, OTHER_TEMPLATES
+from stem_jax.data.tokenizer_kinds import (
     BytesTokenizer,
     HfTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
+    marked_special,
 )
 from stem_jax.errors import InputError
 
 NATIVE_FOLDER = "native_tokenizer"
 _SPACE = "\u2581"
 # How vocabularies call a token that is for padding alone.
-_PADDING = (
-    "<pad>",
-    "[PAD]",
-    "<|pad|>",
-    "<|padding|>",
-    "<|finetune_right_pad_id|>",
-    "<|PAD_TOKEN|>",
-)
+_PADDING = """
+<pad> [PAD] <|pad|> <|padding|> <|finetune_right_pad_id|> <|PAD_TOKEN|> <｜▁pad▁｜>
+""".split()
 _TOPICS = 40
 _PROBES = (
     "",
@@ -54,10 +51,10 @@ _PROBES = (
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
-    """Writes `tokenizer.json`, its configuration, and ours beside them for an import.
+    """Writes `tokenizer.json`, its configuration, chat templates, and ours for an import.
 
     Args:
-        tokenizer: of the model. Its ids are `[bos, *encode(text)]`, as in training.
+        tokenizer: of the model. Its ids are those that a prompt has here.
         folder: of the export.
         context: tokens that the model takes.
 
@@ -74,63 +71,82 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
     description = _description(tokenizer)
     path = folder / "tokenizer.json"
     path.write_text(json.dumps(description, ensure_ascii=False, indent=1), "utf-8")
-    read_back = tokenizers.Tokenizer.from_file(str(path))
-    settings = _settings(tokenizer, read_back, context)
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    special = special_texts(read_back)
-    for text in probe_texts():
-        ours = [tokenizer.bos_id, *tokenizer.encode(text)]
-        # Training takes the text of a special token as text; that is `split_special_tokens` here.
-        for as_text in (True, False):
-            read_back.encode_special_tokens = as_text
-            theirs = read_back.encode(text).ids
-            if ours != theirs and (as_text or not any(one in text for one in special)):
-                raise InputError(_difference(text, ours, theirs))
+    written = tokenizers.Tokenizer.from_file(str(path))
+    settings = _settings(tokenizer, written, context)
+    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    (folder / "tokenizer_config.json").write_text(text, "utf-8")
+    _write_templates(tokenizer, folder)
+    _check(tokenizer, written)
     tokenizer.save(folder / NATIVE_FOLDER)
 
 
+def _check(tokenizer: Tokenizer, written: Any) -> None:
+    """Raises InputError unless the library's tokenizer gives our ids."""
+    special = marked_special(written)
+    texts = [f"a{name} {name}\n{name}b" for name in special]
+    for text in (*probe_texts(), *texts):
+        ours = [*tokenizer.special.prompt_ids, *tokenizer.encode(text)]
+        # Training takes the text of a special token as text; that is `split_special_tokens` here.
+        for as_text in (True, False):
+            written.encode_special_tokens = as_text
+            theirs = written.encode(text).ids
+            if ours != theirs and (as_text or not any(one in text for one in special)):
+                raise InputError(_difference(text, ours, theirs))
+
+
 def padding_id(tokenizer: Tokenizer) -> int | None:
-    """The token that pads batches: the vocabulary's own, else unk, else bos; never an end of text.
+    """The token that pads batches: the vocabulary's own, else unk, else bos; never eos.
 
     Collators of transformers take padding out of the labels: with eos as padding a model that is
     trained further never learns to stop. None if the vocabulary has no such token.
     """
-    own, unknown = None, None
+    special, own, unknown = tokenizer.special, None, None
     if isinstance(tokenizer, SentencePieceTokenizer):
         own, unknown = tokenizer.processor.pad_id(), tokenizer.processor.unk_id()
     elif isinstance(tokenizer, HfTokenizer):
         description = json.loads(tokenizer.source)
         vocabulary = tokenizer.processor.get_vocab(with_added_tokens=True)
-        names = [(description.get("padding") or {}).get("pad_token"), *_PADDING]
+        names = [(description.get("padding") or {}).get("pad_token")]
+        names += [name for name in _PADDING if name in tokenizer.special_texts]
         own = next((vocabulary[name] for name in names if name in vocabulary), None)
         unknown = vocabulary.get(description["model"].get("unk_token"))
-    for number in (own, unknown, tokenizer.bos_id):
-        if number is not None and number >= 0 and number != tokenizer.eos_id:
+    for number in (special.pad_id, own, unknown, special.bos_id):
+        if number is not None and number >= 0 and number != special.eos_id:
             return number
     return None
 
 
-def special_texts(tokenizer: Any) -> set[str]:
-    """Texts of the special tokens of a tokenizer of the `tokenizers` library."""
-    added = tokenizer.get_added_tokens_decoder().values()
-    return {token.content for token in added if token.special}
-
-
 def _settings(tokenizer: Tokenizer, written: Any, context: int) -> dict[str, Any]:
     """The content of tokenizer_config.json."""
-    settings = {
+    ids = {
+        "bos_token": tokenizer.special.bos_id,
+        "eos_token": tokenizer.special.eos_id,
+        "pad_token": padding_id(tokenizer),
+    }
+    return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": written.id_to_token(tokenizer.bos_id),
-        "eos_token": written.id_to_token(tokenizer.eos_id),
+        **{name: written.id_to_token(n) for name, n in ids.items() if n is not None},
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
         "model_max_length": context,
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    padding = padding_id(tokenizer)
-    if padding is not None:
-        settings["pad_token"] = written.id_to_token(padding)
-    return settings
+
+
+def _write_templates(tokenizer: Tokenizer, folder: Path) -> None:
+    """The chat template, or several: files of their own, as transformers 5 writes them."""
+    found = tokenizer.chat_template
+    if found is None:
+        return
+    named = {DEFAULT_TEMPLATE: found} if isinstance(found, str) else found
+    for name, template in named.items():
+        path = folder / CHAT_TEMPLATE
+        if name != DEFAULT_TEMPLATE:
+            if Path(name).name != name:
+                raise InputError(f"a chat template is named {name!r}, which is no name of a file")
+            path = folder / OTHER_TEMPLATES / f"{name}.jinja"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(template, "utf-8", newline="")
 
 
 def probe_texts() -> Iterator[str]:
@@ -155,39 +171,39 @@ def _difference(text: str, ours: list[int], theirs: list[int]) -> str:
 def _description(tokenizer: Tokenizer) -> dict[str, Any]:
     """The content of tokenizer.json."""
     if isinstance(tokenizer, HfTokenizer):
-        description = json.loads(tokenizer.source)
-        # Those that flags or an earlier version made special are marked so in the processor alone.
-        marked = json.loads(tokenizer.processor.to_str())
-        description["added_tokens"] = marked["added_tokens"]
-        vocabulary = tokenizer.processor.get_vocab(with_added_tokens=True)
-        bos = next(token for token, number in vocabulary.items() if number == tokenizer.bos_id)
+        # Without padding and truncation; what flags or an earlier version made special is marked.
+        description = json.loads(tokenizer.processor.to_str())
+        text_of = tokenizer.processor.id_to_token
     elif isinstance(tokenizer, SentencePieceTokenizer):
-        description, bos = _sentencepiece(tokenizer)
+        description, text_of = _sentencepiece(tokenizer), tokenizer.processor.id_to_piece
     elif isinstance(tokenizer, BytesTokenizer):
-        pieces = [f"<0x{value:02X}>" for value in range(256)]
-        description, bos = _byte_fallback([*pieces, "<s>", "</s>"], {256, 257}, None, []), "<s>"
+        pieces = [*(f"<0x{value:02X}>" for value in range(256)), "<s>", "</s>"]
+        description, text_of = _byte_fallback(pieces, {256, 257}, None, []), pieces.__getitem__
     else:
         raise InputError(
             f"tokenizer kind {tokenizer.kind!r} has no form in transformers; give --no-tokenizer"
         )
-    # Documents begin with bos in training, and prompts in generation.
-    bos_first = {"SpecialToken": {"id": bos, "type_id": 0}}
+    # Prompts begin with these here, too.
+    begin = {text_of(number): number for number in tokenizer.special.prompt_ids}
+    first = [{"SpecialToken": {"id": text, "type_id": 0}} for text in begin]
     text, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
-    special = {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}}
     description["post_processor"] = {
         "type": "TemplateProcessing",
-        "single": [bos_first, text],
-        "pair": [bos_first, text, second],
-        "special_tokens": special,
+        "single": [*first, text],
+        "pair": [*first, text, second],
+        "special_tokens": {
+            text: {"id": text, "ids": [number], "tokens": [text]} for text, number in begin.items()
+        },
     }
     return description
 
 
-def _sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[dict[str, Any], str]:
+def _sentencepiece(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
     processor = tokenizer.processor
     numbers = range(tokenizer.vocab_size)
     pieces = [processor.id_to_piece(number) for number in numbers]
     special = {n for n in numbers if processor.is_control(n) or processor.is_unknown(n)}
+    special |= tokenizer.special.ids
     normal = {
         piece: number
         for number, piece in enumerate(pieces)
@@ -205,7 +221,7 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[dict[str, Any], s
     unknown = processor.id_to_piece(processor.unk_id()) if processor.unk_id() >= 0 else None
     description = _byte_fallback(pieces, special, unknown, merges)
     description["normalizer"] = _replace(" ", _SPACE)
-    return description, pieces[tokenizer.bos_id]
+    return description
 
 
 def _byte_fallback(
