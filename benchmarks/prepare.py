@@ -26,7 +26,7 @@ import psutil
 import zstandard
 
 from stem_jax.data.corpora import read_corpus
-from stem_jax.data.tokenizer import train_sentencepiece
+from stem_jax.data.sentencepiece_training import train_sentencepiece
 
 ROOT = Path(__file__).parent.parent
 _POLL_SECONDS = 0.05
