@@ -46,6 +46,20 @@ def read_prompts(path: str | Path) -> list[str]:
     return [line for line in lines if line]
 
 
+def special_notes(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[str]:
+    """What to say of prompts that hold the text of a special token, which is read as text."""
+    notes = []
+    for number, prompt in enumerate(prompts, start=1):
+        found = sorted(text for text in tokenizer.special_texts if text in prompt)
+        if found:
+            listed = ", ".join(map(repr, found))
+            notes.append(
+                f"prompt {number} holds {listed}, read as text like any other; "
+                "--special-tokens=special reads it as the special token"
+            )
+    return notes
+
+
 class Progress:
     """One sequence on its way to a Completion."""
 

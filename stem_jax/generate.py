@@ -13,7 +13,7 @@ def main(argv: list[str]) -> None:
     """Parses flags, loads the run and prints completions."""
     args = parse(argv, __doc__)
     start_jax(args.compilation_cache)
-    from stem_jax.completion import read_prompts
+    from stem_jax.completion import read_prompts, special_notes
     from stem_jax.generation import Generator
     from stem_jax.knowledge.patch import edited_run, read_patch
     from stem_jax.loading import load_run
@@ -24,11 +24,15 @@ def main(argv: list[str]) -> None:
     run = load_run(args.workdir, args.step, args.resident_rows)
     run = edited_run(run, [read_patch(path) for path in args.edits])
     generator = Generator(run.config, run.params, run.rows, run.tokenizer, run.mesh)
+    as_tokens = args.special_tokens == "special"
+    for note in () if as_tokens else special_notes(run.tokenizer, prompts):
+        print(f"note: {note}", file=sys.stderr)
     # The prompt goes out with the first piece, when no error can follow any more.
     left = iter(prompts)
     stream = len(prompts) == 1 and not (args.json or args.no_stream)
     on_text = (lambda _, text: print(next(left, "") + text, end="", flush=True)) if stream else None
-    found = generator.complete(prompts, args.max_new_tokens, sampling, args.seed, on_text=on_text)
+    options = {"on_text": on_text, "special": as_tokens}
+    found = generator.complete(prompts, args.max_new_tokens, sampling, args.seed, **options)
     if args.json:
         print(json.dumps([dataclasses.asdict(completion) for completion in found]))
         return

@@ -90,9 +90,17 @@ class Generator:
         """Tokens that prompt and completion may have together: the length trained on."""
         return self.config.train.seq_len
 
-    def encode(self, prompt: str) -> list[int]:
-        """Ids of a prompt, which begins as documents did in training, or as an import says."""
-        return [*self.tokenizer.special.prompt_ids, *self.tokenizer.encode(prompt)]
+    def encode(self, prompt: str, special: bool = False) -> list[int]:
+        """Ids of a prompt, which begins as documents did in training, or as an import says.
+
+        special: the texts of special tokens in it are these tokens; one that begins as every prompt
+        does (chat templates write bos) gets nothing more before it.
+        """
+        first = list(self.tokenizer.special.prompt_ids)
+        if not special:
+            return first + self.tokenizer.encode(prompt)
+        ids = self.tokenizer.encode_special(prompt)
+        return ids if first and ids[: len(first)] == first else first + ids
 
     def steps(
         self,
@@ -134,6 +142,7 @@ class Generator:
         seed: int = 0,
         batch_size: int = 32,
         on_text: Callable[[int, str], None] | None = None,
+        special: bool = False,
     ) -> list[Completion]:
         """Completes prompts, at most `batch_size` at a time.
 
@@ -141,13 +150,14 @@ class Generator:
             seed: with the prompt it fixes the sample, whatever else is in the batch; a prompt that
                 is given again gets another sample.
             on_text: called with (index of the prompt, piece of its text) as text is made.
+            special: see `encode`.
 
         Raises:
             InputError: see `steps`.
         """
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size} must be at least 1")
-        ids = [self.encode(prompt) for prompt in prompts]
+        ids = [self.encode(prompt, special) for prompt in prompts]
         self._check(ids, max_new_tokens)
         seeds = sequence_seeds(seed, ids)
         completions = []

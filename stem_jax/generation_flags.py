@@ -4,6 +4,9 @@ import argparse
 
 from stem_jax import cli
 
+# How the text of a special token in a prompt is read: as any text, or as the token.
+SPECIAL = ("text", "special")
+
 
 def parse(argv: list[str], description: str | None) -> argparse.Namespace:
     """The flags. Exits with 2 for wrong ones, 0 for --help."""
@@ -13,6 +16,9 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
     add("--step", type=int, help="checkpoint; without it, the newest")
     add("--prompt", action="append", default=[], help="text to complete; may be repeated")
     parser.add_path("--prompt-file", action="append", default=[], help="one prompt per line")
+    add(
+        "--special-tokens", choices=SPECIAL, default="text", help="what their texts are in a prompt"
+    )
     add("--max-new-tokens", type=int, default=64, help="of each completion")
     add("--temperature", type=float, default=0.8, help="divides the logits; 0 is greedy")
     add("--top-k", type=int, default=40, help="only the k likeliest tokens; 0: all")
