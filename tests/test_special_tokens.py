@@ -1,7 +1,11 @@
 """Special tokens: what names them, in which order, and what is refused."""
 
+import base64
 import json
+import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import tokenizers
@@ -254,3 +258,30 @@ def test_a_store_records_them_and_compares(tmp_path, capsys):
     assert (meta.pop("bos_id"), meta.pop("eos_id")) == store.ends
     (out / "train" / "meta.json").write_text(json.dumps(meta))
     assert TokenStore.open(out / "train").ends == store.ends
+
+
+def test_a_file_of_tiktoken_is_refused_with_the_command_that_converts_it(tmp_path):
+    """That command gives the ids of tiktoken itself."""
+    load = pytest.importorskip("tiktoken.load", reason="for the files of Llama 3")
+    import tiktoken
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    ranks = {bytes([value]): value for value in range(256)}
+    for pair in (b"th", b"the", b" t", b" the", b"in", b"ing", b"\xc3\xa9"):
+        ranks[pair] = len(ranks)
+    path = tmp_path / "tokenizer.model"
+    lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()]
+    path.write_bytes(b"".join(lines))
+    with pytest.raises(InputError, match="is of tiktoken, as that of Llama 3") as caught:
+        load_tokenizer("sentencepiece", path)
+    [command] = re.findall(r'python -c "(.*?)" with', str(caught.value))
+    subprocess.run([sys.executable, "-c", command], cwd=tmp_path, check=True, capture_output=True)
+    flags = SpecialFlags(bos="<|begin_of_text|>", eos="<|end_of_text|>")
+    ours = load_tokenizer("hf", tmp_path / "tokenizer.json", flags)
+    special = {"<|begin_of_text|>": 263, "<|end_of_text|>": 264}
+    assert (ours.bos_id, ours.eos_id) == tuple(special.values())
+    pattern = TikTokenConverter().pattern
+    theirs = tiktoken.Encoding("t", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    assert load.load_tiktoken_bpe(str(path)) == ranks
+    for text in ["the thing in there", "é日本 😀\n\n  x 12345", "<|end_of_text|> the", ""]:
+        assert ours.encode(text) == theirs.encode(text, disallowed_special=())

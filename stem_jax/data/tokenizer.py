@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,13 @@ __all__ = [
 KINDS = ("sentencepiece", "hf", "bytes")
 _BYTES_SOURCE = b"bytes: 256 values, bos 256, eos 257"
 _NO_FLAGS = SpecialFlags()
+# Lines of a token in base64 and its rank.
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
+_CONVERT = (
+    'python -c "from transformers.convert_slow_tokenizer import TikTokenConverter as C; '
+    "C('{}', extra_special_tokens=['<|begin_of_text|>', '<|end_of_text|>']).converted()"
+    ".save('tokenizer.json')\""
+)
 
 
 def load_tokenizer(
@@ -122,7 +130,9 @@ def _load(
     values = kind, vocabulary.size, special, _sha256(source), source
     if kind == "sentencepiece":
         return SentencePieceTokenizer(*values, processor, **_carried(shipped, notes))
-    return HfTokenizer(*values, hf_processor(source, special), **_carried(shipped, notes))
+    # Earlier versions left tokens as the file marks them, and trained on what that gave.
+    marked = special if shipped.meta is None or "stop_ids" in shipped.meta else None
+    return HfTokenizer(*values, hf_processor(source, marked), **_carried(shipped, notes))
 
 
 def _carried(shipped: ShippedFiles, notes: list[str]) -> dict[str, Any]:
@@ -139,6 +149,13 @@ def _sentencepiece(source: bytes, path: Path) -> tuple[Any, Vocabulary]:
         loaded = processor.load_from_serialized_proto(source)
     except RuntimeError:
         loaded = False
+    if not loaded and _TIKTOKEN.match(source):
+        raise InputError(
+            f"tokenizer file {path} is of tiktoken, as that of Llama 3, no SentencePiece model: "
+            "pip install transformers tiktoken blobfile, make a tokenizer.json of it by "
+            f"{_CONVERT.format(path)} with all special tokens in the order of their ids, and give "
+            "that with --tokenizer=hf (and --bos and --eos)"
+        )
     if not loaded:
         raise InputError(f"tokenizer file {path} is not a SentencePiece model: give a .model file")
 
