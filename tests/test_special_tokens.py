@@ -1,21 +1,26 @@
 """Special tokens: what names them, in which order, and what is refused."""
 
 import base64
+import functools
 import json
 import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import jinja2
 import pytest
 import tokenizers
 from tokenizer_kinds import KINDS, load_kind, write_dummy_prefix_model, write_kind
 
 from stem_jax import prepare
+from stem_jax.completion import special_notes
 from stem_jax.data.special_tokens import SpecialFlags, SpecialTokens
 from stem_jax.data.token_store import TokenStore
 from stem_jax.data.tokenizer import load_tokenizer, load_tokenizer_folder
 from stem_jax.errors import InputError
+from stem_jax.generation import Generator
 
 # Texts of bos and eos of documents, of all stops, and what prompts of an import begin with.
 NAMED = {
@@ -285,3 +290,29 @@ def test_a_file_of_tiktoken_is_refused_with_the_command_that_converts_it(tmp_pat
     assert load.load_tiktoken_bpe(str(path)) == ranks
     for text in ["the thing in there", "é日本 😀\n\n  x 12345", "<|end_of_text|> the", ""]:
         assert ours.encode(text) == theirs.encode(text, disallowed_special=())
+
+
+@pytest.mark.parametrize("kind", ["llama3_instruct", "chatml", "dummy_prefix"])
+def test_a_prompt_is_read_as_text_or_with_its_special_tokens(kind, tmp_path):
+    if kind == "dummy_prefix":
+        path = write_dummy_prefix_model(tmp_path / "tokenizer.model")
+        tokenizer = load_tokenizer("sentencepiece", path, as_shipped=True)
+        prompt, first = "<s>a word</s> and", tokenizer.encode("a word")
+        expected = [1, *tokenizer.encode_behind("a word"), 2, *tokenizer.encode_behind(" and")]
+        assert first != expected[1:-2]
+    else:
+        tokenizer = load_kind(kind, tmp_path, as_shipped=True)
+        template = jinja2.Template(tokenizer.chat_template)
+        values = {"messages": [{"role": "user", "content": "Hi"}], "bos_token": "<|begin_of_text|>"}
+        prompt = template.render(values, add_generation_prompt=True)
+        shipped = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        expected = shipped.encode(prompt, add_special_tokens=False).ids
+    encode = functools.partial(Generator.encode, SimpleNamespace(tokenizer=tokenizer))
+    # A template that writes bos gets no second one.
+    assert encode(prompt, special=True) == expected
+    as_text = encode(prompt)
+    prefix = len(tokenizer.special.prompt_ids)
+    assert tokenizer.hidden_id(as_text[prefix:]) is None
+    assert tokenizer.decode(as_text) == prompt
+    [note] = special_notes(tokenizer, [prompt, "no such text"])
+    assert note.startswith("prompt 1 holds '<") and "--special-tokens=special" in note
