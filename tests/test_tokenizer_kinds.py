@@ -93,21 +93,18 @@ def test_a_completion_is_what_it_adds_at_every_cut(kind, tokenizer_of, data):
 @pytest.mark.parametrize("kind", ALL)
 def test_a_character_goes_out_with_its_last_byte(kind, tokenizer_of):
     tokenizer = tokenizer_of(kind)
-    ids = tokenizer.encode_behind(" 𒀀x𒀁")
+    # Side by side: the library shows both as U+FFFD while the second is incomplete.
+    ids = tokenizer.encode_behind(" 𒀀𒀁")
     if kind == "unigram":
         # It has no bytes: what it does not know it does not spell.
-        assert tokenizer.decode(ids).strip() == "x"
+        assert tokenizer.decode(ids).strip() == ""
         return
     stream = TextStream(tokenizer, tokenizer.encode("a"))
     pieces = [stream.push(token) for token in ids]
-    assert "".join(pieces).strip() == "𒀀x𒀁"
-    assert [piece for piece in pieces if piece.strip()] == [
-        piece for piece in (" 𒀀", "𒀀", "x", "𒀁") if piece in pieces
-    ]
-    assert stream.flush() == ""
+    assert [piece.strip() for piece in pieces if piece.strip()] == ["𒀀", "𒀁"]
+    assert pieces[-1] == "𒀁" and stream.flush() == ""
     # The last character lacks a byte; the first one is whole all the same.
-    cut = _streamed(tokenizer, ids[:-1], tokenizer.encode("a"))
-    assert cut.strip() == "𒀀x\ufffd"
+    assert _streamed(tokenizer, ids[:-1], tokenizer.encode("a")).strip() == "𒀀\ufffd"
 
 
 LETTERS = st.text(
