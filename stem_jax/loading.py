@@ -147,7 +147,11 @@ def load_run(
         model = ModelDef(config, mesh)
         abstract = abstract_state(config, model, mesh)
         # Nothing is updated here: the copies that training reads are enough.
-        copies = jax.eval_shape(model.copies, abstract.params)
+        # Where they lie is said, too: else they would go to the first device of process 0.
+        copies = {
+            name: jax.ShapeDtypeStruct(p.shape, config.model.param_dtype, sharding=p.sharding)
+            for name, p in abstract.params.items()
+        }
         abstract = dataclasses.replace(abstract, params=copies)
         params, table = found.checkpoints.restore_model(found.step, abstract, store)
     rows = _rows(config, info, table, store, mesh)
