@@ -28,7 +28,8 @@ SHORT = {
 def readme_commands() -> list[str]:
     """Lines of the README's bash blocks that need nothing but this repository."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    lines = [line.rpartition("&& ")[2] for block in blocks for line in block.splitlines()]
+    whole = [re.sub(r"\\\n\s*", "", block) for block in blocks]
+    lines = [line.rpartition("&& ")[2] for block in whole for line in block.splitlines()]
     return [
         line
         for line in lines
