@@ -55,11 +55,11 @@ class Generator:
         config: Config,
         params: Params,
         rows: RowSource,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         mesh: Mesh | None = None,
     ):
-        """Args: `rows` are up to date; `mesh` is where they and the parameters lie, None for one
-        device without a mesh.
+        """Args: `rows` are up to date; without `tokenizer` only the programs can be had; `mesh` is
+        where rows and parameters lie, None for one device without a mesh.
 
         On several devices parameters and rows stay sharded; batch and cache are whole on
         every device.
@@ -72,8 +72,9 @@ class Generator:
         self._rows = rows
         self._model = ModelDef(self.config)
         # Ids that decode to nothing are never drawn; mostly there are none.
-        absent = tokenizer.absent_ids(config.model.vocab_size)
-        self._absent_V = np.isin(np.arange(config.model.vocab_size), absent) if absent else None
+        size = config.model.vocab_size
+        absent = [] if tokenizer is None else tokenizer.absent_ids(size)
+        self._absent_V = np.isin(np.arange(size), absent) if absent else None
         whole = None if mesh is None else replicated(mesh)
         self._place = lambda array: jax.device_put(array, whole)
         self.prefill = jax.jit(self._prefill, static_argnames="slots", out_shardings=whole)

@@ -124,7 +124,7 @@ def exit_on_sigterm(consequence: str) -> Iterator[None]:
     Only where it would kill the process: a training has its own way to stop.
     """
     main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    if not main or not _sigterm_kills():
         yield
         return
 
@@ -139,6 +139,22 @@ def exit_on_sigterm(consequence: str) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _sigterm_kills() -> bool:
+    """Whether SIGTERM has no handler, not even one that Python does not know.
+
+    Between several processes JAX hears it with one of C++, which Python would replace for good.
+    """
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        return False
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        # Not Linux: what Python knows must do.
+        return True
+    caught = re.search(r"^SigCgt:\s*([0-9a-f]+)$", status, re.MULTILINE)
+    return caught is None or not int(caught[1], 16) >> (signal.SIGTERM - 1) & 1
 
 
 @contextlib.contextmanager

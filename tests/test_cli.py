@@ -2,7 +2,6 @@
 
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -23,27 +22,20 @@ HEAVY = ("jax", "flax", "orbax", "grain", "torch", "transformers", "matplotlib")
 
 @pytest.fixture(scope="module")
 def helps():
-    """{program: (what --help prints, seconds of CPU, modules that it imported)}."""
+    """{program: (what --help prints, modules that it imported)}."""
     found = {}
-    for name in [*PROGRAMS, "empty"]:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        module = ["-c", "pass"] if name == "empty" else ["-m", f"stem_jax.{name}", "--help"]
-        argv = [sys.executable, "-X", "importtime", *module]
+    for name in PROGRAMS:
+        argv = [sys.executable, "-X", "importtime", "-m", f"stem_jax.{name}", "--help"]
         done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert done.returncode == 0, done.stderr[-2000:]
-        seconds = sum(getattr(after, x) - getattr(before, x) for x in ("ru_utime", "ru_stime"))
         modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-        found[name] = (done.stdout, seconds, modules)
+        found[name] = (done.stdout, modules)
     return found
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_help_is_quick(helps, name):
-    _, seconds, modules = helps[name]
-    assert not modules & set(HEAVY)
-    # In starts of an empty program, of 0.03 s: a machine that is slow or busy counts more of both.
-    assert seconds < 15 * helps["empty"][1], "at most half a second"
+    assert not helps[name][1] & set(HEAVY)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

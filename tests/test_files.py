@@ -119,6 +119,24 @@ def test_a_stop_leaves_a_folder_as_it_was(way, stop, tmp_path):
     )
 
 
+HANDLER_OF_C = """
+import ctypes, os, signal, sys
+from stem_jax.files import write_whole
+
+heard = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: os.write(1, b"heard\\n"))
+ctypes.CDLL(None).signal(signal.SIGTERM, heard)
+write_whole(sys.argv[1], "text")
+os.kill(os.getpid(), signal.SIGTERM)
+print("lives")
+"""
+
+
+def test_a_handler_that_python_does_not_know_stays(tmp_path):
+    """Between several processes JAX hears SIGTERM with a handler of C++."""
+    with child("-c", HANDLER_OF_C, str(tmp_path / "file")) as process:
+        assert finish(process) == "heard\nlives\n"
+
+
 def _names(folder):
     return sorted(path.name for path in folder.iterdir())
 

@@ -47,7 +47,7 @@ def test_the_rate_never_rises_at_the_end_or_after_it(
         schedule,
         length,
         # Of length 1 at least for inv_sqrt, which is refused without.
-        warmup_steps=max(int(length * warmup), schedule == "inv_sqrt"),
+        warmup_steps=max(int(length * warmup), int(schedule == "inv_sqrt")),
         min_lr_ratio=low,
         cycle_length=cycle,
         cosine_theta=theta,

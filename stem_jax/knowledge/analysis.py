@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -37,14 +38,14 @@ _NO_DIFFERENCE |= {"sample_prompt", "sample_tokens"}
 class Subject:
     """A run that is looked at. stability: None where no training was recorded."""
 
-    workdir: str
+    workdir: Path
     run: LoadedRun
     parameters: ParameterCount
     stability: Stability | None
 
     @classmethod
     def load(
-        cls, workdir: str, step: int | None, resident_rows: int | None, flag: str = "--workdir"
+        cls, workdir: Path, step: int | None, resident_rows: int | None, flag: str = "--workdir"
     ) -> "Subject":
         """Loads a run; raises InputError as `load_run` does."""
         run = load_run(workdir, step, resident_rows, flag)
@@ -56,7 +57,7 @@ class Subject:
         """As JSON, without the training."""
         model, train = self.run.config.model, self.run.config.train
         return {
-            "workdir": self.workdir,
+            "workdir": str(self.workdir),
             "step": self.run.step,
             "stem_layers": list(model.stem_layers),
             "parameters": dataclasses.asdict(self.parameters),
@@ -130,7 +131,7 @@ class Analysis:
         }
 
 
-def analyze(workdir: str, dense_workdir: str | None, options: AnalysisOptions) -> Analysis:
+def analyze(workdir: Path, dense_workdir: Path | None, options: AnalysisOptions) -> Analysis:
     """Looks into a run, on one device.
 
     Args:
