@@ -92,16 +92,8 @@ class Generator:
         return self.config.train.seq_len
 
     def encode(self, prompt: str, special: bool = False) -> list[int]:
-        """Ids of a prompt, which begins as documents did in training, or as an import says.
-
-        special: the texts of special tokens in it are these tokens; one that begins as every prompt
-        does (chat templates write bos) gets nothing more before it.
-        """
-        first = list(self.tokenizer.special.prompt_ids)
-        if not special:
-            return first + self.tokenizer.encode(prompt)
-        ids = self.tokenizer.encode_special(prompt)
-        return ids if first and ids[: len(first)] == first else first + ids
+        """See `Tokenizer.encode_prompt`."""
+        return self.tokenizer.encode_prompt(prompt, special)
 
     def steps(
         self,

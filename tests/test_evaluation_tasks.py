@@ -132,9 +132,11 @@ def test_texts_are_encoded_as_the_hf_backend_encodes_them(ours, theirs):
     assert (ours.prefix_token_id, ours.eot_token_id) == (1, 2)
     assert (theirs.prefix_token_id, theirs.eot_token_id) == (1, 2)
     assert (ours.max_length, ours.max_gen_toks) == (theirs.max_length, theirs.max_gen_toks)
-    for text in ("The capital", " of France \n", "", "ünï 12"):
-        for special in (None, True, False):
-            assert ours.tok_encode(text, special) == theirs.tok_encode(text, special)
+    # Chat templates begin with bos, which does not come twice.
+    special = ("<s>The capital", "one</s>", "a</s> of <s><s>b\n</s>", "</s>")
+    for text in ("The capital", " of France \n", "", "ünï 12", *special):
+        for added in (None, True, False):
+            assert ours.tok_encode(text, added) == theirs.tok_encode(text, added)
     pair = ("The capital of France is ", "Paris")
     assert ours._encode_pair(*pair) == theirs._encode_pair(*pair)
 

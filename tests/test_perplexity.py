@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 from saved_models import BYTES
+from tokenizer_kinds import load_kind
 
 from stem_jax import cli, evaluate
 from stem_jax.errors import InputError
@@ -103,6 +104,15 @@ def test_every_token_counts_once_in_the_place_where_it_was_scored(run, tmp_path)
         assert row["loss"] == pytest.approx(inside.mean(), rel=1e-5)
     # eos has no bytes, everything else is text.
     assert sum(row["bytes"] for row in found["by_position"]) == found["bytes"]
+
+
+def test_text_that_gives_a_special_token_is_refused(run, tmp_path):
+    """Else a document would end inside of it; Unigram cannot spell "</s>" in another way."""
+    path = tmp_path / "words.jsonl"
+    path.write_text('{"text": "one </s> two"}\n')
+    unigram = dataclasses.replace(run, tokenizer=load_kind("unigram", tmp_path))
+    with pytest.raises(InputError, match=r"words\.jsonl:1: the text holds '</s>', which this"):
+        perplexity(unigram, [str(path)], progress=False)
 
 
 def test_tables_name_corpora_and_positions(run, tmp_path):

@@ -108,6 +108,18 @@ class Tokenizer(abc.ABC):
             rest = rest[place + len(name) :]
         return ids
 
+    def encode_prompt(self, text: str, special: bool = False) -> list[int]:
+        """Ids of a prompt, which begins as documents did in training, or as an import says.
+
+        special: the texts of special tokens in it are these tokens; one that begins as every prompt
+        does (chat templates write bos) gets nothing more before it.
+        """
+        first = list(self.special.prompt_ids)
+        if not special:
+            return first + self.encode(text)
+        ids = self.encode_special(text)
+        return ids if first and ids[: len(first)] == first else first + ids
+
     def encode_behind(self, text: str) -> list[int]:
         """Ids of a text that stands behind other text, such as " word" inside a sentence.
 
@@ -251,9 +263,14 @@ class HfTokenizer(Tokenizer):
         return [encoding.ids for encoding in encodings]
 
     def encode_special(self, text: str) -> list[int]:
+        return self._special_processor.encode(checked_text(text), add_special_tokens=False).ids
+
+    @functools.cached_property
+    def _special_processor(self) -> Any:
+        """Made once: a large vocabulary takes a second."""
         processor = hf_processor(self.source, self.special)
         processor.encode_special_tokens = False
-        return processor.encode(checked_text(text), add_special_tokens=False).ids
+        return processor
 
     @functools.cached_property
     def special_texts(self) -> Mapping[str, int]:

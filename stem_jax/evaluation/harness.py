@@ -104,9 +104,14 @@ class HarnessModel(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: object
     ) -> list[int]:
-        """Ids of a text, as a prompt begins unless `add_special_tokens` is False."""
-        ids = self._tokenizer.encode(string)
-        return ids if add_special_tokens is False else [*self._tokenizer.special.prompt_ids, *ids]
+        """Ids of a text in which the texts of special tokens are these tokens.
+
+        As a prompt begins: always, never, or (None) where it does not begin so by itself.
+        """
+        if add_special_tokens is None:
+            return self._tokenizer.encode_prompt(string, special=True)
+        first = self._tokenizer.special.prompt_ids if add_special_tokens else ()
+        return [*first, *self._tokenizer.encode_special(string)]
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False

@@ -15,7 +15,7 @@ from stem_jax.data.formats import Reading
 from stem_jax.data.prepare import open_stores
 from stem_jax.data.sources import is_store_folder, read_sources
 from stem_jax.data.tokenizer import Tokenizer
-from stem_jax.errors import InputError
+from stem_jax.errors import BadRecord, InputError
 from stem_jax.evaluation.limits import check_limit
 from stem_jax.evaluation.progress import bars_off
 from stem_jax.evaluation.scoring import Scorer
@@ -147,8 +147,11 @@ def _documents(source: str, run: LoadedRun, reading: Reading) -> Iterator[tuple[
         )
     for document in read_sources([source], reading):
         if document.text:
-            ids = [tokenizer.bos_id, *tokenizer.encode(document.text), tokenizer.eos_id]
-            yield ids, len(document.text.encode())
+            try:
+                ids = tokenizer.encode_document(document.text)
+            except BadRecord as error:
+                raise InputError(f"--perplexity={source}: {document.origin}: {error}") from error
+            yield [tokenizer.bos_id, *ids, tokenizer.eos_id], len(document.text.encode())
 
 
 def _measure(
