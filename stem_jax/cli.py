@@ -19,8 +19,11 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
     """Keeps the examples of a description as written; appends the defaults that say something."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        # Not `in`, which takes 0 for False.
-        silent = action.default is None or action.default is False or action.default in ("", [])
+        # A switch takes no value, so its default is none that could be given.
+        silent = action.nargs == 0 or action.default in (None, "", [])
+        if not silent and isinstance(action.default, list):
+            # As the flag is written.
+            return f"{action.help} (default: {','.join(map(str, action.default))})"
         return action.help if silent else super()._get_help_string(action)
 
 

@@ -42,12 +42,15 @@ def test_help_is_quick(helps, name):
 def test_usage_names_the_module_and_no_empty_defaults(helps, name):
     text = helps[name][0]
     assert text.startswith(f"usage: python -m stem_jax.{name} [-h]")
-    assert not re.search(r"\(default: (None|False|\[\]|)\)", text)
+    assert not re.search(r"\(default: (None|False|True|\[.*|)\)", text)
+    assert str(ROOT) not in "".join(text.split())
 
 
 def test_defaults_that_say_something_stay(helps):
     text = " ".join(helps["generate"][0].split())
     assert "0 is greedy (default: 0.8)" in text and "of the samples (default: 0)" in text
+    text = " ".join(helps["evaluate"][0].split())
+    assert "0 is the beginning (default: 0.0,0.25,0.5,0.75,1.0)" in text
 
 
 def test_flags_may_be_written_with_underscores():

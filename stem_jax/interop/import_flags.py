@@ -29,7 +29,7 @@ def parse(
     add("--from", required=True, choices=FORMATS, dest="kind", help="format of the model")
     parser.add_path("--path", required=True, help="its folder")
     parser.add_path("--workdir", required=True, help="folder to create")
-    parser.add_path("--config", default=BASE_CONFIG, help="config file, for all but the model")
+    parser.add_path("--config", help="config file, for all but the model; without it, base.py")
     add("--tokenizer", choices=KINDS, help="kind of the tokenizer, if not in --path")
     parser.add_path("--tokenizer-path", help="its file")
     SpecialFlags.add_flags(parser)
@@ -37,6 +37,7 @@ def parse(
     parser.add_cache_flag()
     rest, overrides = cli.split_overrides(argv)
     args = parser.parse_args(rest)
+    args.config = args.config or BASE_CONFIG
     if args.stem_layers and args.kind != "llama":
         parser.error(f"--stem-layers turns a Llama into a STEM model, not --from={args.kind}")
     calibration = Calibration.from_flags(args)
