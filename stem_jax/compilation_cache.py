@@ -77,9 +77,10 @@ def _user_folder() -> Path | None:
         if (folder / _USELESS).exists():
             return None
         if not (folder / _WORKS).exists():
-            verdict = _WORKS if _loads(folder) else _USELESS
-            (folder / verdict).touch()
-            return folder if verdict == _WORKS else None
+            loads = _loads(folder)
+            if loads is not None:
+                (folder / (_WORKS if loads else _USELESS)).touch()
+            return folder if loads else None
     except OSError:
         return None
     return folder
@@ -103,8 +104,11 @@ def _machine() -> str:
     return f"jaxlib-{importlib.metadata.version('jaxlib')}-{where}-{digest}"
 
 
-def _loads(folder: Path) -> bool:
-    """Whether an entry that was just written loads; tried on the CPU, as accelerators do load."""
+def _loads(folder: Path) -> bool | None:
+    """Whether an entry that was just written loads; tried on the CPU, as accelerators do load.
+
+    None where it took too long to tell, as on a machine that is busy: the next start tries again.
+    """
     probe = folder / f"probe-{os.getpid()}"
     environment = {
         **os.environ,
@@ -120,7 +124,7 @@ def _loads(folder: Path) -> bool:
             timeout=_PROBE_SECONDS,
         )
     except subprocess.TimeoutExpired:
-        return False
+        return None
     finally:
         for path in _files(probe):
             path.unlink(missing_ok=True)

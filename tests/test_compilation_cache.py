@@ -62,6 +62,23 @@ def test_nothing_is_kept_where_an_entry_does_not_load(settings, monkeypatch):
     assert (settings, len(calls)) == ({}, 1)
 
 
+def test_what_took_too_long_to_tell_is_tried_again(settings, monkeypatch):
+    calls = _probed(monkeypatch, None)
+    keep_programs()
+    assert settings == {}
+    keep_programs()
+    assert len(calls) == 2
+    _probed(monkeypatch, True)
+    keep_programs()
+    assert "jax_compilation_cache_dir" in settings
+
+
+def test_a_probe_that_is_slow_says_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr(compilation_cache, "_PROBE", "import time; time.sleep(60)")
+    monkeypatch.setattr(compilation_cache, "_PROBE_SECONDS", 0.1)
+    assert compilation_cache._loads(tmp_path) is None
+
+
 def test_nothing_is_kept_and_nothing_said_where_it_cannot_be_written(
     settings, monkeypatch, tmp_path, capfd
 ):
