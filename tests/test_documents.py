@@ -166,10 +166,10 @@ def test_archives_of_another_format_are_refused(tmp_path, packing, kind):
     "line, match",
     [
         (b'{"text": "cut', ":2 is not JSON .*put one object on each line"),
-        (b'["text"]', ":2 holds a JSON list"),
+        (b'["text"]', ":2 is an array"),
         (b"{}", ":2 has no field 'text'.*it has none"),
-        (b'{"text": 3}', ":2: field 'text' is a int, not a string"),
-        (b'{"text": null}', ":2: field 'text' is a NoneType"),
+        (b'{"text": 3}', ":2: field 'text' is a number, not a string"),
+        (b'{"text": null}', ":2: field 'text' is null"),
         (b'{"text": "a\\ud800"}', r":2: field 'text' holds the lone surrogate '\\ud800'"),
     ],
 )
@@ -188,6 +188,6 @@ def test_corrupt_parquet_is_refused(tmp_path):
     path.write_bytes(b"PAR1 no parquet at all")
     _refused(path, "is not a readable Parquet file")
     pq.write_table(pa.table({"text": ["a", None]}), path)
-    _refused(path, "#1: field 'text' is a NoneType")
+    _refused(path, "#1: field 'text' is null")
     pq.write_table(pa.table({"text": [1, 2]}), path)
-    _refused(path, "#0: field 'text' is a int")
+    _refused(path, "#0: field 'text' is a number")

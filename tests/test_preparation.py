@@ -185,7 +185,7 @@ def test_bad_records_stop_a_prepare_or_are_left_out(tmp_path, capsys):
     path, out = tmp_path / "a.jsonl", tmp_path / "out"
     path.write_text('{"text": "a"}\n{"text": null}\n{"text": "b"}\n')
     flags = ["--tokenizer=bytes", "--validation-fraction=0"]
-    with pytest.raises(BadRecord, match=r"a\.jsonl:2: field 'text' is a NoneType.*--on-bad=skip"):
+    with pytest.raises(BadRecord, match=r"a\.jsonl:2: field 'text' is null.*--on-bad=skip"):
         _prepare(out, path, *flags)
     _prepare(out, path, *flags, "--on-bad=skip")
     printed = capsys.readouterr()

@@ -16,6 +16,16 @@ from stem_jax.errors import BadRecord, InputError
 from stem_jax.storage import local_path
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# As JSON has it; other values stand in Parquet alone.
+_NAMES = {
+    type(None): "null",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    str: "a string",
+    list: "an array",
+    dict: "an object",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +113,8 @@ def _read_plain(path: Path) -> Iterator[Document | BadRecord]:
 def _document_of(record: Any, where: str, reading: Reading) -> Document | BadRecord:
     if not isinstance(record, dict):
         return BadRecord(
-            f"{where} holds a JSON {type(record).__name__}: put one object on each line, or in"
-            " each place of an array",
+            f"{where} is {_named(record)}: put one object on each line, or in each place of an"
+            " array",
             where,
         )
     if reading.text_field not in record:
@@ -120,8 +130,8 @@ def _document(text: Any, where: str, reading: Reading) -> Document | BadRecord:
     field = reading.text_field
     if not isinstance(text, str):
         return BadRecord(
-            f"{where}: field {field!r} is a {type(text).__name__}, not a string: drop the"
-            " record (--on-bad=skip) or set --text-field (data.text_field) to another field",
+            f"{where}: field {field!r} is {_named(text)}, not a string: drop the record"
+            " (--on-bad=skip) or set --text-field (data.text_field) to another field",
             where,
         )
     try:
@@ -133,3 +143,7 @@ def _document(text: Any, where: str, reading: Reading) -> Document | BadRecord:
             where,
         )
     return Document(text, where)
+
+
+def _named(value: Any) -> str:
+    return _NAMES.get(type(value)) or f"of type {type(value).__name__}"
