@@ -93,6 +93,7 @@ def test_it_changes_training_and_not_validation(train_step, make_batch):
     assert float(total) == float(expected) and int(count) > 0
 
 
+@pytest.mark.long
 def test_meshes_and_micro_batches_drop_the_same(train_step, make_batch):
     losses, _ = _losses(train_step(**RATE), make_batch)
     spread, _ = _losses(train_step((2, 2, 2), **RATE), make_batch)

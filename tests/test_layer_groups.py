@@ -47,8 +47,15 @@ def test_groups_repeat_and_no_choice_is_smaller(tiny_config, kinds):
         assert left(groups.first, groups.period, groups.repeats) == best < len(kinds)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize(
+    ("shape", "remat"),
+    [
+        ((2, 2, 2), "full"),
+        pytest.param((2, 2, 2), "none", marks=pytest.mark.long),
+        pytest.param((1, 1, 1), "full", marks=pytest.mark.long),
+        pytest.param((1, 1, 1), "none", marks=pytest.mark.long),
+    ],
+)
 def test_scanned_layers_train_as_unrolled_ones(train_step, make_batch, shape, remat):
     """Layers d s d s d s s: three groups and one alone, two micro-batches."""
     overrides = {

@@ -84,6 +84,7 @@ def _flags(llama, folder, *more):
     return ["--from=llama", f"--path={llama}", f"--workdir={folder}", *SETTINGS, *more]
 
 
+@pytest.mark.long
 def test_a_trained_llama_says_the_same_here(llama, tmp_path):
     import_torch.main(_flags(llama, tmp_path / "run"))
     ours = logits(load_run(tmp_path / "run"), _tokens())
@@ -144,6 +145,7 @@ def _batch(tokens_BxL):
     }
 
 
+@pytest.mark.long
 def test_conversion(llama, text, tmp_path, capsys):
     import_torch.main(_flags(llama, tmp_path / "dense"))
     capsys.readouterr()

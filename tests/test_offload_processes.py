@@ -33,10 +33,11 @@ OVERRIDES = SIZES | {
 # On the second mesh both processes have a copy of each shard, and of its columns a half.
 PLACES = [
     ((8, 1, 1), ("data", "fsdp"), 208),
-    pytest.param((2, 2, 2), ("fsdp",), 208, marks=pytest.mark.long),
+    ((2, 2, 2), ("fsdp",), 208),
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("shape", "vocab_axes", "rows"), PLACES)
 def test_two_processes_train_as_one(train_step, tiny_config, tmp_path, shape, vocab_axes, rows):
     overrides = OVERRIDES | {"tables.vocab_axes": vocab_axes}

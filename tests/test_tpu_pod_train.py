@@ -13,6 +13,7 @@ from launching import SMALL, STEPS, kill_if, wait_until
 from pod import SHAPE, WORKDIR, finish
 
 
+@pytest.mark.long
 def test_end_to_end(pod, tmp_path):
     """Two processes of a real run; one is killed on the way, and the script sees it through."""
     pod.environment["GCLOUD_PYTHON"] = sys.executable
