@@ -5,6 +5,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -114,15 +115,27 @@ class _Interrupt:
     def __init__(self):
         self.came = False
         self._before = signal.getsignal(signal.SIGINT)
+        self._hook = sys.unraisablehook
 
     def __enter__(self) -> Self:
         # A program that was started in the background ignores it.
         if self._before is signal.default_int_handler:
             signal.signal(signal.SIGINT, self._handle)
+            sys.unraisablehook = self._unraisable
         return self
 
     def __exit__(self, *_: object) -> None:
         signal.signal(signal.SIGINT, self._before)
+        sys.unraisablehook = self._hook
+
+    def _unraisable(self, what: Any) -> None:
+        """Raised in a callback of the garbage collector or a finalizer it is lost: again, later."""
+        if not isinstance(what.exc_value, KeyboardInterrupt):
+            return self._hook(what)
+        self.came = False
+        again = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
+        again.daemon = True
+        again.start()
 
     def _handle(self, number: int, frame: object) -> None:
         if self.came:

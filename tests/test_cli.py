@@ -185,3 +185,26 @@ def test_libtpu_is_not_asked_where_there_is_no_tpu():
     options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
     done = subprocess.run(argv, timeout=120, **options)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+_IN_A_CALLBACK = """
+import gc, os, signal, time
+from stem_jax import cli
+def collected(phase, info):
+    if phase == "stop":
+        gc.callbacks.clear()
+        os.kill(os.getpid(), signal.SIGINT)
+def main(argv):
+    gc.callbacks.append(collected)
+    gc.collect()
+    time.sleep(60)
+cli.run(main)
+"""
+
+
+def test_ctrl_c_is_not_lost_in_a_callback_of_the_garbage_collector():
+    """jax has one, and Python only prints what is raised there."""
+    done = subprocess.run(
+        [sys.executable, "-c", _IN_A_CALLBACK], cwd=ROOT, capture_output=True, text=True, timeout=50
+    )
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "interrupted\n")
