@@ -1,5 +1,8 @@
 """Reading a configuration: overrides as texts, paths among them, and the base beside a file."""
 
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -57,6 +60,47 @@ def test_a_config_is_built_on_the_base_beside_it(tmp_path, monkeypatch):
 def test_a_config_without_a_base_beside_it_takes_the_one_there_is(tmp_path):
     (tmp_path / "mine.py").write_text("from configs.base import get_config\n")
     assert load_config(tmp_path / "mine.py").model.embed_dim == 128
+
+
+INSTALLED = """
+import sys
+import stem_jax
+from stem_jax.config import load_config
+from stem_jax.data.facts import read_facts
+
+print(stem_jax.__file__)
+print(len(read_facts()), *(load_config(path).model.embed_dim for path in sys.argv[1:]))
+"""
+
+
+def test_an_installed_wheel_reads_the_base_beside_a_config_too(tmp_path):
+    source, site = tmp_path / "source", tmp_path / "site"
+    for name in ("stem_jax", "configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "requirements.txt", "README.md"):
+        shutil.copy(ROOT / name, source)
+    build = ["--no-deps", "--no-build-isolation", "--no-index", "--target", site, source]
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *build], check=True, timeout=300)
+    # A checkout with a base of its own, and a config that stands alone.
+    checkout = tmp_path / "checkout" / "configs"
+    checkout.mkdir(parents=True)
+    (checkout / "__init__.py").touch()
+    base = (ROOT / "configs" / "base.py").read_text()
+    (checkout / "base.py").write_text(base.replace("embed_dim = 128", "embed_dim = 96"))
+    alone = tmp_path / "mine.py"
+    for path in (checkout / "small.py", alone):
+        path.write_text("from configs.base import get_config\n")
+    done = subprocess.run(
+        [sys.executable, "-c", INSTALLED, checkout / "small.py", alone],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(site), "PYTHONSAFEPATH": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    where, found = done.stdout.splitlines() or (done.stderr, "")
+    assert where == str(site / "stem_jax" / "__init__.py")
+    assert found == "195 96 128"
 
 
 def test_files_that_are_no_configs_are_refused(tmp_path):
