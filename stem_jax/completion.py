@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from stem_jax.byte_order_mark import without_marks
 from stem_jax.data.spelling import REPLACEMENT
 from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
@@ -32,13 +33,13 @@ class Completion:
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a text file, one per line; empty lines are none, a byte order mark is no text.
+    """The prompts of a text file, one per line; empty lines are none, byte order marks no text.
 
     Raises:
         InputError: the file cannot be read, or is not UTF-8.
     """
     try:
-        lines = Path(path).read_text("utf-8-sig").split("\n")
+        lines = without_marks(Path(path).read_text("utf-8")).split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"prompt file {path} cannot be read ({error}); give a UTF-8 file"

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from stem_jax.byte_order_mark import MARK
 from stem_jax.errors import InputError
 from stem_jax.unfinished import moved_away, refused_writes, remove, unfinished
 
 # Of lists and objects in each other; files that people write stay below 20. A fixed number: what
 # the JSON reader of Python bears depends on its version and on who calls it.
 DEEPEST = 200
-_BOM = "\ufeff"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _REMEDY = "correct it, or restore it"
 
@@ -44,7 +44,7 @@ def parse_json(
             source = source.decode("utf-8")
         except UnicodeDecodeError as error:
             raise refuse(f"is not UTF-8 (byte {error.start})") from error
-    source = source.removeprefix(_BOM)
+    source = source.lstrip(MARK)
     if not source.strip():
         raise refuse("is empty, expected JSON")
     hooks: dict[str, Any] = {"object_pairs_hook": _object}

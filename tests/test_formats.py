@@ -14,7 +14,6 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stem_jax.completion import read_prompts
 from stem_jax.config_checks import _CHOICES
 from stem_jax.data.bad_records import BadRecords
 from stem_jax.data.documents import find_files, read_documents
@@ -161,13 +160,6 @@ def test_damage_to_bzip2_and_xz_is_told_from_truncation(tmp_path, pack, name):
     damaged[len(packed) // 2] ^= 0xFF
     _refused(_write(tmp_path / name, damaged), "is not a valid|is truncated")
     assert _texts(_write(tmp_path / name, pack(b"one ") + pack(b"two"))) == ["one two"]
-
-
-def test_marks_of_joined_files_are_no_text(tmp_path):
-    path = _write(tmp_path / "a.jsonl", MARK + LINES + MARK + LINES)
-    assert _texts(path) == TEXTS * 2
-    prompts = _write(tmp_path / "prompts.txt", MARK + b"one\r\ntwo\n")
-    assert read_prompts(prompts) == ["one", "two"]
 
 
 def _badly_encoded(path):

@@ -14,6 +14,7 @@ PACKAGE = "stem_jax"
 LEVELS = [
     [
         "errors",
+        "byte_order_mark",
         "files",
         "json_fields",
         "lock",
@@ -63,8 +64,18 @@ ENTRY_POINTS += ["prepare", "plan"]
 LEVEL = {name: level for level, names in enumerate([*LEVELS, ENTRY_POINTS]) for name in names}
 # Tighter than the levels: the data pipeline runs without JAX, in worker processes.
 ONLY = {
-    "data": {"data", "files", "json_fields", "lock", "storage", "unfinished", "errors"},
-    "files": {"errors", "unfinished"},
+    "data": {
+        "data",
+        "byte_order_mark",
+        "files",
+        "json_fields",
+        "lock",
+        "storage",
+        "unfinished",
+        "errors",
+    },
+    "byte_order_mark": set(),
+    "files": {"byte_order_mark", "errors", "unfinished"},
     "json_fields": {"errors"},
     "lock": set(),
     "storage": {"errors"},

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from stem_jax.byte_order_mark import without_marks
 from stem_jax.data.bad_records import BadRecords
 from stem_jax.data.formats import AS_FOUND, Reading, format_of
 from stem_jax.data.json_documents import decode, read_json_array, read_json_lines
@@ -15,7 +16,6 @@ from stem_jax.data.parquet_documents import read_parquet
 from stem_jax.errors import BadRecord, InputError
 from stem_jax.storage import local_path
 
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # As JSON has it; other values stand in Parquet alone.
 _NAMES = {
     type(None): "null",
@@ -30,7 +30,10 @@ _NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A text and where it came from: `file`, `file:line`, `file[index]` or `file#row`."""
+    """A text and where it came from: `file`, `file:line`, `file[index]` or `file#row`.
+
+    Byte order marks, of its file or of those that were joined in it, are no text.
+    """
 
     text: str
     origin: str
@@ -101,13 +104,14 @@ def _read_records(path: Path, reading: Reading) -> Iterator[Document | BadRecord
 
 
 def _read_plain(path: Path) -> Iterator[Document | BadRecord]:
-    raw = b"".join(read_chunks(path)).removeprefix(_BYTE_ORDER_MARK)
-    if not raw:
-        return
+    raw = b"".join(read_chunks(path))
     try:
-        yield Document(decode(raw, f"input file {path}", offset=0), str(path))
+        text = without_marks(decode(raw, f"input file {path}", offset=0))
     except BadRecord as error:
         yield error
+        return
+    if text:
+        yield Document(text, str(path))
 
 
 def _document_of(record: Any, where: str, reading: Reading) -> Document | BadRecord:
@@ -142,7 +146,7 @@ def _document(text: Any, where: str, reading: Reading) -> Document | BadRecord:
             f" character {error.start}: replace it by U+FFFD",
             where,
         )
-    return Document(text, where)
+    return Document(without_marks(text), where)
 
 
 def _named(value: Any) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import re
 from pathlib import Path, PurePath
 
+from stem_jax.byte_order_mark import after_marks
 from stem_jax.data.packing import read_chunks, split_name
 from stem_jax.errors import InputError
 
@@ -24,7 +25,6 @@ _TEXT_SUFFIXES = frozenset(
     gradle tf dockerfile diff patch po asm s f f90 f95 for pas d nim zig v sv vhd vhdl sol
     """.split()
 )
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _PARQUET_MAGIC = b"PAR1"
 # What no text begins with, and what to do about it.
 _OTHER_MAGIC = {
@@ -72,7 +72,8 @@ def format_of(path: Path, reading: Reading) -> str:
         return reading.format
     name, packing = split_name(path)
     suffix = PurePath(name).suffix
-    start = next(read_chunks(path), b"").removeprefix(_BYTE_ORDER_MARK)
+    start = next(read_chunks(path), b"")
+    start = start[after_marks(start) :]
     if suffix in _PARQUET_SUFFIXES or start.startswith(_PARQUET_MAGIC):
         if packing is not None:
             raise InputError(f"input file {path}: unpack it, Parquet compresses by itself")

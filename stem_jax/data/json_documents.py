@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from stem_jax.byte_order_mark import after_marks
 from stem_jax.data.packing import read_chunks
 from stem_jax.errors import BadRecord, InputError
 from stem_jax.files import parse_json
 
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _SPACE = b" \t\r\n"
 # What can end an element or hide its end.
 _MARKS = re.compile(rb'\\.|["\[\]{},]', re.DOTALL)
@@ -21,9 +21,10 @@ def read_json_lines(path: Path) -> Iterator[tuple[Any, str] | BadRecord]:
     for number, raw in enumerate(_read_lines(path), start=1):
         where = f"{path}:{number}"
         # Files that were joined bring their marks along.
-        line = raw.removeprefix(_BYTE_ORDER_MARK)
+        begin = after_marks(raw)
+        line = raw[begin:]
         if line.strip(_SPACE):
-            yield _parse(line, where, offset + len(raw) - len(line), "put one object on each line")
+            yield _parse(line, where, offset + begin, "put one object on each line")
         offset += len(raw)
 
 
@@ -120,8 +121,7 @@ def _elements(path: Path) -> Iterator[tuple[bytes, int]]:
 def _array_start(path: Path, buffer: bytearray, chunks: Iterator[bytes]) -> int:
     for chunk in chunks:
         buffer += chunk
-        begin = len(_BYTE_ORDER_MARK) if buffer.startswith(_BYTE_ORDER_MARK) else 0
-        rest = buffer[begin:].lstrip(_SPACE)
+        rest = buffer[after_marks(buffer) :].lstrip(_SPACE)
         if rest:
             if not rest.startswith(b"["):
                 raise InputError(
