@@ -22,5 +22,14 @@ def interleave(contestants: dict[str, Callable[[], None]], rounds: int) -> dict[
 
 def speed_ratio(seconds: dict[str, list[float]], fast: str, slow: str) -> float:
     """How many times as fast `fast` is as `slow`: the median over rounds of the ratio."""
-    pairs = zip(seconds[slow], seconds[fast], strict=True)
-    return statistics.median(slow / fast for slow, fast in pairs)
+    return statistics.median(_ratios(seconds, fast, slow))
+
+
+def ratio_range(seconds: dict[str, list[float]], fast: str, slow: str) -> tuple[float, float]:
+    """Between which ratios, by the 5th and the 95th percentile, 90% of the rounds lie."""
+    twentieths = statistics.quantiles(_ratios(seconds, fast, slow), n=20, method="inclusive")
+    return twentieths[0], twentieths[-1]
+
+
+def _ratios(seconds: dict[str, list[float]], fast: str, slow: str) -> list[float]:
+    return [b / a for a, b in zip(seconds[fast], seconds[slow], strict=True)]

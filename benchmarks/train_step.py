@@ -1,9 +1,10 @@
-"""A training step against Hugging Face transformers, dense against STEM, interleaved in one run.
+"""A training step against compiled PyTorch, dense against STEM, interleaved in one run.
 
-python -m benchmarks.train_step [--rounds=8]
+python -m benchmarks.train_step [--rounds=20]
 
 D 512, 8 layers, 8 heads, F 1536, V 32000, batch 4 x 256, float32, untied head, AdamW with a global
-clip. The opponent is LlamaForCausalLM with torch's fused AdamW and clip_grad_norm_.
+clip. The opponents are those of `benchmarks.torch_steps`: LlamaForCausalLM, and the same with half
+of its up projections replaced by embeddings.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.interleave import interleave, speed_ratio
+from benchmarks.interleave import interleave, ratio_range, speed_ratio
 from configs.base import get_config as base_config
 from stem_jax.config import Config, build
 from stem_jax.mesh import make_mesh
@@ -109,64 +110,43 @@ class JaxStep:
         jax.block_until_ready((self.state, metrics))
 
 
-class TorchStep:
-    """The same shape in transformers: one update of LlamaForCausalLM."""
-
-    def __init__(self, config: Config):
-        import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        model = config.model
-        self.torch = torch
-        self.model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=model.vocab_size,
-                hidden_size=model.embed_dim,
-                intermediate_size=model.ffn_dim,
-                num_hidden_layers=model.num_layers,
-                num_attention_heads=model.num_heads,
-                num_key_value_heads=model.num_kv_heads,
-                max_position_embeddings=config.train.seq_len,
-                tie_word_embeddings=False,
-                use_cache=False,
-            )
-        )
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
-        )
-        self.tokens = torch.from_numpy(zipf_tokens(config)[:, :-1].copy())
-
-    def __call__(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        self.model(input_ids=self.tokens, labels=self.tokens).loss.backward()
-        self.torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-
-
 def main() -> None:
     """Runs the benchmark and prints one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args()
     # Idle torch threads would otherwise spin while JAX has its turn.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from benchmarks.torch_steps import TorchStep
+
+    dense, stem = bench_config(), bench_config(model__stem_layers="half")
+    tokens = zipf_tokens(dense)[:, :-1]
     contestants = {
-        "torch": TorchStep(bench_config()),
-        "dense": JaxStep(bench_config()),
-        "stem": JaxStep(bench_config(model__stem_layers="half")),
+        "torch": TorchStep(dense, tokens),
+        "torch, STEM": TorchStep(stem, tokens),
+        "dense": JaxStep(dense),
+        "stem": JaxStep(stem),
         "stem, lazy": JaxStep(
             bench_config(model__stem_layers="half", tables__optimizer="lazy_adamw")
         ),
     }
     seconds = interleave(contestants, args.rounds)
-    tokens = BATCH * LENGTH
+    pairs = {
+        "dense_over_torch": ("dense", "torch"),
+        "stem_over_torch_stem": ("stem", "torch, STEM"),
+        "stem_over_dense": ("stem", "dense"),
+        "stem_deferred_over_lazy": ("stem", "stem, lazy"),
+    }
     result = {
         "tokens_per_second": {
-            name: round(tokens / statistics.median(times), 1) for name, times in seconds.items()
+            name: round(tokens.size / statistics.median(times), 1)
+            for name, times in seconds.items()
         },
-        "dense_over_torch": round(speed_ratio(seconds, "dense", "torch"), 3),
-        "stem_over_dense": round(speed_ratio(seconds, "stem", "dense"), 3),
-        "stem_deferred_over_lazy": round(speed_ratio(seconds, "stem", "stem, lazy"), 3),
+        # Median, and what 90% of the rounds lie between.
+        **{
+            name: [round(x, 3) for x in (speed_ratio(seconds, *pair), *ratio_range(seconds, *pair))]
+            for name, pair in pairs.items()
+        },
         "rounds": args.rounds,
         "device": jax.devices()[0].device_kind,
         "machine": platform.processor() or platform.machine(),
