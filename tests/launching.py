@@ -1,7 +1,9 @@
 """What the tests of launchers share: a small run, and processes looked at from outside."""
 
 import contextlib
+import subprocess
 import time
+from pathlib import Path
 
 import psutil
 from children import ROOT
@@ -34,8 +36,24 @@ def kill_if(condition) -> None:
                 process.kill()
 
 
-def wait_until(condition, seconds: float = 240) -> None:
+def wait_until(condition, process: subprocess.Popen | None = None, seconds: float = 240) -> None:
+    """Waits for what the process, if one is given, is to bring about before it ends."""
     deadline = time.monotonic() + seconds
     while not condition():
+        if process is not None:
+            said = process.stderr or process.stdout
+            assert process.poll() is None, said.read()[-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def wait_for_records(workdir: Path, process: subprocess.Popen, number: int) -> None:
+    """Waits for so many whole lines of metrics."""
+    metrics = workdir / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= number, process)
+
+
+def wait_for_checkpoint(workdir: Path, process: subprocess.Popen, step: int) -> None:
+    """Waits until the checkpoint is whole: a save goes on beside the steps, in a folder that gets
+    its name at the end."""
+    wait_until((workdir / "checkpoints" / str(step)).exists, process)

@@ -124,12 +124,12 @@ def test_an_override_without_a_value_does_not_take_the_next_flag():
 
 
 def _interrupted(program: str, *signals: int) -> subprocess.CompletedProcess:
-    """Runs Python code that prints `ready`, and interrupts it."""
+    """Runs Python code that prints `ready` before it waits to be interrupted, each time."""
     argv = [sys.executable, "-c", program]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(argv, cwd=ROOT, **pipes) as child:
-        assert child.stdout.readline() == "ready\n"
         for number in signals:
+            assert child.stdout.readline() == "ready\n"
             time.sleep(0.2)
             child.send_signal(number)
         output, error = child.communicate(timeout=60)
@@ -163,7 +163,8 @@ def test_ctrl_c_ends_a_program_in_one_line(body):
 
 
 def test_a_second_ctrl_c_does_not_wait():
-    body = "exec('try:\\n time.sleep(60)\\nfinally:\\n time.sleep(60)')"
+    again = 'print("ready", flush=True)'
+    body = f"exec('try:\\n time.sleep(60)\\nfinally:\\n {again}\\n time.sleep(60)')"
     done = _interrupted(_MAIN.format(body=body), signal.SIGINT, signal.SIGINT)
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "interrupted\n")
 

@@ -11,12 +11,12 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from children import child, finish, train_flags
+from children import HELD, child, finish, train_flags
+from launching import wait_for_records
 
 from stem_jax import run as run_module
 from stem_jax import run_checks
@@ -138,13 +138,11 @@ def test_sigterm_saves_and_a_resident_run_goes_on(resident_run, text_file, tmp_p
     workdir = tmp_path / "run"
     # No checkpoint is due before the end: what is saved, the signal saved.
     argv = arguments(text_file, workdir, checkpoint__every=0)
-    with child("-m", "stem_jax.train", *argv, stderr=subprocess.PIPE) as process:
-        metrics, deadline = workdir / "metrics.jsonl", time.monotonic() + 200
-        while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
-            assert process.poll() is None, process.stderr.read()[-3000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+    held = ("-c", HELD, "4", str(tmp_path / "go on"))
+    with child(*held, *argv, stderr=subprocess.PIPE) as process:
+        wait_for_records(workdir, process, 3)
         process.send_signal(signal.SIGTERM)
+        (tmp_path / "go on").touch()
         out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err[-3000:]
     assert "the same command continues" in out

@@ -6,12 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from children import train_flags
+from children import HELD, train_flags
+from launching import wait_for_checkpoint, wait_for_records
 
 from stem_jax.errors import InputError, TrainingError
 from stem_jax.loading import load_run
@@ -53,11 +53,11 @@ def arguments(text_file: Path, workdir: Path, **overrides) -> list[str]:
     return train_flags("tiny", workdir, SMALL | {"data.sources": text_file}, overrides)
 
 
-def start(argv: list[str]) -> subprocess.Popen:
+def start(argv: list[str], program=("-m", "stem_jax.train")) -> subprocess.Popen:
     # One device, as on a user's machine.
     environment = os.environ | {"XLA_FLAGS": ""}
     return subprocess.Popen(
-        [sys.executable, "-m", "stem_jax.train", *argv],
+        [sys.executable, *program, *argv],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -69,15 +69,6 @@ def finish(process: subprocess.Popen) -> tuple[str, str]:
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err[-2000:]
     return out, err
-
-
-def wait_for_step(workdir: Path, process: subprocess.Popen, step: int) -> None:
-    deadline = time.monotonic() + 200
-    metrics = workdir / "metrics.jsonl"
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= step):
-        assert process.poll() is None, process.stderr.read()[-2000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def records(workdir: Path) -> list[dict]:
@@ -133,8 +124,11 @@ def test_second_start_says_complete(whole_run, text_file):
 
 def test_kill_then_same_command_is_bit_equal(whole_run, text_file, tmp_path):
     workdir = tmp_path / "run"
-    process = start(arguments(text_file, workdir))
-    wait_for_step(workdir, process, 7)
+    held = ("-c", HELD, "8", str(tmp_path / "never"))
+    process = start(arguments(text_file, workdir), held)
+    wait_for_records(workdir, process, 7)
+    # The save of step 4 may still go on.
+    wait_for_checkpoint(workdir, process, 4)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
@@ -147,9 +141,10 @@ def test_sigterm_saves_exits_0_and_continues_bit_equal(whole_run, text_file, tmp
     workdir = tmp_path / "run"
     # No checkpoint is due before the end: what is saved, the signal saved.
     argv = arguments(text_file, workdir, checkpoint__every=0)
-    process = start(argv)
-    wait_for_step(workdir, process, 3)
+    process = start(argv, ("-c", HELD, "4", str(tmp_path / "go on")))
+    wait_for_records(workdir, process, 3)
     process.send_signal(signal.SIGTERM)
+    (tmp_path / "go on").touch()
     out, _ = finish(process)
     assert "the same command continues" in out
     assert next(int(p.name) for p in (workdir / "checkpoints").iterdir()) < 12

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import pytest
 from children import ROOT, train_flags
-from launching import SMALL, STAND_INS, STEPS, kill_if, wait_until
+from launching import SMALL, STAND_INS, STEPS, kill_if, wait_for_checkpoint, wait_until
 
 
 class Job:
@@ -101,25 +101,28 @@ def job(tmp_path):
         job.kill()
 
 
+@pytest.mark.long
 def test_end_to_end(job):
     """A real run of two tasks is told to stop, saves, is queued again, and gets to its end."""
     job.environment["STEM_PYTHON"] = sys.executable
     workdir = job.folder / "run"
-    flags = train_flags("tiny", workdir, SMALL, {})
-    process = job.start(*flags)
-    wait_until((workdir / "checkpoints" / "10").exists)
+    flags = train_flags("tiny", workdir, SMALL, {"optimizer__schedule_steps": STEPS})
+    # It cannot get to its end before it is told to stop.
+    process = job.start(*flags, "--config.train.steps=100000")
+    wait_for_checkpoint(workdir, process, 10)
     process.send_signal(signal.SIGTERM)
     out = finish(process)
     [stopped] = re.findall(r"stopped at step (\d+); the same command continues", out)
-    assert 10 <= int(stopped) < STEPS
+    assert int(stopped) >= 10
     assert job.requeues() == 1
-    out = finish(job.start(*flags, SLURM_RESTART_COUNT="1"))
+    end = int(stopped) + STEPS
+    out = finish(job.start(*flags, f"--config.train.steps={end}", SLURM_RESTART_COUNT="1"))
     assert f"resuming from step {stopped}" in out
-    assert f"run complete: step {STEPS}" in out
+    assert f"run complete: step {end}" in out
     assert job.requeues() == 1
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     steps = [record["step"] for record in records if "train/loss" in record]
-    assert steps == list(range(1, STEPS + 1))
+    assert steps == list(range(1, end + 1))
 
 
 def test_arguments_arrive_as_given(job):
