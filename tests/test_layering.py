@@ -27,6 +27,7 @@ LEVELS = [
         "config_checks",
         "cli",
         "hardware",
+        "parts",
         "cluster",
         "agreement",
         "process_log",
@@ -82,6 +83,7 @@ ONLY = {
     "unfinished": {"errors", "lock"},
     "errors": set(),
     "hardware": set(),
+    "parts": set(),
 }
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 

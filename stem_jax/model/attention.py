@@ -15,6 +15,7 @@ from stem_jax.config import ModelConfig
 from stem_jax.errors import InputError
 from stem_jax.mesh import BATCH_AXES
 from stem_jax.model.layers import Linear, rotate
+from stem_jax.parts import part
 
 # Positions that splash takes at a time.
 _SPLASH_BLOCK = 128
@@ -41,6 +42,7 @@ class Attention(nnx.Module):
         self.config = config
         self.mesh = mesh
 
+    @part("rotary")
     def __call__(self, x_BxLxD, angles, segment_ids_BxL, cache=None):
         """Attends within x, or, with `cache`, within what the cache holds and x.
 
@@ -146,12 +148,13 @@ def attend(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, segment_ids_BxL, backend: str, mesh:
         k_BxLxKxD, v_BxLxKxD = (jnp.repeat(x, shared, axis=2) for x in (k_BxLxKxD, v_BxLxKxD))
     if backend == "splash":
         return _splash(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, segment_ids_BxL, mesh)
-    mask = document_mask(segment_ids_BxL, segment_ids_BxL, jnp.arange(q_BxLxHxD.shape[1]))
-    if backend == "xla":
-        return _einsum_attention(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, mask)
-    return jax.nn.dot_product_attention(
-        q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, mask=mask, implementation=backend
-    )
+    with part("attention"):
+        mask = document_mask(segment_ids_BxL, segment_ids_BxL, jnp.arange(q_BxLxHxD.shape[1]))
+        if backend == "xla":
+            return _einsum_attention(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, mask)
+        return jax.nn.dot_product_attention(
+            q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, mask=mask, implementation=backend
+        )
 
 
 def _einsum_attention(q_BxLxHxD, k_BxTxKxD, v_BxTxKxD, mask_Bx1xLxT):
@@ -188,7 +191,8 @@ def _splash(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, segment_ids_BxL, mesh: Mesh | None)
         )
         heads_first = [x.transpose(0, 2, 1, 3) for x in (q * Dh**-0.5, k, v)]
         ids = splash_attention_kernel.SegmentIds(segments, segments)
-        out = jax.vmap(kernel)(*heads_first, segment_ids=ids)
+        with part("attention"):
+            out = jax.vmap(kernel)(*heads_first, segment_ids=ids)
         return out.transpose(0, 2, 1, 3).astype(q.dtype)
 
     if mesh is None:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from stem_jax.mesh import BATCH_AXES, gather, live_axes, sum_and_scatter
 from stem_jax.model.layers import truncated_normal
+from stem_jax.parts import part
 from stem_jax.tables.lookup import sum_by_row
 
 _WEIGHT = PartitionSpec("tensor", "fsdp")
@@ -41,6 +42,7 @@ class Embedding(nnx.Module):
             instead = truncated_normal(rngs.params(), (embed_dim,), std, 3 * std)
             self.dropped = nnx.Param(instead, logical_axes=("norm",))
 
+    @part("embedding")
     def __call__(self, tokens_BxL: jax.Array, dtype, dropped_BxL=None) -> jax.Array:
         """Vectors [B, L, D] in `dtype`; where `dropped_BxL`, one learned vector instead."""
         vectors_BxLxD = embed(self.weight[...], tokens_BxL, dtype, self.mesh)
@@ -74,6 +76,7 @@ def _forward(weight_VxD, tokens_BxL, dtype, mesh):
     return embed(weight_VxD, tokens_BxL, dtype, mesh), (tokens_BxL, weight_VxD[:, :0])
 
 
+@part("embedding_backward")
 def _backward(dtype, mesh, residuals, gradient_BxLxD):
     tokens_BxL, like_Vx0 = residuals
     vocab_size, weight_dtype = like_Vx0.shape[0], like_Vx0.dtype

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from stem_jax.parts import part
+
 # The outputs that rematerialisation may keep.
 PROJECTION = "projection"
 
@@ -22,6 +24,7 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(value, logical_axes=logical_axes)
         self.output_first = output_first
 
+    @part("block_matmuls")
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(x.dtype)
         project = _project_back if self.output_first else _project

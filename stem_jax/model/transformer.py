@@ -16,6 +16,7 @@ from stem_jax.model.ffn import GatedFFN
 from stem_jax.model.layer_groups import LayerGroups, repeating_groups, stacked, stacked_rows
 from stem_jax.model.layers import PROJECTION, Linear, RMSNorm
 from stem_jax.model.rotary import rotary_angles
+from stem_jax.parts import part
 from stem_jax.tables.lookup import lookup
 
 
@@ -48,6 +49,7 @@ class Block(nnx.Module):
         self.ffn = GatedFFN(config, layer, factor, rngs=rngs)
         self.mesh = mesh
 
+    @part("block_rest")
     def __call__(self, x_BxLxD, rows_UxF, inverse_BxL, angles, segment_ids_BxL, cache=None):
         """`rows_UxF` are this layer's rows in the row block; None for a dense layer."""
         attended, cache = self.attention(
@@ -104,7 +106,8 @@ class Transformer(nnx.Module):
             The normalised final hidden states [B, L, D] and the extended caches.
         """
         config = self.config
-        angles = rotary_angles(inputs.positions, config)
+        with part("rotary"):
+            angles = rotary_angles(inputs.positions, config)
         x = self.embed(inputs.tokens, config.compute_dtype, inputs.dropped)
         x = constrain_batch(x, self.mesh)
         seen, new_caches = [x], []
@@ -128,6 +131,7 @@ class Transformer(nnx.Module):
             collect.extend(seen)
         return self.norm(x), None if caches is None else new_caches
 
+    @part("row_copies")
     def _layer_rows(self, rows_UxSxF, layer: int) -> jax.Array | None:
         stem_layers = self.config.stem_layers
         return rows_UxSxF[:, stem_layers.index(layer)] if layer in stem_layers else None
@@ -153,7 +157,8 @@ class Transformer(nnx.Module):
         rows = []
         if stem:
             first = self.config.stem_layers.index(stem[0])
-            rows = stacked_rows(rows_UxSxF, first, len(stem), groups.repeats)
+            with part("row_copies"):
+                rows = stacked_rows(rows_UxSxF, first, len(stem), groups.repeats)
 
         def one_group(x, group):
             states, rows = group

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from stem_jax.mesh import BATCH_AXES
+from stem_jax.parts import part
 
 # Values that one segmented scan takes at a time.
 _CHUNK = 512
@@ -16,6 +17,7 @@ _VALUES = PartitionSpec(BATCH_AXES, None, "tensor")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@part("row_lookup")
 def lookup(rows_UxF: jax.Array, inverse_BxL: jax.Array, mesh: Mesh | None) -> jax.Array:
     """`rows[inverse]` on every device's own block.
 
@@ -42,6 +44,7 @@ def _forward(rows_UxF, inverse_BxL, mesh):
     return lookup(rows_UxF, inverse_BxL, mesh), (inverse_BxL, rows_UxF.shape[0])
 
 
+@part("row_gradient")
 def _backward(mesh, residuals, gradient_BxLxF):
     inverse_BxL, num_rows = residuals
     blocks = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]

@@ -28,6 +28,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from stem_jax.parts import part
 from stem_jax.tables.coast_groups import group_edges, num_terms
 from stem_jax.tables.spec import TableSpec, TableState
 from stem_jax.tables.update_history import UpdateHistory
@@ -130,6 +131,7 @@ class RowOptimizer:
     spec: TableSpec
     edges: tuple[int, ...] | None = None
 
+    @part("row_optimizer")
     def read(self, state: TableState, rows_O, step, history: UpdateHistory) -> RowBlock:
         """Rows as the next forward sees them, after `step` completed updates."""
         # Padding reads the last row.
@@ -139,6 +141,7 @@ class RowOptimizer:
             return block
         return catch_up(self.spec, block, state.last_step[rows_O], step, history, self.edges)
 
+    @part("row_optimizer")
     def update(
         self, state: TableState, rows_O, gradient_OxSxF, step, keep, history: UpdateHistory
     ) -> TableState:

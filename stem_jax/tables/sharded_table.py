@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from stem_jax.mesh import BATCH_AXES, axis_size
+from stem_jax.parts import part
 from stem_jax.tables.exchange import Exchange, Requests
 from stem_jax.tables.row_optimizer import RowOptimizer
 from stem_jax.tables.spec import TableSpec, TableState
@@ -135,6 +136,7 @@ class ShardedTable:
         """Partition of row blocks [devices * U, S, F]."""
         return PartitionSpec(BATCH_AXES, None, "tensor")
 
+    @part("exchange")
     def request(
         self, keys_AxBxL: jax.Array, valid_AxBxL: jax.Array, slots: jax.Array | None = None
     ) -> Requests:
@@ -155,6 +157,7 @@ class ShardedTable:
         specs = (keys_spec, keys_spec, self.request_specs.slots)
         return self._sharded(local, specs, self.request_specs)(keys_AxBxL, valid_AxBxL, slots)
 
+    @part("exchange")
     def fetch(self, state, requests, dtype, step, history: UpdateHistory) -> jax.Array:
         """The row blocks [devices * U, S, F] of all devices in `dtype`, as of update `step`."""
 
@@ -166,12 +169,14 @@ class ShardedTable:
         specs = (self._state_specs, self.request_specs, whole, whole)
         return self._sharded(local, specs, self.block_spec)(state, requests, step, history)
 
+    @part("exchange")
     def push(self, gradient: jax.Array, requests: Requests) -> jax.Array:
         """Sums row gradients [devices * U, S, F] at the owners: [owners * O, S, F] float32."""
         return self._sharded(
             self.exchange.push, (self.block_spec, self.request_specs), self.spec.row_spec
         )(gradient, requests)
 
+    @part("row_optimizer")
     def update(self, state, requests, gradient, step, keep, history: UpdateHistory) -> TableState:
         """Update `step + 1` from the owners' summed gradients; see `RowOptimizer.update`."""
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from stem_jax.mesh import BATCH_AXES, gather, live_axes, sum_and_scatter
+from stem_jax.parts import part
 
 _HIDDEN = PartitionSpec(BATCH_AXES, None, None)
 _TOKENS = PartitionSpec(BATCH_AXES, None)
@@ -41,6 +42,7 @@ def _forward(hidden_BxLxD, head_DxV, targets_BxL, weights_BxL, z_loss, chunk, me
     return _sums(hidden_BxLxD, head_DxV, targets_BxL, weights_BxL, z_loss, chunk, mesh, True)
 
 
+@part("head_loss")
 def _backward(z_loss, chunk, mesh, gradients, cotangents):
     # Only the loss is trained on; the cross-entropy part is reported.
     hidden_gradient, head_gradient = gradients
@@ -56,6 +58,7 @@ def _backward(z_loss, chunk, mesh, gradients, cotangents):
 head_loss.defvjp(_forward, _backward)
 
 
+@part("head_loss")
 def _sums(hidden, head, targets, weights, z_loss, chunk, mesh, with_gradient):
     local = functools.partial(
         _local_sums, z_loss=z_loss, chunk=chunk, mesh=mesh, grad=with_gradient

@@ -10,6 +10,7 @@ from stem_jax.config import Config
 from stem_jax.data.loader import Batch as HostBatch
 from stem_jax.mesh import BATCH_AXES, axis_size
 from stem_jax.model.transformer import Inputs
+from stem_jax.parts import part
 from stem_jax.tables.exchange import Requests
 from stem_jax.tables.sharded_table import BlockSizes, Demand, ShardedTable
 from stem_jax.tables.spec import TableSpec
@@ -105,17 +106,20 @@ class TrainStep:
         loss, cross_entropy, gradients, row_gradients = self._gradients(
             self.model.copies(state.params), rows, requests, batch, dropped, scored
         )
-        norm = global_norm(gradients)
+        with part("optimizer"):
+            norm = global_norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         rate = schedule.rates[state.updates]
         metrics = {"loss": cross_entropy, "grad_norm": norm, "learning_rate": rate}
         if table is not None:
             # Rows travel in the compute dtype both ways; owners sum in float32.
-            row_gradients = row_gradients.astype(config.model.compute_dtype)
+            with part("row_copies"):
+                row_gradients = row_gradients.astype(config.model.compute_dtype)
             row_gradients = table.push(row_gradients, requests)
-            row_norm = global_norm(row_gradients)
-            finite &= jnp.isfinite(row_norm)
-            row_gradients *= clip_factor(row_norm, self.spec.clip_norm)
+            with part("row_optimizer"):
+                row_norm = global_norm(row_gradients)
+                finite &= jnp.isfinite(row_norm)
+                row_gradients *= clip_factor(row_norm, self.spec.clip_norm)
             new_table = table.update(
                 state.table, requests, row_gradients, state.updates, finite, schedule.table
             )
@@ -128,12 +132,15 @@ class TrainStep:
             metrics |= {"never_touched_rows": self.spec.layout.num_keys - touched_rows}
         else:
             new_table, touched_rows = None, state.touched_rows
-        factor = clip_factor(norm, config.optimizer.clip_norm)
-        gradients = jax.tree.map(lambda g: g.astype(jnp.float32) * factor, gradients)
-        updated = apply_update(self._optimizer, state.params, state.opt_state, gradients, rate)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), updated, (state.params, state.opt_state)
-        )
+        with part("optimizer"):
+            factor = clip_factor(norm, config.optimizer.clip_norm)
+            gradients = jax.tree.map(lambda g: g.astype(jnp.float32) * factor, gradients)
+            updated = apply_update(self._optimizer, state.params, state.opt_state, gradients, rate)
+            params, opt_state = jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old),
+                updated,
+                (state.params, state.opt_state),
+            )
         new_state = TrainState(
             step=state.step + 1,
             updates=state.updates + finite,
@@ -174,10 +181,13 @@ class TrainStep:
             values, gradients = jax.value_and_grad(self._loss, argnums=(0, 1), has_aux=True)(
                 params, rows, *piece, scored
             )
-            fresh = (values, gradients)
             if carry is None:
-                return fresh
-            return jax.tree.map(lambda total, part: total + part.astype(total.dtype), carry, fresh)
+                return values, gradients
+            sums, (totals, row_totals) = carry
+            gradients, row_gradients = gradients
+            with part("row_copies"):
+                row_totals = _added(row_totals, row_gradients)
+            return _added(sums, values), (_added(totals, gradients), row_totals)
 
         inverse = jnp.zeros_like(batch.tokens) if requests is None else requests.inverse
         if batch.tokens.shape[0] == 1:
@@ -229,6 +239,7 @@ class TrainStep:
             total += self._loss(state.params, rows, *piece, None, jnp.int32(1))[1]
         return total, jnp.sum(batch.loss_mask)
 
+    @part("exchange")
     def _table_metrics(self, table: ShardedTable, requests: Requests):
         """What a step asked of the table.
 
@@ -247,6 +258,10 @@ class TrainStep:
             "exchange_bytes": requests.rounds.astype(jnp.float32) * float(round_bytes),
             "busiest_owner": jnp.max(asked_P) / jnp.maximum(jnp.mean(asked_P), 1),
         }
+
+
+def _added(totals, fresh):
+    return jax.tree.map(lambda total, new: total + new.astype(total.dtype), totals, fresh)
 
 
 def global_norm(tree) -> jax.Array:
