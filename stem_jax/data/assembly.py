@@ -5,7 +5,6 @@ import json
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from stem_jax.data.encoded_piece import EncodedPiece
@@ -67,12 +66,7 @@ class Assembly:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def has(self, index: int) -> bool:

@@ -7,7 +7,6 @@ from its step alone.
 import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
-from types import TracebackType
 from typing import Self
 
 import grain
@@ -134,12 +133,7 @@ class BatchIterator(Iterator[Batch]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
