@@ -10,6 +10,7 @@ from typing import Any
 
 from stem_jax.byte_order_mark import MARK
 from stem_jax.errors import InputError
+from stem_jax.swapped_names import swap_names
 from stem_jax.unfinished import moved_away, refused_writes, remove, unfinished
 
 # Of lists and objects in each other; files that people write stay below 20. A fixed number: what
@@ -123,7 +124,9 @@ def replace_folder(folder: Path, flag: str) -> Iterator[Path]:
         yield made
         with refused_writes(where):
             sync_all(made)
-            if folder.exists():
+            if folder.exists() and swap_names(made, folder):
+                remove(made)
+            elif folder.exists():
                 # Two renames: a folder cannot be renamed over one that has files in it.
                 folder.rename(moved_away(made))
                 try:

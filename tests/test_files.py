@@ -1,16 +1,19 @@
 """JSON with one set of refusals; files and folders that appear whole or not at all."""
 
+import ctypes
 import errno
 import json
 import os
 import shutil
 import signal
 import stat
+import sys
+from pathlib import Path
 
 import pytest
 from children import child, finish
 
-from stem_jax import files
+from stem_jax import files, swapped_names
 from stem_jax.checkpoint_files import check_outside
 from stem_jax.errors import InputError
 from stem_jax.files import (
@@ -24,6 +27,7 @@ from stem_jax.files import (
 )
 from stem_jax.knowledge.patch import check_new
 from stem_jax.knowledge.result_folder import check_folder
+from stem_jax.swapped_names import swap_names
 
 WRITER = """
 import sys, time
@@ -171,6 +175,8 @@ import os, sys
 from pathlib import Path
 from stem_jax import files
 
+files.swap_names = lambda one, other: False
+
 def rename(self, target):
     os.rename(self, target)
     os.kill(os.getpid(), 9)
@@ -179,6 +185,51 @@ Path.rename = rename
 with files.replace_folder(Path(sys.argv[1]), "--out") as folder:
     (folder / "new").write_text("new")
 """
+
+
+KILLED_AFTER_THE_SWAP = """
+import os, sys
+from pathlib import Path
+from stem_jax import files
+
+swap = files.swap_names
+files.swap_names = lambda one, other: swap(one, other) and os.kill(os.getpid(), 9)
+with files.replace_folder(Path(sys.argv[1]), "--out") as folder:
+    (folder / "new").write_text("new")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux swaps two names")
+def test_a_replaced_folder_is_there_at_every_moment(tmp_path):
+    """Before the swap it is the old one, after it the new one, whose writer may be dead."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("old")
+    with child("-c", KILLED_AFTER_THE_SWAP, str(out)) as process:
+        assert process.wait(60) == -signal.SIGKILL
+    assert _names(out) == ["new"] and len(_names(tmp_path)) > 1
+    with replace_folder(out, "--out") as folder:
+        (folder / "newer").write_text("newer")
+    assert (_names(out), _names(tmp_path)) == (["newer"], ["out"])
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EINVAL])
+def test_a_folder_is_replaced_where_names_cannot_be_swapped(tmp_path, monkeypatch, number):
+    def refuse(*_):
+        ctypes.set_errno(number)
+        return -1
+
+    monkeypatch.setattr(swapped_names, "_renameat2", lambda: refuse)
+    (tmp_path / "out" / "deep").mkdir(parents=True)
+    with replace_folder(tmp_path / "out", "--out") as folder:
+        (folder / "new").write_text("new")
+    assert (_names(tmp_path / "out"), _names(tmp_path)) == (["new"], ["out"])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux swaps two names")
+def test_a_swap_that_fails_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        swap_names(Path(tmp_path / "one"), tmp_path / "other")
 
 
 def test_a_replaced_folder_comes_back(tmp_path):
