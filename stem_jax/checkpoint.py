@@ -228,11 +228,14 @@ class Checkpointer:
             raise InputError(f"no checkpoint of step {step} in {self.folder}; there are: {known}")
         folder = self.folder / str(step)
         missing = [name for name in (*ITEMS, *TABLE_ITEMS) if not (folder / name).is_dir()]
+        if "layout" not in missing:
+            # First: another format may have other items.
+            found = self._restore(step, {"layout": ocp.args.JsonRestore()})
+            check_format(folder, found["layout"]["format"])
         if not set(ITEMS).isdisjoint(missing):
             raise self._damaged(step, f"without {', '.join(missing)}")
         found = self._restore(step, {name: ocp.args.JsonRestore() for name in PLAIN_ITEMS})
         layout, data = found["layout"], dict(found["data"])
-        check_format(folder, layout["format"])
         info = CheckpointInfo(
             # Those that do not say were made when no schedule had an end.
             endless=data.pop("endless_updates", data["updates"]),

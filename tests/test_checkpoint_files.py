@@ -142,6 +142,9 @@ def test_a_newer_format_is_refused_and_stays(checkpoints, version, spoil):
     with pytest.raises(InputError, match=re.escape(why)):
         set_aside_damaged(checkpoints)
     assert sorted(newest.rglob("*")) == before
+    reader = Checkpointer(checkpoints.parent, read_only=True)
+    with reader, pytest.raises(InputError, match=re.escape(why)):
+        reader.info(12)
     # Nor are damaged ones that lie above it.
     (checkpoints / "13").mkdir()
     with pytest.raises(InputError, match=re.escape(why)):
