@@ -70,6 +70,14 @@ worker_setup() {
   venv/bin/python -m pip install --quiet -r code/requirements.txt \
     "jax[tpu]$(sed -n 's/^jax\([<>=~!].*\)$/\1/p' code/requirements.txt)"
   if [ -n "$4" ]; then bash -c "$4"; fi
+  # Never removed: a run may lie in it.
+  local aside
+  for aside in code.before-*; do
+    if [ -d "$aside" ]; then
+      echo "worker $(worker_index): $1/$aside holds what was in code/ before; delete it when" \
+        "nothing in it is needed" >&2
+    fi
+  done
   echo "@worker $(worker_index) ready -"
 }
 

@@ -1,6 +1,7 @@
 """Whose folders launchers work in: setup deletes its own files, paths are the caller's."""
 
 import os
+import shutil
 import subprocess
 import tarfile
 from pathlib import Path
@@ -35,13 +36,15 @@ class Worker:
                 path.write_text("jax>=1\n" if name == "requirements.txt" else name)
                 archive.add(path, name)
 
-    def setup(self, repository: str = "") -> None:
+    def setup(self, repository: str = "") -> str:
+        """Returns what it said on stderr."""
         argv = ["bash", "-c", SETUP, "bash", str(ROOT / "launch" / "tpu_worker.sh")]
         argv += ["stem_jax", repository, "", ""]
         # As over ssh: in the home folder.
         environment = os.environ | {"HOME": str(self.home)}
         done = subprocess.run(argv, cwd=self.home, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+        return done.stderr
 
     def files(self) -> set[str]:
         found = (path for path in self.code.rglob("*") if path.is_file())
@@ -97,10 +100,17 @@ def test_what_an_earlier_version_left_is_moved_aside(worker, repository, clone):
     (worker.code / "of_before.py").touch()
     worker.run()
     worker.send("requirements.txt")
-    worker.setup(repository if clone else "")
+    said = worker.setup(repository if clone else "")
     assert worker.files() == {"requirements.txt"}
     [aside] = worker.code.parent.glob("code.before-*")
     assert (aside / "runs" / "mine" / "weights").read_text() == "precious"
+    note = f"worker 0: stem_jax/{aside.name} holds what was in code/ before; delete it when"
+    assert note in said and "nothing in it is needed" in said
+    worker.send("requirements.txt")
+    assert note in worker.setup()
+    shutil.rmtree(aside)
+    worker.send("requirements.txt")
+    assert "code.before" not in worker.setup()
 
 
 def test_relative_paths_of_a_local_gang_are_the_callers(tmp_path):
