@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.children import environment
 from benchmarks.editing_picture import draw
 from stem_jax.checkpoint import Checkpointer
 from stem_jax.evaluation.recall import recall
@@ -107,7 +108,7 @@ def train(config: str, overrides: dict[str, Any], seed: int, workdir: Path) -> N
     command = [sys.executable, "-m", "stem_jax.train", f"--config=configs/{config}.py"]
     command += [f"--workdir={workdir}", f"--config.train.seed={seed}"]
     command += [f"--config.{key}={value}" for key, value in overrides.items()]
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, env=environment())
 
 
 def is_complete(workdir: Path) -> bool:

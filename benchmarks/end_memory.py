@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.children import environment
 from stem_jax.data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -85,7 +86,8 @@ def measure(store: Path, workdir: Path) -> tuple[int, int, str]:
     command = [sys.executable, "-m", "stem_jax.train", *_FLAGS]
     command += [f"--config.data.sources={store}", f"--workdir={workdir}"]
     metrics, at_step, most = workdir / "metrics.jsonl", 0, 0
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    options = {"cwd": ROOT, "env": environment(), "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **options) as process:
         while process.poll() is None:
             now = anonymous_bytes(process.pid)
             at_step = at_step or (now if _last_step(metrics) else 0)

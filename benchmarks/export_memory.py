@@ -12,7 +12,6 @@ transformers takes more than 1.3 times the largest table.
 import argparse
 import dataclasses
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,8 @@ import time
 from pathlib import Path
 
 import psutil
+
+from benchmarks.children import environment
 
 SHAPE = {
     "model.vocab_size": "32000",
@@ -94,7 +95,7 @@ def measure(*command: str) -> Usage:
         process = psutil.Popen(
             [sys.executable, *command],
             cwd=_ROOT,
-            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            env=environment(JAX_PLATFORMS="cpu"),
             stdout=subprocess.DEVNULL,
             stderr=errors,
         )

@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.children import environment
+
 ENOUGH = 0.9
 
 
@@ -36,7 +38,7 @@ def main() -> None:
 
 def _run(name: str, command: list[str]) -> None:
     start = time.perf_counter()
-    subprocess.run([sys.executable, *command], check=True)
+    subprocess.run([sys.executable, *command], check=True, env=environment())
     print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
 
 

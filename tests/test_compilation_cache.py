@@ -1,6 +1,7 @@
 """Compiled programs between starts: where they are kept, when they are not, and how many."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from benchmarks.children import environment
 from stem_jax import compilation_cache
 from stem_jax.compilation_cache import keep_programs
 
@@ -154,3 +156,18 @@ def test_the_second_start_loads_what_the_first_compiled(tmp_path):
         said.append(done.stdout.strip())
     # Off where entries do not load.
     assert said in (["miss", "hit"], ["off", "off"])
+
+
+def test_what_a_benchmark_starts_leaves_the_users_cache_alone(tmp_path):
+    argv = [sys.executable, "-c", "from stem_jax.jax_start import start_jax; start_jax()"]
+    told = environment(XDG_CACHE_HOME=str(tmp_path))
+    told.pop("JAX_COMPILATION_CACHE_DIR", None)
+    subprocess.run(argv, cwd=ROOT, env=told, check=True, timeout=300)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["editing", "end_memory", "export_memory", "needle"])
+def test_benchmarks_that_start_programs_turn_it_off(name):
+    text = (ROOT / "benchmarks" / f"{name}.py").read_text()
+    starts = len(re.findall(r"subprocess\.run\(|Popen\(", text))
+    assert starts == len(re.findall(r"environment\(", text)) > 0
