@@ -102,7 +102,7 @@ def test_byte_order_mark_is_no_text(tmp_path):
 def test_no_match_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"none\*\.txt' matches no file: check the path"):
         _texts(tmp_path / "none*.txt")
-    with pytest.raises(InputError, match="matches no file"):
+    with pytest.raises(InputError, match=r"is a folder: give a pattern of files, such as .*/\*"):
         _texts(tmp_path)
 
 

@@ -46,3 +46,31 @@ def test_a_store_of_another_tokenizer_than_asked_for_is_refused(store, tiny_conf
     config = _config(tiny_config, sources=str(store), tokenizer_path=str(model))
     with pytest.raises(InputError, match="is not a SentencePiece model"):
         run_tokenizer(config, tmp_path, prepared=False)
+
+
+@pytest.mark.parametrize(
+    ("folders", "why"),
+    [
+        ([".prepare/new", ".prepare/pieces"], "a prepare was stopped: the same prepare command go"),
+        (["train"], "run prepare, or give a file pattern, such as .*/source/\\*.txt"),
+        ([], "run prepare, or give a file pattern"),
+    ],
+)
+def test_a_folder_without_stores_is_refused_before_a_tokenizer_is_trained(
+    tiny_config, tmp_path, folders, why
+):
+    source = tmp_path / "source"
+    for folder in ("", *folders):
+        (source / folder).mkdir(parents=True)
+    text = tmp_path / "a.txt"
+    text.write_text("text")
+    config = _config(tiny_config, sources=f"{text},{source}")
+    with pytest.raises(InputError, match=rf"is a folder without train/meta\.json.*{why}"):
+        open_run_data(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_one_split_names_the_one_above(store, tiny_config, tmp_path):
+    config = _config(tiny_config, sources=str(store / "train"))
+    with pytest.raises(InputError, match="a store of one split: give the folder that has train"):
+        open_run_data(config, tmp_path / "run")

@@ -70,6 +70,10 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
         matches = {match for match in glob.glob(pattern, recursive=True) if Path(match).is_file()}
         if Path(pattern).is_file():  # a name with [ or * in it
             matches.add(pattern)
+        if Path(pattern).is_dir():
+            raise InputError(
+                f"input {given!r} is a folder: give a pattern of files, such as {given}/*.txt"
+            )
         if not matches:
             raise InputError(f"input {given!r} matches no file: check the path, quote globs")
         for match in sorted(matches):
@@ -135,7 +139,7 @@ def _document(text: Any, where: str, reading: Reading) -> Document | BadRecord:
     if not isinstance(text, str):
         return BadRecord(
             f"{where}: field {field!r} is {_named(text)}, not a string: drop the record"
-            " (--on-bad=skip) or set --text-field (data.text_field) to another field",
+            " or set --text-field (data.text_field) to another field",
             where,
         )
     try:

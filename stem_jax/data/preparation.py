@@ -22,7 +22,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from stem_jax.data.token_store import META_FILE
@@ -54,6 +53,11 @@ def remove_unfinished(folders: Iterable[Path], chosen: Callable[[Any], bool]) ->
                     shutil.rmtree(folder / _WORK, ignore_errors=True)
             if not any(folder.iterdir()):
                 folder.rmdir()
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether stores are being made in a folder, or were when it was stopped."""
+    return (folder / _WORK).is_dir()
 
 
 def _job_in(work: Path) -> Any:
@@ -104,16 +108,11 @@ class Preparation:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
         # Whoever writes whole files has made an InputError of it.
         full = any(getattr(e, "errno", None) in _FULL for e in (error, error and error.__cause__))
         refused = isinstance(error, InputError) and not isinstance(error, BadRecord) and not full
-        kept = self._job is not None and kind is not None and not refused
+        kept = self._job is not None and error is not None and not refused
         try:
             if not kept:
                 self._discard()

@@ -13,7 +13,7 @@ from stem_jax.data import corpora
 from stem_jax.data.bad_records import BadRecords
 from stem_jax.data.documents import Document, find_files, read_documents
 from stem_jax.data.formats import AS_FOUND, Reading
-from stem_jax.data.preparation import RECORD, Preparation, remove_unfinished
+from stem_jax.data.preparation import RECORD, Preparation, is_unfinished, remove_unfinished
 from stem_jax.data.prepare import open_stores, write_stores
 from stem_jax.data.source_record import (
     earlier_folder_of,
@@ -24,7 +24,7 @@ from stem_jax.data.source_record import (
     settings_record,
     text_record,
 )
-from stem_jax.data.token_store import TokenStore
+from stem_jax.data.token_store import META_FILE, TokenStore
 from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
 from stem_jax.files import write_whole
@@ -132,6 +132,23 @@ def is_store_folder(source: str) -> bool:
     return (_path(source) / "train" / "meta.json").is_file()
 
 
+def check_folder(source: str) -> None:
+    """Raises InputError for a folder without whole stores, saying what it is."""
+    folder = _path(source)
+    if not folder.is_dir() or is_store_folder(source):
+        return
+    what = f"source {source!r} is a folder without train/meta.json"
+    if is_unfinished(folder):
+        raise InputError(
+            f"{what}, in which a prepare was stopped: the same prepare command goes on where it was"
+        )
+    if (folder / META_FILE).is_file():
+        raise InputError(
+            f"{what}, but itself a store of one split: give the folder that has train in it"
+        )
+    raise InputError(f"{what}: run prepare, or give a file pattern, such as {source}/*.txt")
+
+
 def open_sources(
     sources: Sequence[SourceSpec],
     tokenizer: Tokenizer,
@@ -160,13 +177,9 @@ def open_sources(
     for spec in sources:
         if not keep:
             _check_meant(spec)
+        check_folder(spec.source)
         if is_store_folder(spec.source):
             target = _path(spec.source)
-        elif _path(spec.source).is_dir():
-            raise InputError(
-                f"source {spec.source!r} is a folder without train/meta.json: run prepare, or give"
-                " a file pattern"
-            )
         else:
             target = None
             settings = settings_record(tokenizer, validation_fraction, seed)

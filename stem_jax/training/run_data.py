@@ -8,7 +8,13 @@ from stem_jax.config import Config, DataConfig
 from stem_jax.data.formats import Reading
 from stem_jax.data.loader import WHOLE, GlobalBatches, Share, ValidationBatches
 from stem_jax.data.sentencepiece_training import train_sentencepiece
-from stem_jax.data.sources import is_store_folder, open_sources, parse_sources, read_sources
+from stem_jax.data.sources import (
+    check_folder,
+    is_store_folder,
+    open_sources,
+    parse_sources,
+    read_sources,
+)
 from stem_jax.data.token_store import TokenStore
 from stem_jax.data.tokenizer import Tokenizer, load_tokenizer, load_tokenizer_folder
 from stem_jax.errors import InputError
@@ -93,6 +99,9 @@ def run_tokenizer(config: Config, workdir: Path, prepared: bool) -> Tokenizer:
     if prepared:
         tokenizer = load_tokenizer_folder(folder)
     else:
+        # Before a tokenizer is trained on what cannot be read.
+        for spec in parse_sources(data.sources):
+            check_folder(spec.source)
         # Of an import prompts may begin otherwise; those of this run as its documents do.
         tokenizer = _first_tokenizer(config, workdir).for_documents()
     if not prepared and _kind_counts(config) and tokenizer.kind != data.tokenizer:
