@@ -78,8 +78,8 @@ def test_names_that_cannot_be_swapped_are_counted(tmp_path):
         only.swappable(BYTES, "average")
     result = TrialResult(Trial("x.json"), 1, "", [], None, 4, 1)
     assert result.note == (
-        "4 records without a donor were left out; 1 records were left out, whose names average "
-        "does not fit, or with a token twice"
+        "records without a donor, left out: 4; records whose names average does not fit, or with "
+        "a token twice, left out: 1"
     )
 
 

@@ -391,6 +391,6 @@ def test_donors_are_found_among_the_records(run, cases, tmp_path):
     with_donor = [case for case in chosen if capitals[case.new] in subjects]
     assert len(found.outcomes) == len(with_donor) < len(chosen) == 12
     assert found.left_out == 12 - len(with_donor)
-    assert f"{found.left_out} records without a donor were left out" in found.format()
+    assert f"records without a donor, left out: {found.left_out}" in found.format()
     for outcome in found.outcomes:
         assert outcome.case.donor == capitals[outcome.case.new]

@@ -16,12 +16,16 @@ class BadRecords:
     count: how many were left out. stops: none is.
     """
 
-    def __init__(self, on_bad: str = "stop", file: Path | None = None):
-        """on_bad: "stop" or "skip". file: gets a JSON line for each that is left out."""
+    def __init__(self, on_bad: str = "stop", file: Path | None = None, *, way_out: str = ""):
+        """on_bad: "stop" or "skip". file: gets a JSON line for each that is left out.
+
+        way_out: what leaves them out, for the message of the one that stops it.
+        """
         if on_bad not in ON_BAD:
             raise InputError(f"on_bad {on_bad!r} is unknown: use one of {', '.join(ON_BAD)}")
         self.count = 0
         self.stops = on_bad == "stop"
+        self._way_out = way_out
         self._path = file
         if file is not None:
             file.unlink(missing_ok=True)  # of an earlier attempt
@@ -40,6 +44,8 @@ class BadRecords:
 
     def add(self, error: BadRecord) -> None:
         """Counts it, or raises it."""
+        if self.stops and self._way_out:
+            raise BadRecord(f"{error}; {self._way_out}", error.place) from error
         if self.stops:
             raise error
         self.count += 1

@@ -115,7 +115,7 @@ def write_stores(
             piece = EncodedPiece.from_bytes(content)
             if piece.bad and bad.stops:
                 origin, reason = piece.bad[0]
-                raise BadRecord(reason, origin)
+                bad.add(BadRecord(reason, origin))
             assembly.add(index, content)
             done += 1
             bar.add(int(piece.num_bytes.sum()), len(piece.tokens), piece.num_documents)

@@ -52,7 +52,8 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
         if not place.finished:
             tokenizer = tokenizer or _trained(place, names, reading, args)
             _put_tokenizer(tokenizer, place.new / TOKENIZER, out / TOKENIZER)
-            with BadRecords(args.on_bad, place.new / SKIPPED) as bad:
+            way_out = "--on-bad=skip leaves such records out"
+            with BadRecords(args.on_bad, place.new / SKIPPED, way_out=way_out) as bad:
                 pieces, resumed = write_stores(
                     place,
                     read_sources(names, reading, bad),
@@ -91,7 +92,7 @@ def _report_skipped(path: Path) -> int:
         for count, line in enumerate(file, start=1):
             if count <= _SHOWN:
                 print(f"skipped: {json.loads(line)['reason']}", file=sys.stderr)
-    print(f"{count:,} records were left out, see {path}", file=sys.stderr)
+    print(f"records left out: {count:,}, see {path}", file=sys.stderr)
     return count
 
 

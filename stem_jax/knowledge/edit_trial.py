@@ -86,11 +86,11 @@ class TrialResult:
         """What the table does not say."""
         parts = [] if self.fluency is None else [format_fluency(self.fluency)]
         if self.left_out:
-            parts.append(f"{self.left_out} records without a donor were left out")
+            parts.append(f"records without a donor, left out: {self.left_out}")
         if self.unfit:
             parts.append(
-                f"{self.unfit} records were left out, whose names {self.trial.strategy} does not "
-                "fit, or with a token twice"
+                f"records whose names {self.trial.strategy} does not fit, or with a token twice, "
+                f"left out: {self.unfit}"
             )
         if unread := sum(outcome.answer == NOT_READ for outcome in self.outcomes):
             parts.append(
