@@ -65,7 +65,8 @@ def train(config: Config, workdir: str | Path) -> Ending:
         TrainingError: the run cannot go on.
     """
     clock = StartClock()
-    clock.mark("joining")
+    # Whoever is alone joins nobody.
+    clock.mark("joining" if jax.process_count() > 1 else "imports and devices")
     workdir = Path(workdir)
     check_same(_facts_of_command(config))
     with writing(workdir) as lock, process_log(workdir, jax.process_index()) as own_log:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -225,7 +226,10 @@ def test_resuming_reads_what_was_prepared(text_file, tmp_path, capsys):
     before = {p: p.read_bytes() for p in (workdir / "data").rglob("*.bin")}
     text.unlink()
     main(arguments(text, workdir, train__steps=4, **flags))
-    assert "resuming from step 2" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "resuming from step 2" in said
+    # It has nobody to join.
+    assert re.search(r"s after the start: imports and devices [\d.]+, data [\d.]+, state", said)
     assert before == {p: p.read_bytes() for p in (workdir / "data").rglob("*.bin")}
 
 
