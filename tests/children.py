@@ -66,14 +66,19 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def gang(program: str, *commands: list[str], **environment: str):
-    """One process of a program such as stem_jax.train for each list of its flags."""
+def gang(program: str, *commands: list[str], changes: str = "", **environment: str):
+    """One process of a program such as stem_jax.train for each list of its flags.
+
+    changes: Python code that comes first.
+    """
+    start = ["-m", program]
+    if changes:
+        run = f"from stem_jax import cli; from {program} import main; cli.run(main)"
+        start = ["-c", f"{changes}\n{run}"]
     port, count = free_port(), len(commands)
     where = [f"--coordinator=localhost:{port}", f"--num-processes={count}"]
     return [
-        child(
-            "-m", program, "--multihost", *where, f"--process-index={index}", *argv, **environment
-        )
+        child(*start, "--multihost", *where, f"--process-index={index}", *argv, **environment)
         for index, argv in enumerate(commands)
     ]
 

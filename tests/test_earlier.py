@@ -43,8 +43,8 @@ LATER = [str(step) for step in range(STEP + 1, END + 1)]
 # to it at each update then, and are float32 since: 0.03 of a validation loss of 6.35 was seen.
 TOLERANCE = dict.fromkeys(earlier.RUNS, 1e-5) | {"bfloat16": 0.05}
 STORE = FOLDER / "store"
-# These and their programs are another kind each.
-LONG = ("offloaded", "dense", "bfloat16")
+# These and their programs are another kind each; of two tokenizer.json, one is read here.
+LONG = ("offloaded", "dense", "bfloat16", "hf_words")
 NAMES = [pytest.param(n, marks=pytest.mark.long) if n in LONG else n for n in earlier.RUNS]
 
 

@@ -41,7 +41,7 @@ def run_folder(train_step, make_batch, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["perplexity", pytest.param("tasks", marks=pytest.mark.long)])
 def test_two_processes_equal_one(run_folder, tmp_path, capsys, mode):
     outs = [tmp_path / name / "found.json" for name in ("alone", "both")]
     alone, both = (

@@ -24,10 +24,12 @@ from children import ROOT, child, finish, free_port, gang, train_flags
 from jax.experimental import multihost_utils
 
 from benchmarks.faults import FAULTS, campaign
+from stem_jax import train
 from stem_jax.agreement import is_first
 from stem_jax.cluster import Gang, join
 from stem_jax.config import Config
 from stem_jax.data.loader import Share
+from stem_jax.errors import InputError
 from stem_jax.mesh import BATCH_AXES, axis_size, make_mesh, own_batch_shards
 from stem_jax.training.run_data import open_run_data
 from stem_jax.training.step import TrainStep
@@ -197,8 +199,10 @@ def test_one_process_with_another_config(tmp_path):
 
 def test_a_folder_that_the_others_do_not_see(tmp_path):
     own = [flags(tmp_path / f"disk_{index}") for index in range(2)]
+    # Local disks show at once what is there.
+    impatient = "from stem_jax import agreement; agreement._FOLDER_SECONDS = 1"
     with contextlib.ExitStack() as stack:
-        both = [stack.enter_context(process) for process in gang(PROGRAM, *own)]
+        both = [stack.enter_context(p) for p in gang(PROGRAM, *own, changes=impatient)]
         for process in both:
             out = finish(process, code=1)
             assert f"--workdir={tmp_path / 'disk_1'} on host" in out
@@ -215,18 +219,17 @@ def test_processes_that_do_not_divide_the_batch(tmp_path):
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_coordinator_that_nobody_reaches(tmp_path, index):
-    where = [f"--coordinator=localhost:{free_port()}", "--num-processes=2", "--init-timeout=4"]
+    where = [f"--coordinator=localhost:{free_port()}", "--num-processes=2", "--init-timeout=2"]
     argv = ["--multihost", *where, f"--process-index={index}", *flags(tmp_path)]
     with child("-m", "stem_jax.train", *argv) as process:
         out = finish(process, code=75)
-    assert re.search(rf"error: process {index} on .* waited 4 s at localhost:\d+", out)
+    assert re.search(rf"error: process {index} on .* waited 2 s at localhost:\d+", out)
     assert "start all 2 processes" in out and "--init-timeout" in out
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "no cluster was detected"),
         (["--coordinator=localhost"], "--coordinator=localhost has no port; give HOST:PORT"),
         (["--coordinator=localhost:99999"], "--coordinator=localhost:99999 has no port; give HOST"),
         (["--coordinator=localhost:1"], "--coordinator=localhost:1 needs --num-processes=N and"),
@@ -238,13 +241,18 @@ def test_a_coordinator_that_nobody_reaches(tmp_path, index):
     ],
 )
 def test_half_an_address_is_refused(tmp_path, argv, message):
-    with child("-m", "stem_jax.train", "--multihost", *argv, *flags(tmp_path)) as process:
-        assert f"error: {message}" in finish(process, code=1)
+    with pytest.raises(InputError, match=f"^{re.escape(message)}"):
+        train.main(["--multihost", *argv, *flags(tmp_path)])
+
+
+def test_no_cluster_is_refused(tmp_path):
+    with child("-m", "stem_jax.train", "--multihost", *flags(tmp_path)) as process:
+        assert "error: no cluster was detected" in finish(process, code=1)
 
 
 def test_an_address_without_multihost_is_refused(tmp_path):
-    with child("-m", "stem_jax.train", "--num-processes=2", *flags(tmp_path)) as process:
-        assert "need --multihost; without it every process would" in finish(process, code=1)
+    with pytest.raises(InputError, match="need --multihost; without it every process would"):
+        train.main(["--num-processes=2", *flags(tmp_path)])
 
 
 FAILING = """

@@ -106,16 +106,20 @@ def test_a_fault_in_a_thread_stops_the_run(
 @pytest.mark.parametrize("prefetch", [0, 4])
 def test_slow_write_backs_are_waited_for(tight, whole, tmp_path, monkeypatch, prefetch):
     """Rows come back while they are still leaving, time and again."""
-    write, stage, waited = HostStore.write, Prefetch._stage, []
+    write, stage, waited, asked = HostStore.write, Prefetch._stage, [], threading.Event()
 
     def slow(*args):
         if threading.current_thread().name.startswith("rows-return"):
-            # Longer than the next batch takes to ask for its rows.
-            time.sleep(0.2)
+            # Until the next batch asks for its rows, if one does, and has had the time to read
+            # them if it does not wait.
+            asked.clear()
+            asked.wait(0.2)
+            time.sleep(0.02)
         write(*args)
 
     def counted(self, ticket, waits):
         waited.append(sum(not returned.done() for returned in waits))
+        asked.set()
         return stage(self, ticket, waits)
 
     monkeypatch.setattr(HostStore, "write", slow)

@@ -115,10 +115,8 @@ def resident_run(text_file, tmp_path_factory) -> Path:
 
 # The fifth return of rows is some steps after the first checkpoint; in the main thread the next
 # save writes back the rows that are on the device.
-@pytest.mark.parametrize(
-    ("thread", "call"),
-    [pytest.param("rows-return", 5, marks=pytest.mark.long), ("MainThread", 1)],
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("thread", "call"), [("rows-return", 5), ("MainThread", 1)])
 def test_killed_during_a_write_back(resident_run, text_file, tmp_path, thread, call):
     workdir = tmp_path / "run"
     argv = arguments(text_file, workdir)

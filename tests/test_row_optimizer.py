@@ -88,7 +88,7 @@ def whole_table(spec: TableSpec, edges=None) -> np.ndarray:
     return np.asarray(run(start))
 
 
-@pytest.mark.parametrize("epsilon", [1e-8, 1e-3])
+@pytest.mark.parametrize("epsilon", [1e-8, pytest.param(1e-3, marks=pytest.mark.long)])
 def test_600_zipf_steps_against_dense(epsilon):
     dense = whole_table(make_spec(optimizer="dense_adamw", epsilon=epsilon))
     five = whole_table(make_spec(epsilon=epsilon))

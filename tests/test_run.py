@@ -221,7 +221,9 @@ def test_resuming_reads_what_was_prepared(text_file, tmp_path, capsys):
     text = tmp_path / "gone.jsonl"
     shutil.copy(text_file, text)
     workdir = tmp_path / "run"
+    # Without what compiles more and reads no text.
     flags = {"mesh__fsdp": 1, "optimizer__schedule_steps": 4}
+    flags |= {"train__sample_prompt": "", "eval__baselines": False}
     main(arguments(text, workdir, train__steps=2, **flags))
     before = {p: p.read_bytes() for p in (workdir / "data").rglob("*.bin")}
     text.unlink()
