@@ -10,8 +10,23 @@ import re
 
 import jax
 
-# Kernels are parts by their calls alone; what stands around a call belongs to the mark outside.
+# In the order in which they are read; others follow.
+STEP = (
+    *("block_matmuls", "attention", "rotary", "block_rest"),
+    *("row_lookup", "row_gradient", "row_copies", "exchange"),
+    *("head_loss", "embedding", "embedding_backward", "row_optimizer", "optimizer", "rest"),
+)
+REST = "rest"
+# Parts that are the calls of their kernels alone; what stands around a call belongs to the mark
+# outside.
 KERNELS = frozenset({"attention"})
+# What the compiler or a scan moves between these parts and others is a part of its own.
+MOVED_FOR = {
+    "attention": "rotary",
+    "row_lookup": "row_copies",
+    "row_gradient": "row_copies",
+    "exchange": "row_copies",
+}
 _MARK = "part."
 _MARKED = re.compile(r"\bpart\.(\w+)")
 

@@ -21,6 +21,7 @@ def main(argv: list[str]) -> None:
         "--naive-lookup": "for contrast: table[ids] and its gradient, partitioned automatically",
         "--all-distinct": "room for every token distinct; else for what Zipf's law expects",
         "--full-effort": "compile as a run does, which takes minutes more",
+        "--account": "cycles and time on the wires by part of the step; takes --full-effort",
         "--json": "print one JSON object",
     }
     for flag, meaning in switches.items():
@@ -43,6 +44,7 @@ def main(argv: list[str]) -> None:
         naive_lookup=args.naive_lookup,
         all_distinct=args.all_distinct,
         full_effort=args.full_effort,
+        account=args.account,
     )
     print(as_json(plan) if args.json else as_text(plan))
     if not plan.fits:

@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec
 
 from stem_jax.hardware import Chip
 from stem_jax.planning import hlo
-from stem_jax.planning.collectives import Collective, collectives_of, device_groups
+from stem_jax.planning.collectives import Collective, collectives_of
+from stem_jax.planning.device_groups import device_groups
 from stem_jax.planning.program import zipf_counts
 from stem_jax.planning.roofline import roofline, step_flops
 from stem_jax.planning.topology import Topology

@@ -3,15 +3,16 @@
 import dataclasses
 import re
 
-from stem_jax.planning.hlo import Module
+from stem_jax.planning.device_groups import device_groups
+from stem_jax.planning.hlo import Instruction, Module
 
-KINDS = ("all-to-all", "all-gather", "reduce-scatter", "all-reduce", "collective-permute")
-_EXPLICIT = re.compile(r"replica_groups=\{(\{[\d,{} ]*\})\}")
-_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+_EXCHANGES = ("all-to-all", "ragged-all-to-all", "all-gather", "reduce-scatter")
+KINDS = (*_EXCHANGES, "all-reduce", "collective-permute")
 # Between slices a TPU program hands its data to the host: a `send` that names what it is part of.
 _BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="([A-Z_]+)"')
-_PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{} ]*\})\}")
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
+# What libtpu puts into the fusion that starts a collective, and into the one that awaits it.
+STARTS, AWAITS = "AsyncCollectiveStart", "AsyncCollectiveDone"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Collective:
     bytes: what a chip sends in one run of it, by the ring algorithm: (n - 1) / n of the whole array
     for a gather, scatter or exchange in a group of n, twice that for an all-reduce. times: runs per
     step. group: the chips that take part, or between slices the slices. crosses: whether the bytes
-    go from slice to slice, over the data-centre network.
+    go from slice to slice, over the data-centre network. scheduled: the instruction that starts it.
     """
 
     kind: str
@@ -31,6 +32,7 @@ class Collective:
     times: int
     group: int
     crosses: bool
+    scheduled: str = ""
 
     @property
     def total(self) -> float:
@@ -46,9 +48,11 @@ def collectives_of(module: Module, slices: list[int]) -> list[Collective]:
         slices: slice of each device, in the order of the mesh.
     """
     found = []
-    for instruction, times in _with_fused(module):
+    for scheduled, instruction, times in _with_fused(module):
         kind = instruction.opcode.removesuffix("-start")
-        read = sum(array.bytes for array in module.operands(instruction))
+        read = [array.bytes for array in module.operands(instruction)]
+        # A ragged exchange is told where to write and how much, beside what it sends.
+        read = sum(read[:1] if kind.startswith("ragged") else read)
         if kind == "send" and (between := _BETWEEN_SLICES.search(instruction.attributes)):
             kind, crosses = between.group(1).lower().replace("_", "-"), True
             # Only the data axis spans slices, so that every transfer joins all of them.
@@ -59,46 +63,32 @@ def collectives_of(module: Module, slices: list[int]) -> list[Collective]:
             crosses = any(len({slices[device] for device in group}) > 1 for group in groups)
         else:
             continue
-        sent = _sent(kind, read, size)
-        if sent:
-            found.append(
-                Collective(kind, instruction.name, instruction.op_name, sent, times, size, crosses)
-            )
+        if sent := _sent(kind, read, size):
+            names = instruction.name, instruction.op_name
+            found.append(Collective(kind, *names, sent, times, size, crosses, scheduled.name))
     return found
 
 
-def device_groups(attributes: str, devices: int) -> list[list[int]]:
-    """Groups of devices that a collective joins, in any of the notations of XLA."""
-    if found := _PAIRS.search(attributes) or _EXPLICIT.search(attributes):
-        return _groups(found.group(1))
-    if found := _IOTA.search(attributes):
-        shape, reshape, order = (_numbers(part or "") for part in found.groups())
-        return _chunks(_transposed(reshape, order or list(range(len(reshape)))), shape[-1])
-    if found := _MESH.search(attributes):
-        axes = dict(re.findall(r"'([^']+)'=(\d+)", found.group(1)))
-        names, joined = list(axes), re.findall(r"'([^']+)'", found.group(2))
-        sizes = [int(axes[name]) for name in names]
-        apart = [index for index, name in enumerate(names) if name not in joined]
-        together = [names.index(name) for name in joined]
-        size = 1
-        for index in together:
-            size *= sizes[index]
-        return _chunks(_transposed(sizes, apart + together), size)
-    return [list(range(devices))]
-
-
-def _groups(text: str) -> list[list[int]]:
-    """Reads {1,2},{3,4}."""
-    return [_numbers(group) for group in re.findall(r"\{([\d, ]+)\}", text)]
-
-
 def _with_fused(module: Module):
-    """The scheduled instructions and, for those that wrap a collective, what they wrap."""
-    for instruction, times in module.scheduled():
-        yield instruction, times
-        if instruction.opcode == "fusion":
-            for inner in module.computations.get(instruction.called("calls") or "", ()):
-                yield inner, times
+    """The scheduled instructions and, for those that wrap a collective, what they wrap.
+
+    libtpu writes an asynchronous collective once into the fusion that starts it and again into each
+    that works beside it and into the one that awaits it, all with the same channel.
+    """
+    scheduled = list(module.scheduled())
+    inside = {i.name: list(module.fused(i)) for i, _ in scheduled}
+    started = {name: any(i.target == STARTS for i in inner) for name, inner in inside.items()}
+    channels = {_channel(i) for name, inner in inside.items() if started[name] for i in inner}
+    for instruction, times in scheduled:
+        yield instruction, instruction, times
+        for inner in inside[instruction.name]:
+            if started[instruction.name] or _channel(inner) not in channels:
+                yield instruction, inner, times
+
+
+def _channel(instruction: Instruction) -> tuple[str, str] | None:
+    found = _CHANNEL.search(instruction.attributes)
+    return (instruction.opcode, found.group(1)) if found else None
 
 
 def _sent(kind: str, read: int, size: int) -> float:
@@ -109,23 +99,4 @@ def _sent(kind: str, read: int, size: int) -> float:
         "reduce-scatter": read * share,
         "all-reduce": 2 * read * share,
     }
-    return sent.get(kind, read)
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",") if part]
-
-
-def _transposed(sizes: list[int], order: list[int]) -> list[int]:
-    """The numbers 0, 1, ... as an array of these sizes, its dimensions reordered, flattened."""
-    strides = [1] * len(sizes)
-    for index in range(len(sizes) - 2, -1, -1):
-        strides[index] = strides[index + 1] * sizes[index + 1]
-    numbers = [0]
-    for dimension in order:
-        numbers = [n + i * strides[dimension] for n in numbers for i in range(sizes[dimension])]
-    return numbers
-
-
-def _chunks(numbers: list[int], size: int) -> list[list[int]]:
-    return [numbers[start : start + size] for start in range(0, len(numbers), size)]
+    return sent.get(kind.removeprefix("ragged-"), read)

@@ -23,7 +23,6 @@ _ALLOCATION = re.compile(
     rf"^  \d+\. Size: {_SIZE}$(?P<rest>(?:\n     .*)*)",
     re.MULTILINE,
 )
-_OPERATOR = re.compile(r'op_name="([^"]*)"')
 _FIELD = re.compile(r"^     (Operator|Shape|Tag): (.*)$", re.MULTILINE)
 _PEAK = re.compile(r"^  Live ranges at \d+ \(peak\):$", re.MULTILINE)
 _LIVE = re.compile(r"^    ([\w.\-]+)\{([\d,]*)\}: (\d+) bytes", re.MULTILINE)
@@ -100,7 +99,7 @@ def compile_program(program: Program, *, full_effort: bool = False) -> Compiled:
         seconds = time.perf_counter() - start
         texts = _dumped(Path(folder))
     text = compiled.as_text() if compiled else texts.get("after_optimizations", "")
-    module = hlo.parse(text) if text else None
+    module = hlo.parse(text, program.rounds) if text else None
     costs = (compiled.cost_analysis() or {}) if compiled else {}
     return Compiled(
         memory=_memory(compiled, texts.get("after_optimizations-memory-usage-report", ""))
@@ -166,7 +165,7 @@ def _allocations(message: str) -> tuple[Buffer, ...]:
     found = []
     for entry in _ALLOCATION.finditer(message):
         fields = dict(_FIELD.findall(entry["rest"]))
-        origin = _OPERATOR.search(fields.get("Operator", ""))
+        origin = hlo.OP_NAME.search(fields.get("Operator", ""))
         shape = fields.get("Shape", "?").partition("{")[0]
         tag = fields.get("Tag") or (origin.group(1) if origin else "")
         found.append(Buffer(_parsed(entry.group(1), entry.group(2)), shape, tag))

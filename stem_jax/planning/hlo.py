@@ -3,7 +3,7 @@
 Enough of the language for accounts of memory and traffic. A loop runs as often as XLA says
 (`known_trip_count`), or as its condition says when that compares a counter with a constant
 (counters start at 0 and rise by 1, as JAX writes them). The rounds of the exchange end on the
-device; such a loop is counted once.
+device; whoever reads the program says how many to expect of such a loop.
 """
 
 import dataclasses
@@ -24,7 +24,9 @@ _CALLED = re.compile(
 )
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_OP_NAME = re.compile(r'op_name="([^"]*)"')
+OP_NAME = re.compile(r'op_name="([^"]*)"')
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +78,20 @@ class Instruction:
     @property
     def op_name(self) -> str:
         """Where in the traced program it comes from."""
-        found = _OP_NAME.search(self.attributes)
+        found = OP_NAME.search(self.attributes)
         return found.group(1) if found else ""
+
+    @property
+    def target(self) -> str:
+        """What a custom call calls."""
+        found = _TARGET.search(self.attributes)
+        return found.group(1) if found else ""
+
+    @property
+    def estimated_cycles(self) -> int | None:
+        """The compiler's estimate of one run; None where it makes none."""
+        found = _CYCLES.search(self.attributes)
+        return int(found.group(1)) if found else None
 
     @property
     def bytes(self) -> int:
@@ -91,10 +105,13 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """computations: instructions by computation. entry: the name of the one that runs first."""
+    """computations: instructions by computation. entry: the name of the one that runs first.
+    open_rounds: counted of a loop whose end only the device knows.
+    """
 
     computations: dict[str, tuple[Instruction, ...]]
     entry: str
+    open_rounds: int = 1
 
     @functools.cached_property
     def instructions(self) -> dict[str, Instruction]:
@@ -106,9 +123,16 @@ class Module:
         found = (self.instructions.get(name) for name in instruction.operands)
         return [array for operand in found if operand for array in operand.arrays]
 
-    def scheduled(self) -> Iterator[tuple[Instruction, int]]:
-        """Every instruction that runs on its own, with the times it runs; not those in fusions."""
-        yield from self._walk(self.entry, 1)
+    def fused(self, instruction: Instruction) -> Iterator[Instruction]:
+        """What runs inside a fusion, fusions in it included."""
+        if instruction.opcode == "fusion":
+            for inner in self.computations.get(instruction.called("calls") or "", ()):
+                yield inner
+                yield from self.fused(inner)
+
+    def scheduled(self, computation: str = "") -> Iterator[tuple[Instruction, int]]:
+        """What runs on its own in one run of the program or of a computation, and how often."""
+        yield from self._walk(computation or self.entry, 1)
 
     def trip_count(self, loop: Instruction) -> int | None:
         """Rounds of a `while`; None when the device decides."""
@@ -123,14 +147,17 @@ class Module:
                     return int(constants[0])
         return None
 
+    def rounds(self, loop: Instruction) -> int:
+        """Rounds that are counted of a `while`."""
+        known = self.trip_count(loop)
+        return self.open_rounds if known is None else known
+
     def _walk(self, computation: str, times: int) -> Iterator[tuple[Instruction, int]]:
         for instruction in self.computations.get(computation, ()):
             yield instruction, times
             if instruction.opcode == "while":
-                rounds = self.trip_count(instruction)
-                yield from self._walk(
-                    instruction.called("body"), times * (1 if rounds is None else rounds)
-                )
+                rounds = self.rounds(instruction)
+                yield from self._walk(instruction.called("body"), times * rounds)
             elif instruction.opcode == "conditional":
                 yield from self._walk_branches(instruction, times)
             elif instruction.opcode in ("call", "async-start"):
@@ -146,8 +173,8 @@ class Module:
                 yield from self._walk(name, times)
 
 
-def parse(text: str) -> Module:
-    """Reads the text of a module."""
+def parse(text: str, open_rounds: int = 1) -> Module:
+    """Reads the text of a module; open_rounds as in `Module`."""
     bodies: dict[str, list[list[str]]] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -166,7 +193,7 @@ def parse(text: str) -> Module:
         name: tuple(_instruction(" ".join(lines)) for lines in body)
         for name, body in bodies.items()
     }
-    return Module(computations, entry)
+    return Module(computations, entry, open_rounds)
 
 
 def arrays_of(text: str) -> tuple[Array, ...]:

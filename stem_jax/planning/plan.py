@@ -6,8 +6,10 @@ import math
 from jax.sharding import Mesh
 
 from stem_jax.config import Config
+from stem_jax.errors import InputError
 from stem_jax.hardware import Chip, chip_of
 from stem_jax.mesh import AXES, BATCH_AXES, axis_size, make_mesh, slice_of
+from stem_jax.planning.account import Account, make_account
 from stem_jax.planning.collectives import KINDS, Collective, collectives_of
 from stem_jax.planning.compiled import Buffer, Compiled, Memory, compile_program
 from stem_jax.planning.hlo import Module
@@ -54,6 +56,8 @@ class Plan:
     unknown. model_flops, all_flops: matmuls on all chips, without and with recomputation.
     compiler_flops: the compiler's own count of one chip, where loops count once and kernels not at
     all. hbm_traffic, collectives, roofline: None where there is no program or no peak figures.
+    open_ended_loops: end when the device says so, counted as open_ended_rounds each. account: None
+    unless asked for.
     """
 
     program: str
@@ -75,10 +79,12 @@ class Plan:
     hbm_traffic: int | None
     collectives: dict[str, CollectiveTotal] | None
     open_ended_loops: int
+    open_ended_rounds: int
     roofline: Roofline | None
     peaks: Chip | None
     compile_seconds: float
     remedies: tuple[str, ...]
+    account: Account | None = None
 
 
 def make_plan(
@@ -88,6 +94,7 @@ def make_plan(
     naive_lookup: bool = False,
     all_distinct: bool = False,
     full_effort: bool = False,
+    account: bool = False,
 ) -> Plan:
     """Compiles for the topology; takes from seconds to minutes.
 
@@ -95,17 +102,23 @@ def make_plan(
         naive_lookup: compile `program.naive_lookup_program` in place of the train step.
         all_distinct: as `program.train_step_program` has it.
         full_effort: as `compiled.compile_program` has it.
+        account: make the account of the step; needs full effort, and takes it.
 
     Raises:
         InputError: the topology cannot be described, or the configuration does not suit it.
     """
     mesh = make_mesh(config.mesh, topology.devices())
     chip = chip_of(mesh.devices.flat[0])
+    if account and (naive_lookup or chip is None or not chip.clock):
+        raise InputError(
+            f"--account reads the cycles that libtpu estimates for a train step; {topology} with "
+            f"naive_lookup={naive_lookup} has none: choose a TPU, without --naive-lookup"
+        )
     if naive_lookup:
         program = naive_lookup_program(config, mesh)
     else:
         program = train_step_program(config, mesh, all_distinct=all_distinct)
-    compiled = compile_program(program, full_effort=full_effort)
+    compiled = compile_program(program, full_effort=full_effort or account)
     limit = int(chip.hbm_bytes) if chip else None
     fits = not compiled.refused and (limit is None or compiled.memory.total <= limit)
     module = compiled.module
@@ -133,6 +146,7 @@ def make_plan(
         hbm_traffic=traffic,
         collectives=None if module is None else _totals(collectives),
         open_ended_loops=0 if module is None else _open_ended(module),
+        open_ended_rounds=program.rounds,
         roofline=roofline(config, topology, chip, collectives, traffic) if bounded else None,
         peaks=chip,
         compile_seconds=compiled.seconds,
@@ -141,6 +155,7 @@ def make_plan(
         else _NAIVE
         if naive_lookup
         else _remedies(config, mesh, compiled, limit),
+        account=make_account(module, collectives, topology, chip) if account and module else None,
     )
 
 

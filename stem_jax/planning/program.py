@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import statistics
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +25,14 @@ from stem_jax.training.step import Batch, TrainStep
 @dataclasses.dataclass(frozen=True)
 class Program:
     """lowered: ready to compile. argument_bytes: of one chip's share of the arguments. exchange:
-    the sizes of the row exchange; None without one.
+    the sizes of the row exchange; None without one. rounds: of it, to be expected of loops whose
+    end only the device knows.
     """
 
     lowered: jax.stages.Lowered
     argument_bytes: int
     exchange: Exchange | None
+    rounds: int = 1
 
 
 def train_step_program(config: Config, mesh: Mesh, *, all_distinct: bool = False) -> Program:
@@ -69,7 +72,27 @@ def train_step_program(config: Config, mesh: Mesh, *, all_distinct: bool = False
         size = exchange.num_owners * exchange.owned_rows
         sharding = NamedSharding(mesh, step.spec.index_spec)
         slots = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=sharding)
-    return _program(step.update, (state, batch, schedule, slots), exchange, sizes=sizes)
+    program = _program(step.update, (state, batch, schedule, slots), exchange, sizes=sizes)
+    if exchange is None or exchange.num_owners == 1:
+        return program
+    return dataclasses.replace(program, rounds=zipf_rounds(config, mesh, exchange.capacity))
+
+
+def zipf_rounds(config: Config, mesh: Mesh, capacity: int) -> int:
+    """Rounds of an exchange whose pairs of devices move so many rows each in one.
+
+    The pair with most rows decides. What one of them has is a sum of independent draws, near enough
+    to normal: of N pairs the largest lies where one in N is larger.
+    """
+    spec = TableSpec.from_config(config)
+    owners, devices = axis_size(mesh, spec.vocab_axes), axis_size(mesh, BATCH_AXES)
+    asked_K = 1 - (1 - _zipf_shares(config)) ** (config.tokens_per_step // devices)
+    rows_K = spec.layout.row_numbers(np.arange(len(asked_K)))
+    owner_K = rows_K // (spec.num_rows // owners)
+    mean_P = np.bincount(owner_K, asked_K, owners)
+    deviation_P = np.sqrt(np.bincount(owner_K, asked_K * (1 - asked_K), owners))
+    largest = statistics.NormalDist().inv_cdf(1 - 1 / (owners * devices))
+    return max(1, math.ceil(np.max(mean_P + largest * deviation_P) / capacity))
 
 
 def zipf_counts(config: Config, mesh: Mesh) -> tuple[int, int]:
@@ -78,8 +101,7 @@ def zipf_counts(config: Config, mesh: Mesh) -> tuple[int, int]:
     Tokens are drawn independently with a probability inverse to their rank; text repeats itself
     more and has fewer. Rows are spread over their owners evenly.
     """
-    shares = 1 / np.arange(1, config.model.vocab_size + 1)
-    shares /= shares.sum()
+    shares = _zipf_shares(config)
 
     def distinct(tokens: int) -> float:
         return float(np.sum(1 - (1 - shares) ** tokens))
@@ -87,6 +109,11 @@ def zipf_counts(config: Config, mesh: Mesh) -> tuple[int, int]:
     own = distinct(config.tokens_per_step // axis_size(mesh, BATCH_AXES))
     owners = axis_size(mesh, config.tables.vocab_axes)
     return math.ceil(own), math.ceil(distinct(config.tokens_per_step) / owners)
+
+
+def _zipf_shares(config: Config) -> np.ndarray:
+    shares = 1 / np.arange(1, config.model.vocab_size + 1)
+    return shares / shares.sum()
 
 
 def naive_lookup_program(config: Config, mesh: Mesh) -> Program:

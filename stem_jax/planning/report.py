@@ -7,6 +7,7 @@ from stem_jax.planning.plan import Plan
 
 # Origins are paths of calls; what is left says which one.
 _ORIGIN_LENGTH = 90
+_LISTED_CYCLES = 100_000
 
 
 def as_json(plan: Plan) -> str:
@@ -27,6 +28,7 @@ def as_text(plan: Plan) -> str:
         *_buffer_lines(plan),
         *_work_lines(plan),
         *_roofline_lines(plan),
+        *_account_lines(plan),
     ]
     if not plan.fits:
         lines.append(f"to change    {'; or '.join(plan.remedies)}")
@@ -111,7 +113,7 @@ def _work_lines(plan: Plan) -> list[str]:
         if plan.open_ended_loops:
             lines.append(
                 f"             {plan.open_ended_loops} loops end when the device says so (rounds "
-                "of the exchange): counted as one round each"
+                f"of the exchange): counted as {plan.open_ended_rounds} each"
             )
     return lines
 
@@ -142,6 +144,33 @@ def _roofline_lines(plan: Plan) -> list[str]:
         f"{peaks.hbm_bandwidth / 1e9:,g} GB/s, {peaks.links} links of "
         f"{peaks.link_bandwidth / 1e9:g} GB/s each way{network} ({peaks.source})",
     ]
+
+
+def _account_lines(plan: Plan) -> list[str]:
+    account = plan.account
+    if account is None:
+        return []
+    columns = "{:<20}{:>11}{:>11}{:>10}{:>12}"
+    lines = [
+        "account      " + columns.format("part", "M cycles", "charged", "wires ms", "covered ms")
+    ]
+    for part in account.parts:
+        cycles = (f"{part.cycles / 1e6:,.1f}", f"{part.charged / 1e6:,.1f}")
+        times = (f"{1e3 * part.wire_seconds:,.1f}", f"{1e3 * part.covered_seconds:,.1f}")
+        lines.append(" " * 13 + columns.format(part.name, *cycles, *times))
+    lines.append(
+        f"             {account.total_cycles / 1e6:,.1f} M cycles of a chip and step, estimated by "
+        f"the compiler and charged: {1e3 * account.seconds:,.1f} ms with uncovered wires"
+    )
+    lines.append("             charged, for want of an estimate (runs, M cycles):")
+    for entry in account.charges:
+        if entry.cycles >= _LISTED_CYCLES:
+            charged = f"{entry.count:>9,} {entry.cycles / 1e6:>9,.1f}"
+            lines.append(f"             {entry.part:<20}{entry.kind:<16}{charged}")
+    rest = [entry for entry in account.charges if entry.cycles < _LISTED_CYCLES]
+    cycles, count = sum(e.cycles for e in rest) / 1e6, sum(e.count for e in rest)
+    lines.append(f"             {'all others':<36}{count:>9,} {cycles:>9,.1f}")
+    return lines
 
 
 def _bytes(size: float) -> str:

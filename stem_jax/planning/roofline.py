@@ -59,8 +59,8 @@ def roofline(
     seconds = {
         "compute": all_flops / chips / chip.flops,
         "hbm": hbm_bytes / chip.hbm_bandwidth,
-        "interconnect": sum(_ici_seconds(c, topology, chip) for c in collectives),
-        "network": sum(_network_seconds(c, chip) for c in collectives),
+        "interconnect": sum(ici_seconds(c, topology, chip) for c in collectives),
+        "network": sum(network_seconds(c, chip) for c in collectives),
     }
     binds = max(seconds, key=seconds.get)
     step = seconds[binds]
@@ -73,7 +73,7 @@ def roofline(
     )
 
 
-def _ici_seconds(collective: Collective, topology: Topology, chip: Chip) -> float:
+def ici_seconds(collective: Collective, topology: Topology, chip: Chip) -> float:
     """At least the bytes over the links of the chip that has fewest: a corner, without rings.
 
     An all-to-all of a whole slice also crosses its middle: half of what every chip sends, over the
@@ -93,7 +93,8 @@ def _ici_seconds(collective: Collective, topology: Topology, chip: Chip) -> floa
     return seconds
 
 
-def _network_seconds(collective: Collective, chip: Chip) -> float:
+def network_seconds(collective: Collective, chip: Chip) -> float:
+    """Of the bytes that go from slice to slice; 0 where the network's speed is not known."""
     if not collective.crosses or chip.network is None:
         return 0.0
     return collective.total / chip.network

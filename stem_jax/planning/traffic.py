@@ -3,7 +3,7 @@
 from stem_jax.planning.hlo import Array, Instruction, Module
 
 # They move nothing themselves: names of other values, control flow, ends of what was started.
-_FREE = {
+FREE = {
     "after-all",
     "async-start",
     "bitcast",
@@ -31,12 +31,15 @@ def hbm_bytes(module: Module) -> int:
     free. Of an operand that is only sliced or gathered from, what is taken counts, and of one that
     is updated in place, the update.
     """
-    return sum(_moved(module, instruction) * times for instruction, times in module.scheduled())
+    return sum(
+        moved_bytes(module, instruction) * times for instruction, times in module.scheduled()
+    )
 
 
-def _moved(module: Module, instruction: Instruction) -> int:
+def moved_bytes(module: Module, instruction: Instruction) -> int:
+    """Bytes of one run of a scheduled instruction."""
     opcode = instruction.opcode
-    if opcode in _FREE or opcode.endswith("-done"):
+    if opcode in FREE or opcode.endswith("-done"):
         return 0
     operands = (module.instructions.get(name) for name in instruction.operands)
     read = [_hbm(operand.arrays) if operand else 0 for operand in operands]
