@@ -138,10 +138,10 @@ def sum_and_scatter(
     x: jax.Array, sum_axis: str, scatter_axis: str, dimension: int, mesh: Mesh | None
 ) -> jax.Array:
     """Inside `shard_map`: sums over both axes, leaving `dimension` sharded over `scatter_axis`."""
-    x = jax.lax.psum(x, live_axes(mesh, sum_axis))
-    if not live_axes(mesh, scatter_axis):
-        return x
-    return jax.lax.psum_scatter(x, scatter_axis, scatter_dimension=dimension, tiled=True)
+    if live_axes(mesh, scatter_axis):
+        # First, so that the other axis sums a shard and not the whole.
+        x = jax.lax.psum_scatter(x, scatter_axis, scatter_dimension=dimension, tiled=True)
+    return jax.lax.psum(x, live_axes(mesh, sum_axis))
 
 
 def check_divides(

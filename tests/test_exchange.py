@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stem_jax.errors import InputError
+from stem_jax.kernels import row_sums
 from stem_jax.mesh import axis_size
 from stem_jax.tables.layout import TableLayout
-from stem_jax.tables.lookup import lookup, sum_by_row
+from stem_jax.tables.lookup import lookup
 from stem_jax.tables.sharded_table import ShardedTable
 from stem_jax.tables.spec import TableSpec, TableState
 from stem_jax.tables.update_history import make_history
@@ -45,14 +46,17 @@ def _keys(kind: str) -> np.ndarray:
 
 
 @functools.cache
-def _program(mesh, vocab_axes: tuple[str, ...], capacity: int):
-    """One jitted step of a table: requests, the values that each key sees, and summed gradients."""
+def _program(mesh, vocab_axes: tuple[str, ...], capacity: int, micro: int = MICRO, way=None):
+    """One jitted step of a table: requests, the values that each key sees, and summed gradients.
+
+    way: of sums by row, traced by the caller; keeps the programs apart.
+    """
     spec = TableSpec(
         TableLayout(NUM_KEYS, 32), LAYERS, WIDTH, 1.0, vocab_axes, "dense_adamw", 1.0, 0.0, 0.9,
         0.95, 1e-8, 1.0, capacity,
     )  # fmt: skip
     table = ShardedTable(
-        spec, mesh, MICRO * BATCH * LENGTH // (mesh.shape["data"] * mesh.shape["fsdp"])
+        spec, mesh, micro * BATCH * LENGTH // (mesh.shape["data"] * mesh.shape["fsdp"])
     )
 
     history = make_history(spec, np.zeros(1))
@@ -62,14 +66,22 @@ def _program(mesh, vocab_axes: tuple[str, ...], capacity: int):
         requests = table.request(keys_AxBxL, valid_AxBxL)
         block_UxSxF = table.fetch(state, requests, jnp.float32, jnp.int32(0), history)
 
+        indices = [
+            jax.tree.map(lambda x, i=number: x[i], (requests.inverse, requests.order))
+            for number in range(micro)
+        ]
+
         def values(block_UxSxF):
             return jnp.stack(
                 [
                     jnp.stack(
-                        [lookup(block_UxSxF[:, layer], inverse, mesh) for layer in range(LAYERS)],
+                        [
+                            lookup(block_UxSxF[:, layer], inverse, order, mesh)
+                            for layer in range(LAYERS)
+                        ],
                         axis=2,
                     )
-                    for inverse in requests.inverse
+                    for inverse, order in indices
                 ]
             )
 
@@ -81,7 +93,7 @@ def _program(mesh, vocab_axes: tuple[str, ...], capacity: int):
 
 
 def _run(mesh, vocab_axes, capacity, keys, valid):
-    spec, run = _program(mesh, vocab_axes, capacity)
+    spec, run = _program(mesh, vocab_axes, capacity, len(keys), row_sums.way_on(mesh))
     rng = np.random.default_rng(11)
     rows = rng.normal(size=(spec.num_rows, LAYERS, WIDTH)).astype(np.float32)
     cotangent = rng.normal(size=(*keys.shape, LAYERS, WIDTH)).astype(np.float32)
@@ -120,8 +132,8 @@ def _check(mesh, vocab_axes, capacity, keys, valid):
     asked = requests.owned[requests.owned < spec.num_rows]
     assert set(asked) == set(numbers[valid])
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    blocks = numbers.reshape(MICRO, devices, -1).swapaxes(0, 1).reshape(devices, -1)
-    real = valid.reshape(MICRO, devices, -1).swapaxes(0, 1).reshape(devices, -1)
+    blocks = numbers.reshape(len(keys), devices, -1).swapaxes(0, 1).reshape(devices, -1)
+    real = valid.reshape(len(keys), devices, -1).swapaxes(0, 1).reshape(devices, -1)
     expected = [sorted(set(b[r])) for b, r in zip(blocks, real, strict=True)]
     np.testing.assert_array_equal(requests.distinct, [len(rows) for rows in expected])
     per_device = requests.rows.reshape(devices, -1)
@@ -146,6 +158,20 @@ def test_exchange_equals_indexing(shape, vocab_axes, capacity, device_mesh):
         second = _check(mesh, vocab_axes, capacity, _keys(kind), valid)
         for one, two in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
             np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("micro", [1, MICRO])
+@pytest.mark.parametrize(
+    ("shape", "vocab_axes"), [((1, 1, 1), BOTH), ((2, 2, 2), BOTH), ((2, 4, 1), ("fsdp",))]
+)
+def test_exchange_with_the_sums_of_matrix_units(shape, vocab_axes, micro, device_mesh, monkeypatch):
+    """One micro-batch names its rows densely, several do not; windows of 4 values."""
+    monkeypatch.setitem(row_sums.WAYS, "cpu", "windows")
+    monkeypatch.setattr(row_sums, "_CHUNK", 4)
+    valid = np.ones((MICRO, BATCH, LENGTH), bool)
+    valid[1, 3:6, 1:] = False
+    for kind in ("zipf", "equal", "distinct"):
+        _check(device_mesh(shape), vocab_axes, 3, _keys(kind)[-micro:], valid[-micro:])
 
 
 def test_all_padding_asks_for_nothing(device_mesh):
@@ -250,50 +276,3 @@ def test_the_load_of_a_zipf_batch_is_even():
     # Which of the rare keys occur is chance: 2410 rows a shard have a standard deviation of 2 %.
     assert load.max() < 1.05 * load.mean()
     assert unspread.max() > 2.5 * unspread.mean()
-
-
-# --- Sums by row ---
-
-_sum_by_row = jax.jit(sum_by_row, static_argnums=2)
-
-
-@given(st.lists(st.integers(0, 12), min_size=1, max_size=64), st.integers(0, 2**31))
-@settings(max_examples=60)
-def test_sum_by_row(index, seed):
-    # One size, so that one program serves all examples.
-    index = np.resize(np.array(index, np.int32), 64)
-    values = np.random.default_rng(seed).normal(size=(64, 3)).astype(np.float32)
-    sums = np.asarray(_sum_by_row(values, index, 16))
-    oracle = np.zeros((16, 3))
-    np.add.at(oracle, index, values.astype(np.float64))
-    np.testing.assert_allclose(sums, oracle, rtol=1e-6, atol=4e-6)
-    assert not np.any(sums[np.setdiff1d(np.arange(16), index)])
-    assert np.array_equal(sums, _sum_by_row(values, index, 16))
-
-
-def test_sum_by_row_adds_half_precision_in_float32():
-    # In bfloat16, 256 + 1 stays 256.
-    values = jnp.ones((64, 3), jnp.bfloat16).at[0].set(256)
-    sums = _sum_by_row(values, jnp.zeros(64, jnp.int32), 16)
-    assert sums.dtype == jnp.float32
-    assert sums[0].tolist() == [319.0] * 3 and not np.any(sums[1:])
-
-
-@pytest.mark.parametrize(
-    ("length", "spread"), [(2048, 16), (2048, 1), (1536, 3), (513, 2)], ids=str
-)
-def test_sum_by_row_over_several_chunks(length, spread):
-    """Segments of indices that go on over one end of a chunk of 512 values, over several, or end
-    there; `spread` is their number.
-    """
-    rng = np.random.default_rng(length + spread)
-    values = rng.integers(-8, 9, (length, 5)).astype(np.float32)
-    for index in (
-        rng.integers(0, spread, length),
-        # Each segment ends with its chunk, so that none may take what the one before left open.
-        np.arange(length) // 512 % 16,
-    ):
-        sums = np.zeros((16, 5), np.float32)
-        np.add.at(sums, index, values)
-        # Sums of small integers are exact in any order.
-        np.testing.assert_array_equal(_sum_by_row(values, jnp.asarray(index, jnp.int32), 16), sums)

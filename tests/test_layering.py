@@ -38,6 +38,7 @@ LEVELS = [
         "work_folder",
     ],
     ["mesh"],
+    ["kernels"],
     ["data"],
     ["tables"],
     ["model"],

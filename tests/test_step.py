@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from stem_jax.errors import InputError
+from stem_jax.kernels import row_sums
 from stem_jax.mesh import check_placement
 from stem_jax.training.schedule import learning_rates, make_schedule
 from stem_jax.training.state import abstract_state, init_state
@@ -254,3 +255,17 @@ def test_sizes_that_do_not_divide_are_refused(overrides, shape, message, tiny_co
     step = TrainStep(tiny_config(**overrides), device_mesh(shape))
     with pytest.raises(InputError, match=message):
         check_placement(_placed(step.config, step), step.mesh, max_replicated_mib=16)
+
+
+@pytest.mark.parametrize("micro_batches", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_sums_of_matrix_units_train_alike(
+    micro_batches, train_step, fresh_state, make_batch, runs, monkeypatch
+):
+    """Rows and the embedding, in windows of 8 values."""
+    monkeypatch.setitem(row_sums.WAYS, "cpu", "windows")
+    monkeypatch.setattr(row_sums, "_CHUNK", 8)
+    kept = train_step((2, 2, 2))
+    train = dataclasses.replace(kept.config.train, micro_batches=micro_batches)
+    step = TrainStep(dataclasses.replace(kept.config, train=train), kept.mesh)
+    _, losses = _run(step, fresh_state(step), make_batch, 20)
+    np.testing.assert_allclose(losses, runs[2, 2, 2][2], rtol=0, atol=1e-5)

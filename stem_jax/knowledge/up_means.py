@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from stem_jax.data.loader import Batch as HostBatch
+from stem_jax.kernels.row_sums import order_of, sum_by_row, way_on
 from stem_jax.model.rotary import rotary_angles
 from stem_jax.model.transformer import Inputs, Transformer
-from stem_jax.tables.lookup import sum_by_row
 from stem_jax.training.state import Params
 from stem_jax.training.step import Batch, TrainStep
 
@@ -58,10 +58,11 @@ class UpMeans:
         for number in range(batch.tokens.shape[0]):
             piece = jax.tree.map(lambda x, i=number: x[i], batch)
             # Padding has an index that no row has.
-            index = jnp.where(piece.segment_ids > 0, piece.tokens, len(self.counts)).reshape(-1)
+            index = jnp.where(piece.segment_ids > 0, piece.tokens, len(self.counts))
+            order, way = order_of(index, len(self.counts)), way_on(self._programs.mesh)
             vectors = _ffn_inputs(model, piece, self._layers)
             sums = [
-                total + sum_by_row(x.reshape(-1, x.shape[-1]), index, len(self.counts))
+                total + sum_by_row(x, index, len(self.counts), way, order)
                 for total, x in zip(sums, vectors, strict=True)
             ]
         return sums

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
+from stem_jax.kernels.row_sums import sum_by_row, way_on
 from stem_jax.mesh import BATCH_AXES, gather, live_axes, sum_and_scatter
 from stem_jax.model.layers import truncated_normal
 from stem_jax.parts import part
-from stem_jax.tables.lookup import sum_by_row
 
 _WEIGHT = PartitionSpec("tensor", "fsdp")
 _TOKENS = PartitionSpec(BATCH_AXES, None)
@@ -86,7 +86,7 @@ def _backward(dtype, mesh, residuals, gradient_BxLxD):
         size = vocab_size // shards
         if live_axes(mesh, "tensor"):
             tokens = tokens - jax.lax.axis_index("tensor") * size
-        sums = sum_by_row(gradient.reshape(-1, gradient.shape[-1]), tokens.reshape(-1), size)
+        sums = sum_by_row(gradient, tokens, size, way_on(mesh))
         sums = sum_and_scatter(sums, "data", "fsdp", 1, mesh)
         return sums.astype(weight_dtype)
 

@@ -9,6 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from stem_jax.config import ModelConfig
+from stem_jax.kernels.row_sums import RowOrder
 from stem_jax.mesh import constrain_batch
 from stem_jax.model.attention import Attention
 from stem_jax.model.embedding import Embedding
@@ -27,7 +28,8 @@ class Inputs:
 
     tokens: [B, L] int32 ids. inverse: [B, L] int32, index of each token's row in the row block of
     its device. positions: [B, L] int32 within the document. segment_ids: [B, L] int32, 0 = padding.
-    dropped: [B, L] bool, tokens whose embedding is replaced (their rows stay), or None.
+    dropped: [B, L] bool, tokens whose embedding is replaced (their rows stay), or None. order: of
+    `inverse`, for gradients of the rows; without it they sort in every layer.
     """
 
     tokens: jax.Array
@@ -35,6 +37,7 @@ class Inputs:
     positions: jax.Array
     segment_ids: jax.Array
     dropped: jax.Array | None = None
+    order: RowOrder | None = None
 
 
 class Block(nnx.Module):
@@ -50,14 +53,16 @@ class Block(nnx.Module):
         self.mesh = mesh
 
     @part("block_rest")
-    def __call__(self, x_BxLxD, rows_UxF, inverse_BxL, angles, segment_ids_BxL, cache=None):
+    def __call__(self, x_BxLxD, rows_UxF, inputs: Inputs, angles, cache=None):
         """`rows_UxF` are this layer's rows in the row block; None for a dense layer."""
         attended, cache = self.attention(
-            self.attention_norm(x_BxLxD), angles, segment_ids_BxL, cache
+            self.attention_norm(x_BxLxD), angles, inputs.segment_ids, cache
         )
         x_BxLxD = x_BxLxD + attended
         # In here, so that rematerialisation looks rows up again and keeps no [B, L, F].
-        up_BxLxF = None if rows_UxF is None else lookup(rows_UxF, inverse_BxL, self.mesh)
+        up_BxLxF = None
+        if rows_UxF is not None:
+            up_BxLxF = lookup(rows_UxF, inputs.inverse, inputs.order, self.mesh)
         return x_BxLxD + self.ffn(self.ffn_norm(x_BxLxD), up_BxLxF), cache
 
 
@@ -139,9 +144,7 @@ class Transformer(nnx.Module):
     def _run(self, graph, state, x_BxLxD, rows_UxF, inputs: Inputs, angles, cache=None):
         """One block, given as nnx has it split, under the rematerialisation policy."""
         run = _remat(lambda state, *args: nnx.merge(graph, state)(*args), self.config.remat)
-        x_BxLxD, cache = run(
-            state, x_BxLxD, rows_UxF, inputs.inverse, angles, inputs.segment_ids, cache
-        )
+        x_BxLxD, cache = run(state, x_BxLxD, rows_UxF, inputs, angles, cache)
         return constrain_batch(x_BxLxD, self.mesh), cache
 
     def _run_groups(self, groups: LayerGroups, x_BxLxD, rows_UxSxF, inputs: Inputs, angles):

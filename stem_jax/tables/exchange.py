@@ -15,6 +15,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from stem_jax.kernels.row_sums import RowOrder, dense_order, order_of
 from stem_jax.mesh import BATCH_AXES
 
 
@@ -25,6 +26,7 @@ class Requests:
 
     rows: [U] int32, sorted distinct rows of this device's keys; V_pad fills the rest.
     inverse: index of each key's row in `rows`, shape of the keys.
+    order: of `inverse`, one for each micro-batch, arrays [A, M].
     owned: [O] int32, sorted distinct rows that this device is asked for, all of its own shard;
         V_pad fills the rest.
     rounds: scalar int32, the same on every device.
@@ -36,6 +38,7 @@ class Requests:
 
     rows: jax.Array
     inverse: jax.Array
+    order: RowOrder
     owned: jax.Array
     rounds: jax.Array
     distinct: jax.Array
@@ -72,13 +75,9 @@ class Exchange:
         """Finds the distinct rows of this device and tells their owners.
 
         Args:
-            rows: int32 of any shape; V_pad marks padding, which asks for nothing.
+            rows: [A, ...] int32 of A micro-batches; V_pad marks padding, which asks for nothing.
         """
-        distinct_U, inverse = jnp.unique(
-            rows, size=self.unique_rows, fill_value=self.num_rows, return_inverse=True
-        )
-        # Padding sorts last and may fall off the end; its gradient is zero, any row serves it.
-        inverse = jnp.minimum(inverse, self.unique_rows - 1).astype(jnp.int32)
+        distinct_U, inverse, order = self._sorted(rows)
         counts_P = jnp.diff(self._starts(distinct_U))
         rounds = jax.lax.pmax(-(-jnp.max(counts_P) // self.capacity), BATCH_AXES)
         owned_O = jnp.full(self.owned_rows, self.num_rows, jnp.int32)
@@ -97,7 +96,7 @@ class Exchange:
             owned_O = self._distinct(jax.lax.all_gather(owned_O, axis, tiled=True))
         number = jnp.sum(distinct_U < self.num_rows)
         asked_P = jax.lax.psum(counts_P, BATCH_AXES)
-        return Requests(distinct_U, inverse, owned_O, rounds, number, asked_P)
+        return Requests(distinct_U, inverse, order, owned_O, rounds, number, asked_P)
 
     def fetch(self, block_OxSxF: jax.Array, requests: Requests) -> jax.Array:
         """Brings the rows of every device from their owners.
@@ -171,6 +170,29 @@ class Exchange:
         place_C = self._position(requests.owned, rows_C)
         place_C = jnp.where(rows_C < self.num_rows, place_C, self.owned_rows)
         return sums_OxW.at[place_C].add(values_CxW.astype(jnp.float32), mode="drop")
+
+    def _sorted(self, rows: jax.Array) -> tuple[jax.Array, jax.Array, RowOrder]:
+        """The distinct rows [U], the index of each key's row among them, and the index's order.
+
+        One sort serves all of it; with several micro-batches each needs an order of its own.
+        """
+        flat_N = rows.reshape(-1)
+        positions_N = jnp.argsort(flat_N)
+        sorted_N = flat_N[positions_N]
+        starts_N = jnp.concatenate([jnp.ones(1, bool), sorted_N[1:] != sorted_N[:-1]])
+        ranks_N = jnp.cumsum(starts_N, dtype=jnp.int32) - 1
+        place_N = jnp.where(starts_N, ranks_N, self.unique_rows)
+        distinct_U = jnp.full(self.unique_rows, self.num_rows, jnp.int32)
+        distinct_U = distinct_U.at[place_N].set(sorted_N, mode="drop", unique_indices=True)
+        # Padding sorts last and may fall off the end; its gradient is zero, any row serves it.
+        ranks_N = jnp.minimum(ranks_N, self.unique_rows - 1)
+        inverse_N = jnp.zeros_like(ranks_N).at[positions_N].set(ranks_N, unique_indices=True)
+        inverse = inverse_N.reshape(rows.shape)
+        if rows.shape[0] == 1:
+            order = jax.tree.map(lambda x: x[None], dense_order(positions_N, ranks_N))
+        else:
+            order = jax.vmap(lambda index: order_of(index, self.unique_rows))(inverse)
+        return distinct_U, inverse, order
 
     def _copy_axes(self) -> tuple[str, ...]:
         return tuple(axis for axis in BATCH_AXES if axis not in self.vocab_axes)

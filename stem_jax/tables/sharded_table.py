@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from stem_jax.kernels.row_sums import spare_rows, way_on
 from stem_jax.mesh import BATCH_AXES, axis_size
 from stem_jax.parts import part
 from stem_jax.tables.exchange import Exchange, Requests
@@ -63,7 +64,8 @@ class ShardedTable:
         """Sizes that always suffice: every key distinct, and every device asking one owner."""
         unique = min(self.keys_per_device, self.spec.num_rows)
         shard = self.spec.num_rows // axis_size(self.mesh, self.spec.vocab_axes)
-        return BlockSizes(unique, min(shard, axis_size(self.mesh, BATCH_AXES) * unique))
+        owned = min(shard, axis_size(self.mesh, BATCH_AXES) * unique)
+        return BlockSizes(unique + self._spare, owned)
 
     @property
     def exchange(self) -> Exchange:
@@ -114,6 +116,7 @@ class ShardedTable:
         order of sums, and with it the bits of a resumed run.
         """
         largest = self.largest_sizes
+        counts = (counts[0] + self._spare, counts[1])
         unique, owned = (max(_SMALLEST_BLOCK, 1 << (int(n) - 1).bit_length()) for n in counts)
         return BlockSizes(min(unique, largest.unique), min(owned, largest.owned))
 
@@ -124,6 +127,7 @@ class ShardedTable:
         return Requests(
             rows=batch,
             inverse=PartitionSpec(None, BATCH_AXES),
+            order=PartitionSpec(None, BATCH_AXES),
             owned=self.spec.index_spec,
             rounds=whole,
             distinct=batch,
@@ -210,6 +214,10 @@ class ShardedTable:
 
     def _rows_of(self, keys, valid) -> jax.Array:
         return jnp.where(valid, self.spec.layout.rows_of(keys), self.spec.num_rows)
+
+    @property
+    def _spare(self) -> int:
+        return spare_rows(way_on(self.mesh))
 
     @property
     def _optimizer(self) -> RowOptimizer:

@@ -189,9 +189,9 @@ class TrainStep:
                 row_totals = _added(row_totals, row_gradients)
             return _added(sums, values), (_added(totals, gradients), row_totals)
 
-        inverse = jnp.zeros_like(batch.tokens) if requests is None else requests.inverse
+        index = _index(batch, requests)
         if batch.tokens.shape[0] == 1:
-            first = jax.tree.map(lambda x: x[0], (batch, inverse, dropped))
+            first = jax.tree.map(lambda x: x[0], (batch, index, dropped))
             total = micro_batch(None, first)
         else:
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (params, rows))
@@ -199,16 +199,17 @@ class TrainStep:
             total, _ = jax.lax.scan(
                 lambda carry, piece: (micro_batch(carry, piece), None),
                 start,
-                (batch, inverse, dropped),
+                (batch, index, dropped),
             )
         (loss, cross_entropy), (gradients, row_gradients) = total
         return loss, cross_entropy, gradients, row_gradients
 
-    def _loss(self, params, rows, batch: Batch, inverse, dropped, scored):
+    def _loss(self, params, rows, batch: Batch, index, dropped, scored):
         """This micro-batch's part of the mean loss, and of the cross-entropy alone."""
         train = self.config.train
         model = self.model.bind(params)
-        inputs = Inputs(batch.tokens, inverse, batch.positions, batch.segment_ids, dropped)
+        inverse, order = index
+        inputs = Inputs(batch.tokens, inverse, batch.positions, batch.segment_ids, dropped, order)
         hidden, _ = model(inputs, rows)
         weights = batch.loss_mask / jnp.maximum(scored, 1).astype(jnp.float32)
         return head_loss(
@@ -232,10 +233,10 @@ class TrainStep:
         """Sum of the cross-entropy in nats and number of scored positions of a global batch."""
         table = self.table(batch.tokens, sizes)
         rows, requests = self._rows(state, table, batch, schedule, slots)
-        inverse = jnp.zeros_like(batch.tokens) if requests is None else requests.inverse
+        index = _index(batch, requests)
         total = jnp.float32(0)
-        for index in range(batch.tokens.shape[0]):
-            piece = jax.tree.map(lambda x, i=index: x[i], (batch, inverse))
+        for number in range(batch.tokens.shape[0]):
+            piece = jax.tree.map(lambda x, i=number: x[i], (batch, index))
             total += self._loss(state.params, rows, *piece, None, jnp.int32(1))[1]
         return total, jnp.sum(batch.loss_mask)
 
@@ -262,6 +263,13 @@ class TrainStep:
 
 def _added(totals, fresh):
     return jax.tree.map(lambda total, new: total + new.astype(total.dtype), totals, fresh)
+
+
+def _index(batch: Batch, requests: Requests | None):
+    """Of each token's row in the row block, and its order; one for each micro-batch."""
+    if requests is None:
+        return jnp.zeros_like(batch.tokens), None
+    return requests.inverse, requests.order
 
 
 def global_norm(tree) -> jax.Array:

@@ -1,0 +1,156 @@
+"""Sums by row in each platform's way, against float64; all ways run here."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stem_jax.kernels import row_sums
+from stem_jax.kernels.row_sums import dense_order, spare_rows, sum_by_row
+
+WAYS = ["windows", "scatter"]
+# Below a chunk of 512, one, and several with and without a rest.
+LENGTHS = [1, 7, 511, 512, 513, 1024, 1536, 1700]
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _sparse(values, index, num_rows, way, dtype=jnp.float32):
+    return sum_by_row(values, index, num_rows, way, dtype=dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _dense(values, index, num_rows, way, dtype=jnp.float32):
+    positions = jnp.argsort(index)
+    order = dense_order(positions, index[positions])
+    return sum_by_row(values, index, num_rows, way, order, dtype)
+
+
+def _float64(values, index, num_rows) -> np.ndarray:
+    sums = np.zeros((num_rows, values.shape[-1]))
+    inside = (index >= 0) & (index < num_rows)
+    np.add.at(sums, index[inside], np.asarray(values, np.float64)[inside])
+    return sums
+
+
+def _integers(length: int, width: int = 5) -> np.ndarray:
+    """Values whose sums are exact in any order."""
+    return np.random.default_rng(length).integers(-8, 9, (length, width)).astype(np.float32)
+
+
+def _indices(length: int):
+    """Rows that go on over one end of a chunk, over several, or end there."""
+    rng = np.random.default_rng(length)
+    yield rng.integers(0, 16, length)
+    yield rng.integers(0, 2, length)
+    yield np.zeros(length, int)
+    yield np.arange(length) // 512 % 16
+    yield np.arange(length) // 300 % 16
+    yield rng.permutation(length)
+    yield rng.zipf(1.2, length) % 3000
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_any_length_and_any_index(length, way):
+    values = _integers(length)
+    for index in _indices(length):
+        index = index.astype(np.int32)
+        sums = np.asarray(_sparse(values, index, 3000, way))
+        np.testing.assert_array_equal(sums, _float64(values, index, 3000))
+        ranks = np.unique(index, return_inverse=True)[1].astype(np.int32)
+        sums = np.asarray(_dense(values, ranks, length + spare_rows(way), way))
+        named = ranks.max() + 1
+        np.testing.assert_array_equal(sums[:named], _float64(values, ranks, named))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@given(st.lists(st.integers(-2, 17), min_size=1, max_size=64), st.integers(0, 2**31))
+@settings(max_examples=40)
+def test_against_float64(way, index, seed):
+    # One size, so that one program serves all examples.
+    index = np.resize(np.array(index, np.int32), 64)
+    values = np.random.default_rng(seed).normal(size=(64, 3)).astype(np.float32)
+    sums = np.asarray(_sparse(values, index, 16, way))
+    np.testing.assert_allclose(sums, _float64(values, index, 16), rtol=1e-6, atol=4e-6)
+    assert not np.any(sums[np.setdiff1d(np.arange(16), index)])
+    assert np.array_equal(sums, _sparse(values, index, 16, way))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_half_precision_is_summed_in_float32(way):
+    # In bfloat16, 256 + 1 stays 256; over three chunks, so that what is carried counts too.
+    values = jnp.ones((1300, 3), jnp.bfloat16).at[0].set(256)
+    sums = _sparse(values, np.zeros(1300, np.int32), 16, way)
+    assert sums.dtype == jnp.float32
+    assert sums[0].tolist() == [1555.0] * 3 and not np.any(sums[1:])
+    rounded = _dense(values, np.zeros(1300, np.int32), 600, way, jnp.bfloat16)
+    assert rounded.dtype == jnp.bfloat16 and rounded[0].tolist() == [1552.0] * 3
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_several_keys_of_a_token(way):
+    values = _integers(2 * 9 * 3).reshape(2, 9, 3, 5)
+    index = np.random.default_rng(1).integers(0, 7, (2, 9, 3)).astype(np.int32)
+    sums = np.asarray(_sparse(values, index, 7, way))
+    np.testing.assert_array_equal(sums, _float64(values.reshape(-1, 5), index.reshape(-1), 7))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("length", [300, 1700])
+def test_bits_do_not_depend_on_the_number_of_rows(length, way):
+    values = np.random.default_rng(0).normal(size=(length, 24)).astype(np.float32)
+    ranks = np.unique(np.random.default_rng(1).zipf(1.3, length) % 99, return_inverse=True)[1]
+    named, ranks = ranks.max() + 1, ranks.astype(np.int32)
+    found = [
+        *(np.asarray(_dense(values, ranks, size, way))[:named] for size in (700, 1100, 4096)),
+        *(np.asarray(_sparse(values, ranks, size, way))[:named] for size in (named, 5000)),
+    ]
+    for other in found[1:]:
+        np.testing.assert_array_equal(found[0], other)
+
+
+def test_values_are_not_copied_to_fill_the_last_chunk():
+    """A rest of 164 values: what is made longer is the index."""
+    index = jnp.zeros(1700, jnp.int32)
+    text = _sparse.lower(jnp.ones((1700, 24)), index, 50, "windows").as_text()
+    assert "tensor<2048xi32>" in text and "tensor<2048x24xf32>" not in text
+
+
+def _precisions(text: str) -> set[str]:
+    found = re.findall(r"dot_general.*?precision = \[(\w+), (\w+)\]", text, re.DOTALL)
+    return {name for pair in found for name in pair}
+
+
+def test_float32_is_multiplied_at_the_highest_precision():
+    """TPUs would round it to bfloat16, GPUs to tf32."""
+    index = jnp.zeros(64, jnp.int32)
+    exact = _sparse.lower(jnp.ones((64, 3)), index, 8, "windows").as_text()
+    assert _precisions(exact) == {"HIGHEST"}
+    half = _sparse.lower(jnp.ones((64, 3), jnp.bfloat16), index, 8, "windows").as_text()
+    assert _precisions(half) <= {"DEFAULT"} and "dot_general" in half
+
+
+def test_a_compiled_tpu_program_keeps_the_precision():
+    pytest.importorskip("libtpu")
+    from jax.sharding import SingleDeviceSharding
+
+    from stem_jax.planning.topology import Topology
+
+    sharding = SingleDeviceSharding(Topology.parse("v5e:1x1").devices()[0])
+    values, index = (
+        jax.ShapeDtypeStruct(shape, kind, sharding=sharding)
+        for shape, kind in (((1024, 256), jnp.float32), ((1024,), jnp.int32))
+    )
+    text = _sparse.lower(values, index, 512, "windows").compile().as_text()
+    products = re.findall(r"= f32\[.* convolution\(.*", text)
+    assert products and all("operand_precision={highest,highest}" in line for line in products)
+
+
+def test_each_platform_has_a_way():
+    assert row_sums.WAYS == {"tpu": "windows", "gpu": "windows", "cpu": "scatter"}
+    assert row_sums.way_on(None) == "scatter"
