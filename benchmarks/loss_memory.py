@@ -11,7 +11,7 @@ import json
 import jax
 import jax.numpy as jnp
 
-from stem_jax.training.loss import head_loss
+from stem_jax.kernels.head_loss import head_loss
 
 
 def plain_loss(hidden_BxLxD, head_DxV, targets_BxL, weights_BxL):

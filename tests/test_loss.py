@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stem_jax.training.loss import head_loss
+from stem_jax.kernels.head_loss import head_loss
 
 B, L, D, V = 8, 12, 16, 40
 CHUNKS = [1, 4, 5, 12, 100]

@@ -19,11 +19,11 @@ import numpy as np
 from stem_jax.errors import InputError
 from stem_jax.evaluation.division import divide
 from stem_jax.evaluation.limits import check_batch_size
+from stem_jax.kernels.head_loss import head_loss
 from stem_jax.loading import LoadedRun
 from stem_jax.mesh import replicated
 from stem_jax.model.attention import resolve_backend
 from stem_jax.model.transformer import Inputs, Transformer
-from stem_jax.training.loss import head_loss
 from stem_jax.training.state import ModelDef
 
 _SMALLEST_BUCKET = 16

@@ -8,13 +8,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stem_jax.config import Config
 from stem_jax.data.loader import Batch as HostBatch
+from stem_jax.kernels.head_loss import head_loss
 from stem_jax.mesh import BATCH_AXES, axis_size
 from stem_jax.model.transformer import Inputs
 from stem_jax.parts import part
 from stem_jax.tables.exchange import Requests
 from stem_jax.tables.sharded_table import BlockSizes, Demand, ShardedTable
 from stem_jax.tables.spec import TableSpec
-from stem_jax.training.loss import head_loss
 from stem_jax.training.optimizer import apply_update, clip_factor, make_optimizer
 from stem_jax.training.schedule import Schedule
 from stem_jax.training.state import ModelDef, TrainState, dropout_key, state_shardings
