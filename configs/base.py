@@ -117,7 +117,9 @@ def get_config() -> config_dict.ConfigDict:
     config.train.seq_len = 256  # tokens
     config.train.seed = 0
     config.train.z_loss = 0.0  # times mean(logsumexp^2)
-    config.train.loss_chunk = 256  # positions of each sequence whose logits exist at a time
+    # Positions of each sequence of a device whose logits exist at a time. None: 2048 tokens of the
+    # device, fewer where their float32 logits would take more than 1 GiB.
+    config.train.loss_chunk = None
     config.train.max_bad_steps = 5  # non-finite steps in a row before the run stops
     config.train.log_every = 10  # steps
     # Seconds without a step, a validation batch or a save after which a process gives up with the

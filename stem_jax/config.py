@@ -154,7 +154,7 @@ class TrainConfig:
     seq_len: int
     seed: int
     z_loss: float
-    loss_chunk: int
+    loss_chunk: int | None
     max_bad_steps: int
     log_every: int
     step_timeout: float | None

@@ -1,24 +1,29 @@
 """The chunked, sharded head loss against log_softmax in float64."""
 
 import functools
+import importlib.util
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from stem_jax.kernels import head_loss as module
 from stem_jax.kernels.head_loss import head_loss
+from stem_jax.planning import hlo
+from stem_jax.planning.topology import Topology
 
 B, L, D, V = 8, 12, 16, 40
-CHUNKS = [1, 4, 5, 12, 100]
+CHUNKS = [1, 4, 5, 12, 100, None]
 
 
-def _inputs(seed=0):
+def _inputs(seed=0, shape=(B, L)):
     rng = np.random.default_rng(seed)
-    hidden = rng.normal(size=(B, L, D)).astype(np.float32)
+    hidden = rng.normal(size=(*shape, D)).astype(np.float32)
     head = rng.normal(size=(D, V)).astype(np.float32)
-    targets = rng.integers(0, V, (B, L)).astype(np.int32)
-    scored = rng.random((B, L)) < 0.7
+    targets = rng.integers(0, V, shape).astype(np.int32)
+    scored = rng.random(shape) < 0.7
     return hidden, head, targets, (scored / scored.sum()).astype(np.float32)
 
 
@@ -58,6 +63,37 @@ def _check(chunk, mesh, z_loss, inputs):
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_one_device(chunk, z_loss):
     _check(chunk, None, z_loss, _inputs())
+
+
+# 45 tokens in chunks of 9 and of 27, which are 16 and 32 on the way; 64 tokens, which divide.
+@pytest.mark.parametrize("shape, chunk", [((9, 5), 1), ((9, 5), 3), ((4, 16), 4), ((1, 50), 17)])
+def test_lengths_that_do_and_do_not_divide(shape, chunk):
+    _check(chunk, None, 1e-2, _inputs(2, shape))
+
+
+@pytest.mark.parametrize("tokens, most", [(16, 2**30), (40, 2**30), (2048, 4 * V * 24)])
+def test_a_chunk_of_the_devices_tokens(tokens, most, monkeypatch):
+    monkeypatch.setattr(module, "_TOKENS_AT_A_TIME", tokens)
+    monkeypatch.setattr(module, "_MOST_BYTES", most)
+    sizes = []
+    dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+    monkeypatch.setattr(module.jnp, "dot", lambda a, b, **_: sizes.append(a.shape) or dot(a, b))
+    jax.clear_caches()
+    _check(None, None, 1e-2, _inputs(3))
+    assert max(rows for rows, width in sizes if width == D) <= min(tokens, most // (4 * V))
+
+
+def test_the_ways_to_the_targets_logit_agree(monkeypatch):
+    """The one of CPUs and the one of other platforms, also of targets on other devices."""
+    logits = np.random.default_rng(0).normal(size=(6, V)).astype(np.float32)
+    targets = np.array([-40, -1, 0, 17, V - 1, V], np.int32)
+    arrays = logits, np.arange(V) == targets[:, None], targets
+    expected = [0, 0, logits[2, 0], logits[3, 17], logits[4, V - 1], 0]
+    np.testing.assert_array_equal(module._gathered(*arrays), expected)
+    np.testing.assert_array_equal(module._summed(*arrays), expected)
+    monkeypatch.setattr(module, "_gathered", module._summed)
+    jax.clear_caches()
+    _check(5, None, 1e-2, _inputs(4))
 
 
 @pytest.mark.parametrize("chunk", [5, 100])
@@ -149,3 +185,24 @@ def test_chunks_bound_the_memory():
     textbook = peak(jax.jit(plain).lower(*shapes).compile())
     assert textbook > 60 * 2**20
     assert chunked < textbook / 4 and chunked < whole / 4
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: no TPU compiler"
+)
+def test_cycles_and_memory_on_a_tpu():
+    """32k tokens of the 1B shape on a v5e: three matmuls are 408 M of its compiler's cycles."""
+    tokens, width, vocab = (8, 4096), 2048, 128256
+    shapes = [((*tokens, width), jnp.bfloat16), ((width, vocab), jnp.float32)]
+    shapes += [(tokens, jnp.int32), (tokens, jnp.float32)]
+    place = jax.sharding.SingleDeviceSharding(Topology.parse("v5e:1x1").devices()[0])
+    arrays = [jax.ShapeDtypeStruct(*shape, sharding=place) for shape in shapes]
+    compiled = _value_and_gradients.lower(*arrays, 0.0, None, None).compile()
+    text = compiled.as_text()
+    cycles = dict(re.findall(r"%?([\w.\-]+) = .*\"estimated_cycles\":\"(\d+)\"", text))
+    runs = hlo.parse(text).scheduled()
+    total = sum(int(cycles.get(found.name.lstrip("%"), 0)) * times for found, times in runs)
+    assert 400e6 < total < 530e6
+    # Float32 logits of a chunk, their exponentials and the head in bfloat16, nothing twice.
+    expected = (4 + 2) * 2048 * vocab + 2 * width * vocab
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.01 * expected

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from stem_jax.config import Config
 from stem_jax.errors import InputError
 from stem_jax.hardware import Chip, chip_of
+from stem_jax.kernels.head_loss import tokens_at_a_time
 from stem_jax.mesh import AXES, BATCH_AXES, axis_size, make_mesh, slice_of
 from stem_jax.planning.account import Account, make_account
 from stem_jax.planning.collectives import KINDS, Collective, collectives_of
@@ -212,8 +213,11 @@ def _remedies(config: Config, mesh: Mesh, compiled: Compiled, limit: int | None)
         found.append("model.remat=full")
     if config.micro_batch_size > batch_devices:
         found.append(f"train.micro_batches={2 * config.train.micro_batches}")
-    if limit and wide > limit / 16 and config.train.loss_chunk > 64:
-        found.append(f"train.loss_chunk={config.train.loss_chunk // 2}")
+    sequences = config.micro_batch_size // batch_devices
+    tokens = tokens_at_a_time(sequences * config.train.seq_len, vocab)
+    positions = config.train.loss_chunk or tokens // sequences
+    if limit and wide > limit / 16 and positions > 64:
+        found.append(f"train.loss_chunk={positions // 2}")
     if config.train.global_batch_size > batch_devices:
         found.append(f"train.global_batch_size={config.train.global_batch_size // 2}")
     found.append("a larger topology")
