@@ -103,8 +103,10 @@ def _local_sums(hidden_BxLxD, head_DxV, targets_BxL, weights_BxL, *, z_loss, chu
     first = jax.lax.axis_index(over_vocab) * num_local if over_vocab else 0
 
     def one_chunk(hidden_CxD, targets_C, weights_C):
-        # A chunk of its own, not a slice that every matmul takes anew: so it fits fast memory.
-        hidden_CxD = jax.lax.optimization_barrier(hidden_CxD)
+        if grad:
+            # An array of its own, not a slice that every matmul takes anew: so it lies in fast
+            # memory. Without gradients there is but one matmul, which others may share.
+            hidden_CxD = jax.lax.optimization_barrier(hidden_CxD)
         logits_CxV = jnp.dot(hidden_CxD, head_DxV, preferred_element_type=jnp.float32)
         top_C = jax.lax.pmax(jnp.max(logits_CxV, axis=-1), over_vocab)
         is_target_CxV = jnp.arange(num_local) == (targets_C - first)[:, None]
