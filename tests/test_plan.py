@@ -12,9 +12,10 @@ from stem_jax import cli, plan
 from stem_jax.errors import InputError
 from stem_jax.hardware import CHIPS, Chip
 from stem_jax.mesh import make_mesh
+from stem_jax.parts import STEP
 from stem_jax.planning import compiled
 from stem_jax.planning import plan as plans
-from stem_jax.planning.report import as_text
+from stem_jax.planning.report import as_json, as_text
 from stem_jax.planning.topology import KNOWN, Topology
 
 SMALL = {
@@ -211,6 +212,35 @@ def test_a_plan_for_tpus(name, slices, tiny_config):
     between = found.collectives["all-reduce"].bytes_between_slices
     assert (between > 0) == (slices > 1)
     assert "fits" in as_text(found)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: no TPU compiler"
+)
+def test_the_account_of_a_step_for_tpus(tiny_config):
+    config = tiny_config(**{"model.head_dim": 64, "train.seq_len": 128, "mesh.data": -1})
+    plan = plans.make_plan(config, Topology.parse("v5e:2x2"), account=True)
+    found = json.loads(as_json(plan))["account"]
+    parts = {part["name"]: part for part in found["parts"]}
+    assert tuple(parts) == STEP
+    # Every scope survives gradients, rematerialisation, loops and shardings.
+    idle = {name for name, part in parts.items() if not part["cycles"] + part["charged"]}
+    assert idle <= {"rest", "row_copies"}
+    assert parts["attention"]["cycles"] == 0 < parts["attention"]["charged"]
+    assert found["total_cycles"] == sum(p["cycles"] + p["charged"] for p in found["parts"])
+    assert parts["exchange"]["wire_seconds"] > 0
+    for part in found["parts"]:
+        assert 0 <= part["covered_seconds"] <= part["wire_seconds"]
+    text = as_text(plan)
+    assert "account      part" in text
+    assert all(name in text for name in STEP)
+
+
+@pytest.mark.parametrize("flags", [["--topology=cpu:2"], ["--topology=v5e:2x2", "--naive-lookup"]])
+def test_an_account_needs_the_estimates_of_a_tpu(flags):
+    with pytest.raises(InputError, match=r"--account reads the cycles that libtpu estimates"):
+        _main("--account", *flags)
 
 
 def test_a_plan_of_an_offloaded_table(tiny_config):

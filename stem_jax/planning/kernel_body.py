@@ -78,7 +78,7 @@ class _Work:
                 self.flops += times * _matmul_flops(operation)
             elif name == "tpu.enqueue_dma":
                 self.copied += times * _bytes(operation.operands[0].type)
-            elif not name.endswith(_MOVES):
+            elif not operation.regions and not name.endswith(_MOVES):
                 sizes = [_elements(value.type) for value in _values(operation, name)]
                 self.operations += times * max(sizes, default=0)
             rounds = _rounds(operation) if name == "scf.for" else 1
