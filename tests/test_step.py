@@ -10,10 +10,11 @@ from jax.sharding import PartitionSpec
 
 from stem_jax.errors import InputError
 from stem_jax.kernels import row_sums
-from stem_jax.mesh import check_placement
+from stem_jax.mesh import check_placement, replicated
+from stem_jax.training import loop
 from stem_jax.training.schedule import learning_rates, make_schedule
 from stem_jax.training.state import abstract_state, init_state
-from stem_jax.training.step import TrainStep
+from stem_jax.training.step import Batch, TrainStep
 
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2)]
 RATES = np.full(32, 3e-3)
@@ -269,3 +270,56 @@ def test_sums_of_matrix_units_train_alike(
     step = TrainStep(dataclasses.replace(kept.config, train=train), kept.mesh)
     _, losses = _run(step, fresh_state(step), make_batch, 20)
     np.testing.assert_allclose(losses, runs[2, 2, 2][2], rtol=0, atol=1e-5)
+
+
+def _evaluation_program(step: TrainStep) -> str:
+    train = step.config.train
+    shape = (train.micro_batches, step.config.micro_batch_size, train.seq_len)
+    ints = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=step.batch_sharding)
+    mask = jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=step.batch_sharding)
+    state = abstract_state(step.config, step.model, step.mesh)
+    batch = Batch(ints, ints, ints, ints, mask)
+    return step.evaluate.lower(state, batch, schedule(step)).as_text()
+
+
+def test_the_program_of_a_validation_does_not_grow_with_its_micro_batches(train_step):
+    one, many = (
+        _evaluation_program(
+            train_step(**{"train.micro_batches": parts, "train.global_batch_size": 16})
+        )
+        for parts in (1, 16)
+    )
+    assert many.count("dot_general") == one.count("dot_general")
+    assert len(many) == pytest.approx(len(one), rel=0.1)
+
+
+def test_a_step_needs_no_transfer_but_its_batch(train_step, fresh_state, make_batch):
+    step = train_step((2, 2, 2))
+    placed = make_schedule(step.config, 32, RATES, mesh=step.mesh)
+    state, _ = step.update(fresh_state(step), make_batch(step), placed)
+    batch = make_batch(step, seed=1)
+    with jax.transfer_guard("disallow"):
+        jax.block_until_ready(step.update(state, batch, placed))
+    with pytest.raises(RuntimeError, match="Disallowed"), jax.transfer_guard("disallow"):
+        step.update(state, batch, schedule(step))
+
+
+def test_the_loop_places_its_schedule_once(train_step, monkeypatch, tmp_path):
+    """Some 4 MB of a long run went to every device with every step."""
+
+    class Seen(Exception):
+        pass
+
+    step = train_step((2, 2, 2))
+
+    def make(*args, **kwargs):
+        raise Seen(make_schedule(*args, **kwargs))
+
+    monkeypatch.setattr(loop, "make_schedule", make)
+    run = loop.Loop(step.config, step, None, tmp_path, None, None, None, None)
+    state = dataclasses.replace(step.shardings, step=0)
+    with pytest.raises(Seen) as seen:
+        run.run(state)
+    (found,) = seen.value.args
+    for array in jax.tree.leaves(found):
+        assert array.sharding.is_equivalent_to(replicated(step.mesh), array.ndim)

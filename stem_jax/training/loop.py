@@ -80,7 +80,8 @@ class Loop:
             TrainingError: `train.max_bad_steps` non-finite steps in a row.
         """
         start, end = int(state.step), self.config.train.steps
-        schedule = make_schedule(self.config, end + 1, endless=self.endless)
+        mesh = self.programs.mesh
+        schedule = make_schedule(self.config, end + 1, endless=self.endless, mesh=mesh)
         metrics_log = MetricsLog(self.workdir, start, writing=jax.process_index() == 0)
         reporter = _Reporter(
             self.config, metrics_log, self.clock, self.programs.mesh.devices.size, start

@@ -234,10 +234,11 @@ class TrainStep:
         table = self.table(batch.tokens, sizes)
         rows, requests = self._rows(state, table, batch, schedule, slots)
         index = _index(batch, requests)
-        total = jnp.float32(0)
-        for number in range(batch.tokens.shape[0]):
-            piece = jax.tree.map(lambda x, i=number: x[i], (batch, index))
-            total += self._loss(state.params, rows, *piece, None, jnp.int32(1))[1]
+
+        def micro_batch(total, piece):
+            return total + self._loss(state.params, rows, *piece, None, jnp.int32(1))[1], None
+
+        total, _ = jax.lax.scan(micro_batch, jnp.float32(0), (batch, index))
         return total, jnp.sum(batch.loss_mask)
 
     @part("exchange")
