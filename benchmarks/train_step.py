@@ -100,8 +100,7 @@ class JaxStep:
         )
         self.schedule = make_schedule(config, 10_000)
         demand = self.programs.demand(self.batch) if config.model.stem_layers else None
-        table = self.programs.table(self.batch.tokens)
-        self.sizes = None if demand is None else table.sizes_for(demand)
+        self.sizes = None if demand is None else self.programs.sizes_for(self.batch, demand)
 
     def __call__(self) -> None:
         self.state, metrics = self.programs.update(

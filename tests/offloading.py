@@ -105,7 +105,7 @@ def variant(step: TrainStep, **tables) -> TrainStep:
 
 
 # Metrics that depend on where rows lie, on the time, or on the log of the run so far.
-_OF_THE_WAY = re.compile("second|mfu|hit_rate|evictions|missing_bytes|spikes")
+_OF_THE_WAY = re.compile("second|mfu|exchange_bytes|hit_rate|evictions|missing_bytes|spikes")
 
 
 @dataclasses.dataclass

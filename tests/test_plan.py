@@ -149,7 +149,8 @@ def test_a_plan_for_cpu_devices(capsys):
     assert found["table"]["row_block"] == found["table"]["unique_rows"] * 128 * 4
     assert found["collectives"]["all-to-all"]["bytes"] > 0
     assert found["collectives"]["all-reduce"]["bytes"] > 0
-    assert found["open_ended_loops"] > 0
+    # The rounds of the exchange are known beforehand.
+    assert found["open_ended_loops"] == 0
     assert found["memory"]["aliased"] > 0.9 * found["memory"]["arguments"] > 0
     assert found["roofline"] is None
 

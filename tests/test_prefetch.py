@@ -16,10 +16,10 @@ from offloading import row_threads, store_arrays
 
 from stem_jax.mesh import axis_size
 from stem_jax.tables import prefetch as prefetch_module
+from stem_jax.tables.asked_rows import AskedRows
+from stem_jax.tables.block_sizes import BlockSizes
 from stem_jax.tables.host_store import FIELDS, HostStore, field_dtype, field_shape
 from stem_jax.tables.prefetch import Prefetch
-from stem_jax.tables.row_slots import slots_needed
-from stem_jax.tables.sharded_table import BlockSizes, Demand
 from stem_jax.tables.spec import TableSpec, TableState
 from stem_jax.training.look_ahead import LookAhead
 from stem_jax.training.state import TrainState
@@ -76,15 +76,13 @@ class Bench:
         before = {name: array[inside] for name, array in arrays.items()}
         return {n: array.at[slots].add(1, mode="drop") for n, array in arrays.items()}, before
 
-    def asked(self, rows) -> np.ndarray:
-        tokens = np.zeros(ROWS, np.int32)
-        tokens[list(rows)] = 1
-        return tokens
+    def asked(self, rows) -> AskedRows:
+        return AskedRows.of_tokens(np.array(list(rows), int), ROWS, self.owners)
 
     def update(self, arrays, slots, rows, change: bool = True):
         """Adds one to every number of the rows; nothing is looked at before `check`."""
-        lines = self.asked(rows).reshape(self.owners, -1)
-        order = [np.flatnonzero(line) + owner * self.room for owner, line in enumerate(lines)]
+        lines = self.asked(rows).rows
+        order = [line + owner * self.room for owner, line in enumerate(lines)]
         expected = {n: [array[rows] for rows in order] for n, array in self.expected.items()}
         if not change:
             # Read on a copy, as the update may write to what it is given.
@@ -123,8 +121,9 @@ class Bench:
         return SimpleNamespace(
             spec=self.spec,
             config=SimpleNamespace(tables=SimpleNamespace(prefetch=distance)),
-            demand=lambda batch: Demand(np.int32(len(batch.tokens)), self.asked(batch.tokens)),
-            table=lambda tokens: SimpleNamespace(sizes_for=lambda demand: sizes),
+            demand=lambda batch: batch.tokens,
+            sizes_for=lambda batch, demand: sizes,
+            asked_by=lambda batch, demand: self.asked(demand),
         )
 
     def look_ahead(self, batches, distance, training=True) -> LookAhead:
@@ -207,10 +206,8 @@ def test_every_row_is_read_with_its_latest_value(
     batches = [rows for rows, _ in steps]
     windows = [set().union(*batches[max(0, t - distance) : t + 1]) for t in range(len(batches))]
     windows += [rows for _, then in steps if isinstance(then, list) for rows in then]
-    masks = np.zeros((len(windows), ROWS), bool)
-    for mask, rows in zip(masks, windows):
-        mask[list(rows)] = True
-    needed = max(slots_needed(mask.reshape(owners, -1)) for mask in masks)
+    asked = (AskedRows.of_tokens(np.array(list(w), int), ROWS, owners) for w in windows)
+    needed = max(rows.slots_needed for rows in asked)
     resident = min(ROWS, max(needed, owners) + owners * spare)
     table = bench(resident, shape, vocab_axes, policy=policy, ahead=distance)
     rng = random.Random(seed)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from stem_jax.errors import InputError
-from stem_jax.tables.row_slots import RowSlots, _room, slots_needed
+from stem_jax.tables.asked_rows import AskedRows
+from stem_jax.tables.row_slots import RowSlots, _room
 from stem_jax.tables.spec import TableSpec
 
 ROWS = 64
@@ -24,17 +25,10 @@ def table_spec(tiny_config):
     return lambda resident: dataclasses.replace(spec, resident_rows=resident)
 
 
-def tokens_of(rows) -> np.ndarray:
-    """[V_pad]: each row asked for by one more token than the row before."""
-    tokens = np.zeros(ROWS, np.int32)
-    tokens[sorted(rows)] = np.arange(1, len(rows) + 1)
-    return tokens
-
-
-def mask_of(rows) -> np.ndarray:
-    mask = np.zeros(ROWS, bool)
-    mask[list(rows)] = True
-    return mask
+def asked_of(rows, owners: int) -> AskedRows:
+    """Each row asked for by one more token than the row before."""
+    tokens = np.repeat(sorted(rows), np.arange(1, len(rows) + 1)).astype(int)
+    return AskedRows.of_tokens(tokens, ROWS, owners)
 
 
 def held(slots: RowSlots, owners: int) -> list[np.ndarray]:
@@ -55,10 +49,11 @@ def test_a_move_by_hand(table_spec):
     new = [next(r for r in range(32) if r not in before[owner]) for owner in range(2)]
     # Owner 0 is asked for a row it has and one it has not, owner 1 for one it has not.
     asked = [before[0][2], new[0], 32 + new[1]]
-    move = slots.assign(tokens_of(asked))
+    move = slots.assign(asked_of(asked, 2))
     assert (move.asked, move.missing, move.tokens) == (3, 2, 6)
     absent = [r for r in asked if r != before[0][2]]
-    assert move.missing_tokens == sum(tokens_of(asked)[r] for r in absent)
+    # Each row has one token more than the one before.
+    assert move.missing_tokens == sum(sorted(asked).index(r) + 1 for r in absent)
     after = held(slots, 2)
     lines, places = move.slots(5, 4), move.places(4)
     for owner, rows in enumerate([sorted(asked[:2]), [new[1]]]):
@@ -77,9 +72,7 @@ batches = st.lists(st.sets(st.integers(0, ROWS - 1), max_size=16), min_size=1, m
 def test_asked_and_pinned_rows_are_resident(table_spec, asked, owners, policy, data):
     """Against a plain model: which row is in which slot, and what each move says of it."""
     window = [set(), *asked]
-    needed = max(
-        slots_needed((mask_of(a) | mask_of(b)).reshape(owners, -1)) for a, b in zip(window, asked)
-    )
+    needed = max(asked_of(a | b, owners).slots_needed for a, b in zip(window, asked))
     resident = min(ROWS, needed + owners * data.draw(st.integers(0, 3)) or owners)
     slots = RowSlots(table_spec(resident), owners, policy)
     twin = RowSlots(table_spec(resident), owners, policy)
@@ -87,9 +80,9 @@ def test_asked_and_pinned_rows_are_resident(table_spec, asked, owners, policy, d
     model = held(slots, owners)
     for before, rows in zip(window, asked):
         record = data.draw(st.booleans())
-        move = slots.assign(tokens_of(rows), mask_of(before), record=record)
+        move = slots.assign(asked_of(rows, owners), asked_of(before, owners), record=record)
         # Another process, which has heard the same, finds the same.
-        other = twin.assign(tokens_of(rows), mask_of(before), record=record)
+        other = twin.assign(asked_of(rows, owners), asked_of(before, owners), record=record)
         np.testing.assert_array_equal(other.places(per_owner), move.places(per_owner))
         missing = 0
         for owner, assignment in enumerate(move.assignments):
@@ -119,16 +112,16 @@ def test_a_refusal_names_the_smallest_that_works(table_spec, before, rows, owner
     while True:
         slots = RowSlots(table_spec(resident), owners, "lfu")
         try:
-            slots.assign(tokens_of(before))
-            slots.assign(tokens_of(rows), mask_of(before))
+            slots.assign(asked_of(before, owners))
+            slots.assign(asked_of(rows, owners), asked_of(before, owners))
             break
         except InputError as error:
             found = re.search(r"resident_rows=(\d+) is less .* for them is (\d+)\.", str(error))
             assert int(found[1]) == resident and int(found[2]) > resident
             resident = int(found[2])
     for one in (before, before | rows):
-        assert resident >= slots_needed(mask_of(one).reshape(owners, -1))
-    assert resident == slots_needed(mask_of(before | rows).reshape(owners, -1))
+        assert resident >= asked_of(one, owners).slots_needed
+    assert resident == asked_of(before | rows, owners).slots_needed
 
 
 def test_use_that_is_not_recorded_leaves_the_choice_as_it_was(table_spec):
@@ -137,11 +130,11 @@ def test_use_that_is_not_recorded_leaves_the_choice_as_it_was(table_spec):
     for evaluations in (0, 3):
         slots = RowSlots(table_spec(6), 1, "lfu")
         for batch in rows[:2] * 2:
-            slots.assign(tokens_of(batch))
+            slots.assign(asked_of(batch, 1))
         for _ in range(evaluations):
-            slots.assign(tokens_of({4, 5}), record=False)
-        slots.assign(tokens_of({1, 2, 3}))
-        choices.append(set(slots.assign(tokens_of(rows[2])).assignments[0].evicted))
+            slots.assign(asked_of({4, 5}, 1), record=False)
+        slots.assign(asked_of({1, 2, 3}, 1))
+        choices.append(set(slots.assign(asked_of(rows[2], 1)).assignments[0].evicted))
     assert choices == [{4, 5, 6}] * 2
 
 

@@ -178,7 +178,7 @@ def _table_bytes(config: Config, mesh: Mesh, program: Program) -> TableBytes | N
         unique_rows=exchange.unique_rows,
         owned_rows=exchange.owned_rows,
         row_block=exchange.unique_rows * row,
-        exchange=exchange.num_owners * exchange.capacity * row,
+        exchange=exchange.buffer_bytes(row // spec.num_layers),
     )
 
 

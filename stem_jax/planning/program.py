@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import statistics
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,9 @@ from stem_jax.config import Config
 from stem_jax.errors import InputError
 from stem_jax.mesh import BATCH_AXES, axis_size, batch_sharding, check_divides, check_placement
 from stem_jax.model.attention import check_heads, resolve_backend
+from stem_jax.tables.block_sizes import BlockSizes, choose_sizes, expected_needs
 from stem_jax.tables.exchange import Exchange
+from stem_jax.tables.hops import owner_hops
 from stem_jax.tables.row_optimizer import RowBlock, adamw
 from stem_jax.tables.spec import TableSpec
 from stem_jax.training.report import placed_arrays
@@ -63,8 +64,9 @@ def train_step_program(config: Config, mesh: Mesh, *, all_distinct: bool = False
     schedule = jax.eval_shape(lambda: make_schedule(config, config.train.steps))
     table = step.table(ints)
     if table is not None and not all_distinct:
-        counts = zipf_counts(config, mesh)
-        table = dataclasses.replace(table, sizes=table.choose_sizes(counts))
+        needed = zipf_needs(config, mesh)
+        sizes = choose_sizes(needed, needed, table.largest_sizes)
+        table = dataclasses.replace(table, sizes=sizes)
     sizes = None if table is None else table.sizes
     exchange = None if table is None else table.exchange
     slots = None
@@ -72,48 +74,20 @@ def train_step_program(config: Config, mesh: Mesh, *, all_distinct: bool = False
         size = exchange.num_owners * exchange.owned_rows
         sharding = NamedSharding(mesh, step.spec.index_spec)
         slots = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=sharding)
-    program = _program(step.update, (state, batch, schedule, slots), exchange, sizes=sizes)
-    if exchange is None or exchange.num_owners == 1:
-        return program
-    return dataclasses.replace(program, rounds=zipf_rounds(config, mesh, exchange.capacity))
+    return _program(step.update, (state, batch, schedule, slots), exchange, sizes=sizes)
 
 
-def zipf_rounds(config: Config, mesh: Mesh, capacity: int) -> int:
-    """Rounds of an exchange whose pairs of devices move so many rows each in one.
-
-    The pair with most rows decides. What one of them has is a sum of independent draws, near enough
-    to normal: of N pairs the largest lies where one in N is larger.
-    """
-    spec = TableSpec.from_config(config)
-    owners, devices = axis_size(mesh, spec.vocab_axes), axis_size(mesh, BATCH_AXES)
-    asked_K = 1 - (1 - _zipf_shares(config)) ** (config.tokens_per_step // devices)
-    rows_K = spec.layout.row_numbers(np.arange(len(asked_K)))
-    owner_K = rows_K // (spec.num_rows // owners)
-    mean_P = np.bincount(owner_K, asked_K, owners)
-    deviation_P = np.sqrt(np.bincount(owner_K, asked_K * (1 - asked_K), owners))
-    largest = statistics.NormalDist().inv_cdf(1 - 1 / (owners * devices))
-    return max(1, math.ceil(np.max(mean_P + largest * deviation_P) / capacity))
-
-
-def zipf_counts(config: Config, mesh: Mesh) -> tuple[int, int]:
-    """Distinct rows to expect of a device, and rows asked of an owner, per step.
+def zipf_needs(config: Config, mesh: Mesh) -> BlockSizes:
+    """What to expect of a step's batch.
 
     Tokens are drawn independently with a probability inverse to their rank; text repeats itself
-    more and has fewer. Rows are spread over their owners evenly.
+    more and has fewer distinct ones.
     """
-    shares = _zipf_shares(config)
-
-    def distinct(tokens: int) -> float:
-        return float(np.sum(1 - (1 - shares) ** tokens))
-
-    own = distinct(config.tokens_per_step // axis_size(mesh, BATCH_AXES))
-    owners = axis_size(mesh, config.tables.vocab_axes)
-    return math.ceil(own), math.ceil(distinct(config.tokens_per_step) / owners)
-
-
-def _zipf_shares(config: Config) -> np.ndarray:
+    hops = owner_hops(mesh, config.tables.vocab_axes)
+    devices, owners = axis_size(mesh, BATCH_AXES), axis_size(mesh, config.tables.vocab_axes)
     shares = 1 / np.arange(1, config.model.vocab_size + 1)
-    return shares / shares.sum()
+    tokens = config.tokens_per_step // devices
+    return expected_needs(tokens, shares / shares.sum(), hops, owners, devices // owners)
 
 
 def naive_lookup_program(config: Config, mesh: Mesh) -> Program:

@@ -1,13 +1,17 @@
 """Distinct rows travel once: from their owners to the devices that need them, and sums back.
 
-A device finds the distinct rows of its tokens, sorts them, and so groups them by owner (a shard
-owns a contiguous block of rows). Requests, rows and gradients then move in padded all-to-alls of at
-most `capacity` rows per pair of devices, repeated in rounds while any pair has more: the capacity
-sets speed, never correctness. Everything here runs inside `jax.shard_map`; `Requests` is what one
-device knows.
+A device finds the distinct rows of its tokens and asks their owners for them, hop by hop (see
+`hops`): each relay asks on for the distinct rows that it is asked for. What every hop sends where,
+and which of its rows each arrived request names, is found once and recorded; rows come back along
+it, and gradients go out along it, summed at every relay in float32 by row and, for one row, by
+source. Everything here runs inside `jax.shard_map`; `Requests` is what one device knows.
+
+All sizes are static: room for a pair of devices in a hop, and for the rows of a relay. They must
+hold what the batch needs, and sums do not depend on them. Where they need more than a buffer may
+take, as in a batch whose keys all have one owner, columns travel part by part: rounds.
 
 Example: 8 rows on 2 owners, this device's tokens have rows 5 1 5 6. Its distinct rows are 1 5 6,
-one asked of owner 0 and two of owner 1; with capacity 1 that takes two rounds.
+one asked of owner 0 and two of owner 1, so the hop needs room for two rows of a pair.
 """
 
 import dataclasses
@@ -15,8 +19,27 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from stem_jax.kernels.row_sums import RowOrder, dense_order, order_of
+from stem_jax.kernels.row_sums import RowOrder, dense_order, order_of, spare_rows, sum_by_row
 from stem_jax.mesh import BATCH_AXES
+from stem_jax.tables.hops import Hop
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class HopRequests:
+    """One hop of the requests of a device, N listed rows, n peers, room for C rows of a pair.
+
+    sent: [n * C] int32, which of the listed rows each slot asks a peer for; N where it is empty.
+    slot: [N] int32, the slot of each listed row.
+    arrived: [n * C] int32, which row of this device's next list (of `owned` after the last hop)
+        each arrived request names; past its end where the slot is empty.
+    order: of `arrived`.
+    """
+
+    sent: jax.Array
+    slot: jax.Array
+    arrived: jax.Array
+    order: RowOrder
 
 
 @jax.tree_util.register_dataclass
@@ -24,14 +47,15 @@ from stem_jax.mesh import BATCH_AXES
 class Requests:
     """Which rows a device needs and which rows it is asked for.
 
-    rows: [U] int32, sorted distinct rows of this device's keys; V_pad fills the rest.
+    rows: [U] int32, distinct rows of this device's keys; V_pad fills the rest.
     inverse: index of each key's row in `rows`, shape of the keys.
     order: of `inverse`, one for each micro-batch, arrays [A, M].
     owned: [O] int32, sorted distinct rows that this device is asked for, all of its own shard;
         V_pad fills the rest.
-    rounds: scalar int32, the same on every device.
+    home: [U] int32, where `owned` has this device's own `rows`; None where they take hops.
+    hops: one record for each.
     distinct: scalar int32, number of distinct rows in `rows`.
-    asked: [P] int32, rows asked of each owner by all devices together.
+    asked: scalar int32, requests that arrived at this device as an owner.
     slots: [O] int32, where the owner's device holds the rows of `owned`; past the end for what
         fills the rest. None if all rows are resident, each at its own place.
     """
@@ -40,10 +64,28 @@ class Requests:
     inverse: jax.Array
     order: RowOrder
     owned: jax.Array
-    rounds: jax.Array
+    home: jax.Array | None
+    hops: tuple[HopRequests, ...]
     distinct: jax.Array
     asked: jax.Array
     slots: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a search for a batch's rows needs room for, and what the owners are asked for.
+
+    unique, owned: scalars, distinct rows of this device and of it as an owner. pairs: in each hop,
+    the most rows that it asks a peer for. relayed: after each hop but the last, its distinct rows
+    as a relay. tokens: [O], tokens of each row of `Requests.owned`, over all devices.
+    """
+
+    unique: jax.Array
+    owned: jax.Array
+    pairs: tuple[jax.Array, ...]
+    relayed: tuple[jax.Array, ...]
+    tokens: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,22 +96,59 @@ class Exchange:
         num_rows: V_pad.
         vocab_axes: mesh axes that shard the rows; the other batch axes hold copies.
         num_owners: P, devices along `vocab_axes`.
+        hops: from a device to an owner.
         unique_rows: U, room for the distinct rows of a device.
         owned_rows: O, room for the distinct rows that an owner is asked for.
-        capacity: rows per pair of devices and round.
+        capacities: of each hop, room for the rows of a pair.
+        relayed: after each hop but the last, room for the distinct rows of a relay.
+        buffer_rows: rows of full width that a buffer may take.
+        way: how rows are summed, see `row_sums`.
     """
 
     num_rows: int
     vocab_axes: tuple[str, ...]
     num_owners: int
+    hops: tuple[Hop, ...]
     unique_rows: int
     owned_rows: int
-    capacity: int
+    capacities: tuple[int, ...]
+    relayed: tuple[int, ...]
+    buffer_rows: int
+    way: str
 
     @property
     def rows_per_owner(self) -> int:
         """Rows of one shard."""
         return self.num_rows // self.num_owners
+
+    @property
+    def _rooms(self) -> tuple[int, ...]:
+        """Room for the distinct rows that arrive by each hop."""
+        return (*self.relayed, self.owned_rows)[: len(self.hops)]
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """Rows that a device sends in each hop, padding included."""
+        pairs = zip(self.hops, self.capacities, strict=True)
+        return tuple(hop.peers * capacity for hop, capacity in pairs)
+
+    @property
+    def rounds(self) -> int:
+        """Parts of the columns that travel one after the other, so that buffers stay small."""
+        return max(1, -(-max((*self.slots, *self.relayed), default=0) // self.buffer_rows))
+
+    def buffer_bytes(self, row_bytes: int) -> int:
+        """Bytes of the largest padded buffer, of rows of these bytes."""
+        return -(-max(self.slots, default=0) * row_bytes // self.rounds)
+
+    def sent_bytes(self, itemsize: int) -> int:
+        """Bytes that a device sends to others for each column of its rows, there and back.
+
+        Args:
+            itemsize: of the rows; relays send their sums on in float32.
+        """
+        others = [n - n // hop.peers for hop, n in zip(self.hops, self.slots, strict=True)]
+        return sum(others) * itemsize + sum(others[:1]) * itemsize + 4 * sum(others[1:])
 
     def request(self, rows: jax.Array) -> Requests:
         """Finds the distinct rows of this device and tells their owners.
@@ -77,149 +156,238 @@ class Exchange:
         Args:
             rows: [A, ...] int32 of A micro-batches; V_pad marks padding, which asks for nothing.
         """
-        distinct_U, inverse, order = self._sorted(rows)
-        counts_P = jnp.diff(self._starts(distinct_U))
-        rounds = jax.lax.pmax(-(-jnp.max(counts_P) // self.capacity), BATCH_AXES)
-        owned_O = jnp.full(self.owned_rows, self.num_rows, jnp.int32)
+        return self._search(rows, counted=False)[0]
 
-        def collect(state):
-            step, owned_O = state
-            asked_PxC = self._swap(self._ask(distinct_U, step))
-            owned_O = self._distinct(jnp.concatenate([owned_O, asked_PxC.reshape(-1)]))
-            return step + 1, owned_O
+    def find(self, rows: jax.Array) -> tuple[Requests, Found]:
+        """`request` and what it needs room for, if these sizes hold it."""
+        return self._search(rows, counted=True)
 
-        if self.num_owners == 1:
-            owned_O = self._distinct(distinct_U)
-        else:
-            _, owned_O = jax.lax.while_loop(lambda s: s[0] < rounds, collect, (0, owned_O))
-        for axis in self._copy_axes():
-            owned_O = self._distinct(jax.lax.all_gather(owned_O, axis, tiled=True))
-        number = jnp.sum(distinct_U < self.num_rows)
-        asked_P = jax.lax.psum(counts_P, BATCH_AXES)
-        return Requests(distinct_U, inverse, order, owned_O, rounds, number, asked_P)
-
-    def fetch(self, block_OxSxF: jax.Array, requests: Requests) -> jax.Array:
-        """Brings the rows of every device from their owners.
+    def fetch(self, block_OxW: jax.Array, requests: Requests) -> jax.Array:
+        """Brings rows to every device from their owners: of one vector or of several.
 
         Args:
-            block_OxSxF: this owner's rows, in the order of `requests.owned`.
+            block_OxW: this owner's rows, in the order of `requests.owned`.
 
         Returns:
-            [U, S, F] rows in the order of `requests.rows`; what pads the end is zero.
+            [U, W] rows in the order of `requests.rows`; what pads the end is zero.
         """
-        wanted_U, row_shape = requests.rows, block_OxSxF.shape[1:]
-        # Flat rows: TPUs pad the last two dimensions to tiles, and S is small.
-        block_OxW = block_OxSxF.reshape(self.owned_rows, -1)
-        if self.num_owners == 1:
-            taken = block_OxW[self._position(requests.owned, wanted_U)]
-            return jnp.where((wanted_U < self.num_rows)[:, None], taken, 0).reshape(-1, *row_shape)
-        starts = self._starts(wanted_U)
-        owner_U = jnp.minimum(wanted_U // self.rows_per_owner, self.num_owners - 1)
-        rank_U = jnp.arange(self.unique_rows) - starts[owner_U]
+        fetched_UxW = self._by_columns(
+            self._fetch, block_OxW, self.unique_rows, block_OxW.dtype, requests
+        )
+        return jnp.where((requests.rows < self.num_rows)[:, None], fetched_UxW, 0)
 
-        def one_round(state):
-            step, fetched_UxW = state
-            asked_PxC = self._swap(self._ask(wanted_U, step))
-            answers = block_OxW[self._position(requests.owned, asked_PxC)]
-            arrived = self._swap(answers).reshape(-1, block_OxW.shape[1])
-            column_U = rank_U - step * self.capacity
-            here_U = (column_U >= 0) & (column_U < self.capacity) & (wanted_U < self.num_rows)
-            place_U = jnp.where(here_U, owner_U * self.capacity + column_U, 0)
-            return step + 1, jnp.where(here_U[:, None], arrived[place_U], fetched_UxW)
+    def push(self, gradient_UxW: jax.Array, requests: Requests) -> jax.Array:
+        """Sends row gradients to the owners: of one vector or of several.
 
-        empty = jnp.zeros((self.unique_rows, block_OxW.shape[1]), block_OxW.dtype)
-        fetched = jax.lax.while_loop(lambda s: s[0] < requests.rounds, one_round, (0, empty))[1]
-        return fetched.reshape(-1, *row_shape)
-
-    def push(self, gradient_UxSxF: jax.Array, requests: Requests) -> jax.Array:
-        """Sends row gradients to the owners, who sum them in float32, source by source.
+        They set out in the dtype they have, and travel on from a relay as its float32 sums.
 
         Returns:
-            [O, S, F] float32 sums in the order of `requests.owned`.
+            [O, W] float32 sums in the order of `requests.owned`.
         """
-        row_shape = gradient_UxSxF.shape[1:]
-        gradient_UxW = gradient_UxSxF.reshape(self.unique_rows, -1)
-        sums_OxW = jnp.zeros((self.owned_rows, gradient_UxW.shape[1]), jnp.float32)
-        if self.num_owners == 1:
-            sums_OxW = self._add(sums_OxW, requests, requests.rows, gradient_UxW)
-        else:
-            sums_OxW = self._push_rounds(sums_OxW, gradient_UxW, requests)
+        sums_OxW = self._by_columns(
+            self._push, gradient_UxW, self.owned_rows, jnp.float32, requests
+        )
         axes = self._copy_axes()
-        sums_OxW = jax.lax.psum(sums_OxW, axes) if axes else sums_OxW
-        return sums_OxW.reshape(-1, *row_shape)
+        return jax.lax.psum(sums_OxW, axes) if axes else sums_OxW
 
-    def _push_rounds(self, sums_OxW, gradient_UxW, requests: Requests):
-        starts = self._starts(requests.rows)
+    def _search(self, rows: jax.Array, counted: bool) -> tuple[Requests, Found]:
+        """Requests, and what they need room for; tokens are counted on the way if so asked."""
+        way = self._way(rows)
+        listed, inverse, order = self._sorted(way)
+        tokens = None
+        if counted:
+            real = (way < self.num_rows).astype(jnp.int32)
+            tokens = _sums(real.reshape(-1), inverse.reshape(-1), self.unique_rows)
+        mine, unique = self._row_of(listed), self._count(listed)
+        hops, pairs, counts = [], [], []
+        asked, size = listed, self.num_rows
+        for hop, capacity, room in zip(self.hops, self.capacities, self._rooms, strict=True):
+            # Numbers on the way of one peer's rows and of all that lie behind it.
+            size //= hop.peers
+            starts, sent, slot = _slots(
+                listed // size % hop.peers, listed < self.num_rows, hop.peers, capacity
+            )
+            pairs.append(jnp.max(jnp.diff(starts)))
+            asked = self._swap(_taken(listed, sent, self.num_rows), hop)
+            listed, index, arrivals = self._distinct(asked, room)
+            index = jnp.where(asked < self.num_rows, index, room)
+            if counted:
+                tokens = _sums(self._swap(_taken(tokens, sent, 0), hop), index, room)
+            hops.append(HopRequests(sent, slot, index, arrivals))
+            counts.append(self._count(listed))
+        asked, home = self._count(asked), None
+        if self._copy_axes():
+            listed, home, tokens = self._united(listed, tokens)
+            asked = jax.lax.psum(asked, self._copy_axes())
+            if hops:
+                index = _taken(home, hops[-1].arrived, self.owned_rows)
+                arrivals = order_of(index, self.owned_rows)
+                hops[-1] = dataclasses.replace(hops[-1], arrived=index, order=arrivals)
+        elif not hops:
+            listed = _resized(listed, self.owned_rows, self.num_rows)
+            tokens = _resized(tokens, self.owned_rows) if counted else None
+        requests = Requests(
+            rows=mine,
+            inverse=inverse,
+            order=order,
+            owned=jnp.where(listed < self.num_rows, self._row_of(listed), self.num_rows),
+            home=None if hops else home,
+            hops=tuple(hops),
+            distinct=unique,
+            asked=asked,
+        )
+        found = Found(unique, self._count(listed), tuple(pairs), tuple(counts[:-1]), tokens)
+        return requests, found
 
-        def one_round(state):
-            step, sums = state
-            mine_PxC = self._ask(requests.rows, step)
-            place_PxC = jnp.minimum(self._places(starts, step), self.unique_rows - 1)
-            sent = jnp.where((mine_PxC < self.num_rows)[..., None], gradient_UxW[place_PxC], 0)
-            asked_PxC, arrived = self._swap(mine_PxC), self._swap(sent)
+    def _united(self, listed_N: jax.Array, tokens_N: jax.Array | None):
+        """The rows [O] that all copies of this owner are asked for, where [N] they have this one's,
+        and their tokens [O] if those are given.
+        """
+        axes, size = self._copy_axes(), listed_N.shape[0]
+        gathered = jax.lax.all_gather(listed_N, axes, tiled=True)
+        united_O, index, _ = self._distinct(gathered, self.owned_rows)
+        tokens_O = None
+        if tokens_N is not None:
+            gathered = jax.lax.all_gather(tokens_N, axes, tiled=True)
+            tokens_O = _sums(gathered, index, self.owned_rows)
+        own_N = jax.lax.dynamic_slice_in_dim(index, jax.lax.axis_index(axes) * size, size)
+        return united_O, jnp.where(listed_N < self.num_rows, own_N, self.owned_rows), tokens_O
 
-            # Rows are distinct within one source, so no scatter ever meets an index twice.
-            def one_source(source, sums):
-                return self._add(sums, requests, asked_PxC[source], arrived[source])
+    def _fetch(self, block_OxW: jax.Array, requests: Requests) -> jax.Array:
+        if not self.hops:
+            if requests.home is None:
+                return _resized(block_OxW, self.unique_rows)
+            return block_OxW[jnp.minimum(requests.home, self.owned_rows - 1)]
+        # What lies in empty slots is never looked at, so any row may go there.
+        pick, rows = requests.hops[-1].arrived, block_OxW
+        for number in reversed(range(len(self.hops))):
+            rows = self._swap(rows[jnp.minimum(pick, rows.shape[0] - 1)], self.hops[number])
+            pick = requests.hops[number].slot
+            if number:
+                # A relay puts what arrives straight into the slots of the hop before.
+                wanted = requests.hops[number - 1].arrived
+                pick = pick[jnp.minimum(wanted, pick.shape[0] - 1)]
+        return rows[pick]
 
-            return step + 1, jax.lax.fori_loop(0, self.num_owners, one_source, sums)
+    def _push(self, gradient_UxW: jax.Array, requests: Requests) -> jax.Array:
+        if not self.hops:
+            valid_U = requests.rows < self.num_rows
+            sums = jnp.where(valid_U[:, None], gradient_UxW.astype(jnp.float32), 0)
+            if requests.home is None:
+                return _resized(sums, self.owned_rows)
+            empty = jnp.zeros((self.owned_rows, sums.shape[1]), jnp.float32)
+            return empty.at[requests.home].set(sums, mode="drop")
+        sums = gradient_UxW
+        for hop, record, room in zip(self.hops, requests.hops, self._rooms, strict=True):
+            arrived = self._swap(sums[jnp.minimum(record.sent, len(sums) - 1)], hop)
+            # What a relay's sums have behind its rows is nobody's.
+            room += spare_rows(self.way)
+            sums = sum_by_row(arrived, record.arrived, room, self.way, record.order)
+        if self.way == "scatter":
+            return sums[: self.owned_rows]
+        real_O = requests.owned < self.num_rows
+        return jnp.where(real_O[:, None], sums[: self.owned_rows], 0)
 
-        return jax.lax.while_loop(lambda s: s[0] < requests.rounds, one_round, (0, sums_OxW))[1]
+    def _by_columns(self, way, rows: jax.Array, room: int, dtype, requests: Requests) -> jax.Array:
+        """`way(rows, requests)` [room, W], a part of the columns in each round."""
+        width = rows.shape[1]
+        part = -(-width // self.rounds)
+        if part == width:
+            return way(rows, requests)
 
-    def _add(self, sums_OxW, requests: Requests, rows_C, values_CxW):
-        place_C = self._position(requests.owned, rows_C)
-        place_C = jnp.where(rows_C < self.num_rows, place_C, self.owned_rows)
-        return sums_OxW.at[place_C].add(values_CxW.astype(jnp.float32), mode="drop")
+        def one_round(number, whole):
+            # The last part may overlap the one before; it brings the same.
+            first = jnp.minimum(number * part, width - part)
+            columns = jax.lax.dynamic_slice_in_dim(rows, first, part, axis=1)
+            columns = way(columns, requests)
+            return jax.lax.dynamic_update_slice_in_dim(whole, columns, first, axis=1)
 
-    def _sorted(self, rows: jax.Array) -> tuple[jax.Array, jax.Array, RowOrder]:
+        empty = jnp.zeros((room, width), dtype)
+        return jax.lax.fori_loop(0, -(-width // part), one_round, empty)
+
+    def _sorted(self, way: jax.Array) -> tuple[jax.Array, jax.Array, RowOrder]:
         """The distinct rows [U], the index of each key's row among them, and the index's order.
 
         One sort serves all of it; with several micro-batches each needs an order of its own.
         """
-        flat_N = rows.reshape(-1)
-        positions_N = jnp.argsort(flat_N)
-        sorted_N = flat_N[positions_N]
-        starts_N = jnp.concatenate([jnp.ones(1, bool), sorted_N[1:] != sorted_N[:-1]])
-        ranks_N = jnp.cumsum(starts_N, dtype=jnp.int32) - 1
-        place_N = jnp.where(starts_N, ranks_N, self.unique_rows)
-        distinct_U = jnp.full(self.unique_rows, self.num_rows, jnp.int32)
-        distinct_U = distinct_U.at[place_N].set(sorted_N, mode="drop", unique_indices=True)
+        distinct_U, inverse, order = self._distinct(way.reshape(-1), self.unique_rows)
         # Padding sorts last and may fall off the end; its gradient is zero, any row serves it.
-        ranks_N = jnp.minimum(ranks_N, self.unique_rows - 1)
-        inverse_N = jnp.zeros_like(ranks_N).at[positions_N].set(ranks_N, unique_indices=True)
-        inverse = inverse_N.reshape(rows.shape)
-        if rows.shape[0] == 1:
-            order = jax.tree.map(lambda x: x[None], dense_order(positions_N, ranks_N))
-        else:
+        inverse = jnp.minimum(inverse, self.unique_rows - 1).reshape(way.shape)
+        if len(way) > 1:
             order = jax.vmap(lambda index: order_of(index, self.unique_rows))(inverse)
+        else:
+            ranks = jnp.minimum(order.ranks, self.unique_rows - 1)
+            order = RowOrder(order.positions[None], ranks[None])
         return distinct_U, inverse, order
 
     def _copy_axes(self) -> tuple[str, ...]:
         return tuple(axis for axis in BATCH_AXES if axis not in self.vocab_axes)
 
-    def _distinct(self, rows: jax.Array) -> jax.Array:
-        found = jnp.unique(rows, size=self.owned_rows, fill_value=self.num_rows)
-        return found.astype(jnp.int32)
+    def _way(self, rows: jax.Array) -> jax.Array:
+        """Rows numbered by the digits of their owners, those of the first hop first; V_pad stays.
 
-    def _position(self, owned_O: jax.Array, rows: jax.Array) -> jax.Array:
-        return jnp.minimum(jnp.searchsorted(owned_O, rows), self.owned_rows - 1)
+        So whatever list of rows a device has, those for one peer stand together.
+        """
+        owner, way = rows // self.rows_per_owner, jnp.zeros_like(rows)
+        for hop in self.hops:
+            way = way * hop.peers + owner // hop.stride % hop.peers
+        way = way * self.rows_per_owner + rows % self.rows_per_owner
+        return jnp.where(rows < self.num_rows, way, self.num_rows)
 
-    def _starts(self, rows_U: jax.Array) -> jax.Array:
-        """[P + 1]: where each owner's rows start in the sorted rows, and where the last end."""
-        bounds = jnp.arange(self.num_owners + 1, dtype=jnp.int32) * self.rows_per_owner
-        return jnp.searchsorted(rows_U, bounds)
+    def _row_of(self, way: jax.Array) -> jax.Array:
+        """The inverse of `_way`."""
+        behind, row = self.num_rows, way % self.rows_per_owner
+        for hop in self.hops:
+            behind //= hop.peers
+            row += way // behind % hop.peers * hop.stride * self.rows_per_owner
+        return jnp.where(way < self.num_rows, row, self.num_rows)
 
-    def _places(self, starts, step) -> jax.Array:
-        """[P, C]: which of the sorted rows each owner is asked for in this round."""
-        return starts[:-1, None] + step * self.capacity + jnp.arange(self.capacity)
+    def _distinct(self, numbers_N: jax.Array, room: int) -> tuple[jax.Array, jax.Array, RowOrder]:
+        """[room] sorted distinct numbers, V_pad behind; where [N] each is; that index sorted."""
+        positions_N = jnp.argsort(numbers_N)
+        sorted_N = numbers_N[positions_N]
+        starts_N = jnp.concatenate([jnp.ones(1, bool), sorted_N[1:] != sorted_N[:-1]])
+        ranks_N = jnp.cumsum(starts_N, dtype=jnp.int32) - 1
+        found = jnp.full(room, self.num_rows, jnp.int32)
+        found = found.at[jnp.where(starts_N, ranks_N, room)].set(sorted_N, mode="drop")
+        index_N = jnp.zeros_like(ranks_N).at[positions_N].set(ranks_N, unique_indices=True)
+        return found, index_N, dense_order(positions_N, ranks_N)
 
-    def _ask(self, rows_U: jax.Array, step) -> jax.Array:
-        """[P, C]: the rows asked of each owner in this round, V_pad where there are fewer."""
-        starts = self._starts(rows_U)
-        places = self._places(starts, step)
-        asked = rows_U[jnp.minimum(places, self.unique_rows - 1)]
-        return jnp.where(places < starts[1:, None], asked, self.num_rows)
+    def _count(self, listed: jax.Array) -> jax.Array:
+        return jnp.sum(listed < self.num_rows)
 
-    def _swap(self, blocks_PxC: jax.Array) -> jax.Array:
-        """Sends block p to owner p; what comes back has the sources in order."""
-        return jax.lax.all_to_all(blocks_PxC, self.vocab_axes, 0, 0, tiled=True)
+    def _swap(self, blocks: jax.Array, hop: Hop) -> jax.Array:
+        """Sends each peer its share of the slots; what comes back has the sources in order."""
+        groups = None if hop.peers == self.num_owners else hop.groups(self.num_owners)
+        return jax.lax.all_to_all(
+            blocks, self.vocab_axes, 0, 0, tiled=True, axis_index_groups=groups
+        )
+
+
+def _slots(peer_N: jax.Array, real_N: jax.Array, peers: int, capacity: int):
+    """Where each peer's rows start among those listed; row of each slot; slot of each row."""
+    size = peer_N.shape[0]
+    peer_N = jnp.where(real_N, peer_N, peers)
+    starts = jnp.sum(peer_N < jnp.arange(peers + 1)[:, None], axis=1, dtype=jnp.int32)
+    place = starts[:-1, None] + jnp.arange(capacity, dtype=jnp.int32)
+    sent = jnp.where(place < starts[1:, None], place, size).reshape(-1)
+    slot_N = peer_N * capacity + jnp.arange(size, dtype=jnp.int32) - starts[peer_N]
+    return starts, sent, jnp.minimum(slot_N, peers * capacity - 1)
+
+
+def _taken(values_N: jax.Array, index: jax.Array, empty) -> jax.Array:
+    """Values at the indices, and `empty` for those past the end."""
+    size = values_N.shape[0]
+    return jnp.where(index < size, values_N[jnp.minimum(index, size - 1)], empty)
+
+
+def _sums(numbers: jax.Array, index: jax.Array, room: int) -> jax.Array:
+    """Whole numbers summed by index; those past the end are dropped."""
+    return jnp.zeros(room, jnp.int32).at[index].add(numbers, mode="drop")
+
+
+def _resized(rows: jax.Array, size: int, fill=0) -> jax.Array:
+    """The first rows, or all and `fill` behind them."""
+    more = max(0, size - rows.shape[0])
+    padding = ((0, more), *((0, 0),) * (rows.ndim - 1))
+    return jnp.pad(rows[:size], padding, constant_values=fill)

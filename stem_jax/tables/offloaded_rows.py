@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from stem_jax.errors import InputError
 from stem_jax.mesh import replicated
+from stem_jax.tables.asked_rows import AskedRows
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.prefetch import Prefetch
 from stem_jax.tables.row_optimizer import RowOptimizer
@@ -72,9 +73,7 @@ class OffloadedRows:
                 f"tables.resident_rows={self.spec.num_slots} keeps fewer rows on the device; give "
                 f"--resident-rows={len(distinct_U)} or more, or fewer prompts at a time"
             )
-        tokens_of_row = np.zeros(self.spec.num_rows, np.int64)
-        tokens_of_row[distinct_U] = tokens_U
-        ticket = self._prefetch.ticket(tokens_of_row)
+        ticket = self._prefetch.ticket(AskedRows((distinct_U,), (tokens_U,)))
         self._arrays = self._prefetch.apply(self._arrays, ticket)
         room = rows.size
         if room > _FEW_KEYS:

@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from stem_jax.errors import InputError
 from stem_jax.mesh import axis_size
+from stem_jax.tables.asked_rows import AskedRows
 from stem_jax.tables.host_store import Arrays, HostBlock, HostStore, field_dtype
 from stem_jax.tables.row_slots import Move, RowSlots
 from stem_jax.tables.spec import TableSpec
@@ -142,29 +143,29 @@ class Prefetch:
             jax.block_until_ready(arrays)
         return arrays
 
-    def fits(self, asked: np.ndarray) -> bool:
+    def fits(self, asked: AskedRows) -> bool:
         """See `RowSlots.fits`."""
         return self._slots.fits(asked)
 
-    def too_few(self, asked: np.ndarray) -> InputError:
+    def too_few(self, asked: AskedRows) -> InputError:
         """See `RowSlots.too_few`."""
         return self._slots.too_few(asked)
 
     def ticket(
-        self, tokens_of_row: np.ndarray, pinned: np.ndarray | None = None, *, record: bool = True
+        self, asked: AskedRows, pinned: AskedRows | None = None, *, record: bool = True
     ) -> Ticket:
         """Chooses the slots of a batch's rows and starts to fetch those that are missing.
 
         Args:
-            tokens_of_row: [V_pad] int, how often the batch asks for each row.
-            pinned: [V_pad] bool, rows that must stay because batches before this one, whose
-                tickets may be applied late, need them; None for none.
+            asked: by the batch.
+            pinned: rows that must stay because batches before this one, whose tickets may be
+                applied late, need them; None for none.
             record: whether this counts as use of the rows.
 
         Raises:
             InputError: the rows do not fit; names how many slots would do.
         """
-        move = self._slots.assign(tokens_of_row, pinned, record=record)
+        move = self._slots.assign(asked, pinned, record=record)
         self._numbers += 1
         ticket = Ticket(self._numbers, move, None, Future())
         if not move.size:

@@ -10,6 +10,7 @@ import dataclasses
 import numpy as np
 
 from stem_jax.errors import InputError
+from stem_jax.tables.asked_rows import AskedRows
 from stem_jax.tables.row_cache import Assignment, CacheTooSmall, RowCache
 from stem_jax.tables.spec import TableSpec
 
@@ -57,8 +58,7 @@ class RowSlots:
     def __init__(self, spec: TableSpec, num_owners: int, policy: str):
         """At first the rows of the lowest keys are resident: the frequent ones, in a vocabulary."""
         self._rows_per_owner = spec.num_rows // num_owners
-        self._num_owners = num_owners
-        resident = spec.num_slots // num_owners
+        self._num_slots, resident = spec.num_slots, spec.num_slots // num_owners
         keys_PxN = spec.layout.key_numbers(np.arange(spec.num_rows)).reshape(num_owners, -1)
         self._caches = [
             RowCache(np.argsort(keys)[:resident], self._rows_per_owner, policy) for keys in keys_PxN
@@ -68,62 +68,47 @@ class RowSlots:
         """[R / P] rows of an owner's shard by slot, a copy."""
         return self._caches[owner].rows.copy()
 
-    def fits(self, asked: np.ndarray) -> bool:
-        """Whether rows can be resident at a time. asked: [V_pad], not zero for each of them."""
-        slots = self._num_owners * self._caches[0].num_slots
-        return slots_needed(asked.reshape(self._num_owners, -1)) <= slots
+    def fits(self, asked: AskedRows) -> bool:
+        """Whether rows can be resident at a time."""
+        return asked.slots_needed <= self._num_slots
 
-    def too_few(self, asked: np.ndarray) -> TooFewSlots:
+    def too_few(self, asked: AskedRows) -> TooFewSlots:
         """The refusal of a batch that does not fit."""
-        slots = self._num_owners * self._caches[0].num_slots
-        needed = slots_needed(asked.reshape(self._num_owners, -1))
-        return TooFewSlots(too_few_slots(slots, needed))
+        return TooFewSlots(too_few_slots(self._num_slots, asked.slots_needed))
 
     def assign(
-        self, tokens_of_row: np.ndarray, pinned: np.ndarray | None = None, *, record: bool = True
+        self, asked: AskedRows, pinned: AskedRows | None = None, *, record: bool = True
     ) -> Move:
         """Makes the rows of a batch resident.
 
         Args:
-            tokens_of_row: [V_pad], how often the batch asks for each row.
-            pinned: [V_pad] bool, further rows that must not leave; None for no others.
+            asked: by the batch.
+            pinned: further rows that must not leave; None for no others.
             record: whether this counts as use of the rows.
 
         Raises:
             TooFewSlots: names how many would do. Some owners may have made room already: the
                 caches are of no use afterwards. See `fits`.
         """
-        asked_PxN = tokens_of_row.reshape(self._num_owners, -1)
-        pinned_PxN = None if pinned is None else pinned.reshape(self._num_owners, -1)
         assignments, missing, missing_tokens = [], 0, 0
         for owner, cache in enumerate(self._caches):
-            rows = np.flatnonzero(asked_PxN[owner])
-            stay = None if pinned_PxN is None else np.flatnonzero(pinned_PxN[owner])
+            rows, tokens = asked.rows[owner], asked.tokens[owner]
+            stay = None if pinned is None else pinned.rows[owner]
             try:
                 found = cache.assign(rows, stay, record)
             except CacheTooSmall as error:
-                needed = asked_PxN if pinned_PxN is None else asked_PxN + pinned_PxN
-                raise self.too_few(needed) from error
+                raise self.too_few(asked if pinned is None else asked.united([pinned])) from error
             assignments.append(found)
             missing += len(found.missing)
-            missing_tokens += int(asked_PxN[owner][found.missing].sum())
+            missing_tokens += int(tokens[np.searchsorted(rows, found.missing)].sum())
         return Move(
             tuple(assignments),
             _room(max(len(a.missing) for a in assignments)),
             sum(len(a.slots) for a in assignments),
             missing,
-            int(tokens_of_row.sum()),
+            sum(int(tokens.sum()) for tokens in asked.tokens),
             missing_tokens,
         )
-
-
-def slots_needed(asked_PxN: np.ndarray) -> int:
-    """Slots, over all owners, that hold the rows that are asked for at a time.
-
-    Args:
-        asked_PxN: not zero where a row of an owner is asked for. Every owner has as many slots.
-    """
-    return len(asked_PxN) * int(np.count_nonzero(asked_PxN, axis=1).max())
 
 
 def too_few_slots(resident_rows: int, needed: int) -> str:

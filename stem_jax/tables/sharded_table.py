@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,36 +12,36 @@ from jax.sharding import Mesh, PartitionSpec
 from stem_jax.kernels.row_sums import spare_rows, way_on
 from stem_jax.mesh import BATCH_AXES, axis_size
 from stem_jax.parts import part
-from stem_jax.tables.exchange import Exchange, Requests
+from stem_jax.tables.asked_rows import AskedRows
+from stem_jax.tables.block_sizes import BlockSizes, largest_sizes
+from stem_jax.tables.exchange import Exchange, HopRequests, Requests
+from stem_jax.tables.hops import owner_hops
 from stem_jax.tables.row_optimizer import RowOptimizer
 from stem_jax.tables.spec import TableSpec, TableState
 from stem_jax.tables.update_history import UpdateHistory
 
-_SMALLEST_BLOCK = 64
-# What one round of the exchange may take to send, and as much to receive, at float32: more rounds
-# cost little time, larger buffers cost memory at the peak of a step.
+# What a buffer of the exchange may take at float32 whatever the batch; a larger one holds so many
+# times the rows of a device. More rounds cost little time, larger buffers memory.
 _ROUND_BYTES = 2**28
+_PADDING = 1.5
 # Rows that catch up at a time when a whole table does.
 _PIECE = 1024
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockSizes:
-    """Static sizes of a step's row blocks: U rows of a device, O rows asked of an owner."""
-
-    unique: int
-    owned: int
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Demand:
-    """unique: scalar int32, the most distinct rows that a device needs. tokens_of_row: [V_pad]
-    int32, tokens of each row over all devices.
+    """What a batch asks of a table, the same on every device.
+
+    needed: int32, the numbers of `BlockSizes`. rows: [P, N] int32, the rows that each owner is
+    asked for, rising, V_pad behind them; N holds twice the keys of a device and not always all.
+    tokens: [P, N] int32, of each row over all devices. The last two are None unless the table is
+    offloaded.
     """
 
-    unique: jax.Array
-    tokens_of_row: jax.Array
+    needed: jax.Array
+    rows: jax.Array | None
+    tokens: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,7 @@ class ShardedTable:
         spec: the table.
         mesh: where it lies.
         keys_per_device: keys of one device in one step, padding included.
-        sizes: of the row blocks, from `choose_sizes`; None is room for every key distinct.
+        sizes: of the row blocks and the exchange, see `block_sizes`; None is room for any batch.
     """
 
     spec: TableSpec
@@ -61,77 +62,88 @@ class ShardedTable:
 
     @property
     def largest_sizes(self) -> BlockSizes:
-        """Sizes that always suffice: every key distinct, and every device asking one owner."""
-        unique = min(self.keys_per_device, self.spec.num_rows)
-        shard = self.spec.num_rows // axis_size(self.mesh, self.spec.vocab_axes)
-        owned = min(shard, axis_size(self.mesh, BATCH_AXES) * unique)
-        return BlockSizes(unique + self._spare, owned)
+        """Sizes that always suffice."""
+        owners = axis_size(self.mesh, self.spec.vocab_axes)
+        hops = owner_hops(self.mesh, self.spec.vocab_axes)
+        copies = axis_size(self.mesh, BATCH_AXES) // owners
+        return largest_sizes(self.keys_per_device, self.spec.num_rows, hops, owners, copies)
 
     @property
     def exchange(self) -> Exchange:
         """The exchange at the sizes of this step."""
-        owners = axis_size(self.mesh, self.spec.vocab_axes)
-        sizes = self.sizes or self.largest_sizes
-        even_share = -(-5 * sizes.unique // (4 * owners))
-        row_bytes = 4 * self.spec.num_layers * self.spec.width // self.mesh.shape["tensor"]
-        small = max(1, _ROUND_BYTES // (owners * row_bytes))
+        sizes, way = self.sizes or self.largest_sizes, way_on(self.mesh)
+        hops = owner_hops(self.mesh, self.spec.vocab_axes)
+        row_bytes = 4 * self.spec.width // self.mesh.shape["tensor"]
+        buffer_rows = max(_ROUND_BYTES // row_bytes, math.ceil(_PADDING * sizes.unique), 1)
+        if self.spec.capacity:
+            buffer_rows = self.spec.capacity * max((hop.peers for hop in hops), default=1)
         return Exchange(
             num_rows=self.spec.num_rows,
             vocab_axes=self.spec.vocab_axes,
-            num_owners=owners,
-            unique_rows=sizes.unique,
+            num_owners=axis_size(self.mesh, self.spec.vocab_axes),
+            hops=hops,
+            unique_rows=sizes.unique + spare_rows(way),
             owned_rows=sizes.owned,
-            capacity=min(self.spec.capacity or min(even_share, small), sizes.unique),
+            capacities=sizes.pairs,
+            relayed=sizes.relayed,
+            buffer_rows=buffer_rows,
+            way=way,
         )
 
-    def demand(self, keys_AxBxL: jax.Array, valid_AxBxL: jax.Array) -> Demand:
-        """What a step asks of the table, the same on every device."""
-        num_rows, room = self.spec.num_rows, self.largest_sizes.unique
+    def demand(self, keys_AxBxL: jax.Array, valid_AxBxL: jax.Array, *, whole=False) -> Demand:
+        """What a step asks of the table, found with room for any batch.
+
+        Args:
+            whole: list all rows of every owner, however many; see `Demand`.
+        """
+        largest, axes = self.largest_sizes, self.spec.vocab_axes
+        exchange = dataclasses.replace(self, sizes=None).exchange
+        copies = axis_size(self.mesh, BATCH_AXES) // exchange.num_owners
+        size = largest.owned if whole else min(largest.owned, 2 * copies * self.keys_per_device)
 
         def local(keys, valid):
-            rows = self._rows_of(keys, valid)
-            distinct_U, tokens_U = jnp.unique(
-                rows, size=room, fill_value=num_rows, return_counts=True
-            )
-            tokens_V = jnp.zeros(num_rows, jnp.int32).at[distinct_U].set(tokens_U, mode="drop")
-            unique = jax.lax.pmax(jnp.sum(distinct_U < num_rows), BATCH_AXES)
-            return Demand(unique, jax.lax.psum(tokens_V, BATCH_AXES))
+            requests, found = exchange.find(self._rows_of(keys, valid))
+            needed = (found.unique, found.owned, *found.pairs, *found.relayed)
+            needed = jax.lax.pmax(jnp.stack(needed).astype(jnp.int32), BATCH_AXES)
+            if not self.spec.offloaded:
+                return Demand(needed, None, None)
+            lists = requests.owned[:size], found.tokens[:size]
+            if axes:
+                return Demand(needed, *(jax.lax.all_gather(line, axes) for line in lists))
+            return Demand(needed, *(line[None] for line in lists))
 
-        keys_spec, whole = PartitionSpec(None, BATCH_AXES), PartitionSpec()
-        return self._sharded(local, (keys_spec, keys_spec), Demand(whole, whole))(
-            keys_AxBxL, valid_AxBxL
-        )
+        keys_spec, replicated = PartitionSpec(None, BATCH_AXES), PartitionSpec()
+        lists_spec = replicated if self.spec.offloaded else None
+        specs = Demand(replicated, lists_spec, lists_spec)
+        return self._sharded(local, (keys_spec, keys_spec), specs)(keys_AxBxL, valid_AxBxL)
 
-    def sizes_for(self, demand: Demand) -> BlockSizes:
-        """The sizes for a demand that has come to the host."""
-        owners = axis_size(self.mesh, self.spec.vocab_axes)
-        asked_PxN = np.asarray(demand.tokens_of_row).reshape(owners, -1)
-        owned = np.count_nonzero(asked_PxN, axis=1).max()
-        return self.choose_sizes((int(demand.unique), int(owned)))
+    def needed_by(self, demand: Demand) -> BlockSizes:
+        """The needs of a batch whose demand has come to the host."""
+        return self.largest_sizes.with_numbers([int(n) for n in np.asarray(demand.needed)])
 
-    def choose_sizes(self, counts: tuple[int, int]) -> BlockSizes:
-        """The smallest powers of two that hold U rows of a device and O rows asked of an owner.
-
-        A function of the batch alone: a size that depended on earlier batches would change the
-        order of sums, and with it the bits of a resumed run.
-        """
-        largest = self.largest_sizes
-        counts = (counts[0] + self._spare, counts[1])
-        unique, owned = (max(_SMALLEST_BLOCK, 1 << (int(n) - 1).bit_length()) for n in counts)
-        return BlockSizes(min(unique, largest.unique), min(owned, largest.owned))
+    def asked_by(self, demand: Demand) -> AskedRows | None:
+        """The rows of a batch whose demand has come to the host; None if not all are listed."""
+        owners, rows_PxN = len(demand.rows), np.asarray(demand.rows)
+        if self.needed_by(demand).owned > rows_PxN.shape[1]:
+            return None
+        firsts = np.arange(owners)[:, None] * (self.spec.num_rows // owners)
+        real_PxN = rows_PxN < self.spec.num_rows
+        lines = zip(rows_PxN - firsts, np.asarray(demand.tokens), real_PxN, strict=True)
+        return AskedRows.of((rows[real], tokens[real]) for rows, tokens, real in lines)
 
     @property
     def request_specs(self) -> Requests:
         """Partition of each field of `Requests`."""
-        batch, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
+        batch, hops = PartitionSpec(BATCH_AXES), self.exchange.hops
         return Requests(
             rows=batch,
             inverse=PartitionSpec(None, BATCH_AXES),
             order=PartitionSpec(None, BATCH_AXES),
             owned=self.spec.index_spec,
-            rounds=whole,
+            home=batch if self._copied and not hops else None,
+            hops=tuple(HopRequests(*(batch,) * 4) for _ in hops),
             distinct=batch,
-            asked=whole,
+            asked=self.spec.index_spec,
             slots=self.spec.index_spec if self.spec.offloaded else None,
         )
 
@@ -155,7 +167,8 @@ class ShardedTable:
 
         def local(keys, valid, slots):
             found = self.exchange.request(self._rows_of(keys, valid))
-            return dataclasses.replace(found, distinct=found.distinct[None], slots=slots)
+            numbers = {"distinct": found.distinct[None], "asked": found.asked[None]}
+            return dataclasses.replace(found, **numbers, slots=slots)
 
         keys_spec = PartitionSpec(None, BATCH_AXES)
         specs = (keys_spec, keys_spec, self.request_specs.slots)
@@ -167,7 +180,7 @@ class ShardedTable:
 
         def local(state, requests, step, history):
             block = self._optimizer.read(state, self._places(requests), step, history)
-            return self.exchange.fetch(block.rows.astype(dtype), requests)
+            return self._by_vectors(self.exchange.fetch, block.rows.astype(dtype), requests)
 
         whole = PartitionSpec()
         specs = (self._state_specs, self.request_specs, whole, whole)
@@ -176,9 +189,12 @@ class ShardedTable:
     @part("exchange")
     def push(self, gradient: jax.Array, requests: Requests) -> jax.Array:
         """Sums row gradients [devices * U, S, F] at the owners: [owners * O, S, F] float32."""
-        return self._sharded(
-            self.exchange.push, (self.block_spec, self.request_specs), self.spec.row_spec
-        )(gradient, requests)
+
+        def local(gradient, requests):
+            return self._by_vectors(self.exchange.push, gradient, requests)
+
+        specs = (self.block_spec, self.request_specs)
+        return self._sharded(local, specs, self.spec.row_spec)(gradient, requests)
 
     @part("row_optimizer")
     def update(self, state, requests, gradient, step, keep, history: UpdateHistory) -> TableState:
@@ -212,12 +228,20 @@ class ShardedTable:
             state, step, history
         )
 
+    def _by_vectors(self, way, rows_NxSxF: jax.Array, requests: Requests) -> jax.Array:
+        """`way(rows, requests)` of each of the S vectors; buffers hold one of them."""
+        number, vectors, width = rows_NxSxF.shape
+        if not self.exchange.hops:
+            return way(rows_NxSxF.reshape(number, -1), requests).reshape(-1, vectors, width)
+        pieces = [way(rows_NxSxF[:, vector], requests) for vector in range(vectors)]
+        return jnp.stack(pieces, axis=1)
+
     def _rows_of(self, keys, valid) -> jax.Array:
         return jnp.where(valid, self.spec.layout.rows_of(keys), self.spec.num_rows)
 
     @property
-    def _spare(self) -> int:
-        return spare_rows(way_on(self.mesh))
+    def _copied(self) -> bool:
+        return axis_size(self.mesh, BATCH_AXES) > axis_size(self.mesh, self.spec.vocab_axes)
 
     @property
     def _optimizer(self) -> RowOptimizer:

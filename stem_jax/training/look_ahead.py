@@ -17,8 +17,10 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
+from stem_jax.tables.asked_rows import AskedRows
+from stem_jax.tables.block_sizes import BlockSizes
 from stem_jax.tables.prefetch import Prefetch, Ticket
-from stem_jax.tables.sharded_table import BlockSizes, Demand
+from stem_jax.tables.sharded_table import Demand
 from stem_jax.tables.spec import TableState
 from stem_jax.training.state import TrainState
 from stem_jax.training.step import Batch, TrainStep
@@ -28,14 +30,16 @@ from stem_jax.training.step import Batch, TrainStep
 class Ready:
     """A batch and what its step needs besides the state.
 
-    demand: what it asks of the table, None for a dense model. sizes: of its row blocks. ticket: its
-    rows on their way, slots: where they will lie; None if all rows are resident. settled: tickets
-    before it, whose rows were brought early. metrics: of its rows' way, once they are placed.
+    demand: what it asks of the table, None for a dense model. sizes: of its row blocks. asked: its
+    rows, ticket: those on their way, slots: where they will lie; None if all rows are resident.
+    settled: tickets before it, whose rows were brought early. metrics: of its rows' way, once they
+    are placed.
     """
 
     batch: Batch
     demand: Demand | None
     sizes: BlockSizes | None = None
+    asked: AskedRows | None = None
     ticket: Ticket | None = None
     slots: jax.Array | None = None
     settled: list[Ticket] = dataclasses.field(default_factory=list)
@@ -71,7 +75,7 @@ class LookAhead(Iterator[Ready]):
         self._distance = programs.config.tables.prefetch
         self._queue: deque[Ready] = deque()
         # Rows of the batches that may still be waiting for theirs when the next one chooses.
-        self._window: deque[np.ndarray] = deque(maxlen=self._distance if training else 0)
+        self._window: deque[AskedRows] = deque(maxlen=self._distance if training else 0)
 
     def __next__(self) -> Ready:
         """Raises TooFewSlots for a batch that does not fit, when those before it are done."""
@@ -88,7 +92,7 @@ class LookAhead(Iterator[Ready]):
             raise StopIteration
         ready = self._queue.popleft()
         if not self._choose(ready):
-            raise self._prefetch.too_few(ready.demand.tokens_of_row)
+            raise self._prefetch.too_few(ready.asked)
         return ready
 
     def place(self, state: TrainState, ready: Ready) -> TrainState:
@@ -117,28 +121,27 @@ class LookAhead(Iterator[Ready]):
         if ready.demand is None:
             return True
         if ready.sizes is None:
-            ready.demand = jax.tree.map(np.asarray, ready.demand)
-            ready.sizes = self._programs.table(ready.batch.tokens).sizes_for(ready.demand)
+            ready.sizes = self._programs.sizes_for(ready.batch, ready.demand)
         if self._prefetch is None or ready.ticket is not None:
             return True
-        tokens_of_row = ready.demand.tokens_of_row
-        if not self._prefetch.fits(tokens_of_row):
+        if ready.asked is None:
+            ready.asked = self._programs.asked_by(ready.batch, ready.demand)
+        if not self._prefetch.fits(ready.asked):
             return False
         # The caches know of a batch that chose before.
         record = self._training and not ready.settled
-        pinned = self._pinned(tokens_of_row > 0)
-        ready.ticket = self._prefetch.ticket(tokens_of_row, pinned, record=record)
+        pinned = self._pinned(ready.asked)
+        ready.ticket = self._prefetch.ticket(ready.asked, pinned, record=record)
         ready.slots = self._prefetch.slots(ready.ticket, ready.sizes.owned)
-        self._window.append(tokens_of_row > 0)
+        self._window.append(ready.asked)
         return True
 
-    def _pinned(self, asked: np.ndarray) -> np.ndarray | None:
+    def _pinned(self, asked: AskedRows) -> AskedRows | None:
         """Rows of the batches before this one that stay: of the latest, if there is room."""
         kept = list(self._window)
         while kept:
-            pinned = np.logical_or.reduce(kept)
-            if self._prefetch.fits(pinned | asked):
-                return pinned
+            if self._prefetch.fits(asked.united(kept)):
+                return kept[0].united(kept[1:])
             # Those of the earliest are the first that are used no more.
             kept.pop(0)
         return None

@@ -12,8 +12,10 @@ from stem_jax.kernels.head_loss import head_loss
 from stem_jax.mesh import BATCH_AXES, axis_size
 from stem_jax.model.transformer import Inputs
 from stem_jax.parts import part
+from stem_jax.tables.asked_rows import AskedRows
+from stem_jax.tables.block_sizes import BlockSizes, choose_sizes
 from stem_jax.tables.exchange import Requests
-from stem_jax.tables.sharded_table import BlockSizes, Demand, ShardedTable
+from stem_jax.tables.sharded_table import Demand, ShardedTable
 from stem_jax.tables.spec import TableSpec
 from stem_jax.training.optimizer import apply_update, clip_factor, make_optimizer
 from stem_jax.training.schedule import Schedule
@@ -52,7 +54,9 @@ class TrainStep:
             static_argnames="sizes",
             out_shardings=(self.shardings, None),
         )
-        self.demand = jax.jit(self._demand)
+        self.demand = jax.jit(self._demand, static_argnames="whole")
+        # What the first batch needed, by the keys of a device.
+        self._first_needs: dict[int, BlockSizes] = {}
         self.evaluate = jax.jit(self._evaluate, static_argnames="sizes")
         self.caught_up_rows = jax.jit(self._caught_up_rows)
 
@@ -80,9 +84,22 @@ class TrainStep:
         table = ShardedTable(self.spec, self.mesh, 1)
         return table.caught_up_rows(state.table, state.updates, schedule.table)
 
-    def _demand(self, batch: Batch) -> Demand:
+    def _demand(self, batch: Batch, whole: bool = False) -> Demand:
         """What a batch asks of the table."""
-        return self.table(batch.tokens).demand(batch.tokens, batch.segment_ids > 0)
+        return self.table(batch.tokens).demand(batch.tokens, batch.segment_ids > 0, whole=whole)
+
+    def sizes_for(self, batch: Batch, demand: Demand) -> BlockSizes:
+        """One of a few levels, for a batch whose demand has come to the host."""
+        table = self.table(batch.tokens)
+        needed = table.needed_by(demand)
+        first = self._first_needs.setdefault(table.keys_per_device, needed)
+        return choose_sizes(needed, first, table.largest_sizes)
+
+    def asked_by(self, batch: Batch, demand: Demand) -> AskedRows:
+        """The rows of an offloaded table that a batch asks for."""
+        table = self.table(batch.tokens)
+        # Lists have room for twice the keys of a device; one owner may be asked for more.
+        return table.asked_by(demand) or table.asked_by(self.demand(batch, whole=True))
 
     def _update(
         self,
@@ -250,14 +267,13 @@ class TrainStep:
         """
         spec, exchange = self.spec, table.exchange
         owned = jnp.sum(requests.owned < spec.num_rows)
-        row_bytes = spec.num_layers * spec.width // self.mesh.shape["tensor"]
-        row_bytes *= jnp.dtype(self.config.model.compute_dtype).itemsize
-        round_bytes = 2 * (exchange.num_owners - 1) * exchange.capacity * row_bytes
+        numbers = spec.num_layers * spec.width // self.mesh.shape["tensor"]
+        itemsize = jnp.dtype(self.config.model.compute_dtype).itemsize
         asked_P = requests.asked.astype(jnp.float32)
         return {
             "distinct_rows": owned,
-            "exchange_rounds": requests.rounds,
-            "exchange_bytes": requests.rounds.astype(jnp.float32) * float(round_bytes),
+            "exchange_rounds": jnp.int32(exchange.rounds),
+            "exchange_bytes": jnp.float32(numbers * exchange.sent_bytes(itemsize)),
             "busiest_owner": jnp.max(asked_P) / jnp.maximum(jnp.mean(asked_P), 1),
         }
 

@@ -4,11 +4,9 @@ import dataclasses
 from collections import deque
 from collections.abc import Iterator
 
-import numpy as np
-
 from stem_jax.config import Config
 from stem_jax.data.loader import Batch
-from stem_jax.tables.row_slots import slots_needed
+from stem_jax.tables.asked_rows import AskedRows
 from stem_jax.tables.spec import TableSpec
 from stem_jax.training.run_data import RunData
 
@@ -32,15 +30,15 @@ def working_set(
     Looks at as many batches as hold some four million tokens; with several processes at this
     process's share of them, which asks for fewer rows.
     """
-    window: deque[np.ndarray] = deque(maxlen=config.tables.prefetch + 1)
+    window: deque[AskedRows] = deque(maxlen=config.tables.prefetch + 1)
     one = in_flight = 0
     for batch in _training_batches(config, data, start):
         window.append(_asked(spec, num_owners, batch))
-        one = max(one, slots_needed(window[-1]))
-        in_flight = max(in_flight, slots_needed(np.logical_or.reduce(window)))
+        one = max(one, window[-1].slots_needed)
+        in_flight = max(in_flight, window[-1].united(window).slots_needed)
     for batch in _few(config, data.held_out or ()):
         # Validation keeps nothing for the batches around it.
-        one = max(one, slots_needed(_asked(spec, num_owners, batch)))
+        one = max(one, _asked(spec, num_owners, batch).slots_needed)
     return WorkingSet(one, max(one, in_flight))
 
 
@@ -55,9 +53,6 @@ def _few(config: Config, batches) -> Iterator[Batch]:
     return (batch for _, batch in zip(range(number), batches, strict=False))
 
 
-def _asked(spec: TableSpec, num_owners: int, batch: Batch) -> np.ndarray:
-    """[P, N] bool: the rows of each owner that the batch asks for."""
+def _asked(spec: TableSpec, num_owners: int, batch: Batch) -> AskedRows:
     rows = spec.layout.row_numbers(batch["tokens"][batch["segment_ids"] > 0])
-    asked = np.zeros(spec.num_rows, bool)
-    asked[rows] = True
-    return asked.reshape(num_owners, -1)
+    return AskedRows.of_tokens(rows, spec.num_rows, num_owners)

@@ -1,0 +1,128 @@
+"""Static sizes of a step's row blocks and of its exchange, and the few levels they come in.
+
+Every set of sizes is a program of its own, so there are four: what the first batch needs and a
+little more, two larger ones, and room for any batch. One level stands for all sizes of a step. No
+sum depends on the level, so which one a step takes is nobody else's business.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from stem_jax.tables.hops import Hop
+
+# How much larger than the first batch's needs the sizes of a level are; after these, the largest.
+_FACTORS = (1.03, 1.25, 1.6)
+LEVELS = len(_FACTORS) + 1
+_SMALLEST_BLOCK = 64
+# Standard deviations of the rows of a pair by which the busiest one exceeds the mean.
+_BUSIEST = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSizes:
+    """What a batch needs, or what there is room for.
+
+    unique: U, distinct rows of a device. owned: O, rows asked of an owner. pairs: in each hop of
+    the exchange, rows that a device asks a peer for. relayed: after each hop but the last, distinct
+    rows of a relay.
+    """
+
+    unique: int
+    owned: int
+    pairs: tuple[int, ...] = ()
+    relayed: tuple[int, ...] = ()
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """All sizes in the order of the fields."""
+        return (self.unique, self.owned, *self.pairs, *self.relayed)
+
+    def with_numbers(self, numbers) -> "BlockSizes":
+        """Other sizes of the same hops."""
+        first, hops = 2, len(self.pairs)
+        return BlockSizes(
+            numbers[0],
+            numbers[1],
+            tuple(numbers[first : first + hops]),
+            tuple(numbers[first + hops :]),
+        )
+
+    def hold(self, needed: "BlockSizes") -> bool:
+        """Whether a batch with these needs fits."""
+        return all(n <= room for n, room in zip(needed.numbers, self.numbers, strict=True))
+
+
+def largest_sizes(
+    keys: int, num_rows: int, hops: tuple[Hop, ...], owners: int, copies: int
+) -> BlockSizes:
+    """Sizes that hold any batch: every key distinct, every device asking one owner.
+
+    Args:
+        keys: of one device.
+        num_rows: V_pad.
+        owners: P. copies: of each owner.
+    """
+    unique = room = min(keys, num_rows)
+    behind, pairs, rooms = num_rows, [], []
+    for hop in hops:
+        # A peer can be asked for no more rows than it and all behind it have.
+        behind //= hop.peers
+        pairs.append(min(room, behind))
+        room = min(hop.peers * pairs[-1], behind)
+        rooms.append(room)
+    owned = min(num_rows // owners, owners * copies * unique)
+    return BlockSizes(unique, owned, tuple(pairs), tuple(rooms[:-1]))
+
+
+def expected_needs(
+    tokens: int, shares_V: np.ndarray, hops: tuple[Hop, ...], owners: int, copies: int
+) -> BlockSizes:
+    """What to expect of a batch of independent tokens.
+
+    Args:
+        tokens: of one device.
+        shares_V: probability of each key; rows are spread over their owners evenly.
+    """
+
+    def distinct(devices: int) -> float:
+        return float(np.sum(-np.expm1(devices * tokens * np.log1p(-shares_V))))
+
+    pairs, rooms, devices, behind = [], [], 1, 1
+    for hop in hops:
+        mean = distinct(devices) / behind / hop.peers
+        behind *= hop.peers
+        # The busiest of thousands of pairs, if rows were thrown at owners; none has more than all.
+        pairs.append(math.ceil(min(mean + _BUSIEST * math.sqrt(mean), len(shares_V) / behind)))
+        devices *= hop.peers
+        rooms.append(math.ceil(distinct(devices) / behind))
+    owned = math.ceil(distinct(owners * copies) / owners)
+    return BlockSizes(math.ceil(distinct(1)), owned, tuple(pairs), tuple(rooms[:-1]))
+
+
+def sizes_at(level: int, first: BlockSizes, largest: BlockSizes) -> BlockSizes:
+    """The sizes of a level, from 0.
+
+    Args:
+        first: what the first batch needed.
+        largest: from `largest_sizes`.
+    """
+    if level == LEVELS - 1:
+        return largest
+    least = (_SMALLEST_BLOCK, _SMALLEST_BLOCK) + (1,) * (len(first.numbers) - 2)
+    grown = (max(low, _rounded(n * _FACTORS[level])) for low, n in zip(least, first.numbers))
+    return largest.with_numbers([min(n, most) for n, most in zip(grown, largest.numbers)])
+
+
+def choose_sizes(needed: BlockSizes, first: BlockSizes, largest: BlockSizes) -> BlockSizes:
+    """The sizes of the lowest level that holds a batch."""
+    levels = (sizes_at(level, first, largest) for level in range(LEVELS))
+    return next(sizes for sizes in levels if sizes.hold(needed))
+
+
+def _rounded(size: float) -> int:
+    """The next number with four binary digits before its zeros: another start finds the same."""
+    size = math.ceil(size)
+    step = 1 << max(0, (size - 1).bit_length() - 4)
+    return -(-size // step) * step
