@@ -28,6 +28,7 @@ LEVELS = [
         "config_checks",
         "cli",
         "hardware",
+        "compiler_options",
         "parts",
         "cluster",
         "agreement",

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from stem_jax.compiler_options import compiler_options
 from stem_jax.config import Config
 from stem_jax.data.loader import Batch as HostBatch
 from stem_jax.kernels.head_loss import head_loss
@@ -48,16 +49,19 @@ class TrainStep:
         self.shardings = state_shardings(config, self.model, mesh)
         self.batch_sharding = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
         self._optimizer = make_optimizer(config.optimizer)
+        # Whoever compiles what is lowered from these gets the options with it.
+        options = compiler_options(mesh.devices.flat[0].platform)
         self.update = jax.jit(
             self._update,
             donate_argnums=0,
             static_argnames="sizes",
             out_shardings=(self.shardings, None),
+            compiler_options=options,
         )
-        self.demand = jax.jit(self._demand, static_argnames="whole")
+        self.demand = jax.jit(self._demand, static_argnames="whole", compiler_options=options)
         # What the first batch needed, by the keys of a device.
         self._first_needs: dict[int, BlockSizes] = {}
-        self.evaluate = jax.jit(self._evaluate, static_argnames="sizes")
+        self.evaluate = jax.jit(self._evaluate, static_argnames="sizes", compiler_options=options)
         self.caught_up_rows = jax.jit(self._caught_up_rows)
 
     def place(self, batch: HostBatch) -> Batch:
