@@ -33,6 +33,7 @@ from stem_jax.config import Config
 from stem_jax.data.special_tokens import SpecialTokens
 from stem_jax.errors import InputError
 from stem_jax.files import write_whole
+from stem_jax.older_formats import current_tree
 from stem_jax.store_handler import table_handler
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.spec import TableSpec, TableState
@@ -50,7 +51,7 @@ class CheckpointInfo:
     row. touched_rows: rows that some update had. tokenizer: fingerprint of the tokenizer whose ids
     key the tables. data: seed, sources. endless: see `schedule.learning_rates`. owes_validation: a
     stop came before the validation of this step. special: the tokenizer's special tokens; None in
-    checkpoints that did not say yet.
+    checkpoints that did not say yet. format: that it was read in; what is saved has the newest.
     """
 
     step: int
@@ -63,6 +64,7 @@ class CheckpointInfo:
     endless: int = 0
     owes_validation: bool = False
     special: SpecialTokens | None = None
+    format: int = FORMAT_VERSION
 
 
 class Checkpointer:
@@ -248,6 +250,7 @@ class Checkpointer:
             special=self._special(step, layout.get("special_tokens")),
             data=data,
             config=self._config(step, found["config"]),
+            format=layout["format"],
         )
         spec = TableSpec.from_config(info.config)
         if spec.num_layers and missing:
@@ -281,6 +284,11 @@ class Checkpointer:
         }
         found = self._restore(step, items)
         treedef = jax.tree.structure(abstract.opt_state)
+        params, opt_state = current_tree(
+            (found["params"], jax.tree.unflatten(treedef, _unplain(found["opt_state"]))),
+            info.format,
+            info.config.model,
+        )
         counters = [
             jax.device_put(np.int32(value), target.sharding)
             for value, target in (
@@ -292,8 +300,8 @@ class Checkpointer:
         ]
         return TrainState(
             *counters,
-            params=found["params"],
-            opt_state=jax.tree.unflatten(treedef, _unplain(found["opt_state"])),
+            params=params,
+            opt_state=opt_state,
             table=None if store is not None or abstract.table is None else restored_table(found),
         )
 
@@ -304,13 +312,15 @@ class Checkpointer:
 
         With a store, the table is read into it as `restore` does, and returned as None.
         """
+        info = self.info(step)
         items = {
             "params": ocp.args.StandardRestore(abstract.params),
             **table_targets(abstract.table, store),
         }
         found = self._restore(step, items)
+        params = current_tree(found["params"], info.format, info.config.model)
         in_state = store is None and abstract.table is not None
-        return found["params"], restored_table(found) if in_state else None
+        return params, restored_table(found) if in_state else None
 
     def _list_files(self) -> None:
         """Called when all files of a step are written, before its folder gets its final name."""

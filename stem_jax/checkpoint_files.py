@@ -14,7 +14,9 @@ from pathlib import Path
 from stem_jax.errors import InputError
 from stem_jax.files import read_json
 
-FORMAT_VERSION = 2
+# What is written, and what is read.
+FORMAT_VERSION = 3
+FORMATS = (2, FORMAT_VERSION)
 PLAIN_ITEMS = ("data", "config", "layout")
 ITEMS = ("params", "opt_state", *PLAIN_ITEMS)
 # Of a model with tables.
@@ -73,11 +75,12 @@ def damage(folder: Path) -> str | None:
 
 def check_format(folder: Path, version: int) -> None:
     """Raises InputError for a checkpoint of another format, `version`, than this code reads."""
-    if version != FORMAT_VERSION:
+    if version not in FORMATS:
         age = "an older" if version < FORMAT_VERSION else "a newer"
+        known = " and ".join(map(str, FORMATS))
         raise InputError(
-            f"checkpoint {folder} has format {version}, this version reads {FORMAT_VERSION}; it "
-            f"was written by {age} stem_jax, use that"
+            f"checkpoint {folder} has format {version}, this version reads {known}; it was written "
+            f"by {age} stem_jax, use that"
         )
 
 

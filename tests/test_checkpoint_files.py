@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from stem_jax.checkpoint import Checkpointer, CheckpointInfo
-from stem_jax.checkpoint_files import FORMAT_VERSION, damage, set_aside_damaged, write_list
+from stem_jax.checkpoint_files import FORMAT_VERSION, FORMATS, damage, set_aside_damaged, write_list
 from stem_jax.errors import InputError
 from stem_jax.training.state import init_state
 from stem_jax.training.step import TrainStep
@@ -138,7 +138,8 @@ def test_a_newer_format_is_refused_and_stays(checkpoints, version, spoil):
     if spoil is not None:
         spoil(newest)
     before = sorted(newest.rglob("*"))
-    why = f"checkpoint {newest} has format {version}, this version reads {FORMAT_VERSION}"
+    known = " and ".join(map(str, FORMATS))
+    why = f"checkpoint {newest} has format {version}, this version reads {known}"
     with pytest.raises(InputError, match=re.escape(why)):
         set_aside_damaged(checkpoints)
     assert sorted(newest.rglob("*")) == before

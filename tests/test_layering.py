@@ -44,7 +44,7 @@ LEVELS = [
     ["tables"],
     ["model"],
     ["training"],
-    ["store_handler", "checkpoint_files", "checkpoint_tables", "checkpoint"],
+    ["store_handler", "checkpoint_files", "checkpoint_tables", "older_formats", "checkpoint"],
     [
         "loading",
         "sampling",

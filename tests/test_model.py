@@ -10,8 +10,8 @@ import pytest
 
 from stem_jax.errors import InputError
 from stem_jax.model.attention import attend
-from stem_jax.model.layers import rotate, truncated_normal
-from stem_jax.model.rotary import rotary_angles
+from stem_jax.model.layers import truncated_normal
+from stem_jax.model.rotary import halves_first, pairs_first, rotary_angles, rotate
 from stem_jax.model.transformer import Inputs
 from stem_jax.tables.spec import TableSpec, init_table, initial_rows
 from stem_jax.training.state import ModelDef
@@ -210,22 +210,28 @@ def test_rotation_keeps_norms_and_leaves_the_first_position():
     x = jax.random.normal(jax.random.key(0), (1, 5, 2, 8))
     turned = _rotated(x, jnp.arange(5))
     np.testing.assert_allclose(turned[:, 0], x[:, 0], rtol=1e-6)
-    pairs, turned_pairs = (np.asarray(a).reshape(1, 5, 2, 4, 2) for a in (x, turned))
+    pairs, turned_pairs = (np.asarray(a).reshape(1, 5, 2, 2, 4) for a in (x, turned))
     np.testing.assert_allclose(
-        np.linalg.norm(turned_pairs, axis=-1), np.linalg.norm(pairs, axis=-1), rtol=1e-5
+        np.linalg.norm(turned_pairs, axis=3), np.linalg.norm(pairs, axis=3), rtol=1e-5
     )
     assert np.max(np.abs(turned[:, 1:] - x[:, 1:])) > 0.1
 
 
-def test_rotation_is_complex_multiplication_of_adjacent_pairs():
+def test_rotation_is_complex_multiplication_of_halves():
     x = jax.random.normal(jax.random.key(1), (1, 3, 1, 8))
     places, theta = np.array([0, 7, 1000]), 100.0
-    z = np.asarray(x)[..., 0::2] + 1j * np.asarray(x)[..., 1::2]
+    z = np.asarray(x)[..., :4] + 1j * np.asarray(x)[..., 4:]
     frequencies = theta ** (-2 * np.arange(4) / 8)
     z = z * np.exp(1j * places[:, None, None] * frequencies)
     turned = np.asarray(_rotated(x, places, theta))
-    np.testing.assert_allclose(turned[..., 0::2], z.real, atol=1e-4)
-    np.testing.assert_allclose(turned[..., 1::2], z.imag, atol=1e-4)
+    np.testing.assert_allclose(turned, np.concatenate([z.real, z.imag], axis=-1), atol=1e-4)
+
+
+def test_columns_of_adjacent_pairs_become_halves_and_back():
+    kernel = np.arange(2 * 16).reshape(2, 16)
+    halves = halves_first(kernel, 2)
+    assert halves[0].tolist() == [0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15]
+    np.testing.assert_array_equal(pairs_first(halves, 2), kernel)
 
 
 def test_scores_depend_on_the_distance_alone():

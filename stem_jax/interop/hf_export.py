@@ -67,7 +67,7 @@ def export_hf(
         shapes = llama_shapes(saved.model)
         with SafetensorsWriter(folder, shapes, DTYPES[dtype], file_bytes) as writer:
             for weight in llama_weights(saved.model):
-                writer.write(weight.theirs, weight.to_theirs(saved.param(weight.ours)))
+                writer.write(weight.theirs, weight.exchanged(saved.param(weight.ours)))
             tables = table_names(saved.model)
             for ids, columns, rows_nxSxC in saved.table_pieces() if tables else ():
                 for index, name in enumerate(tables):

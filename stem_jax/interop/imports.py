@@ -80,8 +80,7 @@ def _official(path: Path) -> Imported:
     check_official(tensors, model, prefix)
 
     def maker(pair):
-        tensor = tensors[prefix + pair.official]
-        return lambda: tensor.T if pair.is_linear else tensor
+        return lambda: pair.to_ours(tensors[prefix + pair.official])
 
     makers = {pair.ours: maker(pair) for pair in official_pairs(model)}
     tables = [tensors[name] for name in official_table_names(model)]
@@ -120,7 +119,7 @@ def _transformers(kind: str, path: Path) -> Imported:
     check_shapes(tensors, llama_shapes(model))
 
     def maker(weight):
-        return lambda: weight.to_ours(tensors[weight.theirs])
+        return lambda: weight.exchanged(tensors[weight.theirs])
 
     makers = {weight.ours: maker(weight) for weight in llama_weights(model)}
     tables = [tensors[name] for name in table_names(model)]

@@ -10,9 +10,6 @@
     head.kernel                              lm_head.weight, none if tied
 
 The table of STEM layer N is `model.layers.N.mlp.up_table.weight` [V, F].
-
-Rotary positions turn adjacent pairs (2i, 2i+1) here and the pairs (i, i + head_dim / 2) there, so
-the outputs of q_proj and k_proj change their order within each head.
 """
 
 from collections.abc import Iterator
@@ -26,49 +23,34 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Weight(NamedTuple):
-    """One parameter: both names, its shape there, and how it lies there.
-
-    turned: transposed. heads: how many heads its first dimension has there, if it is rotated.
-    """
+    """One parameter: both names, its shape there, and whether it is transposed there."""
 
     ours: str
     theirs: str
     shape: tuple[int, ...]
     turned: bool = False
-    heads: int = 0
 
-    def to_theirs(self, value: np.ndarray) -> np.ndarray:
-        """Our value in their layout."""
-        value = value.T if self.turned else value
-        return _reordered(value, (self.heads, -1, 2)) if self.heads else value
-
-    def to_ours(self, value: np.ndarray) -> np.ndarray:
-        """Their value in our layout."""
-        value = _reordered(value, (self.heads, 2, -1)) if self.heads else value
+    def exchanged(self, value: np.ndarray) -> np.ndarray:
+        """Our value in their layout, or theirs in ours."""
         return value.T if self.turned else value
 
 
 def llama_weights(config: ModelConfig) -> Iterator[Weight]:
     """Every parameter of the backbone."""
     D, F, V = config.embed_dim, config.ffn_dim, config.vocab_size
-    H, K = config.num_heads, config.num_kv_heads
-    queries, keys = H * config.head_dim, K * config.head_dim
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     yield Weight("embed.weight", EMBEDDING, (V, D))
     for layer in range(config.num_layers):
         ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
         yield Weight(f"{ours}.attention_norm.scale", f"{theirs}.input_layernorm.weight", (D,))
-        for name, shape, heads in (
-            ("q_proj", (queries, D), H),
-            ("k_proj", (keys, D), K),
-            ("v_proj", (keys, D), 0),
-            ("o_proj", (D, queries), 0),
+        for name, shape in (
+            ("q_proj", (queries, D)),
+            ("k_proj", (keys, D)),
+            ("v_proj", (keys, D)),
+            ("o_proj", (D, queries)),
         ):
             yield Weight(
-                f"{ours}.attention.{name}.kernel",
-                f"{theirs}.self_attn.{name}.weight",
-                shape,
-                True,
-                heads,
+                f"{ours}.attention.{name}.kernel", f"{theirs}.self_attn.{name}.weight", shape, True
             )
         yield Weight(f"{ours}.ffn_norm.scale", f"{theirs}.post_attention_layernorm.weight", (D,))
         ffn = [("gate_proj", (F, D), True), ("down_proj", (D, F), False)]
@@ -90,8 +72,3 @@ def llama_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor, with its shape."""
     shapes = {weight.theirs: weight.shape for weight in llama_weights(config)}
     return shapes | dict.fromkeys(table_names(config), (config.vocab_size, config.ffn_dim))
-
-
-def _reordered(value: np.ndarray, heads_and_pairs: tuple[int, int, int]) -> np.ndarray:
-    """[heads * a * b, D] with the dimensions a and b swapped."""
-    return value.reshape(*heads_and_pairs, value.shape[-1]).swapaxes(1, 2).reshape(value.shape)

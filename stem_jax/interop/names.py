@@ -14,6 +14,9 @@
 In the checkpoints of STEM models all of these start with `lm_transformer.`, in those of dense
 models with nothing. `stem_embeddings.i.weight` [V, F] is the table of the i-th STEM layer, not of
 layer i.
+
+Rotary positions turn the pairs (i, i + head_dim / 2) of a head here and the adjacent ones, (2i,
+2i + 1), there, so the outputs of q_proj and k_proj change their order within each head.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,6 +26,7 @@ import numpy as np
 
 from stem_jax.config import ModelConfig
 from stem_jax.errors import InputError
+from stem_jax.model.rotary import halves_first, pairs_first
 from stem_jax.tables.layout import TableLayout
 
 STEM_PREFIX = "lm_transformer."
@@ -33,17 +37,31 @@ _PIECE_BYTES = 2**25
 
 
 class Pair(NamedTuple):
-    """One parameter: both names, and its shape here (transposed there if `is_linear`)."""
+    """One parameter: both names, and its shape here (transposed there if `is_linear`).
+
+    heads: how many heads its columns here have, if they are rotated.
+    """
 
     ours: str
     official: str
     shape: tuple[int, ...]
     is_linear: bool
+    heads: int = 0
 
     @property
     def official_shape(self) -> tuple[int, ...]:
         """Its shape there."""
         return self.shape[::-1] if self.is_linear else self.shape
+
+    def to_official(self, value: np.ndarray) -> np.ndarray:
+        """Our value as it lies there."""
+        value = pairs_first(value, self.heads) if self.heads else value
+        return value.T if self.is_linear else value
+
+    def to_ours(self, value: np.ndarray) -> np.ndarray:
+        """Their value as it lies here."""
+        value = value.T if self.is_linear else value
+        return halves_first(value, self.heads) if self.heads else value
 
 
 def official_to_params(
@@ -61,7 +79,7 @@ def official_to_params(
     prefix = STEM_PREFIX if any(name.startswith(STEM_PREFIX) for name in tensors) else ""
     check_official(tensors, config, prefix)
     params = {
-        pair.ours: _turn(tensors[prefix + pair.official], pair.is_linear)
+        pair.ours: np.ascontiguousarray(pair.to_ours(tensors[prefix + pair.official]))
         for pair in official_pairs(config)
     }
     layers = [tensors[name] for name in official_table_names(config)]
@@ -102,7 +120,7 @@ def params_to_official(
         expected["table"] = (config.vocab_size, config.num_stem_layers, config.ffn_dim)
     check_shapes(given, expected)
     tensors = {
-        prefix + pair.official: _turn(params[pair.ours], pair.is_linear)
+        prefix + pair.official: np.ascontiguousarray(pair.to_official(params[pair.ours]))
         for pair in official_pairs(config)
     }
     if config.tie_embeddings:
@@ -144,8 +162,8 @@ def official_pairs(config: ModelConfig) -> Iterator[Pair]:
     yield Pair("embed.weight", "tok_embeddings.weight", (V, D), False)
     for layer in range(config.num_layers):
         linear = [
-            ("attention.q_proj", "attention.wq", (D, queries), True),
-            ("attention.k_proj", "attention.wk", (D, keys), True),
+            ("attention.q_proj", "attention.wq", (D, queries), True, config.num_heads),
+            ("attention.k_proj", "attention.wk", (D, keys), True, config.num_kv_heads),
             ("attention.v_proj", "attention.wv", (D, keys), True),
             ("attention.o_proj", "attention.wo", (queries, D), True),
             ("ffn.gate_proj", "feed_forward.w1", (D, F), True),
@@ -153,19 +171,13 @@ def official_pairs(config: ModelConfig) -> Iterator[Pair]:
         ]
         if layer not in config.stem_layers:
             linear.append(("ffn.up_proj", "feed_forward.w3", (D, F), True))
-        for ours, official, shape, turned in linear:
-            yield Pair(
-                f"blocks.{layer}.{ours}.kernel", f"layers.{layer}.{official}.weight", shape, turned
-            )
+        for ours, official, *lies in linear:
+            yield Pair(f"blocks.{layer}.{ours}.kernel", f"layers.{layer}.{official}.weight", *lies)
         for norm in ("attention_norm", "ffn_norm"):
             yield Pair(f"blocks.{layer}.{norm}.scale", f"layers.{layer}.{norm}.weight", (D,), False)
     yield Pair("norm.scale", "norm.weight", (D,), False)
     if not config.tie_embeddings:
         yield Pair("head.kernel", "output.weight", (D, V), True)
-
-
-def _turn(value: np.ndarray, is_linear: bool) -> np.ndarray:
-    return np.ascontiguousarray(value.T) if is_linear else value
 
 
 def same_values(one: np.ndarray, other: np.ndarray) -> bool:

@@ -26,7 +26,6 @@ from stem_jax.interop.hf_export import DTYPES
 from stem_jax.interop.names import (
     STEM_PREFIX,
     TIED_HEAD,
-    Pair,
     official_pairs,
     official_table_names,
     same_values,
@@ -241,7 +240,7 @@ def _mapped_tensors(
     total = 8 * sum(int(np.prod(shape)) for shape in shapes.values())
     with SafetensorsWriter(folder, shapes, dtype, total) as writer:
         for pair in pairs:
-            writer.write(prefix + pair.official, _theirs(pair, saved.param(pair.ours)))
+            writer.write(prefix + pair.official, pair.to_official(saved.param(pair.ours)))
         for ids, columns, rows_nxSxC in saved.table_pieces() if tables else ():
             for index, name in enumerate(tables):
                 writer.write_rows(name, ids, columns, rows_nxSxC[:, index])
@@ -269,10 +268,6 @@ def _save(torch, value: dict[str, Any], path: Path, out: Path) -> None:
             f"{path.name} of --out={out} cannot be written; the disk may be full: free some space, "
             "or choose another --out"
         ) from error
-
-
-def _theirs(pair: Pair, value: np.ndarray) -> np.ndarray:
-    return value.T if pair.is_linear else value
 
 
 def _to_torch(array: np.ndarray, torch):

@@ -19,6 +19,7 @@ from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
 from stem_jax.knowledge.patch import Patch, PatchStack
 from stem_jax.loading import checkpoint_fingerprint, open_checkpoint
+from stem_jax.older_formats import current_array
 from stem_jax.tables.row_optimizer import RowOptimizer
 from stem_jax.tables.spec import TableSpec, TableState
 from stem_jax.training.schedule import make_schedule
@@ -54,7 +55,8 @@ class SavedModel:
 
     def param(self, name: str) -> np.ndarray:
         """A parameter of the backbone, as the model reads it: in `model.param_dtype`."""
-        return self._read("params", name, ...).astype(jnp.dtype(self.model.param_dtype))
+        stored = current_array(name, self._read("params", name, ...), self.info.format, self.model)
+        return stored.astype(jnp.dtype(self.model.param_dtype))
 
     def table_pieces(self) -> Iterator[tuple[np.ndarray, slice, np.ndarray]]:
         """Token ids [n], columns, and these columns of their rows [n, S, columns].

@@ -14,7 +14,8 @@ from jax.sharding import Mesh, PartitionSpec
 from stem_jax.config import ModelConfig
 from stem_jax.errors import InputError
 from stem_jax.mesh import BATCH_AXES
-from stem_jax.model.layers import Linear, rotate
+from stem_jax.model.layers import Linear
+from stem_jax.model.rotary import rotate
 from stem_jax.parts import part
 
 # Positions that splash takes at a time.

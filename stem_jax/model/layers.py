@@ -1,4 +1,4 @@
-"""Norm, projection and rotary position encoding."""
+"""Norm and projection."""
 
 import jax
 import jax.numpy as jnp
@@ -60,12 +60,3 @@ class RMSNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         inverse_rms = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         return (x32 * inverse_rms * self.scale[...].astype(jnp.float32)).astype(x.dtype)
-
-
-def rotate(x_BxLxHxD: jax.Array, angles) -> jax.Array:
-    """Turns the adjacent pairs (x[2i], x[2i+1]) by their angle, in float32 (RoFormer, eq. 34)."""
-    cos, sin = (a[:, :, None, :] for a in angles)
-    pairs = x_BxLxHxD.astype(jnp.float32).reshape(*x_BxLxHxD.shape[:-1], -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return turned.reshape(x_BxLxHxD.shape).astype(x_BxLxHxD.dtype)

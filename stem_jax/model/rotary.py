@@ -45,6 +45,30 @@ def attention_scale(config: ModelConfig) -> float:
     return 0.1 * math.log(config.rope_factor) + 1.0
 
 
+def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turns the pairs (x[i], x[i + Dh / 2]) of [B, L, heads, Dh] by their angles, in float32."""
+    cos, sin = (a[:, :, None, :] for a in angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def halves_first(kernel, heads: int):
+    """Columns [D, heads * Dh] of a projection whose pairs are (2i, 2i + 1), for `rotate`."""
+    return _turned(kernel, (heads, -1, 2))
+
+
+def pairs_first(kernel, heads: int):
+    """The inverse of `halves_first`. Both take arrays of numpy and of jax."""
+    return _turned(kernel, (heads, 2, -1))
+
+
+def _turned(kernel, columns: tuple[int, int, int]):
+    """The columns as [heads, a, b], with a and b swapped."""
+    parts = kernel.reshape(*kernel.shape[:-1], *columns)
+    return parts.swapaxes(-1, -2).reshape(kernel.shape)
+
+
 def _kept_llama3(config: ModelConfig, plain: np.ndarray) -> np.ndarray:
     """Share of each frequency that stays as trained, linear in the number of its turns."""
     turns = config.rope_original_len * plain / (2 * math.pi)
