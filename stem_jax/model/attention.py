@@ -1,5 +1,6 @@
 """Causal grouped-query attention within documents, with the kernel each platform has for it."""
 
+import dataclasses
 import functools
 
 import jax
@@ -13,6 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from stem_jax.config import ModelConfig
 from stem_jax.errors import InputError
+from stem_jax.kernels.heads import from_heads, to_heads
 from stem_jax.mesh import BATCH_AXES
 from stem_jax.model.layers import Linear
 from stem_jax.model.rotary import rotate
@@ -20,6 +22,14 @@ from stem_jax.parts import part
 
 # Positions that splash takes at a time.
 _SPLASH_BLOCK = 128
+# It reads heads as `kernels.heads` leaves them.
+_SEQ_MINOR = splash_attention_kernel.QKVLayout.SEQ_MINOR
+_SPLASH_SIZES = dataclasses.replace(
+    splash_attention_kernel.BlockSizes.get_default(),
+    q_layout=_SEQ_MINOR,
+    k_layout=_SEQ_MINOR,
+    v_layout=_SEQ_MINOR,
+)
 
 
 class Attention(nnx.Module):
@@ -57,11 +67,13 @@ class Attention(nnx.Module):
             The [B, L, D] output and the extended cache (None without one).
         """
         B, L, _ = x_BxLxD.shape
+        backend = None if cache is not None else resolve_backend(self.config, self.mesh, L)
+        if backend == "splash":
+            return self._with_splash(x_BxLxD, angles, segment_ids_BxL), None
         q = rotate(self.q_proj(x_BxLxD).reshape(B, L, -1, self.head_dim), angles)
         k = rotate(self.k_proj(x_BxLxD).reshape(B, L, -1, self.head_dim), angles)
         v = self.v_proj(x_BxLxD).reshape(B, L, -1, self.head_dim)
         if cache is None:
-            backend = resolve_backend(self.config, self.mesh, L)
             out = attend(q, k, v, segment_ids_BxL, backend, self.mesh)
         else:
             cache = cache.extend(k, v, segment_ids_BxL)
@@ -69,6 +81,17 @@ class Attention(nnx.Module):
             mask = document_mask(segment_ids_BxL, cache.segment_ids, slots_L)
             out = _einsum_attention(q, cache.keys, cache.values, mask)
         return self.o_proj(out.reshape(B, L, -1)), cache
+
+    def _with_splash(self, x_BxLxD, angles, segment_ids_BxL):
+        """The same from projections that lie as its kernel reads them."""
+        B, L, _ = x_BxLxD.shape
+        q, k, v = (
+            project.positions_last(x_BxLxD).reshape(B, -1, self.head_dim, L)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        angles = tuple(a.swapaxes(1, 2) for a in angles)
+        out_BxHxDxL = _splash(q, k, v, angles, segment_ids_BxL, self.mesh)
+        return self.o_proj.of_positions_last(out_BxHxDxL.reshape(B, -1, L))
 
 
 def resolve_backend(config: ModelConfig, mesh: Mesh | None, length: int = 0) -> str:
@@ -143,12 +166,10 @@ def document_mask(q_segments_BxL, kv_segments_BxT, q_slots_L) -> jax.Array:
 
 def attend(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, segment_ids_BxL, backend: str, mesh: Mesh | None):
     """Causal attention within segments, [B, L, H, Dh], by the named backend."""
-    # As many KV heads as devices: the query heads of one all read the same.
-    shared = _devices_of_head(k_BxLxKxD.shape[2], mesh)
-    if shared > 1:
-        k_BxLxKxD, v_BxLxKxD = (jnp.repeat(x, shared, axis=2) for x in (k_BxLxKxD, v_BxLxKxD))
     if backend == "splash":
-        return _splash(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, segment_ids_BxL, mesh)
+        q, k, v = (x.transpose(0, 2, 3, 1) for x in (q_BxLxHxD, k_BxLxKxD, v_BxLxKxD))
+        return _splash(q, k, v, None, segment_ids_BxL, mesh).transpose(0, 3, 1, 2)
+    k_BxLxKxD, v_BxLxKxD = (_for_each_device(x, 2, mesh) for x in (k_BxLxKxD, v_BxLxKxD))
     with part("attention"):
         mask = document_mask(segment_ids_BxL, segment_ids_BxL, jnp.arange(q_BxLxHxD.shape[1]))
         if backend == "xla":
@@ -178,31 +199,51 @@ def _einsum_attention(q_BxLxHxD, k_BxTxKxD, v_BxTxKxD, mask_Bx1xLxT):
     return out.transpose(0, 3, 1, 2, 4).reshape(B, L, H, Dh)
 
 
-def _splash(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, segment_ids_BxL, mesh: Mesh | None):
-    def local(q, k, v, segments):
-        _, L, H, Dh = q.shape
+def _for_each_device(x: jax.Array, axis: int, mesh: Mesh | None) -> jax.Array:
+    """As many KV heads as devices: the query heads of one all read the same."""
+    shared = _devices_of_head(x.shape[axis], mesh)
+    return jnp.repeat(x, shared, axis=axis) if shared > 1 else x
+
+
+def _splash(q_BxHxDxL, k_BxKxDxL, v_BxKxDxL, angles, segment_ids_BxL, mesh: Mesh | None):
+    """The output [B, H, Dh, L]. angles: see `kernels.heads.to_heads`; None: rotated before."""
+    interpret = mesh is None or mesh.devices.flat[0].platform != "tpu"
+
+    def local(q, k, v, angles, segments):
+        _, H, Dh, L = q.shape
         mask = splash_attention_mask.MultiHeadMask(
             [splash_attention_mask.CausalMask((L, L)) for _ in range(H)]
         )
         kernel = splash_attention_kernel.make_splash_mha(
             mask=mask,
+            block_sizes=_SPLASH_SIZES,
             head_shards=1,
             q_seq_shards=1,
-            interpret=mesh is None or mesh.devices.flat[0].platform != "tpu",
+            interpret=interpret,
         )
-        heads_first = [x.transpose(0, 2, 1, 3) for x in (q * Dh**-0.5, k, v)]
+        scale, of_queries = Dh**-0.5, None
+        if angles is None:
+            q = q * scale
+        else:
+            of_queries = tuple(a * scale for a in angles)
+        q, k, v = (
+            to_heads(x, turned, interpret)
+            for x, turned in ((q, of_queries), (k, angles), (v, None))
+        )
         ids = splash_attention_kernel.SegmentIds(segments, segments)
         with part("attention"):
-            out = jax.vmap(kernel)(*heads_first, segment_ids=ids)
-        return out.transpose(0, 2, 1, 3).astype(q.dtype)
+            out = jax.vmap(kernel)(q, k, v, segment_ids=ids)
+        return from_heads(out.astype(q.dtype), interpret)
 
+    k_BxKxDxL, v_BxKxDxL = (_for_each_device(x, 1, mesh) for x in (k_BxKxDxL, v_BxKxDxL))
+    arguments = q_BxHxDxL, k_BxKxDxL, v_BxKxDxL, angles, segment_ids_BxL
     if mesh is None:
-        return local(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, segment_ids_BxL)
-    heads = PartitionSpec(BATCH_AXES, None, "tensor", None)
+        return local(*arguments)
+    heads, batch = PartitionSpec(BATCH_AXES, "tensor", None, None), PartitionSpec(BATCH_AXES)
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(heads, heads, heads, PartitionSpec(BATCH_AXES, None)),
+        in_specs=(heads, heads, heads, batch, batch),
         out_specs=heads,
         check_vma=False,
-    )(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, segment_ids_BxL)
+    )(*arguments)

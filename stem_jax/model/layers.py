@@ -30,6 +30,19 @@ class Linear(nnx.Module):
         project = _project_back if self.output_first else _project
         return checkpoint_name(project(x, kernel), PROJECTION)
 
+    @part("block_matmuls")
+    def positions_last(self, x_BxLxI: jax.Array) -> jax.Array:
+        """y as [B, out, L]."""
+        kernel_IxO = self.kernel[...].astype(x_BxLxI.dtype)
+        return checkpoint_name(_project_positions_last(x_BxLxI, kernel_IxO), PROJECTION)
+
+    @part("block_matmuls")
+    def of_positions_last(self, x_BxIxL: jax.Array) -> jax.Array:
+        """y as [B, L, out] of x [B, in, L]."""
+        kernel_IxO = self.kernel[...].astype(x_BxIxL.dtype)
+        y_BxLxO = jnp.einsum("bil,io->blo", x_BxIxL, kernel_IxO)
+        return checkpoint_name(y_BxLxO, PROJECTION)
+
 
 @jax.custom_vjp
 def _project(x: jax.Array, kernel_IxO: jax.Array) -> jax.Array:
@@ -43,6 +56,23 @@ def _project_backward(residuals, gradient):
 
 # Autodiff writes the weight gradient as (g^T x)^T; on CPUs that turns the activations of width F.
 _project.defvjp(lambda x, kernel: (_project(x, kernel), (x, kernel)), _project_backward)
+
+
+@jax.custom_vjp
+def _project_positions_last(x_BxLxI: jax.Array, kernel_IxO: jax.Array) -> jax.Array:
+    return jnp.einsum("bli,io->bol", x_BxLxI, kernel_IxO)
+
+
+def _project_positions_last_backward(residuals, gradient_BxOxL):
+    x_BxLxI, kernel_IxO = residuals
+    dx_BxLxI = jnp.einsum("bol,io->bli", gradient_BxOxL, kernel_IxO)
+    return dx_BxLxI, jnp.einsum("bli,bol->io", x_BxLxI, gradient_BxOxL)
+
+
+_project_positions_last.defvjp(
+    lambda x, kernel: (_project_positions_last(x, kernel), (x, kernel)),
+    _project_positions_last_backward,
+)
 
 
 def _project_back(x: jax.Array, kernel_OxI: jax.Array) -> jax.Array:

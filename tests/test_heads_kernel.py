@@ -1,0 +1,91 @@
+"""Heads on their way into the TPU's attention kernel, against plain operations. Interpreted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from stem_jax.kernels.heads import from_heads, to_heads
+from stem_jax.model.attention import Attention
+from stem_jax.model.rotary import rotary_angles, rotate
+
+
+def _inputs(L: int, Dh: int, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(L + Dh), 4)
+    x = jax.random.normal(keys[0], (2, 3, Dh, L), dtype)
+    cotangent = jax.random.normal(keys[1], (2, 3, L, Dh), dtype)
+    angle = jax.random.normal(keys[2], (2, Dh // 2, L))
+    # No angle has these: each of the two is read in its place.
+    return x, cotangent, (jnp.cos(angle) * 1.5, jnp.sin(angle) * 0.5)
+
+
+def _plain(x_BxHxDxL, angles):
+    x_BxLxHxD = x_BxHxDxL.transpose(0, 3, 1, 2)
+    turned = rotate(x_BxLxHxD, tuple(a.swapaxes(1, 2) for a in angles))
+    return turned.transpose(0, 2, 1, 3)
+
+
+def _both_ways(function, *arguments):
+    """Value and the pull of a cotangent, as one program."""
+
+    @jax.jit
+    def run(x, cotangent):
+        value, pull = jax.vjp(function, x)
+        return value, *pull(cotangent)
+
+    return run(*arguments)
+
+
+# 384: of three blocks of 128; 4096: of two of the largest.
+@pytest.mark.parametrize(
+    ("L", "Dh", "dtype"), [(128, 8, "float32"), (384, 96, "bfloat16"), (4096, 16, "float32")]
+)
+def test_heads_are_rotated_as_by_plain_operations_and_back(L, Dh, dtype):
+    x, cotangent, angles = _inputs(L, Dh, dtype)
+    expected = _both_ways(lambda x: _plain(x, angles), x, cotangent)
+    found = _both_ways(lambda x: to_heads(x, angles, True), x, cotangent)
+    tolerance = 1e-6 if dtype == "float32" else 0.02
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == dtype
+        one, other = (np.asarray(a, np.float32) for a in (one, other))
+        np.testing.assert_allclose(one, other, atol=tolerance, rtol=tolerance)
+
+
+def test_heads_are_turned_there_and_back():
+    x, cotangent, _ = _inputs(640, 32)
+    turned, back = x.swapaxes(-1, -2), cotangent.swapaxes(-1, -2)
+    found = _both_ways(lambda x: to_heads(x, None, True), x, cotangent)
+    for one, other in zip(found, (turned, back), strict=True):
+        np.testing.assert_array_equal(one, other)
+    found = _both_ways(lambda x: from_heads(x, True), cotangent, x)
+    for one, other in zip(found, (back, turned), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_layer_attends_by_splash_as_by_xla(tiny_config, device_mesh):
+    """Values and gradients; with 2 KV heads on 4 devices each head is on two of them."""
+    mesh = device_mesh((1, 2, 4))
+    outputs = []
+    x = jax.random.normal(jax.random.key(1), (2, 128, 32))
+    places = jnp.broadcast_to(jnp.arange(128), (2, 128))
+    segments = 1 + (places > jnp.array([[50], [100]])).astype(jnp.int32)
+    for kernel in ("xla", "splash"):
+        keys = {"num_heads": 4, "num_kv_heads": 2, "attention": kernel, "embed_dim": 32}
+        # Its angles carry a factor, as those of queries do for the kernel.
+        keys |= {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_len": 32}
+        config = tiny_config(**{f"model.{name}": value for name, value in keys.items()}).model
+        layer = Attention(config, 1.0, mesh, rngs=nnx.Rngs(0))
+        graph, state = nnx.split(layer)
+        angles = rotary_angles(places, config)
+
+        def loss(state, x, graph=graph, angles=angles):
+            out, _ = nnx.merge(graph, state)(x, angles, segments)
+            return jnp.sum(out * jnp.cos(jnp.arange(out.size).reshape(out.shape))), out
+
+        (_, out), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(
+            state, x
+        )
+        outputs.append(jax.tree.leaves((out, gradients)))
+    for one, other in zip(*outputs, strict=True):
+        np.testing.assert_allclose(other, one, atol=5e-5)
