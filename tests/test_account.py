@@ -83,7 +83,7 @@ STEP = f"""HloModule jit__update, is_scheduled=true
   %r = (s32[], s32[]) parameter(0)
   %swapped = s32[4]{{0}} all-to-all(%r), replica_groups={{}}, dimensions={{0}}{named("jit(_update)/part.exchange/shard_map/while/body/all_to_all")}
   %inside = f32[8]{{0}} broadcast(%swapped){named("", 29)}
-  ROOT %same = (s32[], s32[]) tuple(%r)
+  ROOT %same = (s32[], s32[]) tuple(%swapped, %inside)
 }}
 
 %until (s: (s32[], s32[])) -> pred[] {{
@@ -97,6 +97,7 @@ ENTRY %main (rows: bf16[2,128,64], hidden: bf16[64,64], k: s32[]) -> f32[64] {{
   %k = s32[] parameter(2)
   %asked = (s32[], s32[]) tuple(%k, %k)
   %rounds = (s32[], s32[]) while(%asked), condition=%until, body=%round{named("jit(_update)/part.exchange/shard_map/while")}
+  %counted = s32[] get-tuple-element(%rounds), index=1
   %fetched = bf16[2,128,64]{{2,1,0}} add(%rows_in, %rounds){named("jit(_update)/part.exchange/shard_map/select_n", 31)}
   %nothing = bf16[] constant(0)
   %fill = bf16[2,128,64]{{2,1,0}} broadcast(%nothing), dimensions={{}}{named("jit(_update)/transpose(jvp())/broadcast_in_dim", 37)}
@@ -108,7 +109,7 @@ ENTRY %main (rows: bf16[2,128,64], hidden: bf16[64,64], k: s32[]) -> f32[64] {{
   %loss = f32[64]{{0}} exponential(%out){named("jit(_update)/jvp(part.head_loss)/shard_map/exp", 43)}
   %summed = f32[64]{{0}} all-reduce(%loss), replica_groups={{}}, to_apply=%add
   %odd = f32[64]{{0}} negate(%hidden), backend_config={{"estimated_cycles":"47"}}
-  ROOT %moved = f32[64]{{0}} add(%summed, %odd){named("jit(_update)/part.optimizer/add", 53)}
+  ROOT %moved = f32[64]{{0}} add(%summed, %odd, %counted){named("jit(_update)/part.optimizer/add", 53)}
 }}
 """  # noqa: E501
 
@@ -128,7 +129,7 @@ PARTS = {
     "slice_rows": "row_copies",
     "stacked": "row_copies",
     "fill": "row_copies",
-    # Without a mark in a loop that has one.
+    # Without a mark in a loop that has one, whoever reads it afterwards.
     "inside": "exchange",
     "swapped": "exchange",
     "fetched": "exchange",

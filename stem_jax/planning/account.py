@@ -73,7 +73,7 @@ def make_account(
     wires, runs = collections.Counter(), {}
     for collective in collectives:
         seconds = ici_seconds(collective, topology, chip) + network_seconds(collective, chip)
-        wires[collective.scheduled] += seconds / collective.times
+        wires[collective.scheduled] += seconds / max(1, collective.times)
         runs[collective.scheduled] = collective.times
     starts = _wrapped_in(module)
     covered = collections.Counter()
