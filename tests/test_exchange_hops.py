@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from stem_jax.kernels import row_sums
 from stem_jax.mesh import BATCH_AXES, axis_size
 from stem_jax.tables import block_sizes, hops
 from stem_jax.tables.block_sizes import BlockSizes, choose_sizes, sizes_at
@@ -122,6 +123,8 @@ class Case:
         )
         padded = np.concatenate([table_rows, np.zeros((1, VECTORS, WIDTH), np.float32)])
         np.testing.assert_array_equal(block, padded[mine_DxU.reshape(-1)])
+        # Norms and updates go over all of it.
+        assert not np.any(sums[owned_PxO.reshape(-1) == self.num_rows])
         total = np.zeros((self.num_rows + 1, VECTORS, WIDTH), np.float32)
         total[owned_PxO.reshape(-1)] = sums
         exact = np.zeros((self.num_rows, VECTORS, WIDTH))
@@ -175,6 +178,15 @@ def test_every_level_gives_the_same_bits(name, place, monkeypatch):
         sums.append(case.run(None, capacity=1))
         for other in sums[1:]:
             np.testing.assert_array_equal(other, sums[0])
+
+
+@pytest.mark.parametrize("name", ["three", "copies"])
+def test_sums_by_matrix_products(name, place, monkeypatch):
+    """As TPUs sum: what such sums leave behind their rows must reach nobody."""
+    monkeypatch.setitem(row_sums.WAYS, "cpu", "windows")
+    mesh, axes = place(name)
+    case = Case(f"{name} by windows", mesh, axes, *_keys("empty devices", 8))
+    case.run(case.needed)
 
 
 @pytest.mark.parametrize("kind", ["one row", "one owner", "distinct"])
