@@ -50,7 +50,7 @@ class TrainStep:
         self.batch_sharding = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
         self._optimizer = make_optimizer(config.optimizer)
         # Whoever compiles what is lowered from these gets the options with it.
-        options = compiler_options(mesh.devices.flat[0].platform)
+        options = compiler_options(mesh.devices.flat[0])
         self.update = jax.jit(
             self._update,
             donate_argnums=0,
