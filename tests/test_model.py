@@ -168,7 +168,7 @@ def test_initial_parameters(factor, base_std, tiny_config):
 
 
 def test_truncated_normal_at_a_tight_cut():
-    _spread(truncated_normal(jax.random.key(0), (20000,), 2.0, 1.0), 2.0, 1.0)
+    _spread(truncated_normal(jax.random.key(0), (20000,), 2.0, 1.0, ("norm",)), 2.0, 1.0)
 
 
 def test_initial_rows(tiny_config):

@@ -35,11 +35,12 @@ class Embedding(nnx.Module):
         rngs: nnx.Rngs,
     ):
         std = embed_dim**-0.5
-        value = truncated_normal(rngs.params(), (vocab_size, embed_dim), std, 3 * std)
-        self.weight = nnx.Param(value, logical_axes=("vocab", "embed"))
+        axes = ("vocab", "embed")
+        value = truncated_normal(rngs.params(), (vocab_size, embed_dim), std, 3 * std, axes)
+        self.weight = nnx.Param(value, logical_axes=axes)
         self.mesh = mesh
         if has_dropout:
-            instead = truncated_normal(rngs.params(), (embed_dim,), std, 3 * std)
+            instead = truncated_normal(rngs.params(), (embed_dim,), std, 3 * std, ("norm",))
             self.dropped = nnx.Param(instead, logical_axes=("norm",))
 
     @part("embedding")

@@ -1,26 +1,50 @@
 """Norm and projection."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding
 
+from stem_jax.mesh import parameter_spec
 from stem_jax.parts import part
 
 # The outputs that rematerialisation may keep.
 PROJECTION = "projection"
 
 
-def truncated_normal(key: jax.Array, shape: tuple[int, ...], std: float, cut: float):
-    """Normal samples of standard deviation `std` (before the cut), cut at +-`cut`, float32."""
+def truncated_normal(
+    key: jax.Array, shape: tuple[int, ...], std: float, cut: float, logical_axes: tuple[str, ...]
+) -> jax.Array:
+    """Normal samples of standard deviation `std` (before the cut), cut at +-`cut`, float32.
+
+    Outside of a trace they come from a program that all draws of a shape share, and lie on the mesh
+    that is set as their axes say. All parameters of a model in one program, each from a key that is
+    a constant, take minutes to compile for a GPU.
+    """
+    if isinstance(key, jax.core.Tracer):
+        return _samples(key, shape, std, cut)
+    mesh = jax.sharding.get_mesh()
+    place = None if mesh.empty else NamedSharding(mesh, parameter_spec(logical_axes))
+    return _sampler(shape, std, cut, place)(key)
+
+
+def _samples(key, shape, std, cut):
     return jax.random.truncated_normal(key, -cut / std, cut / std, shape, jnp.float32) * std
+
+
+@functools.cache
+def _sampler(shape, std, cut, place):
+    return jax.jit(lambda key: _samples(key, shape, std, cut), out_shardings=place)
 
 
 class Linear(nnx.Module):
     """y = x W without bias; W is [in, out], or [out, in] with `output_first`."""
 
     def __init__(self, shape, logical_axes, std, cut, *, rngs: nnx.Rngs, output_first=False):
-        value = truncated_normal(rngs.params(), shape, std, cut)
+        value = truncated_normal(rngs.params(), shape, std, cut, logical_axes)
         self.kernel = nnx.Param(value, logical_axes=logical_axes)
         self.output_first = output_first
 

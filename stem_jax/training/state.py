@@ -1,6 +1,8 @@
 """Everything a step changes, and how it is created and sharded."""
 
+import contextlib
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -69,10 +71,21 @@ class ModelDef:
         )
         return nnx.merge(self.graph, state)
 
-    def init(self) -> Params:
-        """Fresh parameters in float32, from the configured seed."""
-        _, state = nnx.split(self._make())
-        return {_name(path): variable[...] for path, variable in nnx.to_flat_state(state)}
+    def init(self, mesh: Mesh | None = None) -> Params:
+        """Fresh parameters in float32, from the configured seed, created in their places.
+
+        Args:
+            mesh: with the places; None: the first device is.
+        """
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            _, state = nnx.split(self._make())
+        params = {_name(path): variable[...] for path, variable in nnx.to_flat_state(state)}
+        if mesh is None:
+            return params
+        specs = self.specs()
+        return {
+            name: _placer(NamedSharding(mesh, specs[name]))(value) for name, value in params.items()
+        }
 
     def specs(self) -> dict[str, PartitionSpec]:
         """Partition of each parameter."""
@@ -95,6 +108,12 @@ class ModelDef:
             Placed(name, shape.shape, shape.dtype.itemsize, specs[name])
             for name, shape in self.shapes().items()
         ]
+
+
+@functools.cache
+def _placer(place: NamedSharding):
+    """A program, in which every process has the array: `device_put` would compare theirs."""
+    return jax.jit(lambda x: x, out_shardings=place)
 
 
 def _name(path: tuple) -> str:
@@ -133,14 +152,13 @@ def init_state(
     optimizer = make_optimizer(config.optimizer)
 
     def backbone(params):
-        params = model.init() if params is None else params
         zero = jnp.zeros((), jnp.int32)
         return TrainState(zero, zero, zero, zero, params, optimizer.init(params), None)
 
     make = jax.jit(
         backbone, donate_argnums=0, out_shardings=dataclasses.replace(shardings, table=None)
     )
-    state = make(params)
+    state = make(model.init(mesh) if params is None else params)
     spec = TableSpec.from_config(config)
     if spec.num_layers and not spec.offloaded:
         table = init_table(spec, table_key(config), mesh, rows)
