@@ -36,6 +36,9 @@ def parts_by_instruction(module: Module) -> dict[str, str]:
         # A sum of gradients is its makers'.
         if scheduled[name].opcode.startswith(_SUMS):
             users, makers = makers, users
+        # What a scan itself carries from part to part belongs to neither.
+        if scheduled[name].op_name and through and len(users | makers) > 1:
+            return _moved_for(users | makers) or REST
         return _between(users, makers, name in moves)
 
     # First what stands between two marks, past other moves; then the others, one after the other.
@@ -60,13 +63,16 @@ def _in_loops(module: Module, marked: dict[str, str | None]) -> dict[str, str]:
 
 
 def _between(users: set[str], makers: set[str], moves: bool) -> str | None:
-    parts = users | makers
-    if moves and len(parts) > 1:
-        special = {MOVED_FOR[part] for part in parts if part in MOVED_FOR}
-        if len(special) == 1:
-            return special.pop()
+    if moves and len(users | makers) > 1 and (part := _moved_for(users | makers)):
+        return part
     clear = next((side for side in (users, makers) if len(side) == 1), None)
     return None if clear is None else _outside(next(iter(clear)))
+
+
+def _moved_for(parts: set[str]) -> str | None:
+    """The part of what moves between these, where one of them has its own."""
+    special = {MOVED_FOR[part] for part in parts if part in MOVED_FOR}
+    return special.pop() if len(special) == 1 else None
 
 
 def _kernel_parts(module: Module, scheduled) -> set[str]:
