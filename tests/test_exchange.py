@@ -14,7 +14,7 @@ from stem_jax.errors import InputError
 from stem_jax.kernels import row_sums
 from stem_jax.mesh import axis_size
 from stem_jax.tables.layout import TableLayout
-from stem_jax.tables.lookup import lookup
+from stem_jax.tables.lookup import close_rows, lookup, open_rows
 from stem_jax.tables.sharded_table import ShardedTable
 from stem_jax.tables.spec import TableSpec, TableState
 from stem_jax.tables.update_history import make_history
@@ -72,18 +72,15 @@ def _program(mesh, vocab_axes: tuple[str, ...], capacity: int, micro: int = MICR
         ]
 
         def values(block_UxSxF):
-            return jnp.stack(
-                [
-                    jnp.stack(
-                        [
-                            lookup(block_UxSxF[:, layer], inverse, order, mesh)
-                            for layer in range(LAYERS)
-                        ],
-                        axis=2,
-                    )
-                    for inverse, order in indices
-                ]
-            )
+            seen = []
+            for inverse, order in indices:
+                rows, found = open_rows(block_UxSxF), []
+                for layer in range(LAYERS):
+                    value, thread = lookup(rows, layer, inverse, order, mesh)
+                    rows = dataclasses.replace(rows, thread=thread)
+                    found.append(value)
+                seen.append(close_rows(jnp.stack(found, axis=2), rows))
+            return jnp.stack(seen)
 
         seen, pull = jax.vjp(values, block_UxSxF)
         sums = table.push(pull(cotangent_AxBxLxSxF)[0], requests)

@@ -115,18 +115,39 @@ def sum_by_row(
         sums_RxF = sums_RxF.at[index_N].add(values_NxF.astype(jnp.float32), mode="drop")
         return sums_RxF.astype(dtype)
     order = order_of(index_N, num_rows) if order is None else order
-    if order.places is None:
-        return _windows(values_NxF, order, num_rows, dtype)
-    room = min(len(index_N), num_rows) + _CHUNK
+    dense = order.places is None
+    room = num_rows if dense else min(len(index_N), num_rows) + _CHUNK + 1
+    nothing = jax.lax.empty((1, room, values_NxF.shape[1]), dtype)
+    sums_UxF = _put_windows(nothing, 0, values_NxF, order)[0]
+    if dense:
+        return sums_UxF
     # A row of zeros to read costs less than a pass that masks what was read.
-    sums_UxF = _windows(values_NxF, order, room + 1, dtype).at[room].set(0)
+    room -= 1
+    sums_UxF = sums_UxF.at[room].set(0)
     return sums_UxF.at[jnp.minimum(order.places, room)].get(mode="promise_in_bounds")
 
 
-def _windows(values_NxF, order: RowOrder, room: int, dtype) -> jax.Array:
-    """Sums by rank [room, F]; `room` holds a whole chunk from the last rank on."""
+def put_sums_by_row(
+    into_SxRxF: jax.Array,
+    number: jax.Array,
+    values: jax.Array,
+    index: jax.Array,
+    way: str,
+    order: RowOrder | None = None,
+) -> jax.Array:
+    """`into` with the sums in the place of its [number], see `sum_by_row`; the rest as it is."""
+    values_NxF = values.reshape(-1, values.shape[-1])
+    if way == "windows" and order is not None and order.places is None:
+        return _put_windows(into_SxRxF, number, values_NxF, order)
+    _, num_rows, _ = into_SxRxF.shape
+    sums_RxF = sum_by_row(values, index, num_rows, way, order, into_SxRxF.dtype)
+    return jax.lax.dynamic_update_index_in_dim(into_SxRxF, sums_RxF, number, 0)
+
+
+def _put_windows(into_SxRxF, number, values_NxF, order: RowOrder) -> jax.Array:
+    """Sums by rank at [number]; there must be room for a whole chunk from the last rank on."""
     size = _chunk(len(order.ranks))
-    kind = values_NxF.dtype
+    kind, dtype = values_NxF.dtype, into_SxRxF.dtype
     # By default TPUs round float32 operands to bfloat16, and GPUs to tf32.
     exact = jax.lax.Precision.HIGHEST if kind == jnp.float32 else None
 
@@ -135,23 +156,25 @@ def _windows(values_NxF, order: RowOrder, room: int, dtype) -> jax.Array:
             hot_RxC.astype(kind), values_CxF, precision=exact, preferred_element_type=jnp.float32
         )
 
+    def put(into_SxRxF, rows_NxF, first):
+        rows_1xNxF = rows_NxF.astype(dtype)[None]
+        return jax.lax.dynamic_update_slice(into_SxRxF, rows_1xNxF, (number, first, 0))
+
     def one_chunk(carry, chunk):
-        sums_RxF, open_1xF, open_row = carry
+        into_SxRxF, open_1xF, open_row = carry
         positions_C, ranks_C = chunk
         first, last = ranks_C[0], ranks_C[-1]
         values_CxF = values_NxF[positions_C]
         rows_Cx1 = first + jnp.arange(size)[:, None]
-        window_CxF = add(ranks_C == rows_Cx1, values_CxF).astype(dtype)
+        window_CxF = add(ranks_C == rows_Cx1, values_CxF)
         ends_2xF = add(jnp.stack([ranks_C == first, ranks_C == last]), values_CxF)
         # The first row may be the one that the last chunk left open.
         first_1xF = ends_2xF[:1] + jnp.where(first == open_row, open_1xF, 0)
         last_1xF = jnp.where(first == last, first_1xF, ends_2xF[1:])
-        sums_RxF = jax.lax.dynamic_update_slice_in_dim(sums_RxF, window_CxF, first, 0)
-        sums_RxF = jax.lax.dynamic_update_slice_in_dim(sums_RxF, first_1xF.astype(dtype), first, 0)
-        return (sums_RxF, last_1xF, last), None
+        into_SxRxF = put(put(into_SxRxF, window_CxF, first), first_1xF, first)
+        return (into_SxRxF, last_1xF, last), None
 
-    width = values_NxF.shape[1]
-    start = (jax.lax.empty((room, width), dtype), jnp.zeros((1, width), jnp.float32), jnp.int32(-1))
+    start = (into_SxRxF, jnp.zeros((1, values_NxF.shape[1]), jnp.float32), jnp.int32(-1))
     pieces = order.positions.reshape(-1, size), order.ranks.reshape(-1, size)
     return jax.lax.scan(one_chunk, start, pieces)[0][0]
 

@@ -50,17 +50,3 @@ def _repeats(stem: list[bool], first: int, period: int) -> int:
 def stacked(states: list) -> object:
     """One pytree with a new leading dimension from many of the same structure."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-
-
-def stacked_rows(rows_UxSxF: jax.Array, first: int, of_group: int, repeats: int) -> list[jax.Array]:
-    """Rows of each place in the groups, [repeats, U, F]: the STEM layers from `first` on.
-
-    Args:
-        of_group: STEM layers in a group.
-    """
-    # A layer of its own leads: TPUs would pad a dimension of few layers at the end to a tile.
-    end = first + of_group * repeats
-    return [
-        jnp.swapaxes(rows_UxSxF[:, first + place : end : of_group], 0, 1)
-        for place in range(of_group)
-    ]

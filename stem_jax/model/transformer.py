@@ -14,11 +14,11 @@ from stem_jax.mesh import constrain_batch
 from stem_jax.model.attention import Attention
 from stem_jax.model.embedding import Embedding
 from stem_jax.model.ffn import GatedFFN
-from stem_jax.model.layer_groups import LayerGroups, repeating_groups, stacked, stacked_rows
+from stem_jax.model.layer_groups import LayerGroups, repeating_groups, stacked
 from stem_jax.model.layers import PROJECTION, Linear, RMSNorm
 from stem_jax.model.rotary import rotary_angles
 from stem_jax.parts import part
-from stem_jax.tables.lookup import lookup
+from stem_jax.tables.lookup import LayerRows, close_rows, lookup, open_rows
 
 
 @jax.tree_util.register_dataclass
@@ -53,17 +53,22 @@ class Block(nnx.Module):
         self.mesh = mesh
 
     @part("block_rest")
-    def __call__(self, x_BxLxD, rows_UxF, inputs: Inputs, angles, cache=None):
-        """`rows_UxF` are this layer's rows in the row block; None for a dense layer."""
+    def __call__(self, x_BxLxD, rows: LayerRows | None, vector, inputs: Inputs, angles, cache=None):
+        """`vector` is the number of the layer's vectors in the rows; None for a dense layer.
+
+        Returns:
+            The residual stream, the rows' thread for the next layer (None of a dense one), and the
+            longer cache.
+        """
         attended, cache = self.attention(
             self.attention_norm(x_BxLxD), angles, inputs.segment_ids, cache
         )
         x_BxLxD = x_BxLxD + attended
         # In here, so that rematerialisation looks rows up again and keeps no [B, L, F].
-        up_BxLxF = None
-        if rows_UxF is not None:
-            up_BxLxF = lookup(rows_UxF, inputs.inverse, inputs.order, self.mesh)
-        return x_BxLxD + self.ffn(self.ffn_norm(x_BxLxD), up_BxLxF), cache
+        up_BxLxF = thread = None
+        if vector is not None:
+            up_BxLxF, thread = lookup(rows, vector, inputs.inverse, inputs.order, self.mesh)
+        return x_BxLxD + self.ffn(self.ffn_norm(x_BxLxD), up_BxLxF), thread, cache
 
 
 class Transformer(nnx.Module):
@@ -95,6 +100,8 @@ class Transformer(nnx.Module):
         )
         self.config = config
         self.mesh = mesh
+        # Of the layers that read rows: the number of their vectors in a row.
+        self._vectors = {layer: number for number, layer in enumerate(config.stem_layers)}
 
     def __call__(self, inputs: Inputs, rows_UxSxF: jax.Array, caches=None, collect=None):
         """Runs the blocks.
@@ -119,35 +126,36 @@ class Transformer(nnx.Module):
         # Caches and what is collected are lists of layers; only training runs groups.
         plain = caches is not None or collect is not None
         groups = None if plain or not config.scan_layers else repeating_groups(config)
+        rows = open_rows(rows_UxSxF) if config.stem_layers else None
         layer = 0
         while layer < config.num_layers:
             if groups is not None and layer == groups.first:
-                x = self._run_groups(groups, x, rows_UxSxF, inputs, angles)
+                x, rows = self._run_groups(groups, x, rows, inputs, angles)
                 layer = groups.end
                 continue
             cache = None if caches is None else caches[layer]
-            rows = self._layer_rows(rows_UxSxF, layer)
             graph, state = nnx.split(self.blocks[layer])
-            x, cache = self._run(graph, state, x, rows, inputs, angles, cache)
+            vector = self._vectors.get(layer)
+            x, rows, cache = self._run(graph, state, x, rows, vector, inputs, angles, cache)
             seen.append(x)
             new_caches.append(cache)
             layer += 1
         if collect is not None:
             collect.extend(seen)
+        x = x if rows is None else close_rows(x, rows)
         return self.norm(x), None if caches is None else new_caches
 
-    @part("row_copies")
-    def _layer_rows(self, rows_UxSxF, layer: int) -> jax.Array | None:
-        stem_layers = self.config.stem_layers
-        return rows_UxSxF[:, stem_layers.index(layer)] if layer in stem_layers else None
-
-    def _run(self, graph, state, x_BxLxD, rows_UxF, inputs: Inputs, angles, cache=None):
+    def _run(self, graph, state, x_BxLxD, rows, vector, inputs: Inputs, angles, cache=None):
         """One block, given as nnx has it split, under the rematerialisation policy."""
         run = _remat(lambda state, *args: nnx.merge(graph, state)(*args), self.config.remat)
-        x_BxLxD, cache = run(state, x_BxLxD, rows_UxF, inputs, angles, cache)
-        return constrain_batch(x_BxLxD, self.mesh), cache
+        read = None if vector is None else rows
+        x_BxLxD, thread, cache = run(state, x_BxLxD, read, vector, inputs, angles, cache)
+        if vector is not None:
+            # Alone: vectors that had come out of a block would be kept for every group of a scan.
+            rows = dataclasses.replace(rows, thread=thread)
+        return constrain_batch(x_BxLxD, self.mesh), rows, cache
 
-    def _run_groups(self, groups: LayerGroups, x_BxLxD, rows_UxSxF, inputs: Inputs, angles):
+    def _run_groups(self, groups: LayerGroups, x_BxLxD, rows, inputs: Inputs, angles):
         """The same blocks as a scan over groups of them."""
         places = range(groups.first, groups.first + groups.period)
         split = [
@@ -156,21 +164,24 @@ class Transformer(nnx.Module):
         ]
         graphs = [blocks[0][0] for blocks in split]
         states = [stacked([state for _, state in blocks]) for blocks in split]
-        stem = [place for place in places if place in self.config.stem_layers]
-        rows = []
-        if stem:
-            first = self.config.stem_layers.index(stem[0])
-            with part("row_copies"):
-                rows = stacked_rows(rows_UxSxF, first, len(stem), groups.repeats)
+        vectors = {
+            place: jnp.array([self._vectors[n] for n in range(place, groups.end, groups.period)])
+            for place in places
+            if place in self._vectors
+        }
 
-        def one_group(x, group):
-            states, rows = group
-            rows_of = dict(zip(stem, rows, strict=True))
+        def one_group(carry, group):
+            x, thread = carry
+            states, vectors = group
+            # What is read is the same in every group; in the carry, each would keep a copy of it.
+            rows_ = rows if rows is None else dataclasses.replace(rows, thread=thread)
             for place, graph, state in zip(places, graphs, states, strict=True):
-                x, _ = self._run(graph, state, x, rows_of.get(place), inputs, angles)
-            return x, None
+                x, rows_, _ = self._run(graph, state, x, rows_, vectors.get(place), inputs, angles)
+            return (x, None if rows is None else rows_.thread), None
 
-        return jax.lax.scan(one_group, x_BxLxD, (states, rows))[0]
+        thread = None if rows is None else rows.thread
+        (x, thread), _ = jax.lax.scan(one_group, (x_BxLxD, thread), (states, vectors))
+        return x, None if rows is None else dataclasses.replace(rows, thread=thread)
 
     def head_weight(self) -> jax.Array:
         """The output head [D, V] in the dtype of the parameters."""

@@ -1,72 +1,151 @@
-"""Rows of a block for each token, and the way back: one sum per distinct row, in a fixed order."""
+"""Rows of a block for each token, and the way back: one sum per distinct row, in a fixed order.
 
+The vectors of all layers are one array, and so are their gradients. A layer reads its own by an
+index into the whole, and on the way back writes its own into the whole: nothing is cut out, filled,
+or put together.
+"""
+
+import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from stem_jax.kernels.row_sums import RowOrder, sum_by_row, way_on
+from stem_jax.kernels.row_sums import RowOrder, put_sums_by_row, way_on
 from stem_jax.mesh import BATCH_AXES
 from stem_jax.parts import part
 
-_ROWS = PartitionSpec(BATCH_AXES, "tensor")
+_VECTORS = PartitionSpec(None, BATCH_AXES, "tensor")
 _BATCH = PartitionSpec(BATCH_AXES)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-@part("row_lookup")
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerRows:
+    """A row block as the layers read it, each its own vectors.
+
+    vectors: [S, U, F]; with several devices the blocks of the devices, concatenated along U.
+    thread: these again, never read. It goes through the layers as the residual stream does, from
+    `open_rows` to `close_rows`: on the way back it is the array that gathers the gradients.
+    """
+
+    vectors: jax.Array
+    thread: jax.Array
+
+
+@part("row_copies")
+def open_rows(rows_UxSxF: jax.Array) -> LayerRows:
+    """From the rows of a block, or of the blocks of several devices, one after the other."""
+    vectors_SxUxF = _by_vector(rows_UxSxF)
+    return LayerRows(jax.lax.stop_gradient(vectors_SxUxF), vectors_SxUxF)
+
+
+@jax.custom_vjp
+def _by_vector(rows_UxSxF: jax.Array) -> jax.Array:
+    """[S, U, F], cut out of flat rows: TPUs turn them twice to transpose three dimensions."""
+    U, S, F = rows_UxSxF.shape
+    rows_UxW = rows_UxSxF.reshape(U, -1)
+    return jnp.stack([rows_UxW[:, start : start + F] for start in range(0, S * F, F)])
+
+
+def _by_row(shape, gradient_SxUxF):
+    U, S, F = shape
+    # Written one after the other: what TPUs make of a concatenation takes twice as long.
+    rows_UxW = jax.lax.empty((U, S * F), gradient_SxUxF.dtype)
+    for number in range(S):
+        rows_UxW = jax.lax.dynamic_update_slice(rows_UxW, gradient_SxUxF[number], (0, number * F))
+    return (rows_UxW.reshape(shape),)
+
+
+_by_vector.defvjp(lambda rows: (_by_vector(rows), rows.shape), _by_row)
+
+
+@jax.custom_vjp
+def close_rows(x: jax.Array, rows: LayerRows) -> jax.Array:
+    """x, after the last layer. Every one of the S vectors must have been looked up once."""
+    return x
+
+
+def _close(x, rows):
+    return x, rows
+
+
+def _reopen(rows, gradient):
+    # Each layer overwrites its own.
+    thread = rows.thread
+    return gradient, LayerRows(None, jax.lax.empty(thread.shape, thread.dtype))
+
+
+close_rows.defvjp(_close, _reopen)
+
+
 def lookup(
-    rows_UxF: jax.Array, inverse: jax.Array, order: RowOrder | None, mesh: Mesh | None
-) -> jax.Array:
-    """`rows[inverse]` on every device's own block.
+    rows: LayerRows,
+    number: jax.Array | int,
+    inverse: jax.Array,
+    order: RowOrder | None,
+    mesh: Mesh | None,
+) -> tuple[jax.Array, jax.Array]:
+    """A vector of each token's row, on every device from its own block.
 
     Args:
-        rows_UxF: blocks of the devices, concatenated along the first dimension.
+        number: which of the S vectors.
         inverse: [B, ...] int32, index into the own device's block.
         order: of each device's part of the index, its arrays concatenated likewise, for the way
             back; None sorts there.
         mesh: None on a single device without a mesh.
 
     Returns:
-        [B, ..., F] in the dtype of the rows.
+        [B, ..., F] in the dtype of the rows, and the rows' thread for the next layer.
     """
-    if mesh is None:
-        return rows_UxF[inverse]
-    return jax.shard_map(
-        lambda rows, inverse: rows[inverse],
-        mesh=mesh,
-        in_specs=(_ROWS, _BATCH),
-        out_specs=_values(inverse),
-        check_vma=False,
-    )(rows_UxF, inverse)
+    return _lookup(rows.vectors, rows.thread, jnp.int32(number), inverse, order, mesh)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@part("row_lookup")
+def _lookup(vectors_SxUxF, thread_SxUxF, number, inverse, order, mesh):
+    def local(vectors_SxUxF, number, inverse):
+        size, width = vectors_SxUxF.shape[1:]
+        return vectors_SxUxF.reshape(-1, width)[number * size + inverse]
+
+    if mesh is not None:
+        local = jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(_VECTORS, PartitionSpec(), _BATCH),
+            out_specs=_values(inverse),
+            check_vma=False,
+        )
+    return local(vectors_SxUxF, number, inverse), thread_SxUxF
 
 
 def _values(inverse: jax.Array) -> PartitionSpec:
     return PartitionSpec(BATCH_AXES, *(None,) * (inverse.ndim - 1), "tensor")
 
 
-def _forward(rows_UxF, inverse, order, mesh):
-    kept = inverse, order, rows_UxF.shape[0]
-    return lookup(rows_UxF, inverse, order, mesh), kept
+def _forward(vectors_SxUxF, thread_SxUxF, number, inverse, order, mesh):
+    found = _lookup(vectors_SxUxF, thread_SxUxF, number, inverse, order, mesh)
+    return found, (number, inverse, order)
 
 
 @part("row_gradient")
-def _backward(mesh, kept, gradient):
-    inverse, order, num_rows = kept
-    room = num_rows // (1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"])
+def _backward(mesh, kept, gradients):
+    gradient, thread_SxUxF = gradients
 
-    def local(inverse, order, gradient):
-        return sum_by_row(gradient, inverse, room, way_on(mesh), order, gradient.dtype)
+    def local(thread_SxUxF, number, inverse, order, gradient):
+        return put_sums_by_row(thread_SxUxF, number, gradient, inverse, way_on(mesh), order)
 
     if mesh is not None:
         local = jax.shard_map(
             local,
             mesh=mesh,
-            in_specs=(_BATCH, _BATCH, _values(inverse)),
-            out_specs=_ROWS,
+            in_specs=(_VECTORS, PartitionSpec(), _BATCH, _BATCH, _values(kept[1])),
+            out_specs=_VECTORS,
             check_vma=False,
         )
-    return local(inverse, order, gradient), None, None
+    # What the vectors are read for, the thread has the gradient of.
+    return None, local(thread_SxUxF, *kept, gradient), None, None, None
 
 
-lookup.defvjp(_forward, _backward)
+_lookup.defvjp(_forward, _backward)
