@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stem_jax.model.layer_groups import LayerGroups, repeating_groups
+from stem_jax.model.transformer import Inputs
 from stem_jax.training.schedule import make_schedule
-from stem_jax.training.state import init_state
+from stem_jax.training.state import ModelDef, init_state
 
 
 @pytest.mark.parametrize(
@@ -84,3 +85,21 @@ def test_scanned_layers_train_as_unrolled_ones(train_step, make_batch, shape, re
     rows = states[False].table.rows
     np.testing.assert_allclose(states[True].table.rows, rows, atol=1e-5)
     assert jnp.any(rows != 0)
+
+
+def test_a_scan_keeps_the_rows_once(tiny_config):
+    """Not once for every group, though the way back reads them again in each."""
+    changes = {"model.num_layers": 7, "model.stem_layers": (1, 3, 5), "model.scan_layers": True}
+    config = tiny_config(**changes, **{"model.remat": "full"})
+    model = ModelDef(config)
+    tokens_BxL = jnp.zeros((2, 24), jnp.int32)
+    inputs = Inputs(tokens_BxL, tokens_BxL, tokens_BxL, tokens_BxL + 1)
+    rows_UxSxF = jnp.zeros((40, 3, config.model.ffn_dim))
+
+    def total(params, rows_UxSxF):
+        return jnp.sum(model.bind(params)(inputs, rows_UxSxF)[0])
+
+    gradients = jax.jit(jax.grad(total, argnums=(0, 1)))
+    text = gradients.lower(model.init(), rows_UxSxF).compile().as_text()
+    assert f"f32[3,40,{config.model.ffn_dim}]" in text
+    assert f"f32[3,3,40,{config.model.ffn_dim}]" not in text
