@@ -141,8 +141,12 @@ class Case:
     def _spread(self, values, mine_DxU, unique: int):
         if mine_DxU is None:
             return np.zeros((self.devices * unique, VECTORS, WIDTH), np.float32)
-        padded = np.concatenate([values, np.zeros_like(values[:, :1])], axis=1)
+        # Nobody looks at what lies behind a device's rows.
+        padded = np.concatenate([values, np.full_like(values[:, :1], np.nan)], axis=1)
         lines = [padded[device, mine] for device, mine in enumerate(mine_DxU)]
+        for line, mine in zip(lines, mine_DxU, strict=True):
+            # The keys of a device that asks for nothing have this row, and no gradient.
+            line[0] = np.where(mine[0] < self.num_rows, line[0], 0)
         return np.concatenate(lines)
 
 

@@ -279,7 +279,9 @@ class Exchange:
             return empty.at[requests.home].set(sums, mode="drop")
         sums = gradient_UxW
         for hop, record, room in zip(self.hops, requests.hops, self._rooms, strict=True):
-            arrived = self._swap(sums[jnp.minimum(record.sent, len(sums) - 1)], hop)
+            # Behind the listed rows sums are undefined, and a product with zero may spread that.
+            sent = jnp.where(record.sent < len(record.slot), record.sent, 0)
+            arrived = self._swap(sums[sent], hop)
             # What a relay's sums have behind its rows is nobody's.
             room += spare_rows(self.way)
             sums = sum_by_row(arrived, record.arrived, room, self.way, record.order)
