@@ -336,7 +336,7 @@ def test_levels(first, needed):
     assert not any(level.hold(needed) for level in levels[: levels.index(chosen)])
     # Little room is left over.
     for room, number in zip(levels[0].numbers, first.numbers):
-        assert room <= max(64, 1.03 * 1.125 * number + 1)
+        assert room <= max(256, 1.03 * 1.125 * number + 1)
     assert first.with_numbers(first.numbers) == first
 
 

@@ -11,6 +11,8 @@ from jax.sharding import PartitionSpec
 from stem_jax.errors import InputError
 from stem_jax.kernels import row_sums
 from stem_jax.mesh import check_placement, replicated
+from stem_jax.tables import block_sizes
+from stem_jax.tables.block_sizes import sizes_at
 from stem_jax.training import loop
 from stem_jax.training.schedule import learning_rates, make_schedule
 from stem_jax.training.state import abstract_state, init_state
@@ -270,6 +272,30 @@ def test_sums_of_matrix_units_train_alike(
     step = TrainStep(dataclasses.replace(kept.config, train=train), kept.mesh)
     _, losses = _run(step, fresh_state(step), make_batch, 20)
     np.testing.assert_allclose(losses, runs[2, 2, 2][2], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+def test_every_level_of_sizes_trains_to_the_same_bits(
+    shape, train_step, fresh_state, make_batch, monkeypatch
+):
+    # Two levels of the few rows here, and room for any batch.
+    monkeypatch.setattr(block_sizes, "_SMALLEST_BLOCK", 1)
+    step = train_step(shape)
+    batches = [make_batch(step, seed=seed, ragged=True) for seed in range(3)]
+    table = step.table(batches[0].tokens)
+    needs = [table.needed_by(step.demand(batch)) for batch in batches]
+    most = needs[0].with_numbers(np.max([n.numbers for n in needs], axis=0).tolist())
+    levels = [sizes_at(level, most, table.largest_sizes) for level in (0, 2, 3)]
+    assert len(set(levels)) == 3
+    ends = []
+    for sizes in levels:
+        state = fresh_state(step)
+        for batch in batches:
+            state, metrics = step.update(state, batch, schedule(step), sizes=sizes)
+        del metrics["exchange_bytes"]
+        ends.append(jax.device_get((state, metrics)))
+    for other in ends[1:]:
+        jax.tree.map(np.testing.assert_array_equal, ends[0], other)
 
 
 def _evaluation_program(step: TrainStep) -> str:

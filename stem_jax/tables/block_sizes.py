@@ -15,7 +15,8 @@ from stem_jax.tables.hops import Hop
 # How much larger than the first batch's needs the sizes of a level are; after these, the largest.
 _FACTORS = (1.03, 1.25, 1.6)
 LEVELS = len(_FACTORS) + 1
-_SMALLEST_BLOCK = 64
+# Few distinct rows vary much from batch to batch, and room for them costs next to nothing.
+_SMALLEST_BLOCK = 256
 # Standard deviations of the rows of a pair by which the busiest one exceeds the mean.
 _BUSIEST = 3
 
