@@ -248,3 +248,36 @@ def test_verify_reads_every_file(tmp_path, capsys):
 def test_processes_below_one_are_refused(tmp_path):
     with pytest.raises(InputError, match="--processes=0 must be at least 1"):
         main(["--corpus=facts", "--tokenizer=bytes", f"--out={tmp_path / 'o'}", "--processes=0"])
+
+
+@pytest.mark.parametrize("name", ["source.json", "skipped.jsonl"])
+@pytest.mark.parametrize("content", ['{"mine": 1}\n', "no JSON", '{"place": "a", "reason": "b"}\n'])
+def test_files_of_others_with_names_of_ours_are_kept(tmp_path, name, content):
+    text, out = tmp_path / "a.txt", tmp_path / "out"
+    text.write_text("some text")
+    out.mkdir()
+    (out / name).write_text(content)
+    flags = ["--tokenizer=bytes", "--validation-fraction=0"]
+    refusal = rf"{name} exists and is not of a token store: .* move it away, or write elsewhere"
+    with pytest.raises(InputError, match=refusal):
+        _prepare(out, text, *flags)
+    assert [path.name for path in out.iterdir()] == [name]
+    (out / name).rename(tmp_path / name)
+    _prepare(out, text, *flags)
+    before = _checksums(out)
+    (tmp_path / name).rename(out / name)
+    if name == "skipped.jsonl" and "place" in content:
+        # Beside a store it is that of the store.
+        _prepare(out, text, *flags, "--seed=1")
+        assert not (out / name).exists()
+        return
+    with pytest.raises(InputError, match=refusal):
+        _prepare(out, text, *flags, "--seed=1")
+    assert (out / name).read_text() == content and _checksums(out) == before
+
+
+def test_the_record_of_a_source_is_replaced_with_its_stores(tmp_path):
+    (source,) = open_sources(parse_sources("facts"), BYTES, tmp_path / "data", progress=False)
+    folder = source.train.folder.parent
+    prepare_stores(_facts(), BYTES, folder, **FACTS)
+    assert not (folder / "source.json").exists()

@@ -163,11 +163,23 @@ class Preparation:
             self.folder.rmdir()
 
     def _check_replaceable(self) -> None:
-        for name, file in (("train", META_FILE), ("validation", META_FILE)):
+        """Raises InputError for what has a name of ours and is another's."""
+        if (self.work / "complete").exists():
+            # A move was cut: what is there are parts of our stores.
+            return
+        for name in ("train", "validation"):
             there = self.folder / name
-            if there.exists() and not (there / file).is_file():
+            if there.exists() and not (there / META_FILE).is_file():
                 raise InputError(
                     f"folder {there} exists and is no token store: remove it or write elsewhere"
+                )
+        stores = (self.folder / "train").exists()
+        for name, is_ours in ((RECORD, _is_record), (SKIPPED, _is_list)):
+            there = self.folder / name
+            if there.exists() and not (stores and is_ours(there)):
+                raise InputError(
+                    f"{there} exists and is not of a token store: it would be replaced; move it "
+                    "away, or write elsewhere"
                 )
 
     def _begin(self) -> None:
@@ -208,3 +220,21 @@ class Preparation:
         if self.work.exists():
             self.work.rename(self._discarded)
         shutil.rmtree(self._discarded, ignore_errors=True)
+
+
+def _is_record(path: Path) -> bool:
+    """Whether a file says what stores were made from."""
+    try:
+        record = read_json(path)
+    except InputError:
+        return False
+    return isinstance(record, dict) and {"source", "fingerprint"} <= record.keys()
+
+
+def _is_list(path: Path) -> bool:
+    """Whether a file lists records that were left out."""
+    try:
+        with path.open(encoding="utf-8") as lines:
+            return all(json.loads(line).keys() == {"place", "reason"} for line in lines)
+    except (OSError, ValueError, AttributeError):
+        return False
