@@ -22,11 +22,13 @@ def local_path(text: str | Path, flag: str) -> Path:
     A name with a colon that is no address, such as `a/b:c`, is a path; a Path is one already.
 
     flag: as the user gave it, such as `--workdir` or `data.folder`.
-    Raises InputError for the address of an object store or of any other scheme, and for the home of
-    a user who has none.
+    Raises InputError for no name at all, for the address of an object store or of any other scheme,
+    and for the home of a user who has none.
     """
     if isinstance(text, Path):
         return text
+    if not text:
+        raise InputError(f"{flag}= is empty: give a path; . for this folder")
     found = _ADDRESS.fullmatch(text)
     if found is not None:
         scheme, slashes, rest = found.groups()

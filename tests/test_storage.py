@@ -4,8 +4,12 @@ import pathlib
 
 import pytest
 
+from stem_jax import prepare
+from stem_jax.config import load_config
 from stem_jax.errors import InputError
 from stem_jax.storage import local_path
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
@@ -57,3 +61,36 @@ def test_a_home_of_nobody_is_refused():
 
 def test_a_path_is_taken_as_it_is():
     assert local_path(pathlib.Path("~/runs"), "--workdir") == pathlib.Path("~/runs")
+
+
+def _generate(argv):
+    from stem_jax.generate import main
+
+    main(["--prompt=a", *argv])
+
+
+@pytest.mark.parametrize(
+    ("main", "flags"),
+    [
+        (prepare.main, ["--corpus=facts", "--tokenizer=bytes", "--out="]),
+        (prepare.main, ["--verify", "--out="]),
+        (prepare.main, ["--tokenizer=bytes", "--out=o", "--input="]),
+        (prepare.main, ["--corpus=facts", "--out=o", "--tokenizer-path="]),
+        (_generate, ["--workdir="]),
+        (_generate, ["--workdir", ""]),
+    ],
+)
+def test_an_empty_path_is_not_this_folder(tmp_path, monkeypatch, main, flags):
+    monkeypatch.chdir(tmp_path)
+    flag = (flags[-1] or flags[-2]).rstrip("=")
+    with pytest.raises(InputError, match=f"^{flag}= is empty: give a path; . for this folder$"):
+        main(flags)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "key", ["data.folder", "data.tokenizer_path", "train.init_from", "train.compilation_cache"]
+)
+def test_an_empty_key_is_no_path(key):
+    with pytest.raises(InputError, match=f"^{key}= is empty: give a path"):
+        load_config(ROOT / "configs" / "tiny.py", {key: ""})
