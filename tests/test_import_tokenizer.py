@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import tokenizers
 from tokenizer_kinds import load_kind, write_kind
 
 from stem_jax.data.special_tokens import SpecialFlags
@@ -69,6 +70,58 @@ def test_an_export_that_was_tuned_further_is_told_from_a_stale_tokenizer(tmp_pat
     newer = load_tokenizer("hf", export / "tokenizer.json", as_shipped=True)
     assert find_tokenizer("hf", export, LOOK) == newer
     assert load_tokenizer_folder(_saved(newer, tmp_path / "saved")) == newer
+
+
+def test_a_tokenizer_from_elsewhere_must_be_the_one_of_the_folder(tmp_path):
+    """Also where bos and eos happen to have the same ids."""
+    model = write_kind("llama3_instruct", tmp_path / "model")
+    own = model / "tokenizer.json"
+    ids = {"bos_token_id": 0, "eos_token_id": 1}
+    (model / "config.json").write_text(json.dumps(ids))
+    other = write_kind("gpt2", tmp_path / "other") / "tokenizer.json"
+    foreign = TokenizerChoice("hf", str(other), SpecialFlags("0", "1"))
+    for choice in (foreign, TokenizerChoice("bytes", None, SpecialFlags("0", "1"))):
+        with pytest.raises(InputError, match=rf"gives other ids than {own}, which is with the mod"):
+            find_tokenizer("llama", model, choice)
+    for same in (own, shutil.copyfile(own, tmp_path / "same.json")):
+        choice = TokenizerChoice("hf", str(same), SpecialFlags("0", "1"))
+        assert find_tokenizer("llama", model, choice).notes == ()
+    # One that cannot be read may be why another is given.
+    own.write_text("{}")
+    found = find_tokenizer("llama", model, choice)
+    assert [note for note in found.notes if f"{own} could not be read" in note] == [*found.notes]
+
+
+def test_tokens_that_were_added_are_told(tmp_path):
+    model = write_kind("llama3_instruct", tmp_path / "model")
+    more = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
+    size = more.get_vocab_size()
+    more.add_special_tokens(["<|more|>"])
+    more.save(str(tmp_path / "more.json"))
+    choice = TokenizerChoice("hf", str(tmp_path / "more.json"))
+    note = find_tokenizer("llama", model, choice).notes[-1]
+    assert f"has {size + 1} ids, {model / 'tokenizer.json'} {size}; texts have the same" in note
+    # The same text, but the tokens that were added in another order.
+    marked = json.loads((model / "tokenizer.json").read_text())
+    one, other = marked["added_tokens"][-2:]
+    one["content"], other["content"] = other["content"], one["content"]
+    (tmp_path / "more.json").write_text(json.dumps(marked))
+    with pytest.raises(InputError, match="gives other ids"):
+        find_tokenizer("llama", model, choice)
+
+
+def test_another_eos_in_config_json_is_told(tmp_path):
+    model = write_kind("smollm2", tmp_path)
+    assert find_tokenizer("llama", model, LOOK).notes == ()
+    named = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**named, "eos_token_id": 5}))
+    found = find_tokenizer("llama", model, LOOK)
+    (note,) = found.notes
+    eos = found.eos_id
+    assert f"eos is token {eos}, config.json of the model has eos_token_id=5: " in note
+    assert {5, eos} <= set(found.special.stop_ids)
+    chosen = TokenizerChoice(special=SpecialFlags(eos=str(eos)))
+    assert find_tokenizer("llama", model, chosen).notes == ()
 
 
 def _saved(tokenizer, folder):

@@ -1,17 +1,22 @@
 """The tokenizer of a model that is imported, with all that its folder says of special tokens."""
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
 from stem_jax.data.shipped_files import CONFIG, ShippedFiles
-from stem_jax.data.special_tokens import SpecialFlags
+from stem_jax.data.special_tokens import NONE, SpecialFlags, SpecialTokens
 from stem_jax.data.tokenizer import Tokenizer, load_tokenizer, load_tokenizer_folder
 from stem_jax.errors import InputError
 from stem_jax.interop.official_format import official_tokenizer, read_params
 from stem_jax.interop.tokenizer_export import NATIVE_FOLDER, probe_texts
+
+# The tokenizer of a folder of transformers; the first comes first.
+_FILES = {"tokenizer.json": "hf", "tokenizer.model": "sentencepiece"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +63,11 @@ def find_tokenizer(
         # Without its package tokenizer.json cannot be read, and ours stands alone.
         readable = file.is_file() and importlib.util.find_spec("tokenizers") is not None
         return _as_written_beside(own, file, choice.special) if readable else own
-    elif file.is_file():
-        return load_tokenizer("hf", file, choice.special, as_shipped=True)
-    elif (path / "tokenizer.model").is_file():
-        model = path / "tokenizer.model"
-        return load_tokenizer("sentencepiece", model, choice.special, as_shipped=True)
+    else:
+        for name, file_kind in _FILES.items():
+            if (path / name).is_file():
+                found = load_tokenizer(file_kind, path / name, choice.special, as_shipped=True)
+                return _with_stops_told(found, path, choice.special)
     raise InputError(
         f"--path={path} has no tokenizer; give the one that the model was trained with by "
         "--tokenizer-path=FILE (and --tokenizer=sentencepiece or hf), or --tokenizer=bytes"
@@ -72,6 +77,8 @@ def find_tokenizer(
 def _given(kind: str, path: Path, choice: TokenizerChoice) -> Tokenizer:
     """A tokenizer from elsewhere, with what the model's folder says."""
     tokenizer = load_tokenizer(choice.kind, choice.path, choice.special, as_shipped=True)
+    if not (path / NATIVE_FOLDER).is_dir():
+        tokenizer = _compared(tokenizer, list(_own_files(kind, path)), choice)
     if kind == "official":
         return tokenizer
     native = path / NATIVE_FOLDER
@@ -115,10 +122,8 @@ def _as_written_beside(own: Tokenizer, file: Path, flags: SpecialFlags) -> Token
     tokenizer, and ours was left behind.
     """
     written = load_tokenizer("hf", file, flags, as_shipped=True)
-    differs = written.vocab_size != own.vocab_size or any(
-        written.encode(text) != own.encode(text) for text in probe_texts()
-    )
-    if differs:
+    written = _with_stops_told(written, file.parent, flags)
+    if written.vocab_size != own.vocab_size or _encode_differently(written, own):
         raise InputError(
             f"{file} gives other ids than {file.parent / NATIVE_FOLDER}, which is of an earlier "
             "export; remove the one that the model was not trained with"
@@ -130,3 +135,90 @@ def _as_written_beside(own: Tokenizer, file: Path, flags: SpecialFlags) -> Token
         generation_config=written.generation_config,
         notes=written.notes,
     )
+
+
+def _own_files(kind: str, path: Path) -> Iterator[tuple[str, Path | None]]:
+    """Kinds and files of the tokenizers that are a model's own; no file: bytes."""
+    if kind != "official":
+        files = ((file_kind, path / name) for name, file_kind in _FILES.items())
+        yield from ((file_kind, file) for file_kind, file in files if file.is_file())
+        return
+    # What it says may be why a tokenizer is given.
+    with contextlib.suppress(InputError):
+        if (found := official_tokenizer(read_params(path), path)) is not None:
+            yield found
+
+
+def _compared(
+    tokenizer: Tokenizer, files: list[tuple[str, Path | None]], choice: TokenizerChoice
+) -> Tokenizer:
+    """A tokenizer that is given, with a note of how it differs from a model's own.
+
+    Raises InputError if none of the model's own gives the same ids.
+    """
+    given = f"--tokenizer={tokenizer.kind}"
+    if choice.path is not None:
+        given = f"--tokenizer-path={choice.path}"
+        if any(file is not None and file.samefile(choice.path) for _, file in files):
+            return tokenizer
+    notes, others = [], []
+    for kind, file in files:
+        where = kind if file is None else file
+        own = _read_alike(kind, file, tokenizer.special)
+        if own is None:
+            notes.append(f"{where} could not be read: {given} was not compared with it")
+        elif _encode_differently(tokenizer, own):
+            others.append(where)
+        else:
+            if own.vocab_size != tokenizer.vocab_size:
+                notes.append(
+                    f"{given} has {tokenizer.vocab_size} ids, {where} {own.vocab_size}; texts have "
+                    "the same ids in both"
+                )
+            others.clear()
+            break
+    if others:
+        raise InputError(
+            f"{given} gives other ids than {others[0]}, which is with the model: it is not the one "
+            "that the model was trained with; leave out --tokenizer, or remove that file if it is "
+            "of another model"
+        )
+    return dataclasses.replace(tokenizer, notes=(*tokenizer.notes, *notes))
+
+
+def _read_alike(kind: str, file: Path | None, special: SpecialTokens) -> Tokenizer | None:
+    """A tokenizer with special tokens of another; with its own where it has not all of them.
+
+    None if it cannot be read, which may be why another one is given.
+    """
+    bos = NONE if special.bos_id is None else str(special.bos_id)
+    alike = SpecialFlags(bos, str(special.eos_id), tuple(map(str, special.stop_ids)))
+    for flags in (alike, SpecialFlags()):
+        with contextlib.suppress(InputError):
+            return load_tokenizer(kind, file, flags)
+    return None
+
+
+def _encode_differently(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether a text, or a special token of both, has other ids."""
+    if one.fingerprint == other.fingerprint:
+        return False
+    theirs = other.special_texts
+    return any(
+        theirs.get(text, number) != number for text, number in one.special_texts.items()
+    ) or any(one.encode(text) != other.encode(text) for text in probe_texts())
+
+
+def _with_stops_told(tokenizer: Tokenizer, path: Path, flags: SpecialFlags) -> Tokenizer:
+    """The same, with a note if config.json of the model names another eos, which ends as well."""
+    named = ShippedFiles.beside(path).ids("eos_token_id", (CONFIG,))
+    special = tokenizer.special
+    told = flags.eos is not None or special.eos_id in named or not named
+    if told or not set(named) <= set(special.stop_ids):
+        return tokenizer
+    note = (
+        f"the tokenizer's eos is token {special.eos_id}, config.json of the model has "
+        f"eos_token_id={' or '.join(map(str, named))}: documents end with the former, completions "
+        "at each; --eos and --stop choose others"
+    )
+    return dataclasses.replace(tokenizer, notes=(*tokenizer.notes, note))
