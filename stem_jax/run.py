@@ -243,7 +243,7 @@ def _latest(workdir: Path) -> CheckpointInfo | None:
 
 
 def _verdict(config: Config, data: RunData, validation: Validation) -> str:
-    lines = [f"held-out text: {validation.bits_per_byte:.3f} bits per byte"]
+    lines = [f"held-out text: {validation.bits_per_byte:.3f} bits per byte{validation.caution}"]
     if not config.eval.baselines:
         return lines[0]
     unigrams = token_unigrams(list(data.stores), data.held_out, config.model.vocab_size)

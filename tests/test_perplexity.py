@@ -10,10 +10,15 @@ import sys
 
 import numpy as np
 import pytest
+import tokenizers
 from saved_models import BYTES
 from tokenizer_kinds import load_kind
+from tokenizers import decoders, models
 
 from stem_jax import cli, evaluate
+from stem_jax.data.documents import Document
+from stem_jax.data.prepare import prepare_stores
+from stem_jax.data.tokenizer import load_tokenizer
 from stem_jax.errors import InputError
 from stem_jax.evaluation.perplexity import format_perplexity, perplexity
 from stem_jax.evaluation.scoring import Scorer
@@ -38,6 +43,7 @@ FLAGS = {
     "eval.baselines": False,
     "checkpoint.every": 0,
 }
+WHOLE = {"name": "n", "validation_fraction": 0, "seed": 0, "progress": False}
 
 
 def _texts(length):
@@ -113,6 +119,24 @@ def test_text_that_gives_a_special_token_is_refused(run, tmp_path):
     unigram = dataclasses.replace(run, tokenizer=load_kind("unigram", tmp_path))
     with pytest.raises(InputError, match=r"words\.jsonl:1: the text holds '</s>', which this"):
         perplexity(unigram, [str(path)], progress=False)
+
+
+def test_text_that_no_token_stands_for_is_told(run, tmp_path):
+    built = tokenizers.Tokenizer(models.BPE({"<eos>": 0, "a": 1, "b": 2}, []))
+    built.decoder = decoders.ByteLevel()
+    built.add_special_tokens(["<eos>"])
+    built.save(str(tmp_path / "tokenizer.json"))
+    lossy = load_tokenizer("hf", tmp_path / "tokenizer.json")
+    (tmp_path / "a.txt").write_text("ab東")
+    prepare_stores([Document("ab東", "0")] * 2, lossy, tmp_path / "store", **WHOLE)
+    names = [str(tmp_path / "a.txt"), str(tmp_path / "store")]
+    result = perplexity(dataclasses.replace(run, tokenizer=lossy), names, progress=False)
+    for name in names:
+        found = result["corpora"][name]
+        assert (found["left_out"], found["left_out_example"]) == (pytest.approx(3 / 5), "東")
+        told = f"{name}: the tokens leave out 60% of the text's bytes, first '東'"
+        assert told in format_perplexity(result)
+    assert "leave out" not in format_perplexity(perplexity(run, names[:1], progress=False))
 
 
 def test_tables_name_corpora_and_positions(run, tmp_path):

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
+from stem_jax.data.coverage import Coverage
 from stem_jax.data.encoded_piece import EncodedPiece
 from stem_jax.data.preparation import Preparation
 from stem_jax.data.splitter import Splitter
@@ -91,12 +92,13 @@ class Assembly:
         """Completes the stores, of which the caller has added all pieces.
 
         Returns the documents that are not in them because the tokenizer could not take them.
-        Raises InputError if there are too few documents.
+        Raises InputError if there are too few documents, or if their tokens stand for nothing.
         """
         self._advance()
         self._splitter.finish(name)
+        self._check_coverage(name)
         for writer in self._writers.values():
-            writer.close()
+            writer.close(self._coverage)
         return [BadRecord(reason, place) for place, reason in self._bad]
 
     def _may_begin(self) -> bool:
@@ -111,10 +113,19 @@ class Assembly:
             piece = self._read(self._next)
             self._splitter.add(piece)
             self._bad += piece.bad
+            self._coverage += piece.coverage
             self._next += 1
         late = time.monotonic() - self._recorded_at > _RECORD_SECONDS
         if late and self._splitter.settled and self._next > self._recorded:
             self._write_record()
+
+    def _check_coverage(self, name: str) -> None:
+        coverage = self._coverage
+        if coverage.text and coverage.left_out == coverage.text:
+            raise InputError(
+                f"the tokens of corpus {name!r} stand for nothing of its text, first "
+                f"{coverage.example!r}: take a tokenizer with byte fallback or all 256 bytes"
+            )
 
     def _write_record(self) -> None:
         for writer in self._writers.values():
@@ -123,6 +134,7 @@ class Assembly:
             "pieces": self._next,
             "stores": {s: dataclasses.asdict(w.size) for s, w in self._writers.items()},
             "bad": self._bad,
+            "coverage": dataclasses.asdict(self._coverage),
         }
         write_whole(self._record, json.dumps(record) + "\n")
         for index in range(self._recorded, self._next):
@@ -137,6 +149,8 @@ class Assembly:
             record = {"pieces": 0, "stores": {split: {} for split in splits}, "bad": []}
         self._recorded = record["pieces"]
         self._bad = [tuple(entry) for entry in record["bad"]]
+        # An earlier version recorded none.
+        self._coverage = Coverage(**record.get("coverage", {}))
         return {split: StoreSize(**record["stores"][split]) for split in splits}
 
     def _remove_damaged(self) -> None:

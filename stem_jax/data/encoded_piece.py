@@ -4,9 +4,11 @@ import dataclasses
 import io
 import json
 import zipfile
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
+
+from stem_jax.data.coverage import UNSEEN, Coverage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +18,7 @@ class EncodedPiece:
     tokens: [T] ids with bos and eos, as in tokens.bin. lengths: [n] int64, tokens of each document.
     num_bytes: [n] int64, UTF-8 bytes of each text. fractions: [n] float64, see `fraction_of`.
     bad: (place, reason) of documents that the tokenizer cannot take; they are not among the n.
+    coverage: of the whole piece; `documents` keeps none.
     """
 
     tokens: np.ndarray
@@ -23,6 +26,7 @@ class EncodedPiece:
     num_bytes: np.ndarray
     fractions: np.ndarray
     bad: tuple[tuple[str, str], ...] = ()
+    coverage: Coverage = UNSEEN
 
     @property
     def num_documents(self) -> int:
@@ -50,8 +54,8 @@ class EncodedPiece:
         """The content of a file, with checksums; `from_bytes` reads it."""
         file = io.BytesIO()
         arrays = {name: getattr(self, name) for name in _ARRAYS}
-        bad = np.frombuffer(json.dumps(self.bad).encode(), np.uint8)
-        np.savez(file, bad=bad, **arrays)
+        coverage = dataclasses.asdict(self.coverage)
+        np.savez(file, bad=_as_array(self.bad), coverage=_as_array(coverage), **arrays)
         return file.getvalue()
 
     @classmethod
@@ -60,9 +64,16 @@ class EncodedPiece:
         try:
             with np.load(io.BytesIO(content)) as arrays:
                 bad = json.loads(arrays["bad"].tobytes())
-                return cls(**{name: arrays[name] for name in _ARRAYS}, bad=tuple(map(tuple, bad)))
+                # A piece of an earlier version is made again.
+                coverage = Coverage(**json.loads(arrays["coverage"].tobytes()))
+                found = {name: arrays[name] for name in _ARRAYS}
+                return cls(**found, bad=tuple(map(tuple, bad)), coverage=coverage)
         except (KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"no whole piece: {error}") from error
+
+
+def _as_array(value: Any) -> np.ndarray:
+    return np.frombuffer(json.dumps(value).encode(), np.uint8)
 
 
 _ARRAYS = ("tokens", "lengths", "num_bytes", "fractions")

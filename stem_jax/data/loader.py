@@ -180,6 +180,13 @@ class ValidationBatches:
         self.num_batches = -(-self.num_rows // global_batch_size)
         self.num_bytes = round(sum(self._scored_bytes()))
 
+    @property
+    def left_out(self) -> float:
+        """Share of the text's bytes that no token stands for."""
+        sizes = [store.num_bytes for store in self.stores]
+        lost = sum(n * s.meta.left_out for n, s in zip(sizes, self.stores, strict=True))
+        return lost / max(sum(sizes), 1)
+
     def __len__(self) -> int:
         return self.num_batches
 

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from stem_jax.data.coverage import UNSEEN, coverage_of
 from stem_jax.data.documents import Document
 from stem_jax.data.encoded_piece import EncodedPiece
 from stem_jax.data.splitter import fraction_of
@@ -22,6 +23,8 @@ from stem_jax.errors import BadRecord, InputError
 # and its journey cost nothing, small enough that many fit into memory.
 PIECE_CHARS = 2_000_000
 _PIECE_DOCUMENTS = 8192
+# Of a piece, where it costs as much as to tokenize to see what the tokens of a text stand for.
+_SAMPLED_BYTES = 100_000
 _LENGTH = struct.Struct("<Q")
 
 
@@ -58,6 +61,7 @@ class PieceEncoder:
         bos, eos = np.array([tokenizer.bos_id], dtype), np.array([tokenizer.eos_id], dtype)
         tokens: list[np.ndarray] = [np.empty(0, dtype)]
         lengths, num_bytes, fractions, bad = [], [], [], []
+        coverage = UNSEEN
         for document in piece:
             try:
                 ids = np.asarray(tokenizer.encode_document(document.text), np.int64)
@@ -65,6 +69,8 @@ class PieceEncoder:
                 bad.append((document.origin, f"{document.origin}: {error}"))
                 continue
             check_ids(ids, tokenizer.vocab_size, document.origin)
+            if tokenizer.spelling is not None or coverage.text < _SAMPLED_BYTES:
+                coverage += coverage_of(tokenizer, document.text, ids.tolist())
             raw = document.text.encode()
             tokens += [bos, ids.astype(dtype), eos]
             lengths.append(len(ids) + 2)
@@ -76,6 +82,7 @@ class PieceEncoder:
             np.array(num_bytes, np.int64),
             np.array(fractions, np.float64),
             tuple(bad),
+            coverage,
         )
 
 

@@ -66,6 +66,9 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
                     bad=bad,
                 )
     stores = open_stores(out, load_tokenizer_folder(out / TOKENIZER))
+    note = stores["train"].meta.coverage_note
+    if note:
+        print(f"note: {note}", file=sys.stderr)
     summary = {"out": str(out), **summarize(stores), "pieces": pieces, "resumed_pieces": resumed}
     summary["skipped_records"] = _report_skipped(out / SKIPPED)
     return summary

@@ -12,7 +12,8 @@ from typing import Any
 import sentencepiece
 
 REPLACEMENT = "\ufffd"
-_MARK = "\u2581"
+# Stands for a space inside tokens.
+SPACE_MARK = "\u2581"
 
 
 class Spelling:
@@ -29,10 +30,13 @@ class Spelling:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, with U+FFFD for bytes that form no character."""
-        parts, at_start = [], True
-        for token in ids:
+        parts, at_start, rest = [], True, iter(ids)
+        for token in rest:
             added, at_start = self.add(token, at_start)
             parts.append(added)
+            if not at_start:
+                break
+        parts += [self._spell(token)[0] for token in rest]
         return b"".join(parts).decode(errors="replace")
 
     def add(self, token: int, at_start: bool) -> tuple[bytes, bool]:
@@ -61,10 +65,10 @@ def sentencepiece_spelling(
     """
     size, unknown = processor.get_piece_size(), processor.unk_id()
     pieces = (processor.id_to_piece(number) for number in range(size))
-    example = next((piece for piece in pieces if len(piece) > 1 and piece[0] == _MARK), None)
+    example = next((piece for piece in pieces if len(piece) > 1 and piece[0] == SPACE_MARK), None)
     strips = example is not None and not processor.decode([example]).startswith(" ")
     # A model that removes extra spaces leaves out all those at the start.
-    greedy = strips and processor.decode([_MARK, example]) == processor.decode([example])
+    greedy = strips and processor.decode([SPACE_MARK, example]) == processor.decode([example])
 
     def spell(token: int) -> tuple[bytes, bytes]:
         if not 0 <= token < size:
@@ -76,8 +80,8 @@ def sentencepiece_spelling(
         if token == unknown:
             return (processor.decode([token]).encode(),) * 2
         piece = processor.id_to_piece(token)
-        first = piece.removeprefix(_MARK) if strips else piece
-        return piece.replace(_MARK, " ").encode(), first.replace(_MARK, " ").encode()
+        first = piece.removeprefix(SPACE_MARK) if strips else piece
+        return piece.replace(SPACE_MARK, " ").encode(), first.replace(SPACE_MARK, " ").encode()
 
     return Spelling(spell, greedy)
 

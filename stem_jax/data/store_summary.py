@@ -18,6 +18,8 @@ def summarize(stores: dict[str, TokenStore]) -> dict[str, Any]:
         "vocab_size": meta.vocab_size,
         "fingerprint": meta.fingerprint,
     }
+    if meta.left_out:
+        summary["left_out_share"] = round(meta.left_out, 6)
     for split, store in stores.items():
         summary[f"{split}_documents"] = store.num_documents
         summary[f"{split}_tokens"] = store.num_tokens

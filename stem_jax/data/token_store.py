@@ -25,6 +25,7 @@ from typing import Self
 
 import numpy as np
 
+from stem_jax.data.coverage import coverage_note
 from stem_jax.errors import InputError
 from stem_jax.files import read_json
 
@@ -40,7 +41,8 @@ class StoreMeta:
 
     checksum: sha256 (hex) over tokens.bin and documents.bin. bytes_checksum: over bytes.bin; ""
     where an earlier version wrote none. bos_id, eos_id: that every document begins and ends with;
-    None where an earlier version did not say.
+    None where an earlier version did not say. left_out, changed: shares of the text's bytes, as
+    `Coverage` has them, and left_out_example a character; in the file where there are any.
     """
 
     format_version: int
@@ -56,6 +58,14 @@ class StoreMeta:
     bytes_checksum: str = ""
     bos_id: int | None = None
     eos_id: int | None = None
+    left_out: float = 0.0
+    changed: float = 0.0
+    left_out_example: str = ""
+
+    @property
+    def coverage_note(self) -> str:
+        """What to say of the text that no token stands for; "" where there is nothing to say."""
+        return coverage_note(self.left_out, self.left_out_example, self.changed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from stem_jax.data.coverage import UNSEEN, Coverage
 from stem_jax.data.token_store import FORMAT_VERSION, META_FILE, StoreMeta, checksum_of
 from stem_jax.errors import InputError
 from stem_jax.files import write_whole
@@ -140,8 +141,11 @@ class TokenStoreWriter:
             file.flush()
             os.fsync(file.fileno())
 
-    def close(self) -> None:
-        """Completes the store. Raises InputError if it has no documents."""
+    def close(self, coverage: Coverage = UNSEEN) -> None:
+        """Completes the store. Raises InputError if it has no documents.
+
+        coverage: of the text that it was made of, the documents of other splits among it.
+        """
         if self.num_documents == 0:
             self.abort()
             raise InputError(f"token store {self._folder} would be empty: give text to prepare")
@@ -149,13 +153,19 @@ class TokenStoreWriter:
         self._stack.close()
         meta = StoreMeta(
             **self._meta,
+            **coverage.record(),
             num_tokens=self._size.tokens,
             num_documents=self._size.documents,
             num_bytes=self._size.bytes,
             checksum=checksum_of(self._folder, (_TOKENS, _DOCUMENTS)),
             bytes_checksum=checksum_of(self._folder, (_BYTES,)),
         )
-        text = json.dumps(dataclasses.asdict(meta), indent=2) + "\n"
+        # Where all is there, the file is one that earlier versions read.
+        said = dataclasses.asdict(meta)
+        for key in ("left_out", "changed", "left_out_example"):
+            if not said[key]:
+                del said[key]
+        text = json.dumps(said, indent=2) + "\n"
         write_whole(self._folder / META_FILE, text)
 
     def abort(self) -> None:

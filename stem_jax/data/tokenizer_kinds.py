@@ -166,6 +166,19 @@ class Tokenizer(abc.ABC):
     def spelling(self) -> Spelling | None:
         """The bytes of each token; None if text is more than these joined."""
 
+    @property
+    @abc.abstractmethod
+    def unknown_id(self) -> int | None:
+        """Stands for what the tokenizer cannot spell; None if no token does."""
+
+    def kept(self, text: str, ids: Sequence[int]) -> str:
+        """What the tokens of a text stand for, in the form that they give it.
+
+        ids: of it, without bos and eos.
+        """
+        unknown = self.unknown_id
+        return self.decode([n for n in ids if n != unknown] if unknown in ids else ids)
+
     def _decode_known(self, ids: list[int]) -> str:
         """Text of ids that are all inside the vocabulary, where there is no spelling."""
         raise NotImplementedError
@@ -243,6 +256,10 @@ class SentencePieceTokenizer(Tokenizer):
     def spelling(self) -> Spelling:
         return sentencepiece_spelling(self.processor, self._hidden)
 
+    @functools.cached_property
+    def unknown_id(self) -> int | None:
+        return self.processor.unk_id()
+
 
 class HfTokenizer(Tokenizer):
     """A tokenizer.json of the `tokenizers` library."""
@@ -292,6 +309,26 @@ class HfTokenizer(Tokenizer):
         hidden = frozenset(self.special_texts.values())
         return hf_spelling(decoder, self.processor.id_to_token, hidden)
 
+    @functools.cached_property
+    def unknown_id(self) -> int | None:
+        # Unigram names it by its id, all others by its text.
+        number = json.loads(self.source)["model"].get("unk_id")
+        if number is not None:
+            return number
+        text = getattr(self.processor.model, "unk_token", None)
+        return None if text is None else self.processor.token_to_id(text)
+
+    def kept(self, text: str, ids: Sequence[int]) -> str:
+        if self.spelling is not None:
+            return super().kept(text, ids)
+        # A decoder that does more, or none, says little of what is there; places in the text do.
+        encoding = self.processor.encode(checked_text(text), add_special_tokens=False)
+        spans = zip(encoding.ids, encoding.offsets, strict=True)
+        covered = bytearray(len(text))
+        for start, end in (span for number, span in spans if number != self.unknown_id):
+            covered[start:end] = b"\1" * (end - start)
+        return "".join(c for c, there in zip(text, covered, strict=True) if there)
+
     def _decode_known(self, ids: list[int]) -> str:
         return self.processor.decode(ids, skip_special_tokens=True)
 
@@ -312,6 +349,12 @@ class BytesTokenizer(Tokenizer):
     @functools.cached_property
     def spelling(self) -> Spelling:
         return byte_spelling()
+
+    unknown_id = None
+
+    def kept(self, text: str, ids: Sequence[int]) -> str:
+        # All of it, which would cost more to see than to tokenize.
+        return text
 
 
 def hf_processor(source: bytes, special: SpecialTokens | None = None) -> Any:

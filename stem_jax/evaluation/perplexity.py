@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from stem_jax.completion import TextStream
+from stem_jax.data.coverage import coverage_note, coverage_of
 from stem_jax.data.formats import Reading
 from stem_jax.data.prepare import open_stores
 from stem_jax.data.sources import is_store_folder, read_sources
@@ -22,6 +23,8 @@ from stem_jax.evaluation.scoring import Scorer
 from stem_jax.loading import LoadedRun
 from stem_jax.training.run_data import reading_of
 
+# Ids with bos and eos, UTF-8 bytes of the text, those that no token stands for, the first of these.
+_Measured = tuple[list[int], int, float, str]
 # So many at a time are sorted by length; what is kept of them in memory is small.
 _GROUP = 1024
 
@@ -69,7 +72,8 @@ def perplexity(
         progress: draw bars on stderr, if it is a terminal.
 
     Returns:
-        `context`, and for each source under `corpora` the record of a `Tally`, its documents, and
+        `context`, and for each source under `corpora` the record of a `Tally`, its documents, under
+        `left_out` the share of its bytes that no token stands for and the first such character, and
         under `by_position` the records of tokens by the number of tokens before them in their
         window, `first` to `last`, with powers of two as the last. There the bytes are those of the
         decoded tokens.
@@ -115,6 +119,9 @@ def format_perplexity(result: dict[str, Any]) -> str:
         values = (_number(row["bits_per_byte"] if row else None) for row in rows)
         cells = "  ".join(f"{value:>{n}}" for value, n in zip(values, columns, strict=True))
         lines.append(f"{label:<{width}}  {cells}")
+    for name, record in corpora.items():
+        note = coverage_note(record["left_out"], record["left_out_example"])
+        lines += ["", f"{name}: {note}"] if note else []
     return "\n".join(lines)
 
 
@@ -122,7 +129,7 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:,.4f}" if value < 1e4 else f"{value:.3e}"
 
 
-def _opened(source: str, run: LoadedRun, reading: Reading) -> Iterator[tuple[list[int], int]]:
+def _opened(source: str, run: LoadedRun, reading: Reading) -> Iterator[_Measured]:
     """`_documents`, of which there is one at least."""
     documents = _documents(source, run, reading)
     first = next(documents, None)
@@ -131,14 +138,16 @@ def _opened(source: str, run: LoadedRun, reading: Reading) -> Iterator[tuple[lis
     return itertools.chain([first], documents)
 
 
-def _documents(source: str, run: LoadedRun, reading: Reading) -> Iterator[tuple[list[int], int]]:
-    """(ids with bos and eos, UTF-8 bytes of the text) of each document."""
+def _documents(source: str, run: LoadedRun, reading: Reading) -> Iterator[_Measured]:
     tokenizer = run.tokenizer
     if is_store_folder(source):
         stores = open_stores(source, tokenizer, run.config.model.vocab_size)
         store = stores.get("validation", stores["train"])
         for index in range(store.num_documents):
-            yield store.document_ids(index).tolist(), int(store.document_bytes[index])
+            size = int(store.document_bytes[index])
+            # Of all its documents alike: nobody knows of which.
+            lost = store.meta.left_out * size, store.meta.left_out_example
+            yield store.document_ids(index).tolist(), size, *lost
         return
     if Path(source).is_dir():
         raise InputError(
@@ -151,22 +160,26 @@ def _documents(source: str, run: LoadedRun, reading: Reading) -> Iterator[tuple[
                 ids = tokenizer.encode_document(document.text)
             except BadRecord as error:
                 raise InputError(f"--perplexity={source}: {document.origin}: {error}") from error
-            yield [tokenizer.bos_id, *ids, tokenizer.eos_id], len(document.text.encode())
+            found = coverage_of(tokenizer, document.text, ids)
+            ids = [tokenizer.bos_id, *ids, tokenizer.eos_id]
+            yield ids, found.text, found.left_out, found.example
 
 
 def _measure(
-    scorer: Scorer, tokenizer: Tokenizer, documents: Iterable[tuple[list[int], int]]
+    scorer: Scorer, tokenizer: Tokenizer, documents: Iterable[_Measured]
 ) -> dict[str, Any]:
     """The record of one source."""
     # Bucket b holds the tokens with 2^(b-1) + 1 to 2^b others before them.
     bucket_L = np.ceil(np.log2(np.arange(1, scorer.context + 1))).astype(int)
     total, buckets = Tally(), [Tally() for _ in range(bucket_L[-1] + 1)]
-    count = 0
+    count, left_out, example = 0, 0.0, ""
 
     def windows() -> Iterator[tuple[list[int], list[int]]]:
-        nonlocal count
-        for ids, num_bytes in documents:
+        nonlocal count, left_out, example
+        for ids, num_bytes, lost, first in documents:
             count += 1
+            left_out += lost
+            example = example or first
             total.bytes += num_bytes
             bytes_of = _token_bytes(tokenizer, ids)
             for start in range(0, len(ids) - 1, scorer.context):
@@ -190,7 +203,8 @@ def _measure(
         for b, bucket in enumerate(buckets)
         if bucket.tokens
     ]
-    return {**total.record(), "documents": count, "by_position": by_position}
+    lost = {"left_out": left_out / total.bytes, "left_out_example": example}
+    return {**total.record(), "documents": count, **lost, "by_position": by_position}
 
 
 def _groups(items: Iterator[Any]) -> Iterator[list[Any]]:

@@ -69,7 +69,7 @@ class CalibrationText:
         sums = [
             programs.evaluate(state, programs.place(batch), schedule) for batch in self.held_out
         ]
-        return summarize(sums, self.held_out.num_bytes)
+        return summarize(sums, self.held_out.num_bytes, self.held_out.left_out)
 
 
 def _stores(

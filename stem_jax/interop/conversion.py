@@ -210,4 +210,4 @@ def _maker(imported: Imported, name: str) -> Callable[[], np.ndarray]:
 
 
 def _line(what: str, loss: Validation) -> str:
-    return f"  {what:<42} {loss.loss:>14.4f}  {loss.bits_per_byte:>13.4f}"
+    return f"  {what:<42} {loss.loss:>14.4f}  {loss.bits_per_byte:>13.4f}{loss.caution}"

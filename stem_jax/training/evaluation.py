@@ -6,14 +6,27 @@ from collections.abc import Iterable
 
 import jax
 
+from stem_jax.data.coverage import left_out_note
+
 
 @dataclasses.dataclass(frozen=True)
 class Validation:
-    """Result on the held-out documents. loss: nats per scored token. tokens: scored tokens."""
+    """Result on the held-out documents.
+
+    loss: nats per scored token. tokens: scored tokens. left_out: share of the text's bytes that no
+    token stands for.
+    """
 
     loss: float
     bits_per_byte: float
     tokens: int
+    left_out: float = 0.0
+
+    @property
+    def caution(self) -> str:
+        """What stands behind bits per byte where they do not speak of the whole text; else ""."""
+        note = left_out_note(self.left_out)
+        return f" ({note})" if note else ""
 
     def metrics(self) -> dict[str, float]:
         """As a metrics record."""
@@ -24,12 +37,16 @@ class Validation:
         }
 
 
-def summarize(sums: Iterable[tuple[jax.Array, jax.Array]], num_bytes: int) -> Validation:
+def summarize(
+    sums: Iterable[tuple[jax.Array, jax.Array]], num_bytes: int, left_out: float = 0.0
+) -> Validation:
     """Adds up (nats, scored tokens) over batches.
 
     Args:
         num_bytes: UTF-8 bytes of the text that was scored.
+        left_out: share of them that no token stands for.
     """
     nats, tokens = zip(*((float(total), int(count)) for total, count in list(sums)), strict=True)
     total = math.fsum(nats)
-    return Validation(total / sum(tokens), total / math.log(2) / num_bytes, sum(tokens))
+    bits = total / math.log(2)
+    return Validation(total / sum(tokens), bits / num_bytes, sum(tokens), left_out)

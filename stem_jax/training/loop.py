@@ -178,14 +178,14 @@ class Loop:
             self.beat(f"validation batch {len(sums)} at step {step}")
             if self.stop_requested():
                 return ahead.settle(state), None
-        result = summarize(sums, held_out.num_bytes)
+        result = summarize(sums, held_out.num_bytes, held_out.left_out)
         if owed and self._checkpoint_due(step):
             # Before the record, by which a next start sees that nothing is owed any more.
             self.add_validation(step, result)
         metrics_log.write(step, result.metrics())
         log.info(
             f"step {step}: validation loss {result.loss:.4f} nats per token, "
-            f"{result.bits_per_byte:.4f} bits per byte"
+            f"{result.bits_per_byte:.4f} bits per byte{result.caution}"
         )
         return state, result
 

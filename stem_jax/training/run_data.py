@@ -65,6 +65,11 @@ def open_run_data(
         keep=prepared,
         checksums=checksums,
     )
+    if not prepared:
+        for source in sources:
+            note = source.train.meta.coverage_note
+            if note:
+                log.info(f"note: {source.source}: {note}")
     slices = {
         "seq_len": train.seq_len,
         "global_batch_size": train.global_batch_size,
