@@ -15,7 +15,7 @@ from stem_jax.data.corpora import read_corpus
 from stem_jax.data.documents import Document
 from stem_jax.data.preparation import Preparation
 from stem_jax.data.prepare import open_stores, prepare_stores, write_stores
-from stem_jax.data.sources import open_sources, parse_sources
+from stem_jax.data.sources import check_folder, open_sources, parse_sources
 from stem_jax.data.token_store import TokenStore
 from stem_jax.data.tokenizer import load_tokenizer, load_tokenizer_folder
 from stem_jax.errors import BadRecord, InputError
@@ -243,6 +243,25 @@ def test_verify_reads_every_file(tmp_path, capsys):
     with pytest.raises(InputError, match="holds no token store"):
         main(["--verify", f"--out={tmp_path / 'none'}"])
     TokenStore.open(out / "train", verify=True)
+
+
+def test_verify_says_what_training_says_of_a_folder_without_stores(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(assembly.Assembly, "finish", _interrupt)
+        main(["--corpus=facts", "--tokenizer=bytes", f"--out={out}"])
+    stopped = "a folder without train/meta.json, in which a prepare was stopped: the same prepare"
+    with pytest.raises(InputError, match=f"^--out={out} is {stopped} command goes on"):
+        main(["--verify", f"--out={out}"])
+    with pytest.raises(InputError, match=f"^source '{out}' is {stopped} command goes on"):
+        check_folder(str(out))
+    main(["--corpus=facts", "--tokenizer=bytes", f"--out={out}"])
+    with pytest.raises(InputError, match=r"train is a .*one split: give the folder that has train"):
+        main(["--verify", f"--out={out / 'train'}"])
+
+
+def _interrupt(*_):
+    raise KeyboardInterrupt
 
 
 def test_processes_below_one_are_refused(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from stem_jax import prepare
 from stem_jax.config import load_config
 from stem_jax.errors import InputError
+from stem_jax.interop.import_flags import parse
 from stem_jax.storage import local_path
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -94,3 +95,17 @@ def test_an_empty_path_is_not_this_folder(tmp_path, monkeypatch, main, flags):
 def test_an_empty_key_is_no_path(key):
     with pytest.raises(InputError, match=f"^{key}= is empty: give a path"):
         load_config(ROOT / "configs" / "tiny.py", {key: ""})
+
+
+@pytest.mark.parametrize(
+    ("text", "refusal"),
+    [
+        ("gs://bucket/text", "^--calibration-text=gs://bucket/text is an address"),
+        ("", "^item '' of --calibration-text '' has no name"),
+        ("facts,facts", "^item 'facts' of --calibration-text 'facts,facts' is given twice"),
+    ],
+)
+def test_text_is_refused_by_the_name_of_its_flag(text, refusal):
+    flags = ["--from=llama", "--path=p", "--workdir=w", "--stem-layers=1"]
+    with pytest.raises(InputError, match=refusal):
+        parse([*flags, f"--calibration-text={text}"], "")

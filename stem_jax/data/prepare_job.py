@@ -13,7 +13,7 @@ from stem_jax.data.preparation import SKIPPED, TOKENIZER, Preparation
 from stem_jax.data.prepare import open_stores, write_stores
 from stem_jax.data.sentencepiece_training import train_sentencepiece
 from stem_jax.data.source_record import settings_record, text_record
-from stem_jax.data.sources import read_sources
+from stem_jax.data.sources import check_folder, read_sources
 from stem_jax.data.special_tokens import SpecialFlags
 from stem_jax.data.store_summary import summarize
 from stem_jax.data.token_store import TokenStore
@@ -79,6 +79,7 @@ def verify(folder: Path) -> dict[str, Any]:
 
     Returns their summary. Raises InputError for what is damaged, missing, or of another tokenizer.
     """
+    check_folder(folder, f"--out={folder}")
     found = [name for name in ("train", "validation") if (folder / name).exists()]
     stores = {name: TokenStore.open(folder / name, verify=True) for name in found or ["train"]}
     if (folder / TOKENIZER).exists():

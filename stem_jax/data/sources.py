@@ -53,11 +53,13 @@ class OpenedSource:
     validation: TokenStore | None
 
 
-def parse_sources(text: str) -> tuple[SourceSpec, ...]:
+def parse_sources(text: str, key: str = "data.sources") -> tuple[SourceSpec, ...]:
     """Parses "pydoc" or "pydoc=0.7,data/*.jsonl=0.3"; a weight left out is 1.
 
     What follows the last `=` is a weight if it is a number; else it belongs to the source, as in
     "data/lang=en/*.txt". The disk is not asked: a run goes on when its text is gone.
+
+    key: that the text is the value of, or a flag, for messages.
 
     Raises InputError naming the item for an empty name, a weight that is not a positive number, or
     a source given twice.
@@ -70,18 +72,15 @@ def parse_sources(text: str) -> tuple[SourceSpec, ...]:
         weight = float(number)
         if not name.strip():
             raise InputError(
-                f"item {item!r} of data.sources {text!r} has no name: write NAME or NAME=WEIGHT"
+                f"item {item!r} of {key} {text!r} has no name: write NAME or NAME=WEIGHT"
             )
         if not (weight > 0 and math.isfinite(weight)):
             raise InputError(
-                f"item {item!r} of data.sources {text!r} has weight {number!r}: use a positive"
-                " number"
+                f"item {item!r} of {key} {text!r} has weight {number!r}: use a positive number"
             )
         if any(spec.source == name.strip() for spec in specs):
-            raise InputError(
-                f"item {item!r} of data.sources {text!r} is given twice: add up its weights"
-            )
-        local_path(name.strip(), "data.sources")
+            raise InputError(f"item {item!r} of {key} {text!r} is given twice: add up its weights")
+        local_path(name.strip(), key)
         specs.append(SourceSpec(name.strip(), weight, item.strip()))
     return tuple(specs)
 
@@ -104,7 +103,7 @@ def _check_meant(spec: SourceSpec) -> None:
         )
 
 
-def _path(source: str) -> Path:
+def _path(source: str | Path) -> Path:
     return local_path(source, "data.sources")
 
 
@@ -127,17 +126,20 @@ def read_sources(
         yield from read_documents(files, reading, bad)
 
 
-def is_store_folder(source: str) -> bool:
+def is_store_folder(source: str | Path) -> bool:
     """Whether a source names a folder that `prepare_stores` wrote."""
     return (_path(source) / "train" / "meta.json").is_file()
 
 
-def check_folder(source: str) -> None:
-    """Raises InputError for a folder without whole stores, saying what it is."""
+def check_folder(source: str | Path, name: str = "") -> None:
+    """Raises InputError for a folder without whole stores, saying what it is.
+
+    name: of the folder in messages, which must be one of stores; without it, a source may be files.
+    """
     folder = _path(source)
     if not folder.is_dir() or is_store_folder(source):
         return
-    what = f"source {source!r} is a folder without train/meta.json"
+    what = f"{name or f'source {source!r}'} is a folder without train/meta.json"
     if is_unfinished(folder):
         raise InputError(
             f"{what}, in which a prepare was stopped: the same prepare command goes on where it was"
@@ -146,7 +148,8 @@ def check_folder(source: str) -> None:
         raise InputError(
             f"{what}, but itself a store of one split: give the folder that has train in it"
         )
-    raise InputError(f"{what}: run prepare, or give a file pattern, such as {source}/*.txt")
+    pattern = "" if name else f", or give a file pattern, such as {source}/*.txt"
+    raise InputError(f"{what}: run prepare{pattern}")
 
 
 def open_sources(

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 from collections.abc import Mapping
 
+from stem_jax.data.sources import parse_sources
 from stem_jax.errors import InputError
 
 # Keys of the configuration that flags of the conversion stand for.
@@ -29,6 +30,8 @@ class Calibration:
     learning_rate: float = 5e-3
 
     def __post_init__(self):
+        if self.sources is not None:
+            parse_sources(self.sources, "--calibration-text")
         if self.tokens < 1:
             raise InputError(f"--calibration-tokens={self.tokens} must be at least 1")
         if self.steps < 0:

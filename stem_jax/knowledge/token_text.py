@@ -125,7 +125,7 @@ def _open(
     data = run.config.data
     options = {"seed": run.config.train.seed, "vocab_size": run.config.model.vocab_size}
     if text is not None:
-        specs = parse_sources(text)
+        specs = parse_sources(text, "--text")
         options |= {"validation_fraction": 0, "reading": reading}
         return open_sources(specs, run.tokenizer, folder, **options)
     prepared = prepared_folder(run.config, workdir)
