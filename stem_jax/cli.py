@@ -102,7 +102,8 @@ def run(main: Callable[[list[str]], None]) -> None:
         except BaseException as error:
             # A library may have made another exception of it.
             if interrupt.came or isinstance(error, KeyboardInterrupt):
-                interrupt.end()
+                said = error.args if isinstance(error, KeyboardInterrupt) else ()
+                interrupt.end(*map(str, said[:1]))
             if not isinstance(error, InputError | TrainingError):
                 raise
             print(f"error: {error}", file=sys.stderr)
@@ -143,12 +144,13 @@ class _Interrupt:
         self.came = True
         raise KeyboardInterrupt
 
-    def end(self) -> None:
+    def end(self, consequence: str = "") -> None:
         """Ends this process as interrupted. Threads and exit handlers would have more to say."""
+        line = f"interrupted; {consequence}" if consequence else "interrupted"
         with contextlib.suppress(OSError, RuntimeError):
             sys.stdout.flush()
         with contextlib.suppress(OSError, RuntimeError):
-            print("interrupted", file=sys.stderr, flush=True)
+            print(line, file=sys.stderr, flush=True)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
 

@@ -38,6 +38,7 @@ _REPLACED = ("train", "validation", RECORD, SKIPPED, TOKENIZER)
 _MAY_STAY = {TOKENIZER}
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _WAIT_SECONDS = 1.0
+_GOES_ON = "the same command goes on where this one was"
 _WORK, _LOCK = ".prepare", ".prepare.lock"
 
 
@@ -113,18 +114,26 @@ class Preparation:
         full = any(getattr(e, "errno", None) in _FULL for e in (error, error and error.__cause__))
         refused = isinstance(error, InputError) and not isinstance(error, BadRecord) and not full
         kept = self._job is not None and error is not None and not refused
+        if kept and isinstance(error, KeyboardInterrupt):
+            # Whoever ends the process says it.
+            error.args = error.args or (self.consequence,)
         try:
             if not kept:
                 self._discard()
         finally:
             self._end()
         if full:
-            hint = ", and the same command goes on where this one was" if kept else ""
+            hint = f", and {_GOES_ON}" if kept else ""
             raise InputError(f"no space left for {self.folder}: free some{hint}") from error
 
     @property
     def pieces(self) -> Path:
         return self.work / "pieces"
+
+    @property
+    def consequence(self) -> str:
+        """What follows if it is stopped, for messages."""
+        return f"{self.folder} was not written" if self._job is None else _GOES_ON
 
     @property
     def _discarded(self) -> Path:

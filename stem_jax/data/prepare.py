@@ -93,7 +93,7 @@ def write_stores(
     bad = bad or BadRecords()
     splits = SPLITS if validation_fraction > 0 else SPLITS[:1]
     with ExitStack() as stack:
-        stack.enter_context(exit_on_sigterm("the same command goes on where this one was"))
+        stack.enter_context(exit_on_sigterm(place.consequence))
         assembly = Assembly(place, splits, tokenizer, name, validation_fraction)
         stack.enter_context(assembly)
         bar = stack.enter_context(_Progress(name, enabled=progress))
