@@ -124,7 +124,7 @@ def exit_on_sigterm(consequence: str) -> Iterator[None]:
     Only where it would kill the process: a training has its own way to stop.
     """
     main = threading.current_thread() is threading.main_thread()
-    if not main or not _sigterm_kills():
+    if not main or not _kills(signal.SIGTERM):
         yield
         return
 
@@ -141,12 +141,13 @@ def exit_on_sigterm(consequence: str) -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _sigterm_kills() -> bool:
-    """Whether SIGTERM has no handler, not even one that Python does not know.
+def _kills(number: int) -> bool:
+    """Whether a signal has no handler, not even one that Python does not know.
 
-    Between several processes JAX hears it with one of C++, which Python would replace for good.
+    Between several processes JAX hears SIGTERM with one of C++, which Python would replace for
+    good.
     """
-    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    if signal.getsignal(number) is not signal.SIG_DFL:
         return False
     try:
         status = Path("/proc/self/status").read_text()
@@ -154,18 +155,24 @@ def _sigterm_kills() -> bool:
         # Not Linux: what Python knows must do.
         return True
     caught = re.search(r"^SigCgt:\s*([0-9a-f]+)$", status, re.MULTILINE)
-    return caught is None or not int(caught[1], 16) >> (signal.SIGTERM - 1) & 1
+    return caught is None or not int(caught[1], 16) >> (number - 1) & 1
 
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Ctrl-C is not heard: what is removed meanwhile is gone at the end."""
-    if threading.current_thread() is not threading.main_thread():
+    """Ctrl-C is heard at the end: what is removed meanwhile is gone."""
+    before = signal.getsignal(signal.SIGINT)
+    main = threading.current_thread() is threading.main_thread()
+    # A handler of C stays, which Python cannot set again; and what is ignored is so here.
+    foreign = before is None or (before is signal.SIG_DFL and not _kills(signal.SIGINT))
+    if not main or foreign or before is signal.SIG_IGN:
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    heard: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
     try:
         yield
     finally:
-        # None is a handler that was not set by Python, and that Python cannot set again.
-        signal.signal(signal.SIGINT, signal.default_int_handler if before is None else before)
+        signal.signal(signal.SIGINT, before)
+        if heard:
+            signal.raise_signal(signal.SIGINT)

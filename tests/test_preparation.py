@@ -13,7 +13,7 @@ import pytest
 from stem_jax.data import assembly, preparation
 from stem_jax.data.corpora import read_corpus
 from stem_jax.data.documents import Document
-from stem_jax.data.preparation import Preparation
+from stem_jax.data.preparation import Preparation, remove_unfinished
 from stem_jax.data.prepare import open_stores, prepare_stores, write_stores
 from stem_jax.data.sources import check_folder, open_sources, parse_sources
 from stem_jax.data.token_store import TokenStore
@@ -300,3 +300,33 @@ def test_the_record_of_a_source_is_replaced_with_its_stores(tmp_path):
     folder = source.train.folder.parent
     prepare_stores(_facts(), BYTES, folder, **FACTS)
     assert not (folder / "source.json").exists()
+
+
+def test_a_folder_that_others_remove_or_fill_at_the_same_time_ends_nothing(tmp_path, monkeypatch):
+    with Preparation(tmp_path / "gone", None):
+        shutil.rmtree(tmp_path / "gone")
+    (tmp_path / "gone" / ".prepare").mkdir(parents=True)
+    remove_unfinished([tmp_path / "gone"], lambda _: shutil.rmtree(tmp_path / "gone") is None)
+    # It looks empty, and then somebody waits in it.
+    filled = tmp_path / "filled"
+    monkeypatch.setattr(Path, "iterdir", lambda _: iter(()))
+    with Preparation(filled, None):
+        (filled / "theirs").touch()
+    (filled / ".prepare").mkdir()
+    remove_unfinished([filled], lambda _: True)
+    assert os.listdir(filled) == ["theirs"]
+
+
+def test_a_folder_that_goes_before_its_lock_is_made_again(tmp_path, monkeypatch):
+    take, out = Lock.take, tmp_path / "out"
+
+    def late(path):
+        if not late.called:
+            late.called = True
+            out.rmdir()
+        return take(path)
+
+    late.called = False
+    monkeypatch.setattr(Lock, "take", late)
+    with Preparation(out, None) as place:
+        assert place.new.is_dir()

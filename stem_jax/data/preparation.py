@@ -49,10 +49,11 @@ def remove_unfinished(folders: Iterable[Path], chosen: Callable[[Any], bool]) ->
     """
     for folder in folders:
         if (folder / _WORK).is_dir() and not (folder / _WORK / "complete").exists():
-            with Lock.take(folder / _LOCK) or contextlib.nullcontext() as lock:
-                if lock is not None and chosen(_job_in(folder / _WORK)):
-                    shutil.rmtree(folder / _WORK, ignore_errors=True)
-            if not any(folder.iterdir()):
+            # Somebody else may remove it at the same time; what is in it keeps it.
+            with contextlib.suppress(OSError):
+                with Lock.take(folder / _LOCK) or contextlib.nullcontext() as lock:
+                    if lock is not None and chosen(_job_in(folder / _WORK)):
+                        shutil.rmtree(folder / _WORK, ignore_errors=True)
                 folder.rmdir()
 
 
@@ -95,7 +96,6 @@ class Preparation:
     def __enter__(self) -> Self:
         self._made_folder = not self.folder.exists()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = self._locked()
         except OSError as error:
             raise InputError(
@@ -152,7 +152,7 @@ class Preparation:
     def _locked(self) -> Lock:
         path = self.folder / _LOCK
         told = False
-        while (lock := Lock.take(path)) is None:
+        while (lock := self._taken(path)) is None:
             holder = Lock.holder(path)
             if not self._wait:
                 raise InputError(
@@ -162,14 +162,24 @@ class Preparation:
                 print(f"waiting for {holder}, which prepares {self.folder}", file=sys.stderr)
                 told = True
             time.sleep(_WAIT_SECONDS)
-            self.folder.mkdir(parents=True, exist_ok=True)
         return lock
+
+    def _taken(self, path: Path) -> Lock | None:
+        while True:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                return Lock.take(path)
+            except FileNotFoundError:
+                # Who had it has removed the empty folder in this moment.
+                continue
 
     def _end(self) -> None:
         if self._lock is not None:
             self._lock.release()
-        if self._made_folder and not any(self.folder.iterdir()):
-            self.folder.rmdir()
+        if self._made_folder:
+            # What is in it keeps it, such as the lock of one who waited.
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
 
     def _check_replaceable(self) -> None:
         """Raises InputError for what has a name of ours and is another's."""
