@@ -112,6 +112,9 @@ class Lock:
         found = [_Record(record, time.time()) for record in _records(Path(path))]
         # A dead one may not have been removed yet.
         found.sort(key=lambda record: (record.facts is None, not record.lives, not record.held))
+        hidden = [record.path for record in found if record.hidden]
+        if hidden and not (found[0].facts and found[0].lives):
+            return f"another user, whose record {hidden[0]} is not readable here"
         if not found or found[0].facts is None:
             return "another process"
         return f"process {found[0].facts['pid']} on host {found[0].facts['host']}"
@@ -171,6 +174,7 @@ class _Record:
     """What a record says of its process.
 
     facts: None while they are being written. held: it has the lock, not only asks for it.
+    hidden: it is another user's, who keeps it from this one; it is taken for one that has the lock.
     lives: as far as can be told. by_age: from the time of its record alone. renewed: that time.
     """
 
@@ -180,6 +184,7 @@ class _Record:
         """
         self.path = path
         self.facts, self.held, self.lives, self.by_age, self.renewed = None, False, False, False, 0
+        self.hidden = False
         try:
             with path.open("rb") as file:
                 self.facts, self.held = _parsed(file.read())
@@ -187,6 +192,10 @@ class _Record:
                 known = None if self.facts is None else self._asked(file.fileno())
         except FileNotFoundError:
             # Released since it was listed.
+            return
+        except PermissionError:
+            # Its age tells nothing: where there are locks a record is not renewed.
+            self.hidden = self.held = self.lives = True
             return
         self.by_age = known is None
         self.lives = now - self.renewed < DEAD_SECONDS if known is None else known
@@ -224,13 +233,23 @@ def _parsed(text: bytes) -> tuple[dict | None, bool]:
 
 
 def _new_file(path: Path) -> int:
+    lock = path.parent
     while True:
-        path.parent.mkdir(exist_ok=True)
+        try:
+            lock.mkdir(exist_ok=True)
+        except FileExistsError as error:
+            why = f"{lock} is a file, where a lock shall be: move it away"
+            raise FileExistsError(error.errno, why) from error
         try:
             return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
         except FileNotFoundError:
             # Whoever released it in this moment has removed the empty folder.
             continue
+        except PermissionError as error:
+            if not os.access(lock.parent, os.W_OK):
+                raise
+            why = f"in use by another user, or not readable: {lock}"
+            raise PermissionError(error.errno, why) from error
 
 
 def _try_lock(file: int, kind: int) -> bool | None:

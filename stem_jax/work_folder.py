@@ -104,6 +104,10 @@ def _writable(workdir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if workdir.exists() and not workdir.is_dir():
+            raise InputError(
+                f"--workdir={workdir} is a file, no folder; give the name of a folder"
+            ) from error
         raise InputError(
             f"--workdir={workdir} cannot be written ({error.strerror}); choose another folder"
         ) from error

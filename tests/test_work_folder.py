@@ -14,6 +14,7 @@ import pytest
 from children import child, finish, gang, train_flags
 
 from stem_jax import lock as lock_module
+from stem_jax.data.preparation import Preparation
 from stem_jax.errors import InputError
 from stem_jax.lock import Lock
 from stem_jax.work_folder import making, writing
@@ -67,12 +68,49 @@ def test_processes_that_do_not_know_of_each_other(tmp_path, monkeypatch, name):
     assert "--multihost" not in str(error.value)
 
 
-@pytest.mark.parametrize("inside", ["", "run"])
-def test_a_folder_that_cannot_be_written(tmp_path, inside):
+def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
-    workdir = tmp_path / "file" / inside
+    workdir = tmp_path / "file" / "run"
     with refused(f"--workdir={workdir} cannot be written ("), writing(workdir):
         pass
+
+
+def test_files_that_have_the_name_of_a_folder_are_told(tmp_path):
+    file, lock = tmp_path / "file", tmp_path / "run" / ".lock"
+    lock.parent.mkdir()
+    for path in (file, lock, tmp_path / "run" / ".prepare.lock"):
+        path.write_text("mine")
+    with refused(f"--workdir={file} is a file, no folder"), writing(file):
+        pass
+    with refused(f"{file} is a file, no folder"), Preparation(file, None):
+        pass
+    told = f"--workdir={lock.parent} cannot be written ({lock} is a file, where a lock shall be: mo"
+    with refused(told), writing(lock.parent):
+        pass
+    with refused(".prepare.lock is a file, where a lock shall be"), Preparation(lock.parent, None):
+        pass
+    assert lock.read_text() == file.read_text() == "mine"
+
+
+def test_a_folder_of_another_user_is_in_use(tmp_path, monkeypatch):
+    """Root reads everything: so it is the calls that refuse here."""
+
+    def hide(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with writing(tmp_path):
+        [record] = (tmp_path / ".lock").iterdir()
+        os.utime(record, (0, 0))
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "open", hide)
+            who = f"--workdir={tmp_path} is in use by another user, whose record {record} is not re"
+            with refused(who), writing(tmp_path):
+                pass
+        assert record.exists()
+        monkeypatch.setattr(os, "open", hide)
+        who = f"(in use by another user, or not readable: {tmp_path / '.lock'})"
+        with refused(who), writing(tmp_path):
+            pass
 
 
 def test_a_folder_taken_while_this_process_stood_still(tmp_path):

@@ -98,6 +98,10 @@ class Preparation:
         try:
             self._lock = self._locked()
         except OSError as error:
+            if self.folder.exists() and not self.folder.is_dir():
+                raise InputError(
+                    f"{self.folder} is a file, no folder: give the name of a folder"
+                ) from error
             raise InputError(
                 f"folder {self.folder} cannot be written ({error.strerror}): choose another one"
             ) from error
