@@ -7,10 +7,12 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizer_kinds import write_dummy_prefix_model, write_kind
 
 from stem_jax.data import sentencepiece_training
 from stem_jax.data.corpora import read_corpus
 from stem_jax.data.sentencepiece_training import train_sentencepiece
+from stem_jax.data.special_tokens import SpecialFlags
 from stem_jax.data.tokenizer import load_tokenizer, load_tokenizer_folder
 from stem_jax.errors import InputError
 
@@ -199,3 +201,44 @@ def test_hf_tokenizer(tmp_path):
     path.write_text(json.dumps({"version": "none"}))
     with pytest.raises(InputError, match=r"tokenizer\.json is not a tokenizer\.json"):
         load_tokenizer("hf", path)
+
+
+@pytest.mark.parametrize("flags", [{"eos": "97"}, {"bos": "10"}, {"stop": ("257", "255")}])
+def test_a_byte_of_text_is_no_special_token_of_the_bytes_tokenizer(flags):
+    with pytest.raises(InputError, match=r"--\w+=(97|10|255) is a byte of text.*give 256 or 257"):
+        load_tokenizer("bytes", flags=SpecialFlags(**flags))
+    swapped = load_tokenizer("bytes", flags=SpecialFlags(bos="none", eos="256"))
+    assert (swapped.bos_id, swapped.eos_id) == (256, 256)
+
+
+def test_a_byte_that_ends_documents_of_an_earlier_folder_is_read(tmp_path):
+    load_tokenizer("bytes").save(tmp_path)
+    path = tmp_path / "tokenizer_meta.json"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps({**meta, "eos_id": 97, "stop_ids": [97]}))
+    assert load_tokenizer_folder(tmp_path).eos_id == 97
+
+
+def test_a_file_of_another_kind_names_the_kind_that_reads_it(tmp_path):
+    model = write_dummy_prefix_model(tmp_path / "a.model")
+    with pytest.raises(InputError, match=r"but a SentencePiece model: give .*--tokenizer=sent"):
+        load_tokenizer("hf", model)
+    (tmp_path / "b.model").write_bytes(b"IQ== 0\nIg== 1\n")
+    for kind in ("hf", "sentencepiece"):
+        with pytest.raises(InputError, match=r"is of tiktoken.*TikTokenConverter.*b\.model"):
+            load_tokenizer(kind, tmp_path / "b.model")
+    whole = write_kind("gpt2", tmp_path / "gpt2") / "tokenizer.json"
+    with pytest.raises(InputError, match=r"but a tokenizer\.json: give it with --tokenizer=hf$"):
+        load_tokenizer("sentencepiece", whole)
+    (tmp_path / "c.txt").write_text("words")
+    with pytest.raises(InputError, match=r"c\.txt is not a tokenizer\.json: give the tokenizer\."):
+        load_tokenizer("hf", tmp_path / "c.txt")
+
+
+def test_a_folder_names_the_tokenizer_in_it(tmp_path):
+    with pytest.raises(InputError, match=r"is a folder: give a file; there is no tokenizer in it$"):
+        load_tokenizer("sentencepiece", tmp_path)
+    for name in ("a.model", "tokenizer.json"):
+        (tmp_path / name).write_text("")
+        with pytest.raises(InputError, match=f"is a folder: give a file, such as .*/{name}$"):
+            load_tokenizer("hf", tmp_path)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,14 @@ def load_tokenizer_folder(folder: str | Path) -> Tokenizer:
 
 
 def _bytes_tokenizer(flags: SpecialFlags, shipped: ShippedFiles) -> Tokenizer:
+    # What an earlier version took from flags is in the record, and is read.
+    given = [("--bos", flags.bos), ("--eos", flags.eos), *(("--stop", n) for n in flags.stop)]
+    for flag, value in given:
+        if value is not None and value.isascii() and value.isdigit() and int(value) < 256:
+            raise InputError(
+                f"{flag}={value} is a byte of text to the bytes tokenizer, {bytes([int(value)])!r}:"
+                " wherever it stands a document would end; give 256 or 257, or leave the flag out"
+            )
     vocabulary = Vocabulary("the bytes tokenizer", lambda _: None, 258, {}, 256, 257)
     special, notes = find_special_tokens(vocabulary, flags, shipped)
     values = 258, special, _sha256(_BYTES_SOURCE), _BYTES_SOURCE, None
@@ -149,15 +158,8 @@ def _sentencepiece(source: bytes, path: Path) -> tuple[Any, Vocabulary]:
         loaded = processor.load_from_serialized_proto(source)
     except RuntimeError:
         loaded = False
-    if not loaded and _TIKTOKEN.match(source):
-        raise InputError(
-            f"tokenizer file {path} is of tiktoken, as that of Llama 3, no SentencePiece model: "
-            "pip install transformers tiktoken blobfile, make a tokenizer.json of it by "
-            f"{_CONVERT.format(path)} with all special tokens in the order of their ids, and give "
-            "that with --tokenizer=hf (and --bos and --eos)"
-        )
     if not loaded:
-        raise InputError(f"tokenizer file {path} is not a SentencePiece model: give a .model file")
+        raise InputError(f"tokenizer file {path} is {_instead('sentencepiece', source, path)}")
 
     def find(text: str) -> int | None:
         number = processor.piece_to_id(text)
@@ -176,10 +178,44 @@ def _hf(source: bytes, path: Path) -> tuple[Any, Vocabulary]:
             "tokenizer kind 'hf' needs the tokenizers package: pip install tokenizers"
         ) from error
     except Exception as error:  # the library raises a bare Exception
-        raise InputError(f"tokenizer file {path} is not a tokenizer.json: {error}") from error
+        what = _instead("hf", source, path)
+        raise InputError(f"tokenizer file {path} is {what} ({error})") from error
     size = max(processor.get_vocab(with_added_tokens=True).values()) + 1
     marked = marked_special(processor)
     return processor, Vocabulary(f"tokenizer file {path}", processor.token_to_id, size, marked)
+
+
+def _instead(kind: str, source: bytes, path: Path) -> str:
+    """What a file is that is no model of a kind, and what to do with it."""
+    wanted = {"hf": "a tokenizer.json", "sentencepiece": "a SentencePiece model"}[kind]
+    if _TIKTOKEN.match(source):
+        return (
+            f"of tiktoken, as that of Llama 3, not {wanted}: "
+            "pip install transformers tiktoken blobfile, make a tokenizer.json of it by "
+            f"{_CONVERT.format(path)} with all special tokens in the order of their ids, and give "
+            "that with --tokenizer=hf (and --bos and --eos)"
+        )
+    if kind == "hf" and _is_sentencepiece(source):
+        return f"not {wanted} but a SentencePiece model: give it with --tokenizer=sentencepiece"
+    if kind == "sentencepiece" and _is_tokenizer_json(source):
+        return f"not {wanted} but a tokenizer.json: give it with --tokenizer=hf"
+    file = {"hf": "the tokenizer.json of a model", "sentencepiece": "a .model file"}[kind]
+    return f"not {wanted}: give {file}"
+
+
+def _is_sentencepiece(source: bytes) -> bool:
+    try:
+        return bool(sentencepiece.SentencePieceProcessor().load_from_serialized_proto(source))
+    except RuntimeError:
+        return False
+
+
+def _is_tokenizer_json(source: bytes) -> bool:
+    try:
+        record = json.loads(source)
+    except ValueError:
+        return False
+    return isinstance(record, dict) and "model" in record
 
 
 def _shipped_prompt(tokenizer: Tokenizer, shipped: ShippedFiles) -> tuple[int, ...]:
@@ -206,6 +242,10 @@ def _meta_of(path: Path, fingerprint: str) -> dict[str, Any] | None:
 
 
 def _read(path: Path) -> bytes:
+    if path.is_dir():
+        inside = [*path.glob("tokenizer.json"), *sorted(path.glob("*.model"))]
+        which = f", such as {inside[0]}" if inside else "; there is no tokenizer in it"
+        raise InputError(f"tokenizer file {path} is a folder: give a file{which}")
     try:
         return path.read_bytes()
     except OSError as error:
