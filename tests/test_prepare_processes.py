@@ -3,15 +3,17 @@
 import errno
 import itertools
 import json
+import pickle
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import zstandard
 
-from stem_jax.data import assembly, piece_encoder
+from stem_jax.data import assembly, encoder_pool, piece_encoder
 from stem_jax.data.corpora import read_corpus
 from stem_jax.data.documents import Document
 from stem_jax.data.preparation import Preparation
@@ -218,8 +220,36 @@ def test_a_worker_that_is_killed_is_told_and_costs_nothing_else(
     assert len(list((tmp_path / "out" / ".prepare" / "pieces").iterdir())) >= 3
 
 
+@pytest.mark.parametrize("step", ["send", "receive"])
+def test_whatever_goes_wrong_between_processes_ends_the_wait(
+    tmp_path, small_pieces, monkeypatch, step
+):
+    do = getattr(encoder_pool, step)
+
+    def fail(file, *message):
+        # The encoder goes out, no piece comes in.
+        if not isinstance((message or [None])[0], encoder_pool.PieceEncoder):
+            raise pickle.UnpicklingError("not a message")
+        return do(file, *message)
+
+    monkeypatch.setattr(encoder_pool, step, fail)
+    failed = []
+
+    def prepare():
+        try:
+            prepare_stores(_facts(), BYTES, tmp_path / "out", processes=1, **FACTS)
+        except RuntimeError as error:
+            failed.append(str(error))
+
+    # Where nobody tells of it, the thread waits for ever.
+    thread = threading.Thread(target=prepare, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert failed and "not a message" in failed[0]
+
+
 def test_a_damaged_piece_is_made_again(tmp_path, small_pieces, monkeypatch):
-    def stop(self, name):
+    def stop(self, name, bad):
         raise KeyboardInterrupt
 
     job = {"a": "job"}

@@ -7,6 +7,7 @@ import queue
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Iterable, Iterator
 from typing import Any, Self
 
@@ -115,6 +116,9 @@ class _Pool:
                 self._results.put(receive(worker.stdout))
         except (EOFError, OSError):
             self._results.put((index, "ended", _end_of(worker)))
+        # Whoever waits for the result would wait for ever.
+        except Exception:
+            self._results.put((index, "failed", traceback.format_exc()))
 
 
 def _start_worker() -> subprocess.Popen:
