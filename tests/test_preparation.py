@@ -169,7 +169,7 @@ def test_stopped_jobs_whose_text_has_changed_are_removed(tmp_path, monkeypatch):
     text, specs, folder = tmp_path / "a.txt", parse_sources(f"{tmp_path}/a.txt"), tmp_path / "data"
     text.write_text("some text")
 
-    def stop(self, name):
+    def stop(self, name, bad):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -199,6 +199,19 @@ def test_bad_records_stop_a_prepare_or_are_left_out(tmp_path, capsys):
     path.write_text('{"text": "a"}\n{"text": "b"}\n')
     _prepare(out, path, *flags, "--on-bad=skip")
     assert not (out / "skipped.jsonl").exists()
+
+
+def test_a_corpus_of_bad_records_alone_says_why_nothing_is_left(tmp_path):
+    path = tmp_path / "a.jsonl"
+    flags = ["--tokenizer=bytes", "--on-bad=skip", "--text-field=txet"]
+    path.write_text('{"text": "a"}\n{"text": "b"}\n')
+    told = r"has no text.*; records left out: 2, first: .*a\.jsonl:1 has no field 'txet'"
+    with pytest.raises(InputError, match=told):
+        _prepare(tmp_path / "out", path, *flags)
+    path.write_text('{"txet": "a"}\n{"text": "b"}\n')
+    told = r"a single document.*; records left out: 1, first: .*a\.jsonl:2 has no field 'txet'"
+    with pytest.raises(InputError, match=told):
+        _prepare(tmp_path / "out", path, *flags)
 
 
 def test_texts_that_a_tokenizer_cannot_take_are_bad_records(tmp_path, monkeypatch, capsys):

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
+from stem_jax.data.bad_records import BadRecords
 from stem_jax.data.coverage import Coverage
 from stem_jax.data.encoded_piece import EncodedPiece
 from stem_jax.data.preparation import Preparation
@@ -88,18 +89,19 @@ class Assembly:
         if self._may_begin():
             self._advance()
 
-    def finish(self, name: str) -> list[BadRecord]:
+    def finish(self, name: str, bad: BadRecords) -> None:
         """Completes the stores, of which the caller has added all pieces.
 
-        Returns the documents that are not in them because the tokenizer could not take them.
+        bad: takes the documents that are not in them because the tokenizer could not take them.
         Raises InputError if there are too few documents, or if their tokens stand for nothing.
         """
         self._advance()
-        self._splitter.finish(name)
+        for place, reason in self._bad:
+            bad.add(BadRecord(reason, place))
+        self._splitter.finish(name, bad)
         self._check_coverage(name)
         for writer in self._writers.values():
             writer.close(self._coverage)
-        return [BadRecord(reason, place) for place, reason in self._bad]
 
     def _may_begin(self) -> bool:
         """Whether the splitter holds nothing back after the pieces that are there.

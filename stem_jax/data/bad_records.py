@@ -13,7 +13,7 @@ ON_BAD = ("stop", "skip")
 class BadRecords:
     """Takes the bad records of a reading, in their order.
 
-    count: how many were left out. stops: none is.
+    count: how many were left out. first: the reason of the first of them. stops: none is.
     """
 
     def __init__(self, on_bad: str = "stop", file: Path | None = None, *, way_out: str = ""):
@@ -24,6 +24,7 @@ class BadRecords:
         if on_bad not in ON_BAD:
             raise InputError(f"on_bad {on_bad!r} is unknown: use one of {', '.join(ON_BAD)}")
         self.count = 0
+        self.first = ""
         self.stops = on_bad == "stop"
         self._way_out = way_out
         self._path = file
@@ -38,6 +39,11 @@ class BadRecords:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def told(self) -> str:
+        """What an error says of them behind its own words; "" if there are none."""
+        return f"; records left out: {self.count:,}, first: {self.first}" if self.count else ""
+
     def close(self) -> None:
         """The file is whole when it returns."""
         self._files.close()
@@ -49,6 +55,7 @@ class BadRecords:
         if self.stops:
             raise error
         self.count += 1
+        self.first = self.first or str(error)
         if self._path is not None:
             if self._file is None:
                 self._file = self._files.enter_context(self._path.open("w", encoding="utf-8"))

@@ -119,8 +119,7 @@ def write_stores(
             assembly.add(index, content)
             done += 1
             bar.add(int(piece.num_bytes.sum()), len(piece.tokens), piece.num_documents)
-        for record in assembly.finish(name):
-            bad.add(record)
+        assembly.finish(name, bad)
         bad.close()
         place.publish()
     return found, found - done

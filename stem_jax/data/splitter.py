@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from stem_jax.data.bad_records import BadRecords
 from stem_jax.data.encoded_piece import EncodedPiece
 from stem_jax.data.token_store_writer import TokenStoreWriter
 from stem_jax.errors import InputError
@@ -57,15 +58,20 @@ class Splitter:
             if chosen.num_documents:
                 writer.extend(chosen.tokens, chosen.lengths, chosen.num_bytes)
 
-    def finish(self, name: str) -> None:
-        """Places the held document. Raises InputError if there are too few documents."""
+    def finish(self, name: str, bad: BadRecords) -> None:
+        """Places the held document. Raises InputError if there are too few documents.
+
+        bad: what was left out of the corpus, for that.
+        """
         written = sum(writer.num_documents for writer in self._writers.values())
         if self._held is None and written == 0:
-            raise InputError(f"corpus {name!r} has no text: give documents that are not empty")
+            raise InputError(
+                f"corpus {name!r} has no text: give documents that are not empty{bad.told}"
+            )
         if self._held is not None and written == 0:
             raise InputError(
                 f"corpus {name!r} has a single document, which cannot be both train and"
-                " validation: give more documents or set validation_fraction to 0"
+                " validation: give more documents or set validation_fraction to 0" + bad.told
             )
         if self._held is not None:
             split = self._split_of(self._held[0])
