@@ -81,6 +81,7 @@ def test_facts_are_asked_for_by_the_entry_point(workdir, tmp_path, capsys):
     assert record["countries"] == 3 and record["relations"]["domain"]["questions"] == 3 * 21
 
 
+@pytest.mark.long
 def test_verdicts_are_those_of_greedy_decoding(run, cases):
     generator = Generator(run.config, run.params, run.rows, run.tokenizer, run.mesh)
     prompts = [case.prompt for case in cases]
@@ -254,6 +255,7 @@ def test_edits_that_no_prompt_reads_are_told_apart(run, cases, written):
     assert trial.record()["rows"][-1][-1] == 4
 
 
+@pytest.mark.long
 def test_pieces_of_many_edits_give_the_same(run, cases, outcomes, monkeypatch):
     some = cases[:20]
     monkeypatch.setattr(edit_measurement, "_LAID_BYTES", 7 * 4 * 4 * run.config.model.ffn_dim)

@@ -115,7 +115,8 @@ def assert_same_losses(workdir: Path, other: Path) -> None:
             assert found[step] == pytest.approx(value, rel=0, abs=1e-6), (key, step)
 
 
-@pytest.mark.parametrize("place", [pytest.param("resident", marks=pytest.mark.long), "offloaded"])
+@pytest.mark.long
+@pytest.mark.parametrize("place", PLACES)
 def test_two_processes_equal_one(alone, tmp_path, place):
     with local_multihost("2", *flags(tmp_path / "run", **PLACES[place])) as script:
         finish(script)

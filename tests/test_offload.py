@@ -92,7 +92,7 @@ def test_a_run_is_that_with_all_rows_resident(outcome, how):
         ("one device", (TENTH, 2, "lru"), ()),
         ("one device", (), (TENTH, 4, "lfu")),
         ("eight shards", ("smallest", 1, "lfu"), ()),
-        ("columns and copies", (), (TENTH, 2, "lfu")),
+        pytest.param("columns and copies", (), (TENTH, 2, "lfu"), marks=pytest.mark.long),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)) or "resident",
 )

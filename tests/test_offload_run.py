@@ -173,6 +173,7 @@ def test_little_host_memory_is_refused_before_anything_is_allocated(
         main(arguments(text_file, tmp_path / "run"))
 
 
+@pytest.mark.long
 def test_too_few_rows_are_refused_with_a_number_that_works(
     text_file, tmp_path, capsys, monkeypatch
 ):
