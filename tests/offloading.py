@@ -79,6 +79,7 @@ class HeldOut(ZipfBatches):
     """Three batches of evenly distributed tokens: most of their rows are not resident."""
 
     num_bytes = 1000
+    left_out = 0.0
 
     def __init__(self, config: Config, processes: tuple[int, int] = (0, 1)):
         super().__init__(config, processes, seed=1)

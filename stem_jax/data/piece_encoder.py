@@ -23,7 +23,7 @@ from stem_jax.errors import BadRecord, InputError
 # and its journey cost nothing, small enough that many fit into memory.
 PIECE_CHARS = 2_000_000
 _PIECE_DOCUMENTS = 8192
-# Of a piece, where it costs as much as to tokenize to see what the tokens of a text stand for.
+# Of a piece: to see what the tokens of a text stand for costs up to as much as to tokenize it.
 _SAMPLED_BYTES = 100_000
 _LENGTH = struct.Struct("<Q")
 
@@ -69,7 +69,7 @@ class PieceEncoder:
                 bad.append((document.origin, f"{document.origin}: {error}"))
                 continue
             check_ids(ids, tokenizer.vocab_size, document.origin)
-            if tokenizer.spelling is not None or coverage.text < _SAMPLED_BYTES:
+            if coverage.text < _SAMPLED_BYTES:
                 coverage += coverage_of(tokenizer, document.text, ids.tolist())
             raw = document.text.encode()
             tokens += [bos, ids.astype(dtype), eos]
