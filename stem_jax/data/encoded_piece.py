@@ -18,7 +18,7 @@ class EncodedPiece:
     tokens: [T] ids with bos and eos, as in tokens.bin. lengths: [n] int64, tokens of each document.
     num_bytes: [n] int64, UTF-8 bytes of each text. fractions: [n] float64, see `fraction_of`.
     bad: (place, reason) of documents that the tokenizer cannot take; they are not among the n.
-    coverage: of the whole piece; `documents` keeps none.
+    coverage: of what was looked at of the piece; `documents` keeps none.
     """
 
     tokens: np.ndarray

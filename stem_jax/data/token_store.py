@@ -41,7 +41,7 @@ class StoreMeta:
 
     checksum: sha256 (hex) over tokens.bin and documents.bin. bytes_checksum: over bytes.bin; ""
     where an earlier version wrote none. bos_id, eos_id: that every document begins and ends with;
-    None where an earlier version did not say. left_out, changed: shares of the text's bytes, as
+    None where an earlier version did not say. left_out, changed: shares of a sample, as
     `Coverage` has them, and left_out_example a character; in the file where there are any.
     """
 

@@ -144,7 +144,7 @@ class TokenStoreWriter:
     def close(self, coverage: Coverage = UNSEEN) -> None:
         """Completes the store. Raises InputError if it has no documents.
 
-        coverage: of the text that it was made of, the documents of other splits among it.
+        coverage: of a sample of the text that it was made of, whatever the split.
         """
         if self.num_documents == 0:
             self.abort()
