@@ -76,11 +76,11 @@ def test_a_tokenizer_from_elsewhere_must_be_the_one_of_the_folder(tmp_path):
     """Also where bos and eos happen to have the same ids."""
     model = write_kind("llama3_instruct", tmp_path / "model")
     own = model / "tokenizer.json"
-    ids = {"bos_token_id": 0, "eos_token_id": 1}
-    (model / "config.json").write_text(json.dumps(ids))
     other = write_kind("gpt2", tmp_path / "other") / "tokenizer.json"
     foreign = TokenizerChoice("hf", str(other), SpecialFlags("0", "1"))
-    for choice in (foreign, TokenizerChoice("bytes", None, SpecialFlags("0", "1"))):
+    for bos, choice in ((256, TokenizerChoice("bytes", None)), (0, foreign)):
+        ids = {"bos_token_id": bos, "eos_token_id": bos + 1}
+        (model / "config.json").write_text(json.dumps(ids))
         with pytest.raises(InputError, match=rf"gives other ids than {own}, which is with the mod"):
             find_tokenizer("llama", model, choice)
     for same in (own, shutil.copyfile(own, tmp_path / "same.json")):

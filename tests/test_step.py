@@ -274,7 +274,7 @@ def test_sums_of_matrix_units_train_alike(
     np.testing.assert_allclose(losses, runs[2, 2, 2][2], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("shape", [(2, 2, 2), pytest.param((1, 1, 1), marks=pytest.mark.long)])
 def test_every_level_of_sizes_trains_to_the_same_bits(
     shape, train_step, fresh_state, make_batch, monkeypatch
 ):
