@@ -13,6 +13,8 @@ ROOT = Path(__file__).parent.parent
 COMMIT = "2657e48"
 FOLDER = ROOT / "tests" / "data" / "earlier"
 STEP, END = 240, 246
+# The run `sentencepiece` once more, as it stood twenty steps before its end.
+TWENTY_BEFORE, STEP_BEFORE = "twenty_before", 226
 # As the commands of the runs name it, from the root of the repository.
 SHOWN = "tests/data/earlier"
 _SIZES = {

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import transformers
 from children import child
-from earlier import COMMIT, END, FOLDER, ROOT, STEP
+from earlier import COMMIT, END, FOLDER, ROOT, STEP, STEP_BEFORE, TWENTY_BEFORE
 from safetensors.numpy import load_file
 
 from stem_jax import edit, export, generate, import_torch, prepare
@@ -57,7 +57,7 @@ def _losses(workdir: Path, key: str) -> dict[str, float]:
 def stopped(tmp_path_factory):
     """The folder of the kept runs, as they were."""
     folder = tmp_path_factory.mktemp("stopped")
-    for name in earlier.RUNS:
+    for name in (*earlier.RUNS, TWENTY_BEFORE):
         earlier.unpack(name, folder)
     return folder
 
@@ -84,6 +84,8 @@ def trained(request, stopped, tmp_path_factory):
     silent = {"train__sample_prompt": ""}
     names = [n for n in earlier.RUNS if n not in LONG or request.config.getoption("--long")]
     commands = {name: earlier.train_flags(name, folder / name, **silent) for name in names}
+    before = folder / TWENTY_BEFORE
+    commands[TWENTY_BEFORE] = earlier.train_flags("sentencepiece", before, **silent)
     # A list of files is not in checkpoints of still earlier versions.
     (folder / "bytes" / "checkpoints" / str(STEP) / LIST).unlink()
     tokenizer = STORE / "tokenizer" / "tokenizer.model"
@@ -123,6 +125,22 @@ def test_the_same_command_continues(name, trained, stopped):
     assert list(then["losses"]) == LATER and then["validation"]
     # Made from what the checkpoint holds, before any update.
     assert after[LATER[0]] == pytest.approx(then["losses"][LATER[0]], rel=0, abs=1e-5)
+
+
+def test_goes_on_for_twenty_steps_as_then(trained, stopped):
+    """From format 2: a moment in the order of then would be off by some 1e-3 from step 228 on."""
+    folder, failures = trained
+    assert failures[TWENTY_BEFORE] is None, failures[TWENTY_BEFORE]
+    layout = stopped / TWENTY_BEFORE / "checkpoints" / str(STEP_BEFORE) / "layout" / "metadata"
+    assert json.loads(layout.read_text())["format"] == 2
+    then = EXPECTED[TWENTY_BEFORE]["losses"]
+    assert list(then) == [str(step) for step in range(STEP_BEFORE + 1, END + 1)] and len(then) == 20
+    # The same numbers as were kept of the run that was not continued from here.
+    assert then == then | EXPECTED["sentencepiece"]["losses"]
+    after = _losses(folder / TWENTY_BEFORE, "train/loss")
+    assert list(after) == [str(step) for step in range(1, END + 1)]
+    found = [after[step] for step in then]
+    np.testing.assert_allclose(found, list(then.values()), atol=1e-5, rtol=0)
 
 
 def test_a_new_run_reads_an_earlier_store(trained):
