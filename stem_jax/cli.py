@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import absl.logging
 
+from stem_jax import background
 from stem_jax.errors import InputError, TrainingError
 from stem_jax.storage import local_path
 
@@ -88,8 +89,20 @@ def run(main: Callable[[list[str]], None]) -> None:
     """Runs `main(argv)`; exits 0 on success, 1 on refused input, 2 on wrong flags (argparse).
 
     Ctrl-C ends the process by that signal, after one line, as a shell expects of a program that it
-    interrupts; a second one does not wait for what is being put away.
+    interrupts; a second one does not wait for what is being put away. What is under way in the
+    background is waited for in no case.
     """
+    try:
+        _run(main)
+    except BaseException as error:
+        if background.under_way():
+            background.leave(error)
+        raise
+    if background.under_way():
+        background.leave(None)
+
+
+def _run(main: Callable[[list[str]], None]) -> None:
     # Orbax and grain report their routine as warnings, and what they raise once more as errors.
     absl.logging.set_verbosity(absl.logging.FATAL)
     with _Interrupt() as interrupt:

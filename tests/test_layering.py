@@ -14,6 +14,7 @@ PACKAGE = "stem_jax"
 LEVELS = [
     [
         "errors",
+        "background",
         "byte_order_mark",
         "files",
         "json_fields",

@@ -17,6 +17,8 @@ _FACTORS = (1.03, 1.25, 1.6)
 LEVELS = len(_FACTORS) + 1
 # Few distinct rows vary much from batch to batch, and room for them costs next to nothing.
 _SMALLEST_BLOCK = 256
+# Batches vary by noise: it is rare that one leaps over the last quarter of what is left to them.
+_NEARLY = 0.75
 # Standard deviations of the rows of a pair by which the busiest one exceeds the mean.
 _BUSIEST = 3
 
@@ -120,6 +122,18 @@ def choose_sizes(needed: BlockSizes, first: BlockSizes, largest: BlockSizes) -> 
     """The sizes of the lowest level that holds a batch."""
     levels = (sizes_at(level, first, largest) for level in range(LEVELS))
     return next(sizes for sizes in levels if sizes.hold(needed))
+
+
+def levels_above(sizes: BlockSizes, first: BlockSizes, largest: BlockSizes) -> list[BlockSizes]:
+    """The larger sizes that a step may come to need, the smallest of them first."""
+    levels = dict.fromkeys(sizes_at(level, first, largest) for level in range(LEVELS))
+    return [level for level in levels if level != sizes and level.hold(sizes)]
+
+
+def nearly_filled(sizes: BlockSizes, needed: BlockSizes, first: BlockSizes) -> bool:
+    """Whether a batch takes most of the room that these sizes leave beyond the first one."""
+    lines = zip(sizes.numbers, needed.numbers, first.numbers, strict=True)
+    return any(n - begun > _NEARLY * (room - begun) for room, n, begun in lines if room > begun)
 
 
 def _rounded(size: float) -> int:

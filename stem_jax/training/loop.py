@@ -26,6 +26,7 @@ from stem_jax.start_clock import StartClock
 from stem_jax.tables.prefetch import Prefetch
 from stem_jax.tables.row_slots import TooFewSlots
 from stem_jax.training.evaluation import Validation, summarize
+from stem_jax.training.levels_ahead import LevelsAhead
 from stem_jax.training.look_ahead import LookAhead, Ready
 from stem_jax.training.metrics import MetricsLog, SpikeCounter
 from stem_jax.training.run_data import RunData
@@ -95,13 +96,16 @@ class Loop:
                 reporter.resume_clock()
             with self.data.batches.iterate(start) as batches:
                 ahead = self._look_ahead(batches, end - start)
+                levels = LevelsAhead(self.programs)
                 for step in range(start + 1, end + 1):
                     ready = self._next(ahead, state, saved, reporter)
                     state = ahead.place(state, ready)
+                    levels.await_step(ready)
                     state, metrics = self.programs.update(
                         state, ready.batch, schedule, ready.slots, ready.sizes
                     )
                     reporter.dispatched(step, metrics | ready.metrics)
+                    levels.after_step(state, ready, schedule)
                     self.beat(f"step {step - 1}")
                     stopped = self.stop_requested()
                     due = step == end or _due(step, self.config.eval.every)

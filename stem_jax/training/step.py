@@ -14,7 +14,7 @@ from stem_jax.mesh import BATCH_AXES, axis_size
 from stem_jax.model.transformer import Inputs
 from stem_jax.parts import part
 from stem_jax.tables.asked_rows import AskedRows
-from stem_jax.tables.block_sizes import BlockSizes, choose_sizes
+from stem_jax.tables.block_sizes import BlockSizes, choose_sizes, levels_above, nearly_filled
 from stem_jax.tables.exchange import Requests
 from stem_jax.tables.sharded_table import Demand, ShardedTable
 from stem_jax.tables.spec import TableSpec
@@ -98,6 +98,32 @@ class TrainStep:
         needed = table.needed_by(demand)
         first = self._first_needs.setdefault(table.keys_per_device, needed)
         return choose_sizes(needed, first, table.largest_sizes)
+
+    def larger_sizes(
+        self, batch: Batch, demand: Demand, sizes: BlockSizes, *, near: bool
+    ) -> list[BlockSizes]:
+        """Levels above the one of a batch; with `near` the next, if this batch nearly needs it."""
+        table = self.table(batch.tokens)
+        first = self._first_needs[table.keys_per_device]
+        above = levels_above(sizes, first, table.largest_sizes)
+        if not near:
+            return above
+        return above[:1] if nearly_filled(sizes, table.needed_by(demand), first) else []
+
+    def compile_update(
+        self,
+        state: TrainState,
+        batch: Batch,
+        schedule: Schedule,
+        slots: jax.Array | None,
+        sizes: BlockSizes,
+    ) -> None:
+        """Compiles the step of other sizes than that of these arguments, or what describes them."""
+        if slots is not None:
+            room = self.table(batch.tokens, sizes).exchange.owned_rows
+            size = axis_size(self.mesh, self.spec.vocab_axes) * room
+            slots = jax.ShapeDtypeStruct((size,), slots.dtype, sharding=slots.sharding)
+        self.update.lower(state, batch, schedule, slots, sizes).compile()
 
     def asked_by(self, batch: Batch, demand: Demand) -> AskedRows:
         """The rows of an offloaded table that a batch asks for."""
