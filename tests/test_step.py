@@ -279,7 +279,10 @@ def test_every_level_of_sizes_trains_to_the_same_bits(
     shape, train_step, fresh_state, make_batch, monkeypatch
 ):
     # Two levels of the few rows here, and room for any batch.
-    monkeypatch.setattr(block_sizes, "_SMALLEST_BLOCK", 1)
+    for name in ("_SMALLEST_BLOCK", "_SMALLEST_PAIR"):
+        monkeypatch.setattr(block_sizes, name, 1)
+    for name in ("_SPREAD", "_SPREAD_OF_PAIRS"):
+        monkeypatch.setattr(block_sizes, name, 0)
     step = train_step(shape)
     batches = [make_batch(step, seed=seed, ragged=True) for seed in range(3)]
     table = step.table(batches[0].tokens)

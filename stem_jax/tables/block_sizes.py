@@ -1,8 +1,9 @@
 """Static sizes of a step's row blocks and of its exchange, and the few levels they come in.
 
-Every set of sizes is a program of its own, so there are four: what the first batch needs and a
-little more, two larger ones, and room for any batch. One level stands for all sizes of a step. No
-sum depends on the level, so which one a step takes is nobody else's business.
+Every set of sizes is a program of its own, so there are four: what the first batch needs and so
+much more that a batch like it hardly ever needs another, two larger ones, and room for any batch.
+One level stands for all sizes of a step. No sum depends on the level, so which one a step takes is
+nobody else's business.
 """
 
 import dataclasses
@@ -15,8 +16,10 @@ from stem_jax.tables.hops import Hop
 # How much larger than the first batch's needs the sizes of a level are; after these, the largest.
 _FACTORS = (1.03, 1.25, 1.6)
 LEVELS = len(_FACTORS) + 1
-# Few distinct rows vary much from batch to batch, and room for them costs next to nothing.
-_SMALLEST_BLOCK = 256
+# Few rows vary much from batch to batch, and room for them costs next to nothing: square roots of
+# the count beside the factor, and the least rooms. A pair's count is the most of many already.
+_SPREAD, _SPREAD_OF_PAIRS = 4, 0.5
+_SMALLEST_BLOCK, _SMALLEST_PAIR = 256, 16
 # Batches vary by noise: it is rare that one leaps over the last quarter of what is left to them.
 _NEARLY = 0.75
 # Standard deviations of the rows of a pair by which the busiest one exceeds the mean.
@@ -113,9 +116,16 @@ def sizes_at(level: int, first: BlockSizes, largest: BlockSizes) -> BlockSizes:
     """
     if level == LEVELS - 1:
         return largest
-    least = (_SMALLEST_BLOCK, _SMALLEST_BLOCK) + (1,) * (len(first.numbers) - 2)
-    grown = (max(low, _rounded(n * _FACTORS[level])) for low, n in zip(least, first.numbers))
-    return largest.with_numbers([min(n, most) for n, most in zip(grown, largest.numbers)])
+    hops = len(first.pairs)
+    kinds = [(_SMALLEST_BLOCK, _SPREAD)] * 2 + [(_SMALLEST_PAIR, _SPREAD_OF_PAIRS)] * hops
+    kinds += [(_SMALLEST_BLOCK, _SPREAD)] * len(first.relayed)
+    grown = [
+        max(least, _rounded(n * _FACTORS[level] + spread * math.sqrt(n)))
+        for n, (least, spread) in zip(first.numbers, kinds, strict=True)
+    ]
+    return largest.with_numbers(
+        [min(n, most) for n, most in zip(grown, largest.numbers, strict=True)]
+    )
 
 
 def choose_sizes(needed: BlockSizes, first: BlockSizes, largest: BlockSizes) -> BlockSizes:
