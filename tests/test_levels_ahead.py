@@ -34,7 +34,7 @@ class Programs:
 
     def compile_update(self, state, batch, schedule, slots, sizes):
         self.begun.append(sizes)
-        self.go_on.acquire()
+        assert self.go_on.acquire(timeout=10)
         if self.error:
             raise self.error
 
@@ -58,7 +58,7 @@ def steps(monkeypatch):
 
         def compiled():
             programs.go_on.release()
-            levels._compiling[1].exception()
+            levels._compiling[1].exception(20)
 
         return programs, step, compiled
 
