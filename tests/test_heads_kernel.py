@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from stem_jax.kernels.heads import from_heads, to_heads
+from stem_jax.kernels.heads import gradient_to_heads, to_heads
 from stem_jax.model.attention import Attention
 from stem_jax.model.rotary import rotary_angles, rotate
 
@@ -58,9 +58,19 @@ def test_heads_are_turned_there_and_back():
     found = _both_ways(lambda x: to_heads(x, None, True), x, cotangent)
     for one, other in zip(found, (turned, back), strict=True):
         np.testing.assert_array_equal(one, other)
-    found = _both_ways(lambda x: from_heads(x, True), cotangent, x)
-    for one, other in zip(found, (back, turned), strict=True):
-        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("L", "Dh", "dtype"), [(128, 8, "float32"), (384, 96, "bfloat16"), (4096, 16, "float32")]
+)
+def test_a_gradient_is_turned_and_multiplied_by_the_output(L, Dh, dtype):
+    gradient, cotangent, _ = _inputs(L, Dh, dtype)
+    out = cotangent.swapaxes(-1, -2)
+    turned, sums = jax.jit(lambda *arrays: gradient_to_heads(*arrays, True))(gradient, out)
+    np.testing.assert_array_equal(turned, gradient.swapaxes(-1, -2))
+    assert turned.dtype == dtype and sums.dtype == jnp.float32
+    products = np.asarray(gradient, np.float64) * np.asarray(out, np.float64)
+    np.testing.assert_allclose(sums, products.sum(axis=2), atol=1e-5)
 
 
 def test_a_layer_attends_by_splash_as_by_xla(tiny_config, device_mesh):

@@ -1,35 +1,20 @@
 """Causal grouped-query attention within documents, with the kernel each platform has for it."""
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_kernel,
-    splash_attention_mask,
-)
 from jax.sharding import Mesh, PartitionSpec
 
 from stem_jax.config import ModelConfig
 from stem_jax.errors import InputError
-from stem_jax.kernels.heads import from_heads, to_heads
+from stem_jax.kernels.heads import to_heads
+from stem_jax.kernels.splash import BLOCK, splash
 from stem_jax.mesh import BATCH_AXES
 from stem_jax.model.layers import Linear
 from stem_jax.model.rotary import rotate
 from stem_jax.parts import part
-
-# Positions that splash takes at a time.
-_SPLASH_BLOCK = 128
-# It reads heads as `kernels.heads` leaves them.
-_SEQ_MINOR = splash_attention_kernel.QKVLayout.SEQ_MINOR
-_SPLASH_SIZES = dataclasses.replace(
-    splash_attention_kernel.BlockSizes.get_default(),
-    q_layout=_SEQ_MINOR,
-    k_layout=_SEQ_MINOR,
-    v_layout=_SEQ_MINOR,
-)
 
 
 class Attention(nnx.Module):
@@ -133,8 +118,8 @@ def check_heads(config: ModelConfig, mesh: Mesh) -> None:
 
 
 def _splash_refuses(length: int) -> str | None:
-    if length % _SPLASH_BLOCK:
-        return f"sequences of {length} tokens (train.seq_len), only multiples of {_SPLASH_BLOCK}"
+    if length % BLOCK:
+        return f"sequences of {length} tokens (train.seq_len), only multiples of {BLOCK}"
     return None
 
 
@@ -210,18 +195,7 @@ def _splash(q_BxHxDxL, k_BxKxDxL, v_BxKxDxL, angles, segment_ids_BxL, mesh: Mesh
     interpret = mesh is None or mesh.devices.flat[0].platform != "tpu"
 
     def local(q, k, v, angles, segments):
-        _, H, Dh, L = q.shape
-        mask = splash_attention_mask.MultiHeadMask(
-            [splash_attention_mask.CausalMask((L, L)) for _ in range(H)]
-        )
-        kernel = splash_attention_kernel.make_splash_mha(
-            mask=mask,
-            block_sizes=_SPLASH_SIZES,
-            head_shards=1,
-            q_seq_shards=1,
-            interpret=interpret,
-        )
-        scale, of_queries = Dh**-0.5, None
+        scale, of_queries = q.shape[2] ** -0.5, None
         if angles is None:
             q = q * scale
         else:
@@ -230,10 +204,7 @@ def _splash(q_BxHxDxL, k_BxKxDxL, v_BxKxDxL, angles, segment_ids_BxL, mesh: Mesh
             to_heads(x, turned, interpret)
             for x, turned in ((q, of_queries), (k, angles), (v, None))
         )
-        ids = splash_attention_kernel.SegmentIds(segments, segments)
-        with part("attention"):
-            out = jax.vmap(kernel)(q, k, v, segment_ids=ids)
-        return from_heads(out.astype(q.dtype), interpret)
+        return splash(q, k, v, segments, interpret)
 
     k_BxKxDxL, v_BxKxDxL = (_for_each_device(x, 1, mesh) for x in (k_BxKxDxL, v_BxKxDxL))
     arguments = q_BxHxDxL, k_BxKxDxL, v_BxKxDxL, angles, segment_ids_BxL
