@@ -1,12 +1,19 @@
 """Heads on their way into the TPU's attention kernel, against plain operations. Interpreted."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel,
+    splash_attention_mask,
+)
 
 from stem_jax.kernels.heads import gradient_to_heads, to_heads
+from stem_jax.kernels.splash import splash
 from stem_jax.model.attention import Attention
 from stem_jax.model.rotary import rotary_angles, rotate
 
@@ -99,3 +106,33 @@ def test_a_layer_attends_by_splash_as_by_xla(tiny_config, device_mesh):
         outputs.append(jax.tree.leaves((out, gradients)))
     for one, other in zip(*outputs, strict=True):
         np.testing.assert_allclose(other, one, atol=5e-5)
+
+
+@pytest.mark.parametrize("K", [4, 2])
+def test_the_attention_kernel_computes_what_that_of_jax_does(K):
+    """The output bit for bit; gradients but for the order of the sums of output times gradient."""
+    L, Dh = 256, 64
+    keys = jax.random.split(jax.random.key(K), 4)
+    q = jax.random.normal(keys[0], (2, 4, L, Dh))
+    k, v = (jax.random.normal(key, (2, K, L, Dh)) for key in keys[1:3])
+    gradient = jax.random.normal(keys[3], q.shape)
+    segments = 1 + (jnp.arange(L) >= jnp.array([[100], [200]])).astype(jnp.int32)
+    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((L, L))] * 4)
+
+    def by_library(*heads):
+        kernel = splash_attention_kernel.make_splash_mha_single_device(mask, interpret=True)
+        ids = splash_attention_kernel.SegmentIds(segments, segments)
+        return jax.vmap(kernel)(*heads, segment_ids=ids)
+
+    def by_ours(*heads):
+        return splash(*heads, segments, True).swapaxes(-1, -2)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(attend, *heads):
+        out, pull = jax.vjp(attend, *heads)
+        return out, pull(gradient)
+
+    (out, found), (expected, gradients) = (run(f, q, k, v) for f in (by_ours, by_library))
+    np.testing.assert_array_equal(out, expected)
+    for one, other in zip(found, gradients, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
