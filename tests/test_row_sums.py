@@ -81,6 +81,22 @@ def test_against_float64(way, index, seed):
     assert np.array_equal(sums, _sparse(values, index, 16, way))
 
 
+def test_many_rows_outside_are_dropped():
+    """More of them than there are rows: they need no room."""
+    index = np.random.default_rng(2).integers(-900, 900, 1700).astype(np.int32)
+    values = _integers(1700)
+    sums = _sparse(values, index, 16, "windows")
+    np.testing.assert_array_equal(sums, _float64(values, index, 16))
+
+
+def test_what_lay_there_before_is_never_read(monkeypatch):
+    """Memory is not filled; CPUs happen to give zeros."""
+    monkeypatch.setattr(jax.lax, "empty", lambda *a: jnp.full(*a[:1], jnp.nan, *a[1:]))
+    values, index = _integers(700), np.random.default_rng(3).integers(0, 40, 700) * 2
+    sums = jax.jit(lambda v, i: sum_by_row(v, i, 90, "windows"))(values, index)
+    np.testing.assert_array_equal(sums, _float64(values, index, 90))
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_half_precision_is_summed_in_float32(way):
     # In bfloat16, 256 + 1 stays 256; over three chunks, so that what is carried counts too.
@@ -112,6 +128,18 @@ def test_bits_do_not_depend_on_the_number_of_rows(length, way):
     ]
     for other in found[1:]:
         np.testing.assert_array_equal(found[0], other)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_bits_do_not_depend_on_the_number_of_values(way):
+    """Room that an exchange has and does not need arrives as values of a row that is dropped."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(1300, 24)).astype(np.float32)
+    index = np.concatenate([rng.zipf(1.3, 65) % 40, np.full(1235, 40)]).astype(np.int32)
+    alone = np.asarray(_sparse(values[:65], index[:65], 40, way))
+    for length in (400, 1300):
+        found = _sparse(values[:length], index[:length], 40, way)
+        np.testing.assert_array_equal(found, alone)
 
 
 def test_values_are_not_copied_to_fill_the_last_chunk():

@@ -274,27 +274,40 @@ def test_sums_of_matrix_units_train_alike(
     np.testing.assert_allclose(losses, runs[2, 2, 2][2], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), pytest.param((1, 1, 1), marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("way", "shape", "levels"),
+    [
+        ("scatter", (2, 2, 2), (0, 3)),
+        pytest.param("scatter", (2, 2, 2), (2, 3), marks=pytest.mark.long),
+        pytest.param("scatter", (1, 1, 1), (0, 2, 3), marks=pytest.mark.long),
+        pytest.param("windows", (2, 2, 2), (0, 2, 3), marks=pytest.mark.long),
+    ],
+)
 def test_every_level_of_sizes_trains_to_the_same_bits(
-    shape, train_step, fresh_state, make_batch, monkeypatch
+    way, shape, levels, tiny_config, device_mesh, fresh_state, make_batch, monkeypatch
 ):
+    """With norms clipped, which are sums over all room that there is."""
+    monkeypatch.setitem(row_sums.WAYS, "cpu", way)
     # Two levels of the few rows here, and room for any batch.
     for name in ("_SMALLEST_BLOCK", "_SMALLEST_PAIR"):
         monkeypatch.setattr(block_sizes, name, 1)
     for name in ("_SPREAD", "_SPREAD_OF_PAIRS"):
         monkeypatch.setattr(block_sizes, name, 0)
-    step = train_step(shape)
+    keys = {"optimizer.clip_norm": 0.1, "tables.clip_norm": 0.01}
+    keys |= {"model.num_layers": 2, "model.stem_layers": (0, 1)}
+    step = TrainStep(tiny_config(**keys), device_mesh(shape))
     batches = [make_batch(step, seed=seed, ragged=True) for seed in range(3)]
     table = step.table(batches[0].tokens)
     needs = [table.needed_by(step.demand(batch)) for batch in batches]
     most = needs[0].with_numbers(np.max([n.numbers for n in needs], axis=0).tolist())
-    levels = [sizes_at(level, most, table.largest_sizes) for level in (0, 2, 3)]
-    assert len(set(levels)) == 3
+    sizes_of = {level: sizes_at(level, most, table.largest_sizes) for level in levels}
+    assert len(set(sizes_of.values())) == len(levels)
     ends = []
-    for sizes in levels:
+    for sizes in sizes_of.values():
         state = fresh_state(step)
         for batch in batches:
             state, metrics = step.update(state, batch, schedule(step), sizes=sizes)
+        assert metrics["grad_norm"] > 0.1 and metrics["table_grad_norm"] > 0.01
         del metrics["exchange_bytes"]
         ends.append(jax.device_get((state, metrics)))
     for other in ends[1:]:

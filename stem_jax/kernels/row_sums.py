@@ -25,7 +25,8 @@ from jax.sharding import Mesh
 
 # What each platform does; the one place that says so.
 WAYS = {"tpu": "windows", "gpu": "windows", "cpu": "scatter"}
-# Values taken at a time.
+# Values taken at a time, however few there are: a product of another size may add in another order,
+# and how many there are depends on the room that an exchange has.
 _CHUNK = 512
 
 
@@ -78,8 +79,7 @@ def dense_order(positions_N: jax.Array, ranks_N: jax.Array) -> RowOrder:
     """
     # The index is made longer and not the values: a copy of those would be the largest array here.
     # What fills the last chunk has a row of its own behind the last one.
-    number = len(positions_N)
-    missing = -number % _chunk(number)
+    missing = -len(positions_N) % _CHUNK
     positions_M = jnp.pad(positions_N.astype(jnp.int32), (0, missing))
     return RowOrder(
         positions_M, jnp.concatenate([ranks_N, jnp.broadcast_to(ranks_N[-1] + 1, missing)])
@@ -146,8 +146,7 @@ def put_sums_by_row(
 
 def _put_windows(into_SxRxF, number, values_NxF, order: RowOrder) -> jax.Array:
     """Sums by rank at [number]; there must be room for a whole chunk from the last rank on."""
-    size = _chunk(len(order.ranks))
-    kind, dtype = values_NxF.dtype, into_SxRxF.dtype
+    size, kind, dtype = _CHUNK, values_NxF.dtype, into_SxRxF.dtype
     # By default TPUs round float32 operands to bfloat16, and GPUs to tf32.
     exact = jax.lax.Precision.HIGHEST if kind == jnp.float32 else None
 
@@ -177,7 +176,3 @@ def _put_windows(into_SxRxF, number, values_NxF, order: RowOrder) -> jax.Array:
     start = (into_SxRxF, jnp.zeros((1, values_NxF.shape[1]), jnp.float32), jnp.int32(-1))
     pieces = order.positions.reshape(-1, size), order.ranks.reshape(-1, size)
     return jax.lax.scan(one_chunk, start, pieces)[0][0]
-
-
-def _chunk(length: int) -> int:
-    return min(_CHUNK, length)
