@@ -33,4 +33,26 @@ class GatedFFN(nnx.Module):
         """Args: `up_BxLxF` are the rows of a STEM layer, None for a dense one."""
         if self.up_proj is not None:
             up_BxLxF = self.up_proj(x_BxLxD)
-        return self.down_proj(jax.nn.silu(self.gate_proj(x_BxLxD)) * up_BxLxF)
+        return self.down_proj(_gated(self.gate_proj(x_BxLxD), up_BxLxF))
+
+
+@jax.custom_vjp
+def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up, made once, as its gradients are.
+
+    A TPU would fuse each into the two or three matmuls that read it, which then wait for their
+    operands: the gradients of one dense FFN of the 1B shape took 18 M cycles more of 130 on v5e.
+    """
+    return jax.lax.optimization_barrier(_gate_times_up(gate, up))
+
+
+def _gate_times_up(gate, up):
+    return jax.nn.silu(gate) * up
+
+
+def _gated_backward(kept, gradient):
+    _, pull = jax.vjp(_gate_times_up, *kept)
+    return jax.lax.optimization_barrier(pull(gradient))
+
+
+_gated.defvjp(lambda gate, up: (_gated(gate, up), (gate, up)), _gated_backward)
