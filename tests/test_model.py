@@ -341,10 +341,11 @@ def test_remat_keeps_less_for_the_backward_pass(scan, small, tiny_config):
             layers[number] = _kept_for_backward(loss, params) - size
         kept[policy] = (layers[8] - layers[4]) / 4
     stream = 4 * B * L * config.model.embed_dim
-    # The input of the block; it and what the seven projections gave; every step on the way.
+    # The input of the block; it and what the seven projections gave; every step on the way but
+    # those of the gated product, which its backward pass makes from what it multiplied.
     assert kept["full"] == stream
     assert stream < kept["dots"] <= 8 * stream
-    assert kept["none"] > 20 * stream
+    assert kept["none"] > 16 * stream
 
 
 def test_remat_changes_memory_not_gradients(small, tiny_config):
