@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding
 
 from stem_jax.kernels import row_sums
 from stem_jax.mesh import BATCH_AXES, axis_size
@@ -194,6 +195,29 @@ def test_sums_by_matrix_products(name, place, monkeypatch):
     mesh, axes = place(name)
     case = Case(f"{name} by windows", mesh, axes, *_keys("empty devices", 8))
     case.run(case.needed)
+
+
+@pytest.mark.parametrize("axes", [BATCH_AXES, ("fsdp",)])
+def test_the_norm_of_gradients_is_the_same_at_every_size(axes, device_mesh):
+    """37 rows of an owner with room for them, for some more, and for several pieces."""
+    mesh = device_mesh((2, 2, 2))
+    table, *_ = _programs("norm", mesh, axes, None)
+    owners, rng = axis_size(mesh, axes), np.random.default_rng(0)
+    norm, found = jax.jit(table.norm), []
+    values = rng.normal(size=(8, owners, 37, VECTORS, 48)).astype(np.float32)
+    for room in (37, 90, 600, 2500):
+        padded = np.zeros((8, owners, room, VECTORS, 48), np.float32)
+        padded[:, :, :37] = values
+        lines = padded.reshape(8, owners * room, VECTORS, 48)
+        found.append(
+            [
+                float(norm(jax.device_put(g, NamedSharding(mesh, table.spec.row_spec))))
+                for g in lines
+            ]
+        )
+    assert found[1:] == found[:1] * 3
+    exact = np.sqrt(np.sum(values.astype(np.float64) ** 2, axis=(1, 2, 3, 4)))
+    np.testing.assert_allclose(found[0], exact, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["one row", "one owner", "distinct"])

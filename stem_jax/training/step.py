@@ -163,8 +163,8 @@ class TrainStep:
             with part("row_copies"):
                 row_gradients = row_gradients.astype(config.model.compute_dtype)
             row_gradients = table.push(row_gradients, requests)
+            row_norm = table.norm(row_gradients)
             with part("row_optimizer"):
-                row_norm = global_norm(row_gradients)
                 finite &= jnp.isfinite(row_norm)
                 row_gradients *= clip_factor(row_norm, self.spec.clip_norm)
             new_table = table.update(
