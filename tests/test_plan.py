@@ -15,8 +15,10 @@ from stem_jax.mesh import make_mesh
 from stem_jax.parts import STEP
 from stem_jax.planning import compiled
 from stem_jax.planning import plan as plans
+from stem_jax.planning.program import train_step_program
 from stem_jax.planning.report import as_json, as_text
 from stem_jax.planning.topology import KNOWN, Topology
+from stem_jax.tables.hops import Hop
 
 SMALL = {
     "model.num_layers": "2",
@@ -213,6 +215,22 @@ def test_a_plan_for_tpus(name, slices, tiny_config):
     between = found.collectives["all-reduce"].bytes_between_slices
     assert (between > 0) == (slices > 1)
     assert "fits" in as_text(found)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: no TPU compiler"
+)
+def test_slices_send_each_other_what_the_last_hop_has_room_for(tiny_config):
+    """Rows in bfloat16, their gradients as float32 sums, one number to ask for each."""
+    sizes = {"train.global_batch_size": 8, "mesh.data": 2, "mesh.fsdp": 4}
+    config = tiny_config(**sizes, **{"model.compute_dtype": "bfloat16"})
+    topology = Topology.parse("v5e:2x2", 2)
+    exchange = train_step_program(config, make_mesh(config.mesh, topology.devices())).exchange
+    assert exchange.hops == (Hop(4, 1), Hop(2, 4))
+    width = len(config.model.stem_layers) * config.model.ffn_dim
+    found = plans.make_plan(config, topology).collectives["all-to-all"]
+    assert found.bytes_between_slices == exchange.capacities[1] * (width * (2 + 4) + 4)
 
 
 @pytest.mark.long
