@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import os
 import re
 import secrets
 import shutil
@@ -69,11 +70,13 @@ def _remove_abandoned(target: Path) -> None:
 
     A folder that one of them had moved away to replace it comes back.
     """
-    name = re.escape(target.name)
-    pattern = re.compile(rf"(\.{name}\.[0-9a-f]{{8}}{re.escape(_PART)}){re.escape(_LOCK)}")
-    for path in target.parent.iterdir():
-        if (match := pattern.fullmatch(path.name)) is None:
+    start = f".{target.name}."
+    pattern = re.compile(rf"({re.escape(start)}[0-9a-f]{{8}}{re.escape(_PART)}){re.escape(_LOCK)}")
+    # Before each whole write all names of the folder are read, so that no more is done with most.
+    for name in os.listdir(target.parent):
+        if not name.startswith(start) or (match := pattern.fullmatch(name)) is None:
             continue
+        path = target.with_name(name)
         # Another user's stays; so does what this one may not remove.
         with contextlib.suppress(OSError):
             if (lock := Lock.take(path)) is None:

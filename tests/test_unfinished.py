@@ -1,5 +1,6 @@
 """Ctrl-C while something unfinished is removed: it is removed whole, and then it is interrupted."""
 
+import cProfile
 import signal
 
 import pytest
@@ -46,3 +47,12 @@ def test_a_handler_that_python_does_not_know_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(signal, "getsignal", lambda _: None)
     monkeypatch.setattr(signal, "signal", lambda *_: pytest.fail("was replaced"))
     write_whole(tmp_path / "file", "text")
+
+
+def test_a_write_does_little_with_the_names_beside_it(tmp_path):
+    """One comparison of each, seven calls with a path of each."""
+    for number in range(500):
+        (tmp_path / f"other-{number}").touch()
+    profile = cProfile.Profile()
+    profile.runcall(unfinished_module._remove_abandoned, tmp_path / "mine")
+    assert sum(entry.callcount for entry in profile.getstats()) < 2 * 500
