@@ -167,10 +167,10 @@ def _keys(kind: str, devices: int):
 
 @pytest.mark.parametrize("name", PLACES)
 def test_every_level_gives_the_same_bits(name, place, monkeypatch):
-    for name in ("_SMALLEST_BLOCK", "_SMALLEST_PAIR"):
-        monkeypatch.setattr(block_sizes, name, 1)
-    for name in ("_SPREAD", "_SPREAD_OF_PAIRS"):
-        monkeypatch.setattr(block_sizes, name, 0)
+    for least in ("_SMALLEST_BLOCK", "_SMALLEST_PAIR"):
+        monkeypatch.setattr(block_sizes, least, 1)
+    for spread in ("_SPREAD", "_SPREAD_OF_PAIRS"):
+        monkeypatch.setattr(block_sizes, spread, 0)
     mesh, axes = place(name)
     devices = axis_size(mesh, BATCH_AXES)
     for kind in ("zipf", "empty devices"):
