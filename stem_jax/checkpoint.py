@@ -28,7 +28,13 @@ from stem_jax.checkpoint_files import (
     check_format,
     write_list,
 )
-from stem_jax.checkpoint_tables import restored_table, saved_store, saved_table, table_targets
+from stem_jax.checkpoint_tables import (
+    copy_of_table,
+    room_for_table,
+    saved_store,
+    table_on_devices,
+    table_targets,
+)
 from stem_jax.config import Config
 from stem_jax.data.special_tokens import SpecialTokens
 from stem_jax.errors import InputError
@@ -198,7 +204,9 @@ class Checkpointer:
                 self._snapshot = store.snapshot()
                 items |= saved_store(store, self._snapshot)
             elif state.table is not None:
-                items |= saved_table(state.table)
+                # No snapshot to close: nobody writes to a copy, which is gone once it is on disk.
+                copied = copy_of_table(info.config, state.table)
+                items |= saved_store(copied, copied.snapshot())
             started = self._manager.save(
                 info.step, args=ocp.args.Composite(**items), metrics=metrics
             )
@@ -277,10 +285,11 @@ class Checkpointer:
             InputError: no such checkpoint, or a damaged one; a store then holds parts of it.
         """
         info = self.info(step)
+        passing = None if store else room_for_table(info.config, abstract.table)
         items = {
             "params": ocp.args.StandardRestore(abstract.params),
             "opt_state": ocp.args.StandardRestore(_plain(abstract.opt_state)),
-            **table_targets(abstract.table, store),
+            **table_targets(store or passing),
         }
         found = self._restore(step, items)
         treedef = jax.tree.structure(abstract.opt_state)
@@ -302,7 +311,7 @@ class Checkpointer:
             *counters,
             params=params,
             opt_state=opt_state,
-            table=None if store is not None or abstract.table is None else restored_table(found),
+            table=None if passing is None else table_on_devices(passing, abstract.table),
         )
 
     def restore_model(
@@ -313,14 +322,11 @@ class Checkpointer:
         With a store, the table is read into it as `restore` does, and returned as None.
         """
         info = self.info(step)
-        items = {
-            "params": ocp.args.StandardRestore(abstract.params),
-            **table_targets(abstract.table, store),
-        }
-        found = self._restore(step, items)
+        passing = None if store else room_for_table(info.config, abstract.table)
+        items = {"params": ocp.args.StandardRestore(abstract.params)}
+        found = self._restore(step, items | table_targets(store or passing))
         params = current_tree(found["params"], info.format, info.config.model)
-        in_state = store is None and abstract.table is not None
-        return params, restored_table(found) if in_state else None
+        return params, None if passing is None else table_on_devices(passing, abstract.table)
 
     def _list_files(self) -> None:
         """Called when all files of a step are written, before its folder gets its final name."""

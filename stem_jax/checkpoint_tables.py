@@ -1,27 +1,33 @@
-"""The table of a checkpoint: its items, from and to arrays on devices or a store on the host."""
+"""The table of a checkpoint: its items, from and to a store on the host or arrays on devices.
 
+Items are logical, so that nothing in them depends on the devices: arrays pass through a store.
+"""
+
+import dataclasses
 from typing import Any
 
 import orbax.checkpoint as ocp
 
+from stem_jax.config import Config
 from stem_jax.store_handler import StoreField, store_args
 from stem_jax.tables.host_store import HostStore
-from stem_jax.tables.spec import TableState
+from stem_jax.tables.spec import TableSpec, TableState
 from stem_jax.tables.store_snapshot import StoreSnapshot
 
-# Arrays of the table on disk are cut into values of this size, so that a part can be read alone.
-_CHUNK_BYTES = 2**24
+
+def copy_of_table(config: Config, table: TableState) -> HostStore:
+    """What this process saves of arrays; they may change as soon as this returns."""
+    return HostStore.copy_of(*_placed_as(config, table), vars(table))
 
 
-def saved_table(table: TableState) -> dict[str, Any]:
-    """The items of arrays."""
+def room_for_table(config: Config, table: TableState | None) -> HostStore | None:
+    """What the table of a checkpoint is read into on its way to arrays like these abstract ones."""
+    return None if table is None else HostStore.zeros(*_placed_as(config, table))
 
-    def chunked(item):
-        cut = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in item}
-        return ocp.args.PyTreeSave(item, save_args=cut)
 
-    slots = {"mu": table.mu, "nu": table.nu, "last_step": table.last_step}
-    return {"table_rows": chunked({"rows": table.rows}), "table_slots": chunked(slots)}
+def table_on_devices(store: HostStore, table: TableState) -> TableState:
+    """Arrays with the contents of a store, which is empty after that, placed as abstract ones."""
+    return TableState(**store.on_devices(table.rows.sharding.mesh))
 
 
 def saved_store(store: HostStore, snapshot: StoreSnapshot) -> dict[str, Any]:
@@ -33,24 +39,20 @@ def saved_store(store: HostStore, snapshot: StoreSnapshot) -> dict[str, Any]:
     }
 
 
-def table_targets(table: TableState | None, store: HostStore | None) -> dict[str, Any]:
-    """Where the items of the table are restored to: a store, arrays, or nowhere."""
-    if store is not None:
-        fields = {name: StoreField(store, name) for name in store.fields}
-        rows, slots = {"rows": fields.pop("rows")}, fields
-        items = {"table_rows": store_args(rows), "table_slots": store_args(slots)}
-        return items if slots else {"table_rows": items["table_rows"]}
-    if table is None:
+def table_targets(store: HostStore | None) -> dict[str, Any]:
+    """Where the items of the table are restored to: a store, or nowhere."""
+    if store is None:
         return {}
-
-    def arrays(item):
-        args = ocp.checkpoint_utils.construct_restore_args(item)
-        return ocp.args.PyTreeRestore(item, restore_args=args)
-
-    slots = {"mu": table.mu, "nu": table.nu, "last_step": table.last_step}
-    return {"table_rows": arrays({"rows": table.rows}), "table_slots": arrays(slots)}
+    fields = {name: StoreField(store, name) for name in store.fields}
+    rows, slots = {"rows": fields.pop("rows")}, fields
+    items = {"table_rows": store_args(rows), "table_slots": store_args(slots)}
+    return items if slots else {"table_rows": items["table_rows"]}
 
 
-def restored_table(found) -> TableState:
-    """The arrays of the items that were restored."""
-    return TableState(rows=found["table_rows"]["rows"], **found["table_slots"])
+def _placed_as(config: Config, table: TableState):
+    """The table of a configuration, on the devices that these arrays are meant for."""
+    sharding = table.last_step.sharding
+    axes = sharding.spec[0] or ()
+    axes = (axes,) if isinstance(axes, str) else tuple(axes)
+    spec = TableSpec.from_config(config)
+    return dataclasses.replace(spec, vocab_axes=axes, resident_rows=None), sharding.mesh

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from logical import logical_table
 
 from stem_jax.checkpoint import Checkpointer, CheckpointInfo
 from stem_jax.config import Config
@@ -187,7 +188,7 @@ def run(
     return Outcome(
         records=[json.loads(line) for line in lines],
         params={name: _local(array) for name, array in state.params.items()},
-        table=table_arrays(state.table) if store is None else store_arrays(store),
+        table=store_arrays(store) if store else logical_table(state.table),
     )
 
 
@@ -213,11 +214,6 @@ def _local(array: jax.Array) -> np.ndarray:
     """An array, or the first shard of it where another process has others."""
     whole = array if array.is_fully_addressable else array.addressable_data(0)
     return np.asarray(whole)
-
-
-def table_arrays(table: TableState) -> Arrays:
-    """The whole table with its slots."""
-    return {name: np.asarray(getattr(table, name)) for name in FIELDS}
 
 
 def store_arrays(store: HostStore) -> Arrays:

@@ -10,8 +10,9 @@ import time
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from logical import logical_table
 
-from stem_jax import checkpoint_tables, store_handler
+from stem_jax import store_handler
 from stem_jax.checkpoint import Checkpointer, CheckpointInfo
 from stem_jax.errors import InputError
 from stem_jax.tables import store_snapshot
@@ -150,7 +151,7 @@ def assert_holds(store: HostStore, whole: dict[str, np.ndarray]):
 
 
 def whole_arrays(table: TableState) -> dict[str, np.ndarray]:
-    return {name: np.asarray(getattr(table, name)) for name in FIELDS}
+    return logical_table(table)
 
 
 @pytest.fixture
@@ -173,7 +174,6 @@ def small_pieces(monkeypatch):
         (store_snapshot, "_CHUNK_BYTES", 2),
         (store_snapshot, "_PIECE_BYTES", 4),
         (store_handler, "_READ_BYTES", 4),
-        (checkpoint_tables, "_CHUNK_BYTES", 3),
     ):
         monkeypatch.setattr(module, name, rows * 2 * 48 * 4)
 

@@ -16,7 +16,7 @@ from stem_jax.mesh import axis_size
 from stem_jax.tables.layout import TableLayout
 from stem_jax.tables.lookup import close_rows, lookup, open_rows
 from stem_jax.tables.sharded_table import ShardedTable
-from stem_jax.tables.spec import TableSpec, TableState
+from stem_jax.tables.spec import TableSpec, TableState, stored
 from stem_jax.tables.update_history import make_history
 
 NUM_KEYS, PADDED, LAYERS, WIDTH = 88, 96, 2, 6
@@ -62,7 +62,9 @@ def _program(mesh, vocab_axes: tuple[str, ...], capacity: int, micro: int = MICR
     history = make_history(spec, np.zeros(1))
 
     @jax.jit
-    def run(state, keys_AxBxL, valid_AxBxL, cotangent_AxBxLxSxF):
+    def run(rows_VxSxF, keys_AxBxL, valid_AxBxL, cotangent_AxBxLxSxF):
+        rows = stored(rows_VxSxF)
+        state = TableState(rows, rows, rows, jnp.zeros(spec.num_rows, jnp.int32))
         requests = table.request(keys_AxBxL, valid_AxBxL)
         block_UxSxF = table.fetch(state, requests, jnp.float32, jnp.int32(0), history)
 
@@ -96,13 +98,12 @@ def _run(mesh, vocab_axes, capacity, keys, valid):
     cotangent = rng.normal(size=(*keys.shape, LAYERS, WIDTH)).astype(np.float32)
     # What the loss does not score has no gradient.
     cotangent *= valid[..., None, None]
-    state = TableState(rows, rows, rows, np.zeros(spec.num_rows, np.int32))
-    outputs = jax.device_get(run(state, keys, valid, cotangent))
+    outputs = jax.device_get(run(rows, keys, valid, cotangent))
     return spec, rows, cotangent, outputs
 
 
 def _owned_gradients(spec: TableSpec, mesh, requests, sums) -> np.ndarray:
-    """The owners' sums [owners * O, S, F] put into a table of rows [V_pad, S, F]."""
+    """The owners' sums [owners * O, S, F], put into a table of rows [V_pad, S, F]."""
     owners = axis_size(mesh, spec.vocab_axes)
     asked_PxO = requests.owned.reshape(owners, -1)
     real_PxO = asked_PxO < spec.num_rows

@@ -19,7 +19,7 @@ from stem_jax.tables.block_sizes import BlockSizes, choose_sizes, sizes_at
 from stem_jax.tables.hops import Hop, factors, owner_hops
 from stem_jax.tables.layout import TableLayout
 from stem_jax.tables.sharded_table import ShardedTable
-from stem_jax.tables.spec import TableSpec, TableState
+from stem_jax.tables.spec import TableSpec, TableState, stored
 from stem_jax.tables.update_history import make_history
 
 VECTORS, WIDTH, KEYS = 2, 6, 12
@@ -60,8 +60,9 @@ def _programs(name: str, mesh, axes, sizes: BlockSizes | None, capacity=None):
     table = ShardedTable(spec, mesh, KEYS, sizes)
     history = make_history(spec, np.zeros(1))
 
-    def run(rows, keys, valid, gradient, slots):
-        state = TableState(rows, rows, rows, jnp.zeros(len(rows), jnp.int32))
+    def run(rows_VxSxF, keys, valid, gradient, slots):
+        rows = stored(rows_VxSxF)
+        state = TableState(rows, rows, rows, jnp.zeros(rows.shape[1], jnp.int32))
         requests = table.request(keys, valid)
         requests = dataclasses.replace(requests, slots=slots)
         block = table.fetch(state, requests, jnp.float32, jnp.int32(0), history)
@@ -211,7 +212,7 @@ def test_the_norm_of_gradients_is_the_same_at_every_size(axes, device_mesh):
         lines = padded.reshape(8, owners * room, VECTORS, 48)
         found.append(
             [
-                float(norm(jax.device_put(g, NamedSharding(mesh, table.spec.row_spec))))
+                float(norm(jax.device_put(g, NamedSharding(mesh, table.spec.logical_spec))))
                 for g in lines
             ]
         )
@@ -294,7 +295,7 @@ def test_collectives_of_one_request_fetch_and_push(place):
     mesh, axes = place("three")
     table, *_ = _programs("three", mesh, axes, None)
     keys, valid = _keys("zipf", 8)
-    state = jax.tree.map(jnp.asarray, TableState(*[np.zeros((96, 2, 6), np.float32)] * 3,
+    state = jax.tree.map(jnp.asarray, TableState(*[np.zeros((2, 96, 6), np.float32)] * 3,
                                                  np.zeros(96, np.int32)))  # fmt: skip
     history = make_history(table.spec, np.zeros(1))
     requests = jax.eval_shape(table.request, keys, valid)

@@ -23,7 +23,7 @@ from stem_jax.model.cache import LayerCache
 from stem_jax.model.transformer import Inputs
 from stem_jax.sampling import Sampling
 from stem_jax.tables.row_source import NoRows, ResidentRows
-from stem_jax.tables.spec import TableSpec
+from stem_jax.tables.spec import TableSpec, logical
 from stem_jax.training.state import ModelDef, init_state
 
 CONTEXT = 48
@@ -108,7 +108,8 @@ def test_cached_logits_equal_the_training_forward(
     )
     rows = None
     if state.table is not None:
-        rows = np.asarray(state.table.rows)[spec.layout.row_numbers(tokens_BxL.reshape(-1))]
+        rows = logical(np.asarray(state.table.rows))
+        rows = rows[spec.layout.row_numbers(tokens_BxL.reshape(-1))]
 
     @jax.jit
     def train_forward(params, rows):
@@ -147,13 +148,14 @@ def test_cached_logits_equal_the_training_forward(
 def test_greedy_tokens_are_those_of_the_whole_forward(generator, bytes_config, bytes_state):
     config, state = bytes_config(), bytes_state()
     spec, model = TableSpec.from_config(config), ModelDef(config)
+    rows_VxSxF = logical(state.table.rows)
 
     @jax.jit
     def whole_forward(ids_BxL, inverse_BxL):
         ones, positions = jnp.ones_like(ids_BxL), jnp.arange(CONTEXT)[None]
         bound = model.bind(state.params)
         inputs = Inputs(ids_BxL, inverse_BxL, positions, ones)
-        return bound.logits(bound(inputs, state.table.rows)[0])
+        return bound.logits(bound(inputs, rows_VxSxF)[0])
 
     for prompt, completion in zip(PROMPTS, generator.complete(PROMPTS, 12, GREEDY)):
         ids = generator.encode(prompt)
@@ -192,7 +194,7 @@ def test_a_mesh_gives_the_tokens_of_one_device(generator, bytes_config, bytes_st
     shape = (2, 2, 2)
     state = bytes_state(shape)
     assert len(state.table.rows.sharding.device_set) == 8
-    assert state.table.rows.addressable_shards[0].data.shape[0] < state.table.rows.shape[0]
+    assert state.table.rows.addressable_shards[0].data.shape[1] < state.table.rows.shape[1]
     config, mesh = bytes_config(), device_mesh(shape)
     sharded = Generator(config, state.params, rows_of(config, state, mesh), BYTES, mesh)
     expected = [c.tokens for c in generator.complete(PROMPTS, 8, GREEDY)]

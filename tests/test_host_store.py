@@ -7,11 +7,12 @@ import hypothesis.strategies as st
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from stem_jax.errors import InputError
 from stem_jax.tables import host_store, store_snapshot
 from stem_jax.tables.host_store import FIELDS, HostStore
-from stem_jax.tables.spec import TableSpec, init_table
+from stem_jax.tables.spec import TableSpec, init_table, stored
 
 PLACES = [
     ((1, 1, 1), ("data", "fsdp")),
@@ -99,29 +100,29 @@ def test_fresh_rows_are_those_of_the_devices(
     for block in store.blocks:
         for shard in table.rows.addressable_shards:
             if shard.device in block.devices:
-                np.testing.assert_array_equal(block.arrays["rows"], shard.data)
+                np.testing.assert_array_equal(stored(block.arrays["rows"]), shard.data)
         assert not any(block.arrays[name].any() for name in ("mu", "nu", "last_step"))
-        assert [array.shape for array in block.arrays.values()] == [
-            table.rows.sharding.shard_shape(table.rows.shape)
-        ] * 3 + [(len(block.row_range),)]
+        vectors, rows, columns = table.rows.sharding.shard_shape(table.rows.shape)
+        shapes = [array.shape for array in block.arrays.values()]
+        assert shapes == [(rows, vectors, columns)] * 3 + [(rows,)]
 
 
 @pytest.mark.parametrize(("shape", "vocab_axes"), PLACES)
 def test_blocks_are_the_distinct_shards(table_spec, device_mesh, shape, vocab_axes):
     spec, mesh = table_spec(vocab_axes), device_mesh(shape)
-    table = init_table(spec, jax.random.key(0), mesh)
+    shape = (spec.num_rows, spec.num_layers, spec.width)
+    shards = NamedSharding(mesh, spec.logical_spec).devices_indices_map(shape)
     store = HostStore.allocate(spec, mesh)
     found = {
         device: (block.row_range, block.column_range)
         for block in store.blocks
         for device in block.devices
     }
-    for shard in table.rows.addressable_shards:
+    for device, index in shards.items():
         rows, _, columns = (
-            range(*part.indices(size))
-            for part, size in zip(shard.index, table.rows.shape, strict=True)
+            range(*part.indices(size)) for part, size in zip(index, shape, strict=True)
         )
-        assert found.pop(shard.device) == (rows, columns)
+        assert found.pop(device) == (rows, columns)
     assert not found
     # The shard number is the device's place along the axes that shard the rows.
     sizes = [mesh.shape[axis] for axis in vocab_axes]

@@ -34,7 +34,7 @@ def run_folder(tiny_config, device_mesh, tmp_path_factory):
         rows=state.table.rows + rng.normal(size=shape).astype(np.float32),
         mu=jnp.asarray(root * rng.uniform(-1, 1, shape), jnp.float32),
         nu=jnp.asarray(root**2, jnp.float32),
-        last_step=jnp.asarray(rng.integers(1, UPDATES + 1, shape[:1]), jnp.int32),
+        last_step=jnp.asarray(rng.integers(1, UPDATES + 1, shape[1]), jnp.int32),
     )
     params = {name: 3 * value for name, value in state.params.items()}
     counters = [jnp.int32(number) for number in (UPDATES, UPDATES, 0, 258)]
@@ -56,7 +56,7 @@ def test_offloaded_rows_give_the_same_tokens(run_folder, sampling, resident_rows
     resident, offloaded = load_run(run_folder), load_run(run_folder, resident_rows=resident_rows)
     # The device holds these rows and no more.
     served = offloaded.rows.serve(jnp.arange(5))
-    assert served.rows.shape[0] == resident_rows
+    assert served.rows.shape[1] == resident_rows
     assert _tokens(offloaded, sampling) == _tokens(resident, sampling)
     offloaded.rows.close()
 

@@ -20,7 +20,7 @@ from stem_jax.interop.names import (
     table_to_rows,
 )
 from stem_jax.model.transformer import Inputs
-from stem_jax.tables.spec import TableState
+from stem_jax.tables.spec import TableState, logical, stored
 from stem_jax.training.optimizer import make_optimizer
 from stem_jax.training.schedule import make_schedule, multiplier
 from stem_jax.training.state import ModelDef, TrainState
@@ -112,16 +112,16 @@ def _initial_state(step: TrainStep, name: str) -> TrainState:
     opt_state = make_optimizer(step.config.optimizer).init(params)
     state = TrainState(zero, zero, zero, zero, params, opt_state, None)
     if table is not None:
-        rows = table_to_rows(table, step.spec.layout)
+        rows = stored(table_to_rows(table, step.spec.layout))
         empty = np.zeros_like(rows)
-        slots = TableState(rows, empty, empty, np.zeros(len(rows), np.int32))
+        slots = TableState(rows, empty, empty, np.zeros(rows.shape[1], np.int32))
         state = dataclasses.replace(state, table=slots)
     return jax.device_put(state, step.shardings)
 
 
 def _official(step: TrainStep, params, rows, name: str) -> dict[str, np.ndarray]:
     """Our arrays under the official names, with the prefix that the stored ones have."""
-    table = None if rows is None else rows_to_table(np.asarray(rows), step.spec.layout)
+    table = None if rows is None else rows_to_table(logical(np.asarray(rows)), step.spec.layout)
     prefix = STEM_PREFIX if step.config.model.stem_layers else ""
     return params_to_official(jax.device_get(params), table, step.config.model, prefix)
 

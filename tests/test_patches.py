@@ -26,7 +26,7 @@ from stem_jax.loading import LoadedRun
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.offloaded_rows import OffloadedRows
 from stem_jax.tables.row_source import ResidentRows
-from stem_jax.tables.spec import TableSpec
+from stem_jax.tables.spec import TableSpec, logical, stored
 from stem_jax.training.state import ModelDef, init_state
 
 BYTES = load_tokenizer("bytes")
@@ -46,7 +46,8 @@ def make_run(tiny_config, device_mesh, offloaded=False) -> LoadedRun:
         store = HostStore.allocate(TableSpec.from_config(config), mesh)
         blocks = []
         for block in store.blocks:
-            block.arrays["rows"][:] = np.asarray(whole)[: len(block.arrays["rows"])]
+            rows = logical(np.asarray(whole))
+            block.arrays["rows"][:] = rows[: len(block.arrays["rows"])]
             arrays = {"rows": block.arrays["rows"]}
             blocks.append(dataclasses.replace(block, arrays=arrays))
         store = HostStore(store.spec, tuple(blocks))
@@ -84,7 +85,7 @@ def test_an_edited_run_is_the_run_of_an_edited_table(loaded):
     np.testing.assert_array_equal(all_rows(laid), expected)
     spec = loaded.rows.spec
     table = np.asarray(loaded.rows.rows).copy()
-    table[spec.layout.row_numbers(np.arange(258))] = expected
+    table[:, spec.layout.row_numbers(np.arange(258))] = stored(expected)
     really = dataclasses.replace(loaded, rows=ResidentRows(jnp.asarray(table), spec, loaded.mesh))
     for prompt in ("the cab", "xyz", "zzz abc"):
         np.testing.assert_array_equal(probabilities(laid, prompt), probabilities(really, prompt))

@@ -15,7 +15,7 @@ from stem_jax.run_checks import check_first_start
 from stem_jax.tables.coast_groups import GROUP_EDGES, group_edges, num_terms
 from stem_jax.tables.layout import TableLayout
 from stem_jax.tables.row_optimizer import RowBlock, RowOptimizer, catch_up
-from stem_jax.tables.spec import TableSpec, TableState
+from stem_jax.tables.spec import TableSpec, TableState, logical, stored
 from stem_jax.tables.update_history import make_history
 
 ROWS, LAYERS, WIDTH, STEPS, TOKENS = 256, 1, 16, 600, 48
@@ -76,16 +76,16 @@ def whole_table(spec: TableSpec, edges=None) -> np.ndarray:
     @jax.jit
     def run(start):
         zeros = jnp.zeros_like(start)
-        state = TableState(start, zeros, zeros, jnp.zeros(ROWS, jnp.int32))
+        state = TableState(start, zeros, zeros, jnp.zeros(start.shape[1], jnp.int32))
 
         def one(state, piece):
             step, rows_O, gradient = piece
-            return optimizer.update(state, rows_O, gradient, step, True, history), None
+            return optimizer.update(state, rows_O, stored(gradient), step, True, history), None
 
         state, _ = jax.lax.scan(one, state, (jnp.arange(STEPS), rows, gradients))
         return optimizer.read(state, jnp.arange(ROWS), jnp.int32(STEPS), history).rows
 
-    return np.asarray(run(start))
+    return np.asarray(logical(run(stored(start))))
 
 
 @pytest.mark.parametrize("epsilon", [1e-8, pytest.param(1e-3, marks=pytest.mark.long)])
@@ -214,7 +214,7 @@ def test_betas_with_which_rows_coast_for_too_long_are_refused_at_the_first_start
 def test_never_touched_rows_only_decay():
     spec = make_spec()
     history = make_history(spec, warmup_cosine(1001))
-    rows = jnp.full((2, 1, 4), 0.5)
+    rows = jnp.full((1, 2, 4), 0.5)
     zeros = jnp.zeros_like(rows)
     found = catch_up(
         spec, RowBlock(rows, zeros, zeros), jnp.zeros(2, jnp.int32), jnp.int32(1000), history
@@ -228,19 +228,19 @@ def test_padding_and_skipped_updates_change_nothing(optimizer):
     spec = make_spec(optimizer=optimizer)
     history = jax.tree.map(jnp.asarray, make_history(spec, warmup_cosine(20, warmup=1)))
     rng = np.random.default_rng(0)
-    rows, mu = rng.normal(size=(2, ROWS, LAYERS, WIDTH)).astype(np.float32)
+    rows, mu = rng.normal(size=(2, LAYERS, ROWS, WIDTH)).astype(np.float32)
     state = TableState(rows, mu, mu**2, np.full(ROWS, 3, np.int32))
     state = jax.tree.map(jnp.asarray, state)
     asked = jnp.array([5, 9, ROWS, ROWS], jnp.int32)
-    gradient = jnp.full((4, LAYERS, WIDTH), jnp.nan)
+    gradient = jnp.full((LAYERS, 4, WIDTH), jnp.nan)
     update = RowOptimizer(spec).update
     kept = update(state, asked, gradient, jnp.int32(7), jnp.bool_(False), history)
     for before, after in zip(jax.tree.leaves(state), jax.tree.leaves(kept), strict=True):
         np.testing.assert_array_equal(before, after)
-    gradient = jnp.where((asked < ROWS)[:, None, None], 0.1, gradient)
+    gradient = jnp.where((asked < ROWS)[:, None], 0.1, gradient)
     moved = update(state, asked, gradient, jnp.int32(7), jnp.bool_(True), history)
     assert np.isfinite(moved.rows).all()
-    changed = np.flatnonzero((np.asarray(moved.rows) != rows).any(axis=(1, 2)))
+    changed = np.flatnonzero((np.asarray(moved.rows) != rows).any(axis=(0, 2)))
     assert changed.tolist() == ([5, 9] if optimizer != "dense_adamw" else list(range(ROWS)))
     assert np.flatnonzero(np.asarray(moved.last_step) != 3).tolist() == [5, 9]
 

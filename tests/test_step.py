@@ -91,7 +91,7 @@ def test_the_shards_are_what_the_table_of_axes_says(runs):
         for name, shape in expected.items():
             assert parameters[name].addressable_shards[0].data.shape == shape, name
     for array in (state.table.rows, state.table.mu, state.table.nu):
-        assert array.addressable_shards[0].data.shape == (96 // 4, 2, 48 // 2)
+        assert array.addressable_shards[0].data.shape == (2, 96 // 4, 48 // 2)
     assert state.table.last_step.addressable_shards[0].data.shape == (96 // 4,)
 
 
@@ -171,7 +171,7 @@ def test_a_bad_batch_changes_nothing(where, train_step, fresh_state, make_batch)
         state = dataclasses.replace(state, params=params)
     else:
         row = step.spec.layout.row_numbers(np.asarray(batch.tokens)[0, 0, 0])
-        rows = state.table.rows.at[row].set(jnp.inf)
+        rows = state.table.rows.at[:, row].set(jnp.inf)
         state = dataclasses.replace(state, table=dataclasses.replace(state.table, rows=rows))
     state = jax.device_put(state, step.shardings)
     before = jax.device_get(state)

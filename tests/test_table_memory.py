@@ -74,13 +74,18 @@ def test_dense_adamw_does_hold_a_second_one():
     assert program.memory_analysis().temp_size_in_bytes >= step.state.rows.nbytes
 
 
-def _held_on_a_tpu(tiny_config, change=lambda step: None):
+def _held_on_a_tpu(tiny_config, change=lambda step: None, layers=(0, 1)):
     """What a TPU's step holds beside its arguments, and what it updates in place, in tables.
 
     Rows of 512 MiB: a buffer of a table that fits into the chip's scratchpad (128 MiB) is put
     there, where no figure of the compiler's shows it.
     """
-    sizes = {"vocab_size": 65536, "stem_layers": (0, 1), "num_layers": 2, "ffn_dim": 1024}
+    sizes = {
+        "vocab_size": 65536,
+        "stem_layers": layers,
+        "num_layers": 2,
+        "ffn_dim": 2048 // len(layers),
+    }
     sizes |= {"embed_dim": 128, "num_heads": 2, "num_kv_heads": 1, "head_dim": 64}
     config = tiny_config(
         **{f"model.{name}": value for name, value in sizes.items()},
@@ -121,8 +126,10 @@ needs_libtpu = pytest.mark.skipif(
 
 
 @needs_libtpu
-def test_no_second_buffer_of_the_table_on_a_tpu(tiny_config):
-    beside, in_place = _held_on_a_tpu(tiny_config)
+@pytest.mark.parametrize("layers", [(0, 1), (1,)], ids=["two vectors", "one vector"])
+def test_no_second_buffer_of_the_table_on_a_tpu(tiny_config, layers):
+    """Whatever S is: neither another layout to gather from, nor one to scatter into."""
+    beside, in_place = _held_on_a_tpu(tiny_config, layers=layers)
     assert beside < 0.5 and in_place >= 3
 
 

@@ -27,6 +27,7 @@ from stem_jax.interop.imports import LazyParams
 from stem_jax.interop.names import rows_to_table
 from stem_jax.knowledge.up_means import UpMeans
 from stem_jax.mesh import make_mesh, replicated
+from stem_jax.tables.spec import logical, stored
 from stem_jax.training.evaluation import Validation
 from stem_jax.training.schedule import Schedule, make_schedule
 from stem_jax.training.state import Params, TrainState, init_state
@@ -112,8 +113,8 @@ def convert(
         if calibration.steps:
             state = _train_tables(programs, state, schedule, text)
             trained = text.loss(programs, state, schedule)
-    rows_RxSxF = np.asarray(programs.caught_up_rows(state, schedule))
-    table_VxSxF = rows_to_table(rows_RxSxF, programs.spec.layout)
+    rows_SxRxF = np.asarray(programs.caught_up_rows(state, schedule))
+    table_VxSxF = rows_to_table(logical(rows_SxRxF), programs.spec.layout)
     found = dataclasses.replace(
         imported,
         model={**imported.model, "stem_layers": layers},
@@ -181,7 +182,7 @@ def _first_state(programs: TrainStep, params: Params, means: UpMeans) -> TrainSt
         for first in range(0, spec.layout.num_keys, size):
             ids = np.arange(first, min(first + size, spec.layout.num_keys))
             rows[spec.layout.row_numbers(ids), index] = means.rows(index, ids)
-    placed = jax.device_put(rows, programs.shardings.table.rows)
+    placed = jax.device_put(stored(rows), programs.shardings.table.rows)
     kept = {name: params[name] for name in programs.model.shapes()}
     return init_state(programs.config, programs.model, programs.mesh, kept, placed)
 

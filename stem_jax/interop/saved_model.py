@@ -21,7 +21,7 @@ from stem_jax.knowledge.patch import Patch, PatchStack
 from stem_jax.loading import checkpoint_fingerprint, open_checkpoint
 from stem_jax.older_formats import current_array
 from stem_jax.tables.row_optimizer import RowOptimizer
-from stem_jax.tables.spec import TableSpec, TableState
+from stem_jax.tables.spec import TableSpec, TableState, logical, stored
 from stem_jax.training.schedule import make_schedule
 
 # Of rows that are read at a time; with both moments there are three arrays of this size.
@@ -90,32 +90,32 @@ class SavedModel:
         )
 
     def _rows(
-        self, part: slice, columns: slice, catch_up: Callable[[TableState], jax.Array] | None
+        self, part: slice, columns: slice, catch_up: Callable[[dict], jax.Array] | None
     ) -> Iterator[tuple[slice, np.ndarray]]:
         """Places in the part, from 0, and their rows."""
         wanted = (part, slice(None), columns)
-        stored = self._read("table_rows", "rows", wanted)
+        rows = self._read("table_rows", "rows", wanted)
         if catch_up is None:
-            yield slice(0, len(stored)), stored
+            yield slice(0, len(rows)), rows
             return
-        slots = {name: self._read("table_slots", name, wanted) for name in ("mu", "nu")}
-        slots["last_step"] = self._read("table_slots", "last_step", part)
-        size = max(1, _SLICE_BYTES // stored[0].nbytes)
-        for first in range(0, len(stored), size):
+        fields = {name: self._read("table_slots", name, wanted) for name in ("mu", "nu")}
+        fields |= {"rows": rows, "last_step": self._read("table_slots", "last_step", part)}
+        size = max(1, _SLICE_BYTES // rows[0].nbytes)
+        for first in range(0, len(rows), size):
             places = slice(first, first + size)
-            state = TableState(
-                rows=stored[places], **{name: slot[places] for name, slot in slots.items()}
-            )
-            yield places, np.asarray(catch_up(state))
+            piece = {name: field[places] for name, field in fields.items()}
+            yield places, np.asarray(catch_up(piece))
 
-    def _catch_up(self, spec: TableSpec) -> Callable[[TableState], jax.Array]:
-        """Rows of some row numbers as the next step would see them."""
+    def _catch_up(self, spec: TableSpec) -> Callable[[dict], jax.Array]:
+        """Rows as the next step would see them, of a table's fields for some of them."""
         updates, optimizer = self.info.updates, RowOptimizer(spec)
         history = make_schedule(self.config, updates + 1, endless=self.info.endless).table
 
         @jax.jit
-        def catch_up(state: TableState) -> jax.Array:
-            return optimizer.read(state, jnp.arange(len(state.rows)), updates, history).rows
+        def catch_up(piece: dict) -> jax.Array:
+            state = TableState(**{name: stored(field) for name, field in piece.items()})
+            places = jnp.arange(len(state.last_step))
+            return logical(optimizer.read(state, places, updates, history).rows)
 
         return catch_up
 

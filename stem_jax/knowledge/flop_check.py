@@ -127,8 +127,8 @@ def _generation(config: Config, programs: Sequence[str]) -> list[FlopCheck]:
     spec = TableSpec.from_config(config)
     rows = NoRows()
     if spec.num_layers:
-        shape = (spec.num_rows, spec.num_layers, spec.width)
-        rows = ResidentRows(jax.ShapeDtypeStruct(shape, jnp.float32), spec, None)
+        stored = jax.ShapeDtypeStruct((spec.num_layers, spec.num_rows, spec.width), jnp.float32)
+        rows = ResidentRows(stored, spec, None)
     params = ModelDef(config).shapes()
     generator = Generator(config, params, rows, None)
     tokens_1xL = jax.ShapeDtypeStruct((1, length), jnp.int32)

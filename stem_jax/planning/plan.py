@@ -165,12 +165,12 @@ def _table_bytes(config: Config, mesh: Mesh, program: Program) -> TableBytes | N
     if not spec.num_layers:
         return None
     rows, *slots = (array.device_bytes(mesh) for array in spec.placed())
-    row = spec.num_layers * spec.width // mesh.shape["tensor"]
+    row = spec.row_size // mesh.shape["tensor"]
     row *= 2 if config.model.compute_dtype == "bfloat16" else 4
     exchange = program.exchange
     if exchange is None:
         return TableBytes(rows, sum(slots), 0, 0, 0, 0)
-    vectors = 4 * spec.num_rows * spec.num_layers * spec.width
+    vectors = 4 * spec.num_rows * spec.row_size
     return TableBytes(
         host=3 * vectors + 4 * spec.num_rows if spec.offloaded else 0,
         rows=rows,

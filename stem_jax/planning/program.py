@@ -106,7 +106,7 @@ def naive_lookup_program(config: Config, mesh: Mesh) -> Program:
     dtype = config.model.compute_dtype
     tokens_spec = batch_sharding(mesh)
     rows_spec = NamedSharding(mesh, PartitionSpec(BATCH_AXES, None, None, "tensor"))
-    table_spec = NamedSharding(mesh, spec.row_spec)
+    table_spec = NamedSharding(mesh, spec.logical_spec)
 
     def loss(table_VxSxF, ids_BxL, scale_BxL):
         rows_BxLxSxF = table_VxSxF.astype(dtype)[ids_BxL]

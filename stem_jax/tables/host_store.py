@@ -1,4 +1,4 @@
-"""A table in host memory: this process's shards, with room for every row of each.
+"""A table in host memory, logical: this process's shards, with room for every row of each.
 
 The device holds some rows, the store all of them; the copy here of a row that is on the device is
 stale until it is written back. A checkpoint is then the store alone, once all rows are back.
@@ -26,7 +26,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from stem_jax.errors import InputError
 from stem_jax.tables.host_memory import available_host_bytes, check_host_memory
-from stem_jax.tables.spec import TableSpec, initial_rows
+from stem_jax.tables.spec import TableSpec, initial_rows, logical, stored, table_shardings
 from stem_jax.tables.store_snapshot import StoreSnapshot, kept_bytes
 
 FIELDS = ("rows", "mu", "nu", "last_step")
@@ -34,6 +34,8 @@ FIELDS = ("rows", "mu", "nu", "last_step")
 _PIECE_BYTES = 2**25
 
 Arrays = dict[str, np.ndarray]
+# Of one shard or of all: the fields of a `TableState`, or some of them.
+DeviceArrays = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,6 +92,11 @@ class HostStore:
         """
         needed = cls.peak_bytes(spec, mesh) if slots else cls.needed_bytes(spec, mesh, slots=False)
         check_host_memory(needed, available_host_bytes())
+        return cls.zeros(spec, mesh, slots=slots)
+
+    @classmethod
+    def zeros(cls, spec: TableSpec, mesh: Mesh, *, slots: bool = True) -> "HostStore":
+        """What `allocate` gives, unchecked: for a table that only passes on its way to devices."""
         blocks = [
             dataclasses.replace(
                 block,
@@ -101,6 +108,23 @@ class HostStore:
             for block in _local_blocks(spec, mesh)
         ]
         return cls(spec, tuple(blocks))
+
+    @classmethod
+    def copy_of(cls, spec: TableSpec, mesh: Mesh, table: DeviceArrays) -> "HostStore":
+        """A copy of a table of resident rows: of what this process saves, zeros elsewhere."""
+        store = cls.zeros(spec, mesh)
+        saved = [
+            {name: shards_on(table, block.devices[0])[name] for name in block.saves}
+            for block in store.blocks
+        ]
+        for array in (array for shards in saved for array in shards.values()):
+            array.copy_to_host_async()
+        for block, shards in zip(store.blocks, saved, strict=True):
+            for name, array in shards.items():
+                # On CPUs that may be the device's own memory, which the next step writes to.
+                array = np.array(array, copy=_is_cpu(mesh) or None)
+                block.arrays[name] = logical(array)
+        return store
 
     @classmethod
     def create(
@@ -150,6 +174,20 @@ class HostStore:
         """Bytes of a store with slots while it is saved and goes on changing."""
         needed = cls.needed_bytes(spec, mesh)
         return needed + kept_bytes(needed)
+
+    def on_devices(self, mesh: Mesh) -> DeviceArrays:
+        """The whole table on the devices, field by field; the store is empty after that."""
+        shardings, found = vars(table_shardings(self.spec, mesh)), {}
+        for name in self.fields:
+            shards = []
+            for block in self.blocks:
+                array = np.ascontiguousarray(stored(block.arrays.pop(name)))
+                shards += [jax.device_put(array, device) for device in block.devices]
+            shape = field_shape(self.spec, name)
+            # The two forms of a shape, as of an array.
+            shape = (shape[1], shape[0], shape[2]) if len(shape) > 1 else shape
+            found[name] = jax.make_array_from_single_device_arrays(shape, shardings[name], shards)
+        return found
 
     @property
     def num_bytes(self) -> int:
@@ -233,6 +271,14 @@ def field_shape(spec: TableSpec, name: str) -> tuple[int, ...]:
     return shape[:1] if name == "last_step" else shape
 
 
+def shards_on(arrays: DeviceArrays, device: jax.Device) -> DeviceArrays:
+    """The shard of each array that a device of this process has."""
+    return {
+        name: next(shard.data for shard in array.addressable_shards if shard.device == device)
+        for name, array in arrays.items()
+    }
+
+
 def field_dtype(name: str) -> np.dtype:
     """Dtype of a field."""
     return np.dtype(np.int32 if name == "last_step" else np.float32)
@@ -250,7 +296,7 @@ def _block_shape(spec: TableSpec, block: HostBlock, name: str) -> tuple[int, ...
 def _local_blocks(spec: TableSpec, mesh: Mesh) -> list[HostBlock]:
     """The distinct shards on this process's devices, without memory."""
     shape = field_shape(spec, "rows")
-    sharding = NamedSharding(mesh, spec.row_spec)
+    sharding = NamedSharding(mesh, spec.logical_spec)
     holders: dict[tuple[range, range], list[jax.Device]] = {}
     for device, index in sharding.devices_indices_map(shape).items():
         rows, _, columns = (
@@ -272,6 +318,10 @@ def _local_blocks(spec: TableSpec, mesh: Mesh) -> list[HostBlock]:
         shard = rows.start // len(rows)
         blocks.append(HostBlock(len(blocks), shard, rows, columns, local, frozenset(saves), {}))
     return blocks
+
+
+def _is_cpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"
 
 
 def _cpu_device() -> jax.Device:

@@ -1,7 +1,6 @@
 """Rows of an offloaded table for forward passes without gradients: generation and evaluation."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from stem_jax.tables.asked_rows import AskedRows
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.prefetch import Prefetch
 from stem_jax.tables.row_optimizer import RowOptimizer
-from stem_jax.tables.spec import TableState
+from stem_jax.tables.spec import TableState, logical, stored
 from stem_jax.tables.update_history import UpdateHistory
 
 # Rows that catch up at a time, as in `ShardedTable.caught_up_rows`.
@@ -28,8 +27,8 @@ _FEW_KEYS = 64
 class SlotRows:
     """Rows that lie in slots, as a compiled program reads them.
 
-    rows: [R, S, F] float32. slots: [U] int32 of the distinct keys. inverse: index of each key's row
-    among them, int32 of the shape of the keys.
+    rows: stored, [S, R, F] float32. slots: [U] int32 of the distinct keys. inverse: index of each
+    key's row among them, int32 of the shape of the keys.
     """
 
     rows: jax.Array
@@ -38,7 +37,8 @@ class SlotRows:
 
     def block(self, keys_BxL: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
         """See `row_source.RowBlock`."""
-        return self.rows[self.slots].astype(dtype), self.inverse.reshape(keys_BxL.shape)
+        rows_UxSxF = logical(self.rows[:, self.slots])
+        return rows_UxSxF.astype(dtype), self.inverse.reshape(keys_BxL.shape)
 
 
 class OffloadedRows:
@@ -93,7 +93,14 @@ def caught_up_store(store: HostStore, step: int, history: UpdateHistory) -> Host
 
     The store that is given must not be used any more: it shares its rows with the new one.
     """
-    read = jax.jit(functools.partial(RowOptimizer(store.spec).read, step=step, history=history))
+    optimizer = RowOptimizer(store.spec)
+
+    @jax.jit
+    def caught_up(piece):
+        state = TableState(**{name: stored(field) for name, field in piece.items()})
+        places = jnp.arange(len(state.last_step))
+        return logical(optimizer.read(state, places, step, history).rows)
+
     blocks = []
     for block in store.blocks:
         rows = block.arrays["rows"]
@@ -101,7 +108,6 @@ def caught_up_store(store: HostStore, step: int, history: UpdateHistory) -> Host
         # The last piece is shorter, not an overlap: a row must not catch up twice.
         for first in range(0, len(rows), size):
             piece = {name: array[first : first + size] for name, array in block.arrays.items()}
-            state = TableState(**{name: jnp.asarray(array) for name, array in piece.items()})
-            rows[first : first + size] = read(state, jnp.arange(len(piece["rows"]))).rows
+            rows[first : first + size] = caught_up(piece)
         blocks.append(dataclasses.replace(block, arrays={"rows": rows}))
     return HostStore(store.spec, tuple(blocks))

@@ -25,16 +25,21 @@ from jax.sharding import Mesh, NamedSharding
 from stem_jax.errors import InputError
 from stem_jax.mesh import axis_size
 from stem_jax.tables.asked_rows import AskedRows
-from stem_jax.tables.host_store import Arrays, HostBlock, HostStore, field_dtype
+from stem_jax.tables.host_store import (
+    Arrays,
+    DeviceArrays,
+    HostBlock,
+    HostStore,
+    field_dtype,
+    shards_on,
+)
 from stem_jax.tables.row_slots import Move, RowSlots
-from stem_jax.tables.spec import TableSpec
+from stem_jax.tables.spec import TableSpec, logical, stored, table_shardings
 
 # Bytes that one thread copies at a time, and that filling and writing back whole shards take.
 _PIECE_BYTES = 2**25
 _MAX_THREADS = 8
 _POLL_SECONDS = 5e-4
-
-DeviceArrays = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(eq=False)
@@ -56,8 +61,9 @@ class Ticket:
 class Prefetch:
     """Moves rows between a store and the slots on the devices of this process.
 
-    The device side is a dictionary of the store's fields, each [R, ...] with the table's sharding;
-    `apply` takes it and gives back its successor. Close it, or use it as a context: it has threads.
+    The device side is a dictionary of the store's fields as a `TableState` has them, with R rows;
+    `apply` takes it and gives back its successor. What travels is logical. Close it, or use it as a
+    context: it has threads.
     """
 
     def __init__(
@@ -100,11 +106,14 @@ class Prefetch:
         self._copiers = ThreadPoolExecutor(copiers, "rows-copy")
         self._stagers = ThreadPoolExecutor(max(1, ahead), "rows-stage")
         self._returners = ThreadPoolExecutor(1, "rows-return")
-        shardings = {name: self._sharding(name) for name in store.fields}
-        self._read_slots = jax.jit(self._read, out_shardings=shardings)
-        self._write_slots = jax.jit(self._write, donate_argnums=0, out_shardings=shardings)
-        self._no_rows = jax.jit(self._empty, out_shardings=shardings)
-        self._cut = jax.jit(jax.lax.dynamic_slice_in_dim, static_argnames="slice_size")
+        of_table = vars(table_shardings(self.spec, mesh))
+        held = {name: of_table[name] for name in store.fields}
+        moving = {name: self._sharding(name) for name in store.fields}
+        self._specs = jax.tree.map(lambda place: place.spec, (held, moving))
+        self._read_slots = jax.jit(self._read, out_shardings=moving)
+        self._write_slots = jax.jit(self._write, donate_argnums=0, out_shardings=held)
+        self._no_rows = jax.jit(self._empty, out_shardings=held)
+        self._cut = jax.jit(_cut, static_argnames="size")
 
     def __enter__(self) -> "Prefetch":
         return self
@@ -225,12 +234,12 @@ class Prefetch:
             self._returning.popleft().result()
         size = self._piece_rows
         for block in self.store.blocks:
-            shards = _on_device(arrays, block.devices[0])
+            shards = shards_on(arrays, block.devices[0])
             held = self._held[block.shard]
             for first in range(0, len(held), size):
                 first = min(first, len(held) - size)
                 piece = {
-                    name: np.asarray(self._cut(shard, first, slice_size=size))
+                    name: np.asarray(self._cut(shard, first, size=size))
                     for name, shard in shards.items()
                 }
                 self.store.write(block, held[first : first + size], piece)
@@ -312,7 +321,7 @@ class Prefetch:
         try:
             for block in self.store.blocks:
                 evicted = ticket.move.assignments[block.shard].evicted
-                shards = _on_device(left, block.devices[0])
+                shards = shards_on(left, block.devices[0])
                 self.store.write(block, evicted, {n: np.asarray(a) for n, a in shards.items()})
         except BaseException as error:
             ticket.returned.set_exception(error)
@@ -323,41 +332,44 @@ class Prefetch:
     def _read(self, arrays: DeviceArrays, places):
         def local(arrays, places_M):
             inside_M = jnp.minimum(places_M, self._slots_per_owner - 1)
-            return {name: array[inside_M] for name, array in arrays.items()}
-
-        return self._sharded(local, 1)(arrays, places)
-
-    def _write(self, arrays: DeviceArrays, staged: DeviceArrays, places):
-        def local(arrays, staged, places_M):
             return {
-                name: array.at[places_M].set(staged[name], mode="drop", unique_indices=True)
+                name: logical(array[inside_M] if array.ndim == 1 else array[:, inside_M])
                 for name, array in arrays.items()
             }
 
-        return self._sharded(local, 2)(arrays, staged, places)
+        held, moving = self._specs
+        return self._sharded(local, (held,), moving)(arrays, places)
 
-    def _sharded(self, function, trees: int):
-        """A function of `trees` dictionaries of fields and of places, on every device."""
-        specs = {name: self._sharding(name).spec for name in self.store.fields}
+    def _write(self, arrays: DeviceArrays, staged: DeviceArrays, places):
+        def local(arrays, staged, places_M):
+            def write(array, rows):
+                place = array.at[places_M] if array.ndim == 1 else array.at[:, places_M]
+                return place.set(stored(rows), mode="drop", unique_indices=True)
+
+            return {name: write(array, staged[name]) for name, array in arrays.items()}
+
+        held, moving = self._specs
+        return self._sharded(local, (held, moving), held)(arrays, staged, places)
+
+    def _sharded(self, function, in_specs, out_specs):
+        """A function of fields and of places, on every device."""
         return jax.shard_map(
             function,
             mesh=self._mesh,
-            in_specs=(*(specs,) * trees, self.spec.index_spec),
-            out_specs=specs,
+            in_specs=(*in_specs, self.spec.index_spec),
+            out_specs=out_specs,
             check_vma=False,
         )
 
     def _empty(self) -> DeviceArrays:
-        return {
-            name: jnp.zeros(self._shape(name, self.spec.num_slots), field_dtype(name))
-            for name in self.store.fields
-        }
+        shapes = {name: self._shape(name, self.spec.num_slots) for name in self.store.fields}
+        return {name: stored(jnp.zeros(shape, field_dtype(name))) for name, shape in shapes.items()}
 
     def _shape(self, name: str, rows: int) -> tuple[int, ...]:
         return (rows,) if name == "last_step" else (rows, self.spec.num_layers, self.spec.width)
 
     def _sharding(self, name: str) -> NamedSharding:
-        spec = self.spec.index_spec if name == "last_step" else self.spec.row_spec
+        spec = self.spec.index_spec if name == "last_step" else self.spec.logical_spec
         return NamedSharding(self._mesh, spec)
 
     def _per_owner(self, numbers_PxN: np.ndarray) -> jax.Array:
@@ -372,9 +384,6 @@ def _nbytes(arrays: Arrays) -> int:
     return sum(array.nbytes for array in arrays.values())
 
 
-def _on_device(arrays: DeviceArrays, device: jax.Device) -> DeviceArrays:
-    """The shard of each array that a device of this process has."""
-    return {
-        name: next(shard.data for shard in array.addressable_shards if shard.device == device)
-        for name, array in arrays.items()
-    }
+def _cut(field: jax.Array, first, size: int) -> jax.Array:
+    """Rows of a field, logical."""
+    return logical(jax.lax.dynamic_slice_in_dim(field, first, size, axis=min(1, field.ndim - 1)))

@@ -37,7 +37,7 @@ from stem_jax.tables.update_history import UpdateHistory
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowBlock:
-    """Rows [O, S, F] with their slot variables, all float32, as of one update."""
+    """Rows [S, O, F] with their slot variables, all float32, as of one update."""
 
     rows: jax.Array
     mu: jax.Array
@@ -72,7 +72,7 @@ def catch_up(
     """Brings rows from their last update to `step` completed updates, without gradients.
 
     Args:
-        block: rows [O, S, F] as of `last_step_O`.
+        block: rows [S, O, F] as of `last_step_O`.
         last_step_O: int32, the last update of each row; 0 for a row that never had one.
         step: scalar int32, completed updates.
         edges: first terms of the groups; None: `group_edges` of the betas. `range(1, n)` gives
@@ -97,7 +97,7 @@ def catch_up(
     over_a_OxJ *= (spec.beta1 / math.sqrt(spec.beta2)) ** j
 
     def spread(numbers_O):
-        return numbers_O[:, None, None]
+        return numbers_O[:, None]
 
     root = jnp.sqrt(block.nu)
     moved = jnp.zeros_like(block.rows)
@@ -136,19 +136,19 @@ class RowOptimizer:
         """Rows as the next forward sees them, after `step` completed updates."""
         # Padding reads the last row.
         rows_O = jnp.minimum(rows_O, state.last_step.shape[0] - 1)
-        block = RowBlock(state.rows[rows_O], state.mu[rows_O], state.nu[rows_O])
+        block = RowBlock(state.rows[:, rows_O], state.mu[:, rows_O], state.nu[:, rows_O])
         if self.spec.optimizer != "deferred_adamw":
             return block
         return catch_up(self.spec, block, state.last_step[rows_O], step, history, self.edges)
 
     @part("row_optimizer")
     def update(
-        self, state: TableState, rows_O, gradient_OxSxF, step, keep, history: UpdateHistory
+        self, state: TableState, rows_O, gradient_SxOxF, step, keep, history: UpdateHistory
     ) -> TableState:
         """Applies update `step + 1`.
 
         Args:
-            gradient_OxSxF: summed, clipped gradients.
+            gradient_SxOxF: summed, clipped gradients.
             step: scalar int32, updates completed before this one.
             keep: scalar bool; False leaves every row where it is.
         """
@@ -160,16 +160,16 @@ class RowOptimizer:
         last_step = state.last_step.at[touched].set(step + 1, mode="drop", unique_indices=True)
         if self.spec.optimizer == "dense_adamw":
             gradient = jnp.zeros_like(state.rows)
-            gradient = gradient.at[touched].set(gradient_OxSxF, mode="drop", unique_indices=True)
+            gradient = gradient.at[:, touched].set(gradient_SxOxF, mode="drop", unique_indices=True)
             old = RowBlock(state.rows, state.mu, state.nu)
             new = adamw(self.spec, old, gradient, rate, step + 1)
             kept = jax.tree.map(lambda fresh, before: jnp.where(keep, fresh, before), new, old)
             return TableState(kept.rows, kept.mu, kept.nu, last_step)
         block = self.read(state, rows_O, step, history)
-        block = adamw(self.spec, block, gradient_OxSxF, rate, step + 1)
+        block = adamw(self.spec, block, gradient_SxOxF, rate, step + 1)
 
         def write(whole, part):
-            return whole.at[touched].set(part, mode="drop", unique_indices=True)
+            return whole.at[:, touched].set(part, mode="drop", unique_indices=True)
 
         return TableState(
             write(state.rows, block.rows),

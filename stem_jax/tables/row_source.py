@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from stem_jax.tables.spec import TableSpec
+from stem_jax.tables.spec import TableSpec, logical
 
 
 class RowBlock(Protocol):
@@ -53,8 +53,8 @@ class NoRows:
 class ResidentRows:
     """A table that lies whole on the devices; each key gets a row of the block of its own.
 
-    rows: [V_pad, S, F] float32. spec: its layout and sharding. mesh: None on a single device
-    without a mesh.
+    rows: stored, [S, V_pad, F] float32. spec: its layout and sharding. mesh: None on a single
+    device without a mesh.
     """
 
     rows: jax.Array
@@ -72,9 +72,9 @@ class ResidentRows:
         rows_U = self.spec.layout.rows_of(keys_BxL.reshape(-1))
         inverse_BxL = jnp.arange(keys_BxL.size, dtype=jnp.int32).reshape(keys_BxL.shape)
         if self.mesh is None:
-            return self.rows[rows_U].astype(dtype), inverse_BxL
+            return logical(self.rows[:, rows_U]).astype(dtype), inverse_BxL
         take = jax.shard_map(
-            lambda shard, rows: self._take(shard, rows).astype(dtype),
+            lambda shard, rows: logical(self._take(shard, rows)).astype(dtype),
             mesh=self.mesh,
             in_specs=(self.spec.row_spec, PartitionSpec()),
             out_specs=PartitionSpec(None, None, "tensor"),
@@ -82,13 +82,13 @@ class ResidentRows:
         )
         return take(self.rows, rows_U), inverse_BxL
 
-    def _take(self, shard_RxSxF: jax.Array, rows_U: jax.Array) -> jax.Array:
+    def _take(self, shard_SxRxF: jax.Array, rows_U: jax.Array) -> jax.Array:
         axes = self.spec.vocab_axes
         if not axes:
-            return shard_RxSxF[rows_U]
-        size = shard_RxSxF.shape[0]
+            return shard_SxRxF[:, rows_U]
+        size = shard_SxRxF.shape[1]
         place_U = rows_U - jax.lax.axis_index(axes) * size
         mine_U = (place_U >= 0) & (place_U < size)
-        taken_UxSxF = shard_RxSxF[jnp.clip(place_U, 0, size - 1)]
+        taken_SxUxF = shard_SxRxF[:, jnp.clip(place_U, 0, size - 1)]
         # One owner has the row, the others add zeros, so the sum is exact.
-        return jax.lax.psum(jnp.where(mine_U[:, None, None], taken_UxSxF, 0), axes)
+        return jax.lax.psum(jnp.where(mine_U[:, None], taken_SxUxF, 0), axes)

@@ -17,7 +17,7 @@ from stem_jax.tables.block_sizes import BlockSizes, largest_sizes
 from stem_jax.tables.exchange import Exchange, HopRequests, Requests
 from stem_jax.tables.hops import owner_hops
 from stem_jax.tables.row_optimizer import RowOptimizer
-from stem_jax.tables.spec import TableSpec, TableState
+from stem_jax.tables.spec import TableSpec, TableState, logical, stored
 from stem_jax.tables.update_history import UpdateHistory
 
 # What a buffer of the exchange may take at float32 whatever the batch; a larger one holds so many
@@ -183,7 +183,8 @@ class ShardedTable:
 
         def local(state, requests, step, history):
             block = self._optimizer.read(state, self._places(requests), step, history)
-            return self._by_vectors(self.exchange.fetch, block.rows.astype(dtype), requests)
+            rows_OxSxF = logical(block.rows).astype(dtype)
+            return self._by_vectors(self.exchange.fetch, rows_OxSxF, requests)
 
         whole = PartitionSpec()
         specs = (self._state_specs, self.request_specs, whole, whole)
@@ -197,7 +198,7 @@ class ShardedTable:
             return self._by_vectors(self.exchange.push, gradient, requests)
 
         specs = (self.block_spec, self.request_specs)
-        return self._sharded(local, specs, self.spec.row_spec)(gradient, requests)
+        return self._sharded(local, specs, self.spec.logical_spec)(gradient, requests)
 
     @part("row_optimizer")
     def norm(self, gradient: jax.Array) -> jax.Array:
@@ -207,7 +208,7 @@ class ShardedTable:
             total = _sum_in_pieces(_squares_by_row(gradient))
             return jax.lax.psum(total, (*self.spec.vocab_axes, "tensor"))
 
-        return jnp.sqrt(self._sharded(local, (self.spec.row_spec,), PartitionSpec())(gradient))
+        return jnp.sqrt(self._sharded(local, (self.spec.logical_spec,), PartitionSpec())(gradient))
 
     @part("row_optimizer")
     def update(self, state, requests, gradient, step, keep, history: UpdateHistory) -> TableState:
@@ -215,26 +216,33 @@ class ShardedTable:
 
         def local(state, requests, gradient, step, keep, history):
             places = self._places(requests)
-            return self._optimizer.update(state, places, gradient, step, keep, history)
+            return self._optimizer.update(state, places, stored(gradient), step, keep, history)
 
-        whole = PartitionSpec()
-        specs = (self._state_specs, self.request_specs, self.spec.row_spec, whole, whole, whole)
+        whole, sums = PartitionSpec(), self.spec.logical_spec
+        specs = (self._state_specs, self.request_specs, sums, whole, whole, whole)
         return self._sharded(local, specs, self._state_specs)(
             state, requests, gradient, step, keep, history
         )
 
     def caught_up_rows(self, state: TableState, step, history: UpdateHistory) -> jax.Array:
-        """All rows [V_pad, S, F] as of update `step`; the state stays as it is.
+        """All rows as of update `step`, stored: [S, V_pad, F]; the state stays as it is.
 
         Works through each shard in pieces, so that it needs no second copy of the slots.
         """
 
         def local(state, step, history):
-            size = state.rows.shape[0]
+            size = state.last_step.shape[0]
             piece = next(n for n in range(min(_PIECE, size), 0, -1) if size % n == 0)
-            pieces = jnp.arange(size).reshape(-1, piece)
             read = functools.partial(self._optimizer.read, state, step=step, history=history)
-            return jax.lax.map(lambda rows: read(rows).rows, pieces).reshape(state.rows.shape)
+
+            def one_piece(first, found):
+                rows = read(first + jnp.arange(piece)).rows
+                return jax.lax.dynamic_update_slice_in_dim(found, rows, first, axis=1)
+
+            empty = jax.lax.empty(state.rows.shape, state.rows.dtype)
+            return jax.lax.fori_loop(
+                0, size // piece, lambda n, found: one_piece(n * piece, found), empty
+            )
 
         whole = PartitionSpec()
         return self._sharded(local, (self._state_specs, whole, whole), self.spec.row_spec)(

@@ -1,4 +1,12 @@
-"""What a table is: size, layout, optimizer and sharding, before any of it exists."""
+"""What a table is: size, layout, optimizer and sharding, before any of it exists.
+
+Rows have two forms. Logical, as checkpoints, host memory and all who look at one row have them:
+[R, S, F]. Stored, as devices hold a table: [S, R, F], each vector of all rows together. TPUs lay
+out the two minor dimensions of an array in tiles of 8 x 128, so S vectors in the middle would be
+padded, or copied to another layout and back; and of rows [R, S * F] with more than 20,480 numbers
+their compiler copies the whole table to gather from it, and scatters row by row in a loop. Stored,
+the rows of a batch are gathered and scattered in place whatever S is.
+"""
 
 import dataclasses
 
@@ -13,7 +21,7 @@ from stem_jax.tables.layout import TableLayout
 
 @dataclasses.dataclass(frozen=True)
 class TableSpec:
-    """All STEM layers' tables as one table of rows [V_pad, S, F].
+    """All STEM layers' tables as one table of rows [V_pad, S, F], stored as [S, V_pad, F].
 
     Attributes:
         layout: key <-> row.
@@ -86,8 +94,18 @@ class TableSpec:
         return self.layout.num_keys * self.num_layers * self.width
 
     @property
+    def row_size(self) -> int:
+        """Numbers of a row: S * F."""
+        return self.num_layers * self.width
+
+    @property
     def row_spec(self) -> PartitionSpec:
-        """Partition of [V_pad, S, F], as of [R, S, F]."""
+        """Partition of stored rows [S, R, F]."""
+        return PartitionSpec(None, self.vocab_axes or None, "tensor")
+
+    @property
+    def logical_spec(self) -> PartitionSpec:
+        """Partition of logical rows [R, S, F]; every device has the same numbers."""
         return PartitionSpec(self.vocab_axes or None, None, "tensor")
 
     @property
@@ -105,7 +123,7 @@ class TableSpec:
         )
         return [
             *(
-                Placed(f"table_{name}", shape, 4, self.row_spec, remedy)
+                Placed(f"table_{name}", shape, 4, self.logical_spec, remedy)
                 for name in ("rows", "mu", "nu")
             ),
             Placed("table_last_step", shape[:1], 4, self.index_spec, remedy),
@@ -117,14 +135,28 @@ class TableSpec:
 class TableState:
     """The rows on the devices, with their slot variables.
 
-    rows, mu, nu: [R, S, F] float32. last_step: [R] int32, the last update whose batch asked for the
-    row, from 1; 0 is never. With all rows resident R is V_pad and a row lies at its own number.
+    rows, mu, nu: [S, R, F] float32, stored. last_step: [R] int32, the last update whose batch
+    asked for the row, from 1; 0 is never. With all rows resident R is V_pad and a row lies at its
+    own number.
     """
 
     rows: jax.Array
     mu: jax.Array
     nu: jax.Array
     last_step: jax.Array
+
+
+def stored(field):
+    """Rows [R, S, F], of NumPy or JAX, in the form in which devices hold a table: [S, R, F].
+
+    Fields of one number for a row, [R], have one form.
+    """
+    return field.swapaxes(0, 1) if field.ndim > 1 else field
+
+
+def logical(field):
+    """The inverse of `stored`: [R, S, F], or [R]."""
+    return field.swapaxes(0, 1) if field.ndim > 1 else field
 
 
 def initial_rows(spec: TableSpec, key: jax.Array, rows: jax.Array) -> jax.Array:
@@ -143,11 +175,12 @@ def init_table(
     """Creates a table in place, shard by shard, under jit with the table's shardings.
 
     Args:
-        rows: [V_pad, S, F] to begin with, in their place; donated. None: random ones.
+        rows: stored, [S, V_pad, F], to begin with, in their place; donated. None: random ones.
     """
 
     def create(rows) -> TableState:
-        rows = initial_rows(spec, key, jnp.arange(spec.num_rows)) if rows is None else rows
+        if rows is None:
+            rows = stored(initial_rows(spec, key, jnp.arange(spec.num_rows)))
         zeros = jnp.zeros_like(rows)
         return TableState(rows, zeros, zeros, jnp.zeros(spec.num_rows, jnp.int32))
 

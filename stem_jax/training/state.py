@@ -146,7 +146,7 @@ def init_state(
 
     Args:
         params: to begin with, in their places; donated. None: random ones.
-        rows: [V_pad, S, F] likewise.
+        rows: stored, [S, V_pad, F], likewise.
     """
     shardings = state_shardings(config, model, mesh)
     optimizer = make_optimizer(config.optimizer)
@@ -184,9 +184,10 @@ def abstract_state(config: Config, model: ModelDef, mesh: Mesh) -> TrainState:
     table = None
     spec = TableSpec.from_config(config)
     if spec.num_layers:
-        size = (spec.num_slots, spec.num_layers, spec.width)
+        size = (spec.num_layers, spec.num_slots, spec.width)
         rows = jax.ShapeDtypeStruct(size, jnp.float32)
-        table = TableState(rows, rows, rows, jax.ShapeDtypeStruct(size[:1], jnp.int32))
+        last_step = jax.ShapeDtypeStruct((spec.num_slots,), jnp.int32)
+        table = TableState(rows, rows, rows, last_step)
     state = TrainState(scalar, scalar, scalar, scalar, shapes, opt_state, table)
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

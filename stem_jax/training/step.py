@@ -84,7 +84,7 @@ class TrainStep:
         return ShardedTable(self.spec, self.mesh, keys, sizes)
 
     def _caught_up_rows(self, state: TrainState, schedule: Schedule) -> jax.Array:
-        """All rows [V_pad, S, F] as the next forward would see them."""
+        """All rows as the next forward would see them, stored: [S, V_pad, F]."""
         table = ShardedTable(self.spec, self.mesh, 1)
         return table.caught_up_rows(state.table, state.updates, schedule.table)
 
@@ -297,7 +297,7 @@ class TrainStep:
         """
         spec, exchange = self.spec, table.exchange
         owned = jnp.sum(requests.owned < spec.num_rows)
-        numbers = spec.num_layers * spec.width // self.mesh.shape["tensor"]
+        numbers = spec.row_size // self.mesh.shape["tensor"]
         itemsize = jnp.dtype(self.config.model.compute_dtype).itemsize
         asked_P = requests.asked.astype(jnp.float32)
         return {
