@@ -19,6 +19,7 @@ from stem_jax.knowledge import analysis
 from stem_jax.knowledge.flop_check import FlopCheck
 from stem_jax.knowledge.geometry import Spread
 from stem_jax.loading import load_run
+from stem_jax.tables.spec import logical
 from stem_jax.training.state import init_state
 
 MODELS = {
@@ -153,7 +154,8 @@ def test_the_figures_are_those_of_the_rows(folder_of, run, text, tmp_path):
     geometry = record["geometry"]["rows"]
     assert [layer["layer"] for layer in geometry] == [0, 2]
     # Small enough that the sample is all of it.
-    rows = np.asarray(loaded.rows.rows)[loaded.rows.spec.layout.row_numbers(np.array(seen))]
+    places = loaded.rows.spec.layout.row_numbers(np.array(seen))
+    rows = logical(np.asarray(loaded.rows.rows))[places]
     for index, layer in enumerate(geometry):
         found = Spread.of(rows[:, index]).mean_abs_cosine
         assert layer["plain"]["mean_abs_cosine"] == pytest.approx(found, rel=1e-5)

@@ -33,6 +33,7 @@ from stem_jax.interop import saved_model
 from stem_jax.interop.hf_export import export_hf
 from stem_jax.interop.saved_model import SavedModel, open_saved_model
 from stem_jax.loading import load_run
+from stem_jax.tables.spec import logical
 
 LOGITS = 1e-4
 # With bos: 4, 10 and 21 tokens.
@@ -249,7 +250,7 @@ def test_rows_are_caught_up(run_folder):
     for some, columns, piece in saved.table_pieces():
         assert np.isnan(rows[some, :, columns]).all()
         rows[some, :, columns] = piece
-    expected = np.asarray(run.rows.rows)[layout.row_numbers(ids)]
+    expected = logical(np.asarray(run.rows.rows))[layout.row_numbers(ids)]
     np.testing.assert_allclose(rows, expected, atol=1e-7)
     lagging = saved._read("table_rows", "rows", ...)[layout.row_numbers(ids)]
     assert np.abs(lagging - expected).max() > 1e-3

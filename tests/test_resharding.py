@@ -58,6 +58,23 @@ def test_other_meshes_continue_the_run(saved, train_step, make_batch, shape, voc
     np.testing.assert_allclose(found, losses[3:], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("tensors", [(1, 2), (2, 1)])
+def test_a_table_is_the_same_over_other_columns(train_step, make_batch, tmp_path, tensors):
+    """Saved from devices, restored to devices, with as many numbers of a row on each or others."""
+    first, then = (train_step((2, 4 // tensor, tensor)) for tensor in tensors)
+    state = init_state(first.config, first.model, first.mesh)
+    state, _ = advance(first, state, make_batch, 0, 1)
+    info = CheckpointInfo(1, 1, 0, 0, "none", {}, first.config)
+    with Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(state, info, None)
+        checkpoints.wait()
+        target = abstract_state(then.config, then.model, then.mesh)
+        found = checkpoints.restore(1, target)
+    for name, field in vars(found.table).items():
+        assert field.sharding == getattr(target.table, name).sharding
+        np.testing.assert_array_equal(field, getattr(state.table, name), err_msg=name)
+
+
 def test_counters_come_back(saved, train_step):
     step = train_step((1, 1, 1))
     with Checkpointer(saved[0], read_only=True) as checkpoints:
