@@ -75,6 +75,19 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if not item.get_closest_marker("long")]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Before fixtures of any scope: compiles as users do, or with little effort.
+
+    Most quick tests ask what a program does, and half of their time was LLVM's. Those that compare
+    bits or roundings, or read what was compiled, are marked; the long ones are as users run them.
+    """
+    little = not (item.config.getoption("--long") or item.get_closest_marker("optimized"))
+    jax.config.update("jax_disable_most_optimizations", little)
+    # Programs that tests start.
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(little))
+
+
 def pytest_configure(config):
     # Two test runs may meet in the cache; a lost entry costs a compilation, nothing else.
     for verb in ("reading", "writing"):
@@ -99,7 +112,7 @@ def _mesh(shape: tuple[int, int, int]) -> jax.sharding.Mesh:
 
 
 @functools.cache
-def _train_step(shape: tuple[int, int, int], overrides: tuple) -> TrainStep:
+def _train_step(shape: tuple[int, int, int], overrides: tuple, effort: str) -> TrainStep:
     return TrainStep(_config(**dict(overrides)), _mesh(shape))
 
 
@@ -127,7 +140,13 @@ def device_mesh():
 @pytest.fixture(scope="session")
 def train_step():
     """train_step(mesh shape, **overrides): a TrainStep, compiled once for all tests."""
-    return lambda shape=(1, 1, 1), **overrides: _train_step(shape, tuple(overrides.items()))
+
+    def compiled(shape=(1, 1, 1), **overrides):
+        # Programs of one effort are not those of another.
+        effort = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
+        return _train_step(shape, tuple(overrides.items()), effort)
+
+    return compiled
 
 
 @pytest.fixture(scope="session")

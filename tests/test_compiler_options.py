@@ -11,6 +11,8 @@ from stem_jax.planning.program import train_step_program
 from stem_jax.planning.topology import Topology
 from stem_jax.training import step
 
+pytestmark = pytest.mark.optimized
+
 
 @pytest.mark.parametrize(
     "kind", ["cpu", "NVIDIA H100 80GB HBM3", "TPU v4", "TPU v5 lite", "TPU v5e"]

@@ -14,9 +14,13 @@ from stem_jax.planning import hlo
 from stem_jax.planning.charges import holds_matmul
 from stem_jax.planning.topology import Topology
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: no TPU compiler"
-)
+pytestmark = [
+    pytest.mark.optimized,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None,
+        reason="libtpu is not installed: no TPU compiler",
+    ),
+]
 SIZES = {"embed_dim": 512, "ffn_dim": 2048, "num_layers": 2, "compute_dtype": "bfloat16"}
 
 

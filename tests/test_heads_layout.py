@@ -16,9 +16,13 @@ from stem_jax.model.transformer import Block, Inputs
 from stem_jax.planning import hlo
 from stem_jax.planning.topology import Topology
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: no TPU compiler"
-)
+pytestmark = [
+    pytest.mark.optimized,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None,
+        reason="libtpu is not installed: no TPU compiler",
+    ),
+]
 L, Dh = 1024, 64
 SIZES = {
     "embed_dim": 512,

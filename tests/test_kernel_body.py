@@ -15,6 +15,8 @@ from stem_jax.planning import hlo
 from stem_jax.planning.kernel_body import KernelWork, kernel_work
 from stem_jax.planning.topology import Topology
 
+pytestmark = pytest.mark.optimized
+
 # As libtpu holds it: a grid of 3 x 4; blocks of the left operand move with the first dimension
 # alone, those of the right and of the result with both; the bias stays.
 BODY = """

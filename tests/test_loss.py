@@ -14,6 +14,8 @@ from stem_jax.kernels.head_loss import head_loss
 from stem_jax.planning import hlo
 from stem_jax.planning.topology import Topology
 
+pytestmark = pytest.mark.optimized
+
 B, L, D, V = 8, 12, 16, 40
 CHUNKS = [1, 4, 5, 12, 100, None]
 

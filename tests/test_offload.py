@@ -12,6 +12,8 @@ from stem_jax.mesh import axis_size
 from stem_jax.tables.spec import TableSpec, logical
 from stem_jax.training.working_set import working_set
 
+pytestmark = pytest.mark.optimized
+
 LAYOUTS = {
     "one device": ((1, 1, 1), {}),
     "eight shards": ((8, 1, 1), {}),
@@ -105,7 +107,10 @@ def test_a_run_continues_with_other_resident_rows(
     found.assert_equals(expected, after=SAVED_AT)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    ["one device", "eight shards", pytest.param("columns and copies", marks=pytest.mark.long)],
+)
 def test_devices_hold_the_resident_rows_alone(programs, tmp_path, layout):
     """Live arrays at a save: the slots once, and little that is on its way."""
     # At half of the rows, those of one batch on the way are next to nothing.

@@ -16,6 +16,8 @@ from stem_jax.training.schedule import make_schedule
 from stem_jax.training.state import abstract_state
 from stem_jax.training.step import Batch
 
+pytestmark = pytest.mark.optimized
+
 VOCAB, RESIDENT = 16384, 4096
 # In place: what scatters into the donated buffer, or loops over it. A copy, a broadcast of zeros or
 # a select over all slots would be a buffer of its own.

@@ -20,6 +20,8 @@ from stem_jax.planning.report import as_json, as_text
 from stem_jax.planning.topology import KNOWN, Topology
 from stem_jax.tables.hops import Hop
 
+pytestmark = pytest.mark.optimized
+
 SMALL = {
     "model.num_layers": "2",
     "model.embed_dim": "64",
@@ -262,6 +264,7 @@ def test_an_account_needs_the_estimates_of_a_tpu(flags):
         _main("--account", *flags)
 
 
+@pytest.mark.long
 def test_a_plan_of_an_offloaded_table(tiny_config):
     config = tiny_config(**{"tables.resident_rows": 32, "mesh.data": -1})
     resident = tiny_config(**{"mesh.data": -1})

@@ -19,6 +19,8 @@ from stem_jax.planning.traffic import hbm_bytes
 from stem_jax.tables.block_sizes import BlockSizes
 from stem_jax.tables.spec import TableSpec
 
+pytestmark = pytest.mark.optimized
+
 # --- Reading programs ---
 
 MODULE = """HloModule jit_f, is_scheduled=true

@@ -40,10 +40,10 @@ def saved(train_step, make_batch, tmp_path_factory):
 @pytest.mark.parametrize(
     ("shape", "vocab_axes"),
     [
-        ((2, 4, 1), ("data", "fsdp")),
+        pytest.param((2, 4, 1), ("data", "fsdp"), marks=pytest.mark.long),
         ((1, 1, 1), ("data", "fsdp")),
         ((2, 2, 2), ("fsdp",)),
-        ((2, 4, 1), ()),
+        pytest.param((2, 4, 1), (), marks=pytest.mark.long),
     ],
 )
 def test_other_meshes_continue_the_run(saved, train_step, make_batch, shape, vocab_axes):

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from stem_jax.kernels import row_sums
 from stem_jax.kernels.row_sums import dense_order, spare_rows, sum_by_row
 
+pytestmark = pytest.mark.optimized
+
 WAYS = ["windows", "scatter"]
 # Below a chunk of 512, one, and several with and without a rest.
 LENGTHS = [1, 7, 511, 512, 513, 1024, 1536, 1700]

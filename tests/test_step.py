@@ -18,6 +18,8 @@ from stem_jax.training.schedule import learning_rates, make_schedule
 from stem_jax.training.state import abstract_state, init_state
 from stem_jax.training.step import Batch, TrainStep
 
+pytestmark = pytest.mark.optimized
+
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2)]
 RATES = np.full(32, 3e-3)
 
@@ -129,7 +131,9 @@ def test_a_step_reports_what_it_did(train_step, fresh_state, make_batch):
     assert np.all(np.asarray(state.table.last_step)[rows] == 2)
 
 
-@pytest.mark.parametrize(("shape", "micro_batches"), [((1, 1, 1), 4), ((2, 2, 2), 2)])
+@pytest.mark.parametrize(
+    ("shape", "micro_batches"), [pytest.param((1, 1, 1), 4, marks=pytest.mark.long), ((2, 2, 2), 2)]
+)
 def test_micro_batches_equal_one_batch(shape, micro_batches, train_step, fresh_state, make_batch):
     """Rows of different length: a mean of means would weigh their tokens differently."""
     results = []
@@ -289,10 +293,10 @@ def test_every_level_of_sizes_trains_to_the_same_bits(
     """With norms clipped, which are sums over all room that there is."""
     monkeypatch.setitem(row_sums.WAYS, "cpu", way)
     # Two levels of the few rows here, and room for any batch.
-    for name in ("_SMALLEST_BLOCK", "_SMALLEST_PAIR"):
-        monkeypatch.setattr(block_sizes, name, 1)
-    for name in ("_SPREAD", "_SPREAD_OF_PAIRS"):
-        monkeypatch.setattr(block_sizes, name, 0)
+    for constant in ("_SMALLEST_BLOCK", "_SMALLEST_PAIR"):
+        monkeypatch.setattr(block_sizes, constant, 1)
+    for constant in ("_SPREAD", "_SPREAD_OF_PAIRS"):
+        monkeypatch.setattr(block_sizes, constant, 0)
     keys = {"optimizer.clip_norm": 0.1, "tables.clip_norm": 0.01}
     keys |= {"model.num_layers": 2, "model.stem_layers": (0, 1)}
     step = TrainStep(tiny_config(**keys), device_mesh(shape))

@@ -16,6 +16,8 @@ from stem_jax.training.schedule import make_schedule
 from stem_jax.training.state import abstract_state
 from stem_jax.training.step import Batch, TrainStep
 
+pytestmark = pytest.mark.optimized
+
 VOCAB = 16384
 
 
