@@ -233,9 +233,9 @@ class Generator:
     ) -> tuple[jax.Array, list[LayerCache]]:
         """Reads L more tokens: float32 logits [B, V] after the last one, and the longer caches."""
         model = self._model.bind(params)
-        rows_UxSxF, inverse_BxL = rows.block(tokens_BxL, self.config.model.compute_dtype)
+        rows_SxUxF, inverse_BxL = rows.block(tokens_BxL, self.config.model.compute_dtype)
         inputs = Inputs(tokens_BxL, inverse_BxL, positions_BxL, segment_ids_BxL)
-        hidden_BxLxD, caches = model(inputs, rows_UxSxF, caches)
+        hidden_BxLxD, caches = model(inputs, rows_SxUxF, caches)
         return model.logits(hidden_BxLxD[:, -1:])[:, 0], caches
 
     def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

@@ -277,10 +277,10 @@ def test_each_sequence_reads_rows_of_its_own(run):
     laid = lay_edits(run, [swap_recipes(run.tokenizer, "Spain=>Germany")])
     keys = SequenceKeys(laid.run.rows, run.config.model.vocab_size, [{}, laid.keys[0]])
     tokens_2x2 = jnp.asarray([[spain, germany], [spain, germany]], jnp.int32)
-    rows_UxSxF, inverse_2x2 = keys.serve(tokens_2x2).block(tokens_2x2, jnp.float32)
+    rows_SxUxF, inverse_2x2 = keys.serve(tokens_2x2).block(tokens_2x2, jnp.float32)
     own, other = read_rows(run, np.array([spain, germany]))
     for place, expected in zip(((0, 0), (0, 1), (1, 0), (1, 1)), (own, other, other, other)):
-        np.testing.assert_array_equal(rows_UxSxF[inverse_2x2[place]], expected)
+        np.testing.assert_array_equal(rows_SxUxF[:, inverse_2x2[place]], expected)
 
 
 def test_fluency_falls_with_repetition():

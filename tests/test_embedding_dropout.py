@@ -32,7 +32,7 @@ def test_dropped_tokens_keep_their_rows(tiny_config):
     model = Transformer(config, rngs=nnx.Rngs(params=0))
     tokens = jnp.asarray([[3, 4, 5, 6]])
     places, ones = jnp.arange(4)[None], jnp.ones((1, 4), jnp.int32)
-    rows = jax.random.normal(jax.random.key(0), (88, config.num_stem_layers, config.ffn_dim))
+    rows = jax.random.normal(jax.random.key(0), (config.num_stem_layers, 88, config.ffn_dim))
 
     def run(tokens, dropped):
         seen = []

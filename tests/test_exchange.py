@@ -16,7 +16,7 @@ from stem_jax.mesh import axis_size
 from stem_jax.tables.layout import TableLayout
 from stem_jax.tables.lookup import close_rows, lookup, open_rows
 from stem_jax.tables.sharded_table import ShardedTable
-from stem_jax.tables.spec import TableSpec, TableState, stored
+from stem_jax.tables.spec import TableSpec, TableState, logical, stored
 from stem_jax.tables.update_history import make_history
 
 NUM_KEYS, PADDED, LAYERS, WIDTH = 88, 96, 2, 6
@@ -66,17 +66,17 @@ def _program(mesh, vocab_axes: tuple[str, ...], capacity: int, micro: int = MICR
         rows = stored(rows_VxSxF)
         state = TableState(rows, rows, rows, jnp.zeros(spec.num_rows, jnp.int32))
         requests = table.request(keys_AxBxL, valid_AxBxL)
-        block_UxSxF = table.fetch(state, requests, jnp.float32, jnp.int32(0), history)
+        block_SxUxF = table.fetch(state, requests, jnp.float32, jnp.int32(0), history)
 
         indices = [
             jax.tree.map(lambda x, i=number: x[i], (requests.inverse, requests.order))
             for number in range(micro)
         ]
 
-        def values(block_UxSxF):
+        def values(block_SxUxF):
             seen = []
             for inverse, order in indices:
-                rows, found = open_rows(block_UxSxF), []
+                rows, found = open_rows(block_SxUxF), []
                 for layer in range(LAYERS):
                     value, thread = lookup(rows, layer, inverse, order, mesh)
                     rows = dataclasses.replace(rows, thread=thread)
@@ -84,9 +84,9 @@ def _program(mesh, vocab_axes: tuple[str, ...], capacity: int, micro: int = MICR
                 seen.append(close_rows(jnp.stack(found, axis=2), rows))
             return jnp.stack(seen)
 
-        seen, pull = jax.vjp(values, block_UxSxF)
+        seen, pull = jax.vjp(values, block_SxUxF)
         sums = table.push(pull(cotangent_AxBxLxSxF)[0], requests)
-        return requests, block_UxSxF, seen, sums
+        return requests, logical(block_SxUxF), seen, logical(sums)
 
     return spec, run
 

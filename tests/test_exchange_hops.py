@@ -19,7 +19,7 @@ from stem_jax.tables.block_sizes import BlockSizes, choose_sizes, sizes_at
 from stem_jax.tables.hops import Hop, factors, owner_hops
 from stem_jax.tables.layout import TableLayout
 from stem_jax.tables.sharded_table import ShardedTable
-from stem_jax.tables.spec import TableSpec, TableState, stored
+from stem_jax.tables.spec import TableSpec, TableState, logical, stored
 from stem_jax.tables.update_history import make_history
 
 pytestmark = pytest.mark.optimized
@@ -68,7 +68,7 @@ def _programs(name: str, mesh, axes, sizes: BlockSizes | None, capacity=None):
         requests = table.request(keys, valid)
         requests = dataclasses.replace(requests, slots=slots)
         block = table.fetch(state, requests, jnp.float32, jnp.int32(0), history)
-        return requests, block, table.push(gradient, requests)
+        return requests, logical(block), logical(table.push(stored(gradient), requests))
 
     return table, jax.jit(table.demand, static_argnames="whole"), jax.jit(run)
 
@@ -214,7 +214,7 @@ def test_the_norm_of_gradients_is_the_same_at_every_size(axes, device_mesh):
         lines = padded.reshape(8, owners * room, VECTORS, 48)
         found.append(
             [
-                float(norm(jax.device_put(g, NamedSharding(mesh, table.spec.logical_spec))))
+                float(norm(jax.device_put(stored(g), NamedSharding(mesh, table.spec.row_spec))))
                 for g in lines
             ]
         )
@@ -304,7 +304,7 @@ def test_collectives_of_one_request_fetch_and_push(place):
     requests = dataclasses.replace(
         requests, slots=jax.ShapeDtypeStruct(requests.owned.shape, jnp.int32)
     )
-    block = jax.ShapeDtypeStruct((8 * table.exchange.unique_rows, 2, 6), jnp.float32)
+    block = jax.ShapeDtypeStruct((2, 8 * table.exchange.unique_rows, 6), jnp.float32)
     fetch = functools.partial(table.fetch, dtype=jnp.float32, step=0, history=history)
     for program, arguments, number in [
         (table.request, (keys, valid), 3),

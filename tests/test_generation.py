@@ -23,7 +23,7 @@ from stem_jax.model.cache import LayerCache
 from stem_jax.model.transformer import Inputs
 from stem_jax.sampling import Sampling
 from stem_jax.tables.row_source import NoRows, ResidentRows
-from stem_jax.tables.spec import TableSpec, logical
+from stem_jax.tables.spec import TableSpec
 from stem_jax.training.state import ModelDef, init_state
 
 CONTEXT = 48
@@ -108,8 +108,7 @@ def test_cached_logits_equal_the_training_forward(
     )
     rows = None
     if state.table is not None:
-        rows = logical(np.asarray(state.table.rows))
-        rows = rows[spec.layout.row_numbers(tokens_BxL.reshape(-1))]
+        rows = state.table.rows[:, spec.layout.row_numbers(tokens_BxL.reshape(-1))]
 
     @jax.jit
     def train_forward(params, rows):
@@ -148,14 +147,14 @@ def test_cached_logits_equal_the_training_forward(
 def test_greedy_tokens_are_those_of_the_whole_forward(generator, bytes_config, bytes_state):
     config, state = bytes_config(), bytes_state()
     spec, model = TableSpec.from_config(config), ModelDef(config)
-    rows_VxSxF = logical(state.table.rows)
+    rows_SxVxF = state.table.rows
 
     @jax.jit
     def whole_forward(ids_BxL, inverse_BxL):
         ones, positions = jnp.ones_like(ids_BxL), jnp.arange(CONTEXT)[None]
         bound = model.bind(state.params)
         inputs = Inputs(ids_BxL, inverse_BxL, positions, ones)
-        return bound.logits(bound(inputs, rows_VxSxF)[0])
+        return bound.logits(bound(inputs, rows_SxVxF)[0])
 
     for prompt, completion in zip(PROMPTS, generator.complete(PROMPTS, 12, GREEDY)):
         ids = generator.encode(prompt)

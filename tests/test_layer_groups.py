@@ -94,12 +94,12 @@ def test_a_scan_keeps_the_rows_once(tiny_config):
     model = ModelDef(config)
     tokens_BxL = jnp.zeros((2, 24), jnp.int32)
     inputs = Inputs(tokens_BxL, tokens_BxL, tokens_BxL, tokens_BxL + 1)
-    rows_UxSxF = jnp.zeros((40, 3, config.model.ffn_dim))
+    rows_SxUxF = jnp.zeros((3, 40, config.model.ffn_dim))
 
-    def total(params, rows_UxSxF):
-        return jnp.sum(model.bind(params)(inputs, rows_UxSxF)[0])
+    def total(params, rows_SxUxF):
+        return jnp.sum(model.bind(params)(inputs, rows_SxUxF)[0])
 
     gradients = jax.jit(jax.grad(total, argnums=(0, 1)))
-    text = gradients.lower(model.init(), rows_UxSxF).compile().as_text()
+    text = gradients.lower(model.init(), rows_SxUxF).compile().as_text()
     assert f"f32[3,40,{config.model.ffn_dim}]" in text
     assert f"f32[3,3,40,{config.model.ffn_dim}]" not in text

@@ -14,7 +14,7 @@ from stem_jax.model.attention import attend
 from stem_jax.model.layers import truncated_normal
 from stem_jax.model.rotary import halves_first, pairs_first, rotary_angles, rotate
 from stem_jax.model.transformer import Inputs
-from stem_jax.tables.spec import TableSpec, init_table, initial_rows
+from stem_jax.tables.spec import TableSpec, init_table, initial_rows, stored
 from stem_jax.training.state import ModelDef
 
 B, L, V = 2, 16, 88
@@ -45,7 +45,7 @@ def _inputs(tokens, segment_ids=None, positions=None) -> Inputs:
 
 def _logits(model, params, inputs, table):
     module = model.bind(params)
-    return module.logits(module(inputs, table)[0])
+    return module.logits(module(inputs, stored(table))[0])
 
 
 _run = jax.jit(_logits, static_argnums=0)

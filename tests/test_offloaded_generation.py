@@ -11,7 +11,7 @@ from stem_jax.errors import InputError
 from stem_jax.generation import Generator
 from stem_jax.loading import load_run
 from stem_jax.sampling import Sampling
-from stem_jax.tables.spec import TableState
+from stem_jax.tables.spec import TableSpec, TableState, table_shardings
 from stem_jax.training.state import ModelDef, TrainState, init_state
 
 BYTES = load_tokenizer("bytes")
@@ -36,6 +36,7 @@ def run_folder(tiny_config, device_mesh, tmp_path_factory):
         nu=jnp.asarray(root**2, jnp.float32),
         last_step=jnp.asarray(rng.integers(1, UPDATES + 1, shape[1]), jnp.int32),
     )
+    table = jax.device_put(table, table_shardings(TableSpec.from_config(config), mesh))
     params = {name: 3 * value for name, value in state.params.items()}
     counters = [jnp.int32(number) for number in (UPDATES, UPDATES, 0, 258)]
     state = TrainState(*counters, params, state.opt_state, table)
@@ -67,7 +68,7 @@ def test_offloaded_rows_are_the_caught_up_ones(run_folder):
         keys = np.arange(first, first + 32, dtype=np.int32)
         rows, inverse = offloaded.rows.serve(keys).block(keys, jnp.float32)
         expected, places = resident.rows.block(jnp.asarray(keys), jnp.float32)
-        np.testing.assert_allclose(rows[inverse], expected[places], atol=1e-7)
+        np.testing.assert_allclose(rows[:, inverse], expected[:, places], atol=1e-7)
     offloaded.rows.close()
 
 
@@ -75,7 +76,7 @@ def test_a_prompt_is_deduplicated(run_folder):
     run = load_run(run_folder, resident_rows=16)
     keys = np.tile(np.arange(8, dtype=np.int32), (2, 40))
     rows, inverse = run.rows.serve(keys).block(keys, jnp.float32)
-    assert (rows.shape[0], inverse.shape) == (8, keys.shape)
+    assert (rows.shape[1], inverse.shape) == (8, keys.shape)
     run.rows.close()
 
 

@@ -140,7 +140,7 @@ def test_forward(name, train_step):
     batch = _batch(step, stored["tokens"], stored["targets"])
     tokens = batch.tokens[0]
     # The block of rows is the whole table by token id, so a token is its own index.
-    rows = None if table is None else jnp.asarray(table)
+    rows = None if table is None else jnp.asarray(table).swapaxes(0, 1)
 
     @jax.jit
     def run(params, rows):

@@ -29,9 +29,9 @@ class OverlaidBlock:
         """See `row_source.RowBlock`; which rows are read was settled by `serve`."""
         keys_BxL = self.keys.reshape(keys_BxL.shape)
         is_extra_BxL = keys_BxL >= self.vocab_size
-        rows_UxSxF, inverse_BxL = self.base.block(jnp.where(is_extra_BxL, 0, keys_BxL), dtype)
-        place_BxL = keys_BxL - self.vocab_size + rows_UxSxF.shape[0]
-        rows = jnp.concatenate([rows_UxSxF, self.extra.astype(dtype)])
+        rows_SxUxF, inverse_BxL = self.base.block(jnp.where(is_extra_BxL, 0, keys_BxL), dtype)
+        place_BxL = keys_BxL - self.vocab_size + rows_SxUxF.shape[1]
+        rows = jnp.concatenate([rows_SxUxF, self.extra.astype(dtype).swapaxes(0, 1)], axis=1)
         return rows, jnp.where(is_extra_BxL, place_BxL, inverse_BxL)
 
 

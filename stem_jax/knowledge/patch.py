@@ -25,6 +25,7 @@ from stem_jax.knowledge.overlay import OverlaidRows
 from stem_jax.knowledge.swaps import RowRecipe
 from stem_jax.loading import LoadedRun
 from stem_jax.tables.row_source import RowBlock, RowSource
+from stem_jax.tables.spec import logical
 
 _FORMAT = "stem_jax patch 1"
 # Rows that are read at a time.
@@ -320,8 +321,8 @@ def _read_piece(source: RowSource, ids_n: np.ndarray) -> np.ndarray:
 
 @jax.jit
 def _rows_of(block: RowBlock, keys_1xn: jax.Array) -> jax.Array:
-    rows_UxSxF, inverse_1xn = block.block(keys_1xn, jnp.float32)
-    return rows_UxSxF[inverse_1xn[0]]
+    rows_SxUxF, inverse_1xn = block.block(keys_1xn, jnp.float32)
+    return logical(rows_SxUxF[:, inverse_1xn[0]])
 
 
 def _mismatch(patch: Patch, token: int, layer: int, writer: str | None) -> str:

@@ -103,12 +103,12 @@ class Transformer(nnx.Module):
         # Of the layers that read rows: the number of their vectors in a row.
         self._vectors = {layer: number for number, layer in enumerate(config.stem_layers)}
 
-    def __call__(self, inputs: Inputs, rows_UxSxF: jax.Array, caches=None, collect=None):
+    def __call__(self, inputs: Inputs, rows_SxUxF: jax.Array, caches=None, collect=None):
         """Runs the blocks.
 
         Args:
             inputs: the batch, leading dimension over the batch axes of the mesh.
-            rows_UxSxF: the row block; with several devices the concatenation of each device's
+            rows_SxUxF: the row block; with several devices the concatenation of each device's
                 block of U rows, which its `inverse` indexes.
             caches: None, or one `cache.LayerCache` per layer.
             collect: None, or a list that receives the residual stream after the embedding and
@@ -126,7 +126,7 @@ class Transformer(nnx.Module):
         # Caches and what is collected are lists of layers; only training runs groups.
         plain = caches is not None or collect is not None
         groups = None if plain or not config.scan_layers else repeating_groups(config)
-        rows = open_rows(rows_UxSxF) if config.stem_layers else None
+        rows = open_rows(rows_SxUxF) if config.stem_layers else None
         layer = 0
         while layer < config.num_layers:
             if groups is not None and layer == groups.first:

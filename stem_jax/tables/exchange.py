@@ -15,6 +15,7 @@ one asked of owner 0 and two of owner 1, so the hop needs room for two rows of a
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,70 +23,11 @@ import jax.numpy as jnp
 from stem_jax.kernels.row_sums import RowOrder, dense_order, order_of, spare_rows, sum_by_row
 from stem_jax.mesh import BATCH_AXES
 from stem_jax.tables.hops import Hop
+from stem_jax.tables.requests import Found, HopRequests, Requests
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class HopRequests:
-    """One hop of the requests of a device, N listed rows, n peers, room for C rows of a pair.
-
-    sent: [n * C] int32, which of the listed rows each slot asks a peer for; N where it is empty.
-    slot: [N] int32, the slot of each listed row.
-    arrived: [n * C] int32, which row of this device's next list (of `owned` after the last hop)
-        each arrived request names; past its end where the slot is empty.
-    order: of `arrived`.
-    """
-
-    sent: jax.Array
-    slot: jax.Array
-    arrived: jax.Array
-    order: RowOrder
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Requests:
-    """Which rows a device needs and which rows it is asked for.
-
-    rows: [U] int32, distinct rows of this device's keys; V_pad fills the rest.
-    inverse: index of each key's row in `rows`, shape of the keys.
-    order: of `inverse`, one for each micro-batch, arrays [A, M].
-    owned: [O] int32, sorted distinct rows that this device is asked for, all of its own shard;
-        V_pad fills the rest.
-    home: [U] int32, where `owned` has this device's own `rows`; None where they take hops.
-    hops: one record for each.
-    distinct: scalar int32, number of distinct rows in `rows`.
-    asked: scalar int32, requests that arrived at this device as an owner.
-    slots: [O] int32, where the owner's device holds the rows of `owned`; past the end for what
-        fills the rest. None if all rows are resident, each at its own place.
-    """
-
-    rows: jax.Array
-    inverse: jax.Array
-    order: RowOrder
-    owned: jax.Array
-    home: jax.Array | None
-    hops: tuple[HopRequests, ...]
-    distinct: jax.Array
-    asked: jax.Array
-    slots: jax.Array | None = None
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """What a search for a batch's rows needs room for, and what the owners are asked for.
-
-    unique, owned: scalars, distinct rows of this device and of it as an owner. pairs: in each hop,
-    the most rows that it asks a peer for. relayed: after each hop but the last, its distinct rows
-    as a relay. tokens: [O], tokens of each row of `Requests.owned`, over all devices.
-    """
-
-    unique: jax.Array
-    owned: jax.Array
-    pairs: tuple[jax.Array, ...]
-    relayed: tuple[jax.Array, ...]
-    tokens: jax.Array
+# Rows that are put in their places at a time, few enough for the fast memory of a TPU: gathered
+# all at once, they go to its main memory and are read from there to be written again.
+_PIECE = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,33 +104,55 @@ class Exchange:
         """`request` and what it needs room for, if these sizes hold it."""
         return self._search(rows, counted=True)
 
-    def fetch(self, block_OxW: jax.Array, requests: Requests) -> jax.Array:
-        """Brings rows to every device from their owners: of one vector or of several.
+    def fetch(self, block_SxOxF: jax.Array, requests: Requests) -> jax.Array:
+        """Brings rows to every device from their owners.
 
         Args:
-            block_OxW: this owner's rows, in the order of `requests.owned`.
+            block_SxOxF: this owner's rows, in the order of `requests.owned`.
 
         Returns:
-            [U, W] rows in the order of `requests.rows`; what pads the end is zero.
+            [S, U, F] rows in the order of `requests.rows`; what pads the end is zero.
         """
-        fetched_UxW = self._by_columns(
-            self._fetch, block_OxW, self.unique_rows, block_OxW.dtype, requests
-        )
-        return jnp.where((requests.rows < self.num_rows)[:, None], fetched_UxW, 0)
+        real_U = requests.rows < self.num_rows
+        if self.hops:
 
-    def push(self, gradient_UxW: jax.Array, requests: Requests) -> jax.Array:
-        """Sends row gradients to the owners: of one vector or of several.
+            def bring(rows_SxOxW, vector, whole, corner):
+                rows, pick_U = self._fetch(rows_SxOxW[vector], requests)
+                return self._put_picked(whole, corner, rows, pick_U, real_U)
+
+            return self._by_vector(bring, block_SxOxF, self.unique_rows, block_SxOxF.dtype)
+        if requests.home is None:
+            fetched_SxUxF = _resized(block_SxOxF, self.unique_rows, axis=1)
+        else:
+            fetched_SxUxF = block_SxOxF[:, jnp.minimum(requests.home, self.owned_rows - 1)]
+        return jnp.where(real_U[:, None], fetched_SxUxF, 0)
+
+    def push(self, gradient_SxUxF: jax.Array, requests: Requests) -> jax.Array:
+        """Sends row gradients to the owners.
 
         They set out in the dtype they have, and travel on from a relay as its float32 sums.
 
         Returns:
-            [O, W] float32 sums in the order of `requests.owned`.
+            [S, O, F] float32 sums in the order of `requests.owned`.
         """
-        sums_OxW = self._by_columns(
-            self._push, gradient_UxW, self.owned_rows, jnp.float32, requests
-        )
+        if self.hops:
+
+            def send(gradient_SxUxW, vector, whole, corner):
+                sums_OxW = self._push(gradient_SxUxW, vector, requests)
+                return jax.lax.dynamic_update_slice(whole, sums_OxW[None], corner)
+
+            sums_SxOxF = self._by_vector(send, gradient_SxUxF, self.owned_rows, jnp.float32)
+        else:
+            real_Ux1 = (requests.rows < self.num_rows)[:, None]
+            sums_SxUxF = jnp.where(real_Ux1, gradient_SxUxF.astype(jnp.float32), 0)
+            if requests.home is None:
+                sums_SxOxF = _resized(sums_SxUxF, self.owned_rows, axis=1)
+            else:
+                vectors, _, width = sums_SxUxF.shape
+                empty = jnp.zeros((vectors, self.owned_rows, width), jnp.float32)
+                sums_SxOxF = empty.at[:, requests.home].set(sums_SxUxF, mode="drop")
         axes = self._copy_axes()
-        return jax.lax.psum(sums_OxW, axes) if axes else sums_OxW
+        return jax.lax.psum(sums_SxOxF, axes) if axes else sums_SxOxF
 
     def _search(self, rows: jax.Array, counted: bool) -> tuple[Requests, Found]:
         """Requests, and what they need room for; tokens are counted on the way if so asked."""
@@ -253,11 +217,8 @@ class Exchange:
         own_N = jax.lax.dynamic_slice_in_dim(index, jax.lax.axis_index(axes) * size, size)
         return united_O, jnp.where(listed_N < self.num_rows, own_N, self.owned_rows), tokens_O
 
-    def _fetch(self, block_OxW: jax.Array, requests: Requests) -> jax.Array:
-        if not self.hops:
-            if requests.home is None:
-                return _resized(block_OxW, self.unique_rows)
-            return block_OxW[jnp.minimum(requests.home, self.owned_rows - 1)]
+    def _fetch(self, block_OxW: jax.Array, requests: Requests) -> tuple[jax.Array, jax.Array]:
+        """Rows of one vector as they arrive, and where this device's [U] are among them."""
         # What lies in empty slots is never looked at, so any row may go there.
         pick, rows = requests.hops[-1].arrived, block_OxW
         for number in reversed(range(len(self.hops))):
@@ -267,21 +228,35 @@ class Exchange:
                 # A relay puts what arrives straight into the slots of the hop before.
                 wanted = requests.hops[number - 1].arrived
                 pick = pick[jnp.minimum(wanted, pick.shape[0] - 1)]
-        return rows[pick]
+        return rows, pick
 
-    def _push(self, gradient_UxW: jax.Array, requests: Requests) -> jax.Array:
-        if not self.hops:
-            valid_U = requests.rows < self.num_rows
-            sums = jnp.where(valid_U[:, None], gradient_UxW.astype(jnp.float32), 0)
-            if requests.home is None:
-                return _resized(sums, self.owned_rows)
-            empty = jnp.zeros((self.owned_rows, sums.shape[1]), jnp.float32)
-            return empty.at[requests.home].set(sums, mode="drop")
-        sums = gradient_UxW
+    def _put_picked(self, whole_SxUxF, corner, rows_NxW, pick_U, real_U) -> jax.Array:
+        """`whole` with the picked rows [U, W] from a corner on, zero where they are not real."""
+
+        def put(whole_SxUxF, start, size):
+            pick, real = (jax.lax.dynamic_slice(x_U, (start,), (size,)) for x_U in (pick_U, real_U))
+            rows = jnp.where(real[:, None], rows_NxW[pick], 0)[None]
+            vector, _, column = corner
+            return jax.lax.dynamic_update_slice(whole_SxUxF, rows, (vector, start, column))
+
+        number = len(pick_U)
+        if self.way == "scatter" or number <= _PIECE:
+            return put(whole_SxUxF, 0, number)
+
+        def one_piece(piece, whole_SxUxF):
+            # The last may overlap the one before; it puts the same.
+            return put(whole_SxUxF, jnp.minimum(piece * _PIECE, number - _PIECE), _PIECE)
+
+        return jax.lax.fori_loop(0, -(-number // _PIECE), one_piece, whole_SxUxF)
+
+    def _push(self, gradient_SxUxW: jax.Array, vector: int, requests: Requests) -> jax.Array:
+        """One vector's sums [O, W]."""
+        sums = None
         for hop, record, room in zip(self.hops, requests.hops, self._rooms, strict=True):
             # Behind the listed rows sums are undefined, and a product with zero may spread that.
             sent = jnp.where(record.sent < len(record.slot), record.sent, 0)
-            arrived = self._swap(sums[sent], hop)
+            sent = _of_vector(gradient_SxUxW, vector, sent) if sums is None else sums[sent]
+            arrived = self._swap(sent, hop)
             # What a relay's sums have behind its rows is nobody's.
             room += spare_rows(self.way)
             sums = sum_by_row(arrived, record.arrived, room, self.way, record.order)
@@ -290,22 +265,29 @@ class Exchange:
         real_O = requests.owned < self.num_rows
         return jnp.where(real_O[:, None], sums[: self.owned_rows], 0)
 
-    def _by_columns(self, way, rows: jax.Array, room: int, dtype, requests: Requests) -> jax.Array:
-        """`way(rows, requests)` [room, W], a part of the columns in each round."""
-        width = rows.shape[1]
+    def _by_vector(self, way, rows_SxNxF: jax.Array, room: int, dtype) -> jax.Array:
+        """[S, room, F], written by `way(rows, vector, whole, corner)` vector by vector.
+
+        It writes W columns at a corner of the whole, those of a round. Each vector is read where it
+        lies and written where it belongs, so that none is copied.
+        """
+        vectors, number, width = rows_SxNxF.shape
         part = -(-width // self.rounds)
-        if part == width:
-            return way(rows, requests)
+        whole = jax.lax.empty((vectors, room, width), dtype)
 
-        def one_round(number, whole):
+        def one_round(vector, turn, whole):
             # The last part may overlap the one before; it brings the same.
-            first = jnp.minimum(number * part, width - part)
-            columns = jax.lax.dynamic_slice_in_dim(rows, first, part, axis=1)
-            columns = way(columns, requests)
-            return jax.lax.dynamic_update_slice_in_dim(whole, columns, first, axis=1)
+            first = jnp.minimum(turn * part, width - part)
+            columns = jax.lax.dynamic_slice(rows_SxNxF, (vector, 0, first), (1, number, part))
+            return way(columns, 0, whole, (vector, 0, first))
 
-        empty = jnp.zeros((room, width), dtype)
-        return jax.lax.fori_loop(0, -(-width // part), one_round, empty)
+        for vector in range(vectors):
+            if part == width:
+                whole = way(rows_SxNxF, vector, whole, (vector, 0, 0))
+            else:
+                turn = functools.partial(one_round, vector)
+                whole = jax.lax.fori_loop(0, -(-width // part), turn, whole)
+        return whole
 
     def _sorted(self, way: jax.Array) -> tuple[jax.Array, jax.Array, RowOrder]:
         """The distinct rows [U], the index of each key's row among them, and the index's order.
@@ -388,8 +370,15 @@ def _sums(numbers: jax.Array, index: jax.Array, room: int) -> jax.Array:
     return jnp.zeros(room, jnp.int32).at[index].add(numbers, mode="drop")
 
 
-def _resized(rows: jax.Array, size: int, fill=0) -> jax.Array:
+def _of_vector(rows_SxNxW: jax.Array, vector: int, pick_M: jax.Array) -> jax.Array:
+    """Rows [M, W] of one vector, gathered from all: a slice of them would be a copy."""
+    _, number, width = rows_SxNxW.shape
+    return rows_SxNxW.reshape(-1, width)[vector * number + pick_M]
+
+
+def _resized(rows: jax.Array, size: int, fill=0, axis: int = 0) -> jax.Array:
     """The first rows, or all and `fill` behind them."""
-    more = max(0, size - rows.shape[0])
-    padding = ((0, more), *((0, 0),) * (rows.ndim - 1))
-    return jnp.pad(rows[:size], padding, constant_values=fill)
+    more = max(0, size - rows.shape[axis])
+    padding = [(0, more if number == axis else 0) for number in range(rows.ndim)]
+    rows = jax.lax.slice_in_dim(rows, 0, min(size, rows.shape[axis]), axis=axis)
+    return jnp.pad(rows, padding, constant_values=fill)

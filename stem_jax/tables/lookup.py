@@ -35,30 +35,9 @@ class LayerRows:
 
 
 @part("row_copies")
-def open_rows(rows_UxSxF: jax.Array) -> LayerRows:
-    """From the rows of a block, or of the blocks of several devices, one after the other."""
-    vectors_SxUxF = _by_vector(rows_UxSxF)
+def open_rows(vectors_SxUxF: jax.Array) -> LayerRows:
+    """From the rows of a block, or of the blocks of several devices, concatenated along U."""
     return LayerRows(jax.lax.stop_gradient(vectors_SxUxF), vectors_SxUxF)
-
-
-@jax.custom_vjp
-def _by_vector(rows_UxSxF: jax.Array) -> jax.Array:
-    """[S, U, F], cut out of flat rows: TPUs turn them twice to transpose three dimensions."""
-    U, S, F = rows_UxSxF.shape
-    rows_UxW = rows_UxSxF.reshape(U, -1)
-    return jnp.stack([rows_UxW[:, start : start + F] for start in range(0, S * F, F)])
-
-
-def _by_row(shape, gradient_SxUxF):
-    U, S, F = shape
-    # Written one after the other: what TPUs make of a concatenation takes twice as long.
-    rows_UxW = jax.lax.empty((U, S * F), gradient_SxUxF.dtype)
-    for number in range(S):
-        rows_UxW = jax.lax.dynamic_update_slice(rows_UxW, gradient_SxUxF[number], (0, number * F))
-    return (rows_UxW.reshape(shape),)
-
-
-_by_vector.defvjp(lambda rows: (_by_vector(rows), rows.shape), _by_row)
 
 
 @jax.custom_vjp

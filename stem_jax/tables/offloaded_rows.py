@@ -37,8 +37,8 @@ class SlotRows:
 
     def block(self, keys_BxL: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
         """See `row_source.RowBlock`."""
-        rows_UxSxF = logical(self.rows[:, self.slots])
-        return rows_UxSxF.astype(dtype), self.inverse.reshape(keys_BxL.shape)
+        rows_SxUxF = self.rows[:, self.slots]
+        return rows_SxUxF.astype(dtype), self.inverse.reshape(keys_BxL.shape)
 
 
 class OffloadedRows:

@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from stem_jax.tables.spec import TableSpec, logical
+from stem_jax.tables.spec import TableSpec
 
 
 class RowBlock(Protocol):
     """A pytree that a compiled program reads rows from."""
 
     def block(self, keys_BxL: jax.Array, dtype) -> tuple[jax.Array | None, jax.Array]:
-        """Rows [U, S, F] in `dtype`, and the index [B, L] of each key's row among them."""
+        """Rows [S, U, F] in `dtype`, and the index [B, L] of each key's row among them."""
 
 
 class RowSource(Protocol):
@@ -72,9 +72,9 @@ class ResidentRows:
         rows_U = self.spec.layout.rows_of(keys_BxL.reshape(-1))
         inverse_BxL = jnp.arange(keys_BxL.size, dtype=jnp.int32).reshape(keys_BxL.shape)
         if self.mesh is None:
-            return logical(self.rows[:, rows_U]).astype(dtype), inverse_BxL
+            return self.rows[:, rows_U].astype(dtype), inverse_BxL
         take = jax.shard_map(
-            lambda shard, rows: logical(self._take(shard, rows)).astype(dtype),
+            lambda shard, rows: self._take(shard, rows).astype(dtype),
             mesh=self.mesh,
             in_specs=(self.spec.row_spec, PartitionSpec()),
             out_specs=PartitionSpec(None, None, "tensor"),

@@ -14,10 +14,11 @@ from stem_jax.mesh import BATCH_AXES, axis_size
 from stem_jax.parts import part
 from stem_jax.tables.asked_rows import AskedRows
 from stem_jax.tables.block_sizes import BlockSizes, largest_sizes
-from stem_jax.tables.exchange import Exchange, HopRequests, Requests
+from stem_jax.tables.exchange import Exchange
 from stem_jax.tables.hops import owner_hops
+from stem_jax.tables.requests import HopRequests, Requests
 from stem_jax.tables.row_optimizer import RowOptimizer
-from stem_jax.tables.spec import TableSpec, TableState, logical, stored
+from stem_jax.tables.spec import TableSpec, TableState
 from stem_jax.tables.update_history import UpdateHistory
 
 # What a buffer of the exchange may take at float32 whatever the batch; a larger one holds so many
@@ -152,8 +153,8 @@ class ShardedTable:
 
     @property
     def block_spec(self) -> PartitionSpec:
-        """Partition of row blocks [devices * U, S, F]."""
-        return PartitionSpec(BATCH_AXES, None, "tensor")
+        """Partition of row blocks [S, devices * U, F]."""
+        return PartitionSpec(None, BATCH_AXES, "tensor")
 
     @part("exchange")
     def request(
@@ -179,12 +180,11 @@ class ShardedTable:
 
     @part("exchange")
     def fetch(self, state, requests, dtype, step, history: UpdateHistory) -> jax.Array:
-        """The row blocks [devices * U, S, F] of all devices in `dtype`, as of update `step`."""
+        """The row blocks [S, devices * U, F] of all devices in `dtype`, as of update `step`."""
 
         def local(state, requests, step, history):
             block = self._optimizer.read(state, self._places(requests), step, history)
-            rows_OxSxF = logical(block.rows).astype(dtype)
-            return self._by_vectors(self.exchange.fetch, rows_OxSxF, requests)
+            return self.exchange.fetch(block.rows.astype(dtype), requests)
 
         whole = PartitionSpec()
         specs = (self._state_specs, self.request_specs, whole, whole)
@@ -192,13 +192,9 @@ class ShardedTable:
 
     @part("exchange")
     def push(self, gradient: jax.Array, requests: Requests) -> jax.Array:
-        """Sums row gradients [devices * U, S, F] at the owners: [owners * O, S, F] float32."""
-
-        def local(gradient, requests):
-            return self._by_vectors(self.exchange.push, gradient, requests)
-
+        """Sums row gradients [S, devices * U, F] at the owners: [S, owners * O, F] float32."""
         specs = (self.block_spec, self.request_specs)
-        return self._sharded(local, specs, self.spec.logical_spec)(gradient, requests)
+        return self._sharded(self.exchange.push, specs, self.spec.row_spec)(gradient, requests)
 
     @part("row_optimizer")
     def norm(self, gradient: jax.Array) -> jax.Array:
@@ -208,7 +204,7 @@ class ShardedTable:
             total = _sum_in_pieces(_squares_by_row(gradient))
             return jax.lax.psum(total, (*self.spec.vocab_axes, "tensor"))
 
-        return jnp.sqrt(self._sharded(local, (self.spec.logical_spec,), PartitionSpec())(gradient))
+        return jnp.sqrt(self._sharded(local, (self.spec.row_spec,), PartitionSpec())(gradient))
 
     @part("row_optimizer")
     def update(self, state, requests, gradient, step, keep, history: UpdateHistory) -> TableState:
@@ -216,9 +212,9 @@ class ShardedTable:
 
         def local(state, requests, gradient, step, keep, history):
             places = self._places(requests)
-            return self._optimizer.update(state, places, stored(gradient), step, keep, history)
+            return self._optimizer.update(state, places, gradient, step, keep, history)
 
-        whole, sums = PartitionSpec(), self.spec.logical_spec
+        whole, sums = PartitionSpec(), self.spec.row_spec
         specs = (self._state_specs, self.request_specs, sums, whole, whole, whole)
         return self._sharded(local, specs, self._state_specs)(
             state, requests, gradient, step, keep, history
@@ -248,14 +244,6 @@ class ShardedTable:
         return self._sharded(local, (self._state_specs, whole, whole), self.spec.row_spec)(
             state, step, history
         )
-
-    def _by_vectors(self, way, rows_NxSxF: jax.Array, requests: Requests) -> jax.Array:
-        """`way(rows, requests)` of each of the S vectors; buffers hold one of them."""
-        number, vectors, width = rows_NxSxF.shape
-        if not self.exchange.hops:
-            return way(rows_NxSxF.reshape(number, -1), requests).reshape(-1, vectors, width)
-        pieces = [way(rows_NxSxF[:, vector], requests) for vector in range(vectors)]
-        return jnp.stack(pieces, axis=1)
 
     def _rows_of(self, keys, valid) -> jax.Array:
         return jnp.where(valid, self.spec.layout.rows_of(keys), self.spec.num_rows)
@@ -288,20 +276,20 @@ class ShardedTable:
         )
 
 
-def _squares_by_row(rows: jax.Array) -> jax.Array:
-    """Sums of squares [O] of each row [O, ...], by a program that does not know how many there are.
+def _squares_by_row(rows_SxOxF: jax.Array) -> jax.Array:
+    """Sums of squares [O] of each row, by a program that does not know how many there are.
 
     CPUs sum the last few rows of an array in another order than those before.
     """
-    number = len(rows)
+    number = rows_SxOxF.shape[1]
     size = max(number, _NORM_PIECE)
-    rows = jnp.pad(rows, ((0, size - number), *((0, 0),) * (rows.ndim - 1)))
+    rows_SxNxF = jnp.pad(rows_SxOxF, ((0, 0), (0, size - number), (0, 0)))
 
     def one_piece(piece, found_O):
         # The last may overlap the one before; it finds the same.
         first = jnp.minimum(piece * _NORM_PIECE, size - _NORM_PIECE)
-        part = jax.lax.dynamic_slice_in_dim(rows, first, _NORM_PIECE)
-        sums = jnp.sum(jnp.square(part), axis=tuple(range(1, rows.ndim)))
+        rows = jax.lax.dynamic_slice_in_dim(rows_SxNxF, first, _NORM_PIECE, axis=1)
+        sums = jnp.sum(jnp.square(rows), axis=(0, 2))
         return jax.lax.dynamic_update_slice_in_dim(found_O, sums, first, 0)
 
     empty = jnp.zeros(size)

@@ -15,7 +15,7 @@ from stem_jax.model.transformer import Inputs
 from stem_jax.parts import part
 from stem_jax.tables.asked_rows import AskedRows
 from stem_jax.tables.block_sizes import BlockSizes, choose_sizes, levels_above, nearly_filled
-from stem_jax.tables.exchange import Requests
+from stem_jax.tables.requests import Requests
 from stem_jax.tables.sharded_table import Demand, ShardedTable
 from stem_jax.tables.spec import TableSpec
 from stem_jax.training.optimizer import apply_update, clip_factor, make_optimizer
