@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.table_step import TableStep
 from stem_jax.mesh import make_mesh
+from stem_jax.planning import hlo
 from stem_jax.planning.topology import Topology
 from stem_jax.training.schedule import make_schedule
 from stem_jax.training.state import abstract_state
@@ -143,3 +144,40 @@ def test_a_second_buffer_of_the_table_on_a_tpu_is_seen(tiny_config):
     assert beside > 1
     _, in_place = _held_on_a_tpu(tiny_config, _keep_the_state)
     assert in_place == 0
+
+
+def _copies_of_all_vectors(text: str, size: int) -> list[str]:
+    """What makes an array of so many numbers anew: neither in place, nor another name for one."""
+    module = hlo.parse(text)
+    names = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional"}
+    found = []
+    for instruction, _ in module.scheduled():
+        if all(math.prod(array.shape) != size for array in instruction.arrays):
+            continue
+        inside = {part.opcode for part in module.fused(instruction)}
+        fresh = instruction.target == "AllocateBuffer"
+        put = {instruction.opcode, *inside} & {"dynamic-update-slice", "scatter"}
+        if instruction.opcode not in names and not fresh and not put:
+            found.append(f"{instruction.opcode} {instruction.arrays[0]} {instruction.op_name}")
+    return found
+
+
+@needs_libtpu
+@pytest.mark.long
+def test_no_copy_of_the_rows_of_all_vectors_on_a_tpu(tiny_config):
+    """Neither on the way from the owners through a scan over two STEM layers, nor back."""
+    sizes = {"vocab_size": 65536, "num_layers": 4, "stem_layers": (1, 3), "ffn_dim": 384}
+    sizes |= {"embed_dim": 128, "num_heads": 2, "num_kv_heads": 1, "head_dim": 64}
+    config = tiny_config(
+        **{f"model.{name}": value for name, value in sizes.items()},
+        **{"model.scan_layers": True, "model.compute_dtype": "bfloat16", "train.seq_len": 128},
+        **{"train.global_batch_size": 8, "tables.optimizer": "deferred_adamw"},
+    )
+    step = TrainStep(config, make_mesh(config.mesh, Topology.parse("v5e:2x2").devices()))
+    compiled, _ = compiled_update(step, compiler_options={"exec_time_optimization_effort": -1.0})
+    keys = jax.ShapeDtypeStruct((1, 8, 128), jnp.int32)
+    rows = step.table(keys).exchange.unique_rows
+    size = 2 * rows * 384
+    text = compiled.as_text()
+    assert f"[2,{rows},384]" in text
+    assert not _copies_of_all_vectors(text, size)
