@@ -168,7 +168,14 @@ def _keys(kind: str, devices: int):
     return (keys % 90).reshape(shape).astype(np.int32), valid
 
 
-@pytest.mark.parametrize("name", PLACES)
+# One place with copies of the rows, one with slices; `test_any_batch` has another.
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("copies", "slices within") else pytest.param(name, marks=pytest.mark.long)
+        for name in PLACES
+    ],
+)
 def test_every_level_gives_the_same_bits(name, place, monkeypatch):
     for least in ("_SMALLEST_BLOCK", "_SMALLEST_PAIR"):
         monkeypatch.setattr(block_sizes, least, 1)

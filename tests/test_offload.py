@@ -72,7 +72,11 @@ def outcome(programs, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "how",
-    [*RUNS[:-1], pytest.param(RUNS[-1], marks=pytest.mark.long)],
+    [
+        *RUNS[1:-1],
+        # A program of its own, and one of eight devices.
+        *(pytest.param(how, marks=pytest.mark.long) for how in (RUNS[0], RUNS[-1])),
+    ],
     ids=lambda how: "-".join(map(str, how)),
 )
 def test_a_run_is_that_with_all_rows_resident(outcome, how):
@@ -90,7 +94,7 @@ def test_a_run_is_that_with_all_rows_resident(outcome, how):
 @pytest.mark.parametrize(
     ("layout", "first", "second"),
     [
-        ("one device", (TENTH, 2, "lru"), (HALF, 1, "lfu")),
+        pytest.param("one device", (TENTH, 2, "lru"), (HALF, 1, "lfu"), marks=pytest.mark.long),
         ("one device", (TENTH, 2, "lru"), ()),
         ("one device", (), (TENTH, 4, "lfu")),
         ("eight shards", ("smallest", 1, "lfu"), ()),
