@@ -8,6 +8,8 @@ from jax.sharding import NamedSharding
 from stem_jax.model import layers
 from stem_jax.training.state import ModelDef, init_state
 
+pytestmark = pytest.mark.optimized
+
 # First and last number of some parameters, as one program for all of them drew them.
 KEPT = {
     "embed.weight": (0.1961222, 0.2557559),
