@@ -83,7 +83,10 @@ def pytest_runtest_setup(item):
     bits or roundings, or read what was compiled, are marked; the long ones are as users run them.
     """
     little = not (item.config.getoption("--long") or item.get_closest_marker("optimized"))
-    jax.config.update("jax_disable_most_optimizations", little)
+    if little != jax.config.values["jax_disable_most_optimizations"]:
+        # JAX takes a program that it has for one of the other effort.
+        jax.clear_caches()
+        jax.config.update("jax_disable_most_optimizations", little)
     # Programs that tests start.
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(little))
 
