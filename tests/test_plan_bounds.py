@@ -15,7 +15,7 @@ from stem_jax.planning.collectives import Collective, collectives_of
 from stem_jax.planning.program import zipf_needs
 from stem_jax.planning.roofline import roofline, step_flops
 from stem_jax.planning.topology import Topology
-from stem_jax.planning.traffic import hbm_bytes
+from stem_jax.planning.traffic import hbm_bytes, moved_bytes
 from stem_jax.tables.block_sizes import BlockSizes
 from stem_jax.tables.spec import TableSpec
 
@@ -105,6 +105,24 @@ def test_traffic_counts_what_is_taken_and_not_what_it_is_taken_from():
     # reads and writes 16 floats in the kernel and in the sum, one of the open loop 8 and 16 bytes.
     per_round = 2 * (2 * 16 * 4)
     assert hbm_bytes(module) == 8 * 128 * 2 + 4 + (5 + 3) * per_round + 8 + 16
+
+
+def test_traffic_of_what_goes_between_chip_and_hbm():
+    """A window made on the chip is written into HBM; a slice of HBM taken to the chip is read."""
+    whole, window = "bf16[64,128]{1,0}", "bf16[8,128]{1,0:T(8,128)(2,1)S(1)}"
+    module = hlo.parse(
+        f"""HloModule m
+ENTRY %main (whole: bf16[64,128], at: s32[]) -> bf16[64,128] {{
+  %whole = {whole} parameter(0)
+  %at = s32[]{{:T(128)S(6)}} parameter(1)
+  %taken = {window} dynamic-slice(%whole, %at, %at), dynamic_slice_sizes={{8,128}}
+  ROOT %put = {whole} dynamic-update-slice(%whole, %taken, %at, %at)
+}}
+"""
+    )
+    window_bytes = 8 * 128 * 2
+    assert moved_bytes(module, module.instructions["taken"]) == window_bytes
+    assert moved_bytes(module, module.instructions["put"]) == window_bytes
 
 
 def test_collectives_of_a_compiled_program(device_mesh):

@@ -45,9 +45,10 @@ def moved_bytes(module: Module, instruction: Instruction) -> int:
     read = [_hbm(operand.arrays) if operand else 0 for operand in operands]
     written = _hbm(instruction.arrays)
     if opcode in _SLICES:
-        return 2 * written
+        # Of what it reads, as much as it makes, wherever that lies.
+        return (instruction.bytes if read[0] else 0) + written
     if opcode in _UPDATES:
-        return 2 * sum(read[1:])
+        return sum(read[1:]) + (_update_bytes(module, instruction) if written else 0)
     if opcode == "slice-start":
         # The result is (operands, destination, context): what the destination holds was read.
         taken = instruction.arrays[len(read)]
