@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,9 @@ from jax.sharding import NamedSharding
 
 from stem_jax.kernels import row_sums
 from stem_jax.mesh import BATCH_AXES, axis_size
-from stem_jax.tables import block_sizes, hops
+from stem_jax.tables import block_sizes, exchange, hops
 from stem_jax.tables.block_sizes import BlockSizes, choose_sizes, sizes_at
+from stem_jax.tables.exchange import Exchange
 from stem_jax.tables.hops import Hop, factors, owner_hops
 from stem_jax.tables.layout import TableLayout
 from stem_jax.tables.sharded_table import ShardedTable
@@ -205,6 +207,42 @@ def test_sums_by_matrix_products(name, place, monkeypatch):
     mesh, axes = place(name)
     case = Case(f"{name} by windows", mesh, axes, *_keys("empty devices", 8))
     case.run(case.needed)
+    # Fetched rows in pieces, of which those at the end are masked.
+    monkeypatch.setattr(exchange, "_PIECE", 5)
+    case.place = (f"{name} by windows in pieces", mesh, axes)
+    case.run(case.needed)
+    case.run(None)
+
+
+def test_few_fetched_rows_are_masked():
+    """A mask costs a TPU three times what its rows cost: where all rows are real there is none."""
+    sizes = {"unique_rows": 1100, "owned_rows": 8, "capacities": (1100,), "relayed": ()}
+    some = Exchange(96, (), 1, (Hop(1, 1),), **sizes, buffer_rows=2000, way="windows")
+    requests = SimpleNamespace(rows=jnp.zeros(1100, jnp.int32))
+    pick = jnp.zeros(1100, jnp.int32)
+
+    def put(whole, rows):
+        return some._put_picked(whole, (0, 0, 0), rows, pick, requests)
+
+    program = jax.make_jaxpr(put)(jnp.zeros((1, 1100, 4)), jnp.ones((1100, 4))).jaxpr
+    masked = {
+        equation.primitive.name: any(
+            inner.primitive.name == "select_n" and inner.outvars[0].aval.ndim == 2
+            for inner in _all_inside(equation)
+        )
+        for equation in program.eqns
+        if equation.primitive.name in ("scan", "while")
+    }
+    # The loop whose end only the device knows begins behind the last piece of real rows alone.
+    assert masked == {"scan": False, "while": True}
+
+
+@pytest.mark.parametrize("room", [1, 7, 8, 9, 2004])
+def test_owners_rows_fill_whole_tiles(room, place):
+    """Whatever a level has room for."""
+    mesh, axes = place("copies")
+    table, *_ = _programs("copies", mesh, axes, BlockSizes(16, room, (4,), ()))
+    assert table.exchange.owned_rows == -(-room // 8) * 8
 
 
 @pytest.mark.parametrize("axes", [BATCH_AXES, ("fsdp",)])
@@ -286,6 +324,13 @@ def _swaps(program, *, in_loops: bool) -> int:
         if in_loops or equation.primitive.name not in ("while", "scan"):
             found += sum(_swaps(inner, in_loops=in_loops) for inner in _inside(equation))
     return found
+
+
+def _all_inside(equation):
+    for program in _inside(equation):
+        for inner in program.eqns:
+            yield inner
+            yield from _all_inside(inner)
 
 
 def _in_a_row(program) -> int:

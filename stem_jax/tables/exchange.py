@@ -113,19 +113,18 @@ class Exchange:
         Returns:
             [S, U, F] rows in the order of `requests.rows`; what pads the end is zero.
         """
-        real_U = requests.rows < self.num_rows
         if self.hops:
 
             def bring(rows_SxOxW, vector, whole, corner):
                 rows, pick_U = self._fetch(rows_SxOxW[vector], requests)
-                return self._put_picked(whole, corner, rows, pick_U, real_U)
+                return self._put_picked(whole, corner, rows, pick_U, requests)
 
             return self._by_vector(bring, block_SxOxF, self.unique_rows, block_SxOxF.dtype)
         if requests.home is None:
             fetched_SxUxF = _resized(block_SxOxF, self.unique_rows, axis=1)
         else:
             fetched_SxUxF = block_SxOxF[:, jnp.minimum(requests.home, self.owned_rows - 1)]
-        return jnp.where(real_U[:, None], fetched_SxUxF, 0)
+        return jnp.where((requests.rows < self.num_rows)[:, None], fetched_SxUxF, 0)
 
     def push(self, gradient_SxUxF: jax.Array, requests: Requests) -> jax.Array:
         """Sends row gradients to the owners.
@@ -230,24 +229,30 @@ class Exchange:
                 pick = pick[jnp.minimum(wanted, pick.shape[0] - 1)]
         return rows, pick
 
-    def _put_picked(self, whole_SxUxF, corner, rows_NxW, pick_U, real_U) -> jax.Array:
+    def _put_picked(self, whole_SxUxF, corner, rows_NxW, pick_U, requests: Requests) -> jax.Array:
         """`whole` with the picked rows [U, W] from a corner on, zero where they are not real."""
+        number, real_U = len(pick_U), requests.rows < self.num_rows
 
-        def put(whole_SxUxF, start, size):
+        def put(whole_SxUxF, start, size, masked):
             pick, real = (jax.lax.dynamic_slice(x_U, (start,), (size,)) for x_U in (pick_U, real_U))
-            rows = jnp.where(real[:, None], rows_NxW[pick], 0)[None]
+            rows = rows_NxW.at[pick].get(mode="promise_in_bounds")
+            rows = jnp.where(real[:, None], rows, 0) if masked else rows
             vector, _, column = corner
-            return jax.lax.dynamic_update_slice(whole_SxUxF, rows, (vector, start, column))
+            return jax.lax.dynamic_update_slice(whole_SxUxF, rows[None], (vector, start, column))
 
-        number = len(pick_U)
         if self.way == "scatter" or number <= _PIECE:
-            return put(whole_SxUxF, 0, number)
+            return put(whole_SxUxF, 0, number, True)
 
-        def one_piece(piece, whole_SxUxF):
+        def one_piece(masked, piece, whole_SxUxF):
             # The last may overlap the one before; it puts the same.
-            return put(whole_SxUxF, jnp.minimum(piece * _PIECE, number - _PIECE), _PIECE)
+            return put(whole_SxUxF, jnp.minimum(piece * _PIECE, number - _PIECE), _PIECE, masked)
 
-        return jax.lax.fori_loop(0, -(-number // _PIECE), one_piece, whole_SxUxF)
+        # A mask takes three times as long as the rows, and few pieces at the end need one.
+        pieces, full = -(-number // _PIECE), self._count(requests.rows) // _PIECE
+        whole_SxUxF = jax.lax.fori_loop(0, pieces, functools.partial(one_piece, False), whole_SxUxF)
+        return jax.lax.fori_loop(
+            0, pieces - full, lambda piece, whole: one_piece(True, full + piece, whole), whole_SxUxF
+        )
 
     def _push(self, gradient_SxUxW: jax.Array, vector: int, requests: Requests) -> jax.Array:
         """One vector's sums [O, W]."""

@@ -25,6 +25,8 @@ from stem_jax.tables.update_history import UpdateHistory
 # times the rows of a device. More rounds cost little time, larger buffers memory.
 _ROUND_BYTES = 2**28
 _PADDING = 1.5
+# Rows of a tile on TPUs: an owner's rows fill whole tiles.
+_SUBLANES = 8
 # Rows that catch up at a time when a whole table does.
 _PIECE = 1024
 # Rows that a norm takes at a time: a reduction is cut into parts by its length, and with room for
@@ -87,7 +89,7 @@ class ShardedTable:
             num_owners=axis_size(self.mesh, self.spec.vocab_axes),
             hops=hops,
             unique_rows=sizes.unique + spare_rows(way),
-            owned_rows=sizes.owned,
+            owned_rows=-(-sizes.owned // _SUBLANES) * _SUBLANES,
             capacities=sizes.pairs,
             relayed=sizes.relayed,
             buffer_rows=buffer_rows,

@@ -132,7 +132,8 @@ class LookAhead(Iterator[Ready]):
         record = self._training and not ready.settled
         pinned = self._pinned(ready.asked)
         ready.ticket = self._prefetch.ticket(ready.asked, pinned, record=record)
-        ready.slots = self._prefetch.slots(ready.ticket, ready.sizes.owned)
+        table = self._programs.table(ready.batch.tokens, ready.sizes)
+        ready.slots = self._prefetch.slots(ready.ticket, table.exchange.owned_rows)
         self._window.append(ready.asked)
         return True
 
