@@ -163,13 +163,16 @@ def test_exchange_equals_indexing(shape, vocab_axes, capacity, device_mesh):
             np.testing.assert_array_equal(one, two)
 
 
+@pytest.mark.parametrize("way", ["windows", pytest.param("segments", marks=pytest.mark.long)])
 @pytest.mark.parametrize("micro", [1, pytest.param(MICRO, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     ("shape", "vocab_axes"), [((1, 1, 1), BOTH), ((2, 2, 2), BOTH), ((2, 4, 1), ("fsdp",))]
 )
-def test_exchange_with_the_sums_of_matrix_units(shape, vocab_axes, micro, device_mesh, monkeypatch):
+def test_exchange_with_the_sums_of_accelerators(
+    shape, vocab_axes, micro, way, device_mesh, monkeypatch
+):
     """One micro-batch names its rows densely, several do not; windows of 4 values."""
-    monkeypatch.setitem(row_sums.WAYS, "cpu", "windows")
+    monkeypatch.setitem(row_sums.WAYS, "cpu", way)
     monkeypatch.setattr(row_sums, "_CHUNK", 4)
     valid = np.ones((MICRO, BATCH, LENGTH), bool)
     valid[1, 3:6, 1:] = False

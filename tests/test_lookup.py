@@ -18,7 +18,7 @@ VECTORS, WIDTH = 2, 6
 
 
 # 64, 54 and 42 values of each device, in windows of 8.
-@pytest.mark.parametrize("way", ["windows", "scatter"])
+@pytest.mark.parametrize("way", ["windows", "segments", "scatter"])
 @pytest.mark.parametrize("shape", [(4, 8, 4), (4, 9, 3), (4, 21)])
 def test_gradients_of_several_keys_on_divided_columns(shape, way, device_mesh, monkeypatch):
     monkeypatch.setitem(row_sums.WAYS, "cpu", way)

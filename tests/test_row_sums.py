@@ -1,6 +1,7 @@
 """Sums by row in each platform's way, against float64; all ways run here."""
 
 import functools
+import itertools
 import re
 
 import jax
@@ -11,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stem_jax.kernels import row_sums
-from stem_jax.kernels.row_sums import dense_order, spare_rows, sum_by_row
+from stem_jax.kernels.row_sums import dense_order, put_sums_by_row, spare_rows, sum_by_row
 
 pytestmark = pytest.mark.optimized
 
-WAYS = ["windows", "scatter"]
+WAYS = ["windows", "segments", "scatter"]
 # Below a chunk of 512, one, and several with and without a rest.
 LENGTHS = [1, 7, 511, 512, 513, 1024, 1536, 1700]
 
@@ -56,8 +57,11 @@ def _indices(length: int):
     yield rng.zipf(1.2, length) % 3000
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(
+    ("length", "way"),
+    # Segments know no chunks, and take a second here each time.
+    [*itertools.product(LENGTHS, ["windows", "scatter"]), (1, "segments"), (512, "segments")],
+)
 def test_any_length_and_any_index(length, way):
     values = _integers(length)
     for index in _indices(length):
@@ -91,12 +95,51 @@ def test_many_rows_outside_are_dropped():
     np.testing.assert_array_equal(sums, _float64(values, index, 16))
 
 
-def test_what_lay_there_before_is_never_read(monkeypatch):
+@pytest.mark.parametrize("way", ["windows", "segments"])
+def test_what_lay_there_before_is_never_read(way, monkeypatch):
     """Memory is not filled; CPUs happen to give zeros."""
     monkeypatch.setattr(jax.lax, "empty", lambda *a: jnp.full(*a[:1], jnp.nan, *a[1:]))
     values, index = _integers(700), np.random.default_rng(3).integers(0, 40, 700) * 2
-    sums = jax.jit(lambda v, i: sum_by_row(v, i, 90, "windows"))(values, index)
+    sums = jax.jit(lambda v, i: sum_by_row(v, i, 90, way))(values, index)
     np.testing.assert_array_equal(sums, _float64(values, index, 90))
+
+
+def test_a_segment_does_not_see_values_of_other_rows():
+    """Those that are not finite neither; of two columns' blocks, the last not whole."""
+    values = np.random.default_rng(0).integers(-8, 9, (100, 300)).astype(np.float32)
+    index = np.random.default_rng(1).integers(0, 9, 100).astype(np.int32)
+    values[index == 4] = np.nan
+    sums = np.asarray(_sparse(values, index, 12, "segments"))
+    assert np.isnan(sums[4]).all()
+    np.testing.assert_array_equal(sums, _float64(values, index, 12))
+
+
+@pytest.mark.parametrize("way", ["windows", "segments"])
+def test_the_other_vectors_stay_as_they_are(way):
+    values, index = _integers(100), np.sort(np.random.default_rng(1).integers(0, 99, 100) % 9)
+    ranks = np.unique(index, return_inverse=True)[1].astype(np.int32)
+    into, index = jnp.full((3, 9 + spare_rows(way), 5), 7.0), jnp.asarray(ranks)
+
+    @jax.jit
+    def put(into, number, values, index):
+        order = dense_order(jnp.arange(100), index)
+        return put_sums_by_row(into, number, values, index, way, order)
+
+    sums = np.asarray(put(into, 1, values, index))
+    assert np.all(sums[[0, 2]] == 7)
+    np.testing.assert_array_equal(sums[1, :9], _float64(values, ranks, 9))
+
+
+def test_gpus_get_one_kernel():
+    """Without a GPU, as far as its compiler's input goes."""
+    shapes = (
+        jax.ShapeDtypeStruct((1700, 24), jnp.bfloat16),
+        jax.ShapeDtypeStruct((1700,), jnp.int32),
+    )
+    traced = _sparse.trace(*shapes, 90, "segments")
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("xla.gpu.triton") == 1 and "segment_sums" in text
+    assert "dot_general" not in text
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -182,5 +225,5 @@ def test_a_compiled_tpu_program_keeps_the_precision():
 
 
 def test_each_platform_has_a_way():
-    assert row_sums.WAYS == {"tpu": "windows", "gpu": "windows", "cpu": "scatter"}
+    assert row_sums.WAYS == {"tpu": "windows", "gpu": "segments", "cpu": "scatter"}
     assert row_sums.way_on(None) == "scatter"

@@ -264,12 +264,19 @@ def test_sizes_that_do_not_divide_are_refused(overrides, shape, message, tiny_co
         check_placement(_placed(step.config, step), step.mesh, max_replicated_mib=16)
 
 
-@pytest.mark.parametrize("micro_batches", [1, pytest.param(2, marks=pytest.mark.long)])
-def test_sums_of_matrix_units_train_alike(
-    micro_batches, train_step, fresh_state, make_batch, runs, monkeypatch
+@pytest.mark.parametrize(
+    ("way", "micro_batches"),
+    [
+        ("windows", 1),
+        pytest.param("windows", 2, marks=pytest.mark.long),
+        pytest.param("segments", 1, marks=pytest.mark.long),
+    ],
+)
+def test_sums_of_accelerators_train_alike(
+    way, micro_batches, train_step, fresh_state, make_batch, runs, monkeypatch
 ):
-    """Rows and the embedding, in windows of 8 values."""
-    monkeypatch.setitem(row_sums.WAYS, "cpu", "windows")
+    """Rows and the embedding; windows of 8 values."""
+    monkeypatch.setitem(row_sums.WAYS, "cpu", way)
     monkeypatch.setattr(row_sums, "_CHUNK", 8)
     kept = train_step((2, 2, 2))
     train = dataclasses.replace(kept.config.train, micro_batches=micro_batches)

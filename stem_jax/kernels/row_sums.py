@@ -8,13 +8,15 @@ windows: for matrix units. Values are taken in the order of their rows, found by
     two windows share is carried in float32. For 32768 bfloat16 values of width 8192 a v5e needs 4.5
     M cycles besides the gather, by its compiler's estimate; a segmented scan on the vector unit
     needs 50 M.
-scatter: for CPUs, which add one value after the other, as they come. On GPUs a scatter-add with
-    repeated indices has no fixed order and is slow (jax-ml/jax#38806).
+segments: for GPUs, by the same sort; each row's values are added by one program of a kernel, see
+    `row_segments`. A scatter-add with repeated indices has no fixed order there and is slow
+    (jax-ml/jax#38806).
+scatter: for CPUs, which add one value after the other, as they come.
 
-The bits of a sum depend on the way, on the values of its row and on their places, among all values
-for windows in the order of the sort; not on the number of rows. Windows add in the order of the
-device's matrix product, which its compiler chooses: the same each time that a program runs. There
-values are multiplied by zeros for other rows, so one that is not finite makes all of a window so.
+The bits of a sum depend on the way and on the values of its row, for windows also on their places
+in the order of the sort; not on the number of rows. Windows add in the order of the device's matrix
+product, which its compiler chooses: the same each time that a program runs. There values are
+multiplied by zeros for other rows, so one that is not finite makes all of a window so.
 """
 
 import dataclasses
@@ -23,8 +25,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from stem_jax.kernels.row_segments import put_segment_sums
+
 # What each platform does; the one place that says so.
-WAYS = {"tpu": "windows", "gpu": "windows", "cpu": "scatter"}
+WAYS = {"tpu": "windows", "gpu": "segments", "cpu": "scatter"}
 # Values taken at a time, however few there are: a product of another size may add in another order,
 # and how many there are depends on the room that an exchange has.
 _CHUNK = 512
@@ -99,7 +103,7 @@ def sum_by_row(
     Args:
         values: [..., F] in any float dtype.
         index: [...] int32, their rows; what is outside [0, num_rows) is dropped.
-        way: `windows` or `scatter`.
+        way: `windows`, `segments` or `scatter`.
         order: of the index; None sorts it if that is needed.
         dtype: of the result; sums are float32 and rounded once.
 
@@ -115,6 +119,9 @@ def sum_by_row(
         sums_RxF = sums_RxF.at[index_N].add(values_NxF.astype(jnp.float32), mode="drop")
         return sums_RxF.astype(dtype)
     order = order_of(index_N, num_rows) if order is None else order
+    if way == "segments":
+        nothing = jax.lax.empty((1, num_rows, values_NxF.shape[1]), dtype)
+        return _put_segments(nothing, 0, values_NxF, order)[0]
     dense = order.places is None
     room = num_rows if dense else min(len(index_N), num_rows) + _CHUNK + 1
     nothing = jax.lax.empty((1, room, values_NxF.shape[1]), dtype)
@@ -137,11 +144,27 @@ def put_sums_by_row(
 ) -> jax.Array:
     """`into` with the sums in the place of its [number], see `sum_by_row`; the rest as it is."""
     values_NxF = values.reshape(-1, values.shape[-1])
+    if way == "segments" and order is not None:
+        return _put_segments(into_SxRxF, number, values_NxF, order)
     if way == "windows" and order is not None and order.places is None:
         return _put_windows(into_SxRxF, number, values_NxF, order)
     _, num_rows, _ = into_SxRxF.shape
     sums_RxF = sum_by_row(values, index, num_rows, way, order, into_SxRxF.dtype)
     return jax.lax.dynamic_update_index_in_dim(into_SxRxF, sums_RxF, number, 0)
+
+
+def _put_segments(into_SxRxF, number, values_NxF, order: RowOrder) -> jax.Array:
+    """Sums at [number], a row of zeros for each that has no values."""
+    size = len(order.ranks)
+    begins_M = jnp.diff(order.ranks, prepend=-1) > 0
+    starts = jnp.full(size + 1, size, jnp.int32)
+    starts = starts.at[jnp.where(begins_M, order.ranks, size + 1)].set(
+        jnp.arange(size, dtype=jnp.int32), mode="drop"
+    )
+    places_R = jnp.arange(into_SxRxF.shape[1]) if order.places is None else order.places
+    places_R = jnp.minimum(places_R, size)
+    bounds_Rx2 = starts[jnp.stack([places_R, jnp.minimum(places_R + 1, size)], axis=1)]
+    return put_segment_sums(into_SxRxF, number, values_NxF, order.positions, bounds_Rx2)
 
 
 def _put_windows(into_SxRxF, number, values_NxF, order: RowOrder) -> jax.Array:
