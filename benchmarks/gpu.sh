@@ -37,7 +37,8 @@ part attention 45 python3 -m benchmarks.attention
 part attention_4096 45 python3 -m benchmarks.attention --batch=8 --length=4096 --heads=32 --kv-heads=8
 part shapes_350m 110 python3 -m benchmarks.shapes --shape=350m
 part shapes_1b 170 python3 -m benchmarks.shapes --shape=1b --stem-layers=$layers --rounds=3
-part offload_350m 130 python3 -m benchmarks.offload --shape=350m --rounds=2 --steps=4
+# A quarter of the rows is less than one batch names.
+part offload_350m 240 python3 -m benchmarks.offload --shape=350m --resident=0.4 --rounds=2 --steps=4
 part tiny 90 python3 -m stem_jax.train --config=configs/tiny.py --workdir="$out/tiny" \
   --config.model.compute_dtype=bfloat16
 rm -rf "$out/tiny"
