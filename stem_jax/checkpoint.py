@@ -28,6 +28,13 @@ from stem_jax.checkpoint_files import (
     check_format,
     write_list,
 )
+from stem_jax.checkpoint_params import (
+    param_targets,
+    plain,
+    restored_params,
+    saved_params,
+    unplain,
+)
 from stem_jax.checkpoint_tables import (
     copy_of_table,
     room_for_table,
@@ -170,8 +177,6 @@ class Checkpointer:
         """
         layout = TableSpec.from_config(info.config).layout
         items = {
-            "params": ocp.args.StandardSave(state.params),
-            "opt_state": ocp.args.StandardSave(_plain(state.opt_state)),
             "data": ocp.args.JsonSave(
                 {
                     "step": info.step,
@@ -200,6 +205,9 @@ class Checkpointer:
             # The save before must be done with its snapshot and step; Orbax would wait anyway.
             self.wait()
             self._saving = (info.step, eval_loss)
+            params, opt_state = saved_params((state.params, state.opt_state))
+            items["params"] = ocp.args.StandardSave(params)
+            items["opt_state"] = ocp.args.StandardSave(plain(opt_state))
             if store is not None:
                 self._snapshot = store.snapshot()
                 items |= saved_store(store, self._snapshot)
@@ -286,18 +294,17 @@ class Checkpointer:
         """
         info = self.info(step)
         passing = None if store else room_for_table(info.config, abstract.table)
+        params, opt_state = param_targets((abstract.params, abstract.opt_state))
         items = {
-            "params": ocp.args.StandardRestore(abstract.params),
-            "opt_state": ocp.args.StandardRestore(_plain(abstract.opt_state)),
+            "params": ocp.args.StandardRestore(params),
+            "opt_state": ocp.args.StandardRestore(plain(opt_state)),
             **table_targets(store or passing),
         }
         found = self._restore(step, items)
-        treedef = jax.tree.structure(abstract.opt_state)
-        params, opt_state = current_tree(
-            (found["params"], jax.tree.unflatten(treedef, _unplain(found["opt_state"]))),
-            info.format,
-            info.config.model,
-        )
+        tree = found["params"], unplain(found["opt_state"], opt_state)
+        del found
+        tree = current_tree(tree, info.format, info.config.model)
+        params, opt_state = restored_params(tree, abstract.params)
         counters = [
             jax.device_put(np.int32(value), target.sharding)
             for value, target in (
@@ -317,13 +324,13 @@ class Checkpointer:
     def restore_model(
         self, step: int, abstract: TrainState, store: HostStore | None = None
     ) -> tuple[dict, TableState | None]:
-        """Restores the parameters and the table alone, without the backbone's optimizer state.
+        """Restores the parameters, by layer, and the table: not the backbone's optimizer state.
 
         With a store, the table is read into it as `restore` does, and returned as None.
         """
         info = self.info(step)
         passing = None if store else room_for_table(info.config, abstract.table)
-        items = {"params": ocp.args.StandardRestore(abstract.params)}
+        items = {"params": ocp.args.StandardRestore(param_targets(abstract.params))}
         found = self._restore(step, items | table_targets(store or passing))
         params = current_tree(found["params"], info.format, info.config.model)
         return params, None if passing is None else table_on_devices(passing, abstract.table)
@@ -388,12 +395,3 @@ def _write_loss(folder: Path, loss: float) -> None:
     of every checkpoint that has none.
     """
     write_whole(folder / "metrics" / "metrics", json.dumps({_BEST: loss}))
-
-
-def _plain(opt_state) -> dict[str, Any]:
-    """The optimizer state as a flat dictionary: named tuples differ between optax versions."""
-    return {f"{index:03d}": leaf for index, leaf in enumerate(jax.tree.leaves(opt_state))}
-
-
-def _unplain(flat: dict[str, Any]) -> list[Any]:
-    return [flat[key] for key in sorted(flat)]

@@ -24,6 +24,8 @@ LOGICAL_TO_MESH = {
     "shared_kv_heads": None,
     "vocab": "tensor",
     "norm": None,
+    # Each device has its share of every layer.
+    "layers": None,
 }
 
 

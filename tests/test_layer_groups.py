@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stem_jax.model.layer_groups import LayerGroups, repeating_groups
+from stem_jax.model.layer_groups import LayerGroups, by_layer, repeating_groups
 from stem_jax.model.transformer import Inputs
 from stem_jax.training.schedule import make_schedule
 from stem_jax.training.state import ModelDef, init_state
@@ -80,8 +80,9 @@ def test_scanned_layers_train_as_unrolled_ones(train_step, make_batch, shape, re
     # The point of it: a group is in the program once.
     assert programs[True] < 0.6 * programs[False]
     assert losses[True] == pytest.approx(losses[False], abs=1e-5)
+    scanned = by_layer(states[True].params)
     for name, value in states[False].params.items():
-        np.testing.assert_allclose(states[True].params[name], value, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(scanned[name], value, atol=1e-5, err_msg=name)
     rows = states[False].table.rows
     np.testing.assert_allclose(states[True].table.rows, rows, atol=1e-5)
     assert jnp.any(rows != 0)

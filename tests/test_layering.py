@@ -45,7 +45,14 @@ LEVELS = [
     ["tables"],
     ["model"],
     ["training"],
-    ["store_handler", "checkpoint_files", "checkpoint_tables", "older_formats", "checkpoint"],
+    [
+        "store_handler",
+        "checkpoint_files",
+        "checkpoint_params",
+        "checkpoint_tables",
+        "older_formats",
+        "checkpoint",
+    ],
     [
         "loading",
         "sampling",

@@ -111,7 +111,7 @@ def _initial_state(step: TrainStep, name: str) -> TrainState:
     """A state before the first update, with the stored parameters."""
     params, table = official_to_params(_state_dict(name), step.config.model)
     zero = np.int32(0)
-    opt_state = make_optimizer(step.config.optimizer).init(params)
+    opt_state = make_optimizer(step.config.optimizer, step.model.is_matrix).init(params)
     state = TrainState(zero, zero, zero, zero, params, opt_state, None)
     if table is not None:
         rows = stored(table_to_rows(table, step.spec.layout))

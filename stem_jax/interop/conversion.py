@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from tqdm import tqdm
 
 from stem_jax.config import Config
@@ -160,9 +161,11 @@ def _stem_config(config: Config, stem_layers: str) -> Config:
 
 
 def _placed(imported: Imported, programs: TrainStep) -> Params:
-    shardings = programs.shardings.params
+    specs = programs.model.specs()
     return {
-        name: jax.device_put(jnp.asarray(value, jnp.float32), shardings[name])
+        name: jax.device_put(
+            jnp.asarray(value, jnp.float32), NamedSharding(programs.mesh, specs[name])
+        )
         for name, value in imported.params.items()
     }
 

@@ -24,7 +24,7 @@ from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.spec import TableSpec
 from stem_jax.training.optimizer import make_optimizer
 from stem_jax.training.run_data import TOKENIZER_FOLDER
-from stem_jax.training.state import TrainState
+from stem_jax.training.state import ModelDef, TrainState
 
 _SLICE_BYTES = 2**25
 
@@ -104,7 +104,7 @@ def write_checkpoint(
         if imported.tables:
             store = HostStore.allocate(TableSpec.from_config(config), mesh)
             _fill(store, imported.tables)
-        optimizer = make_optimizer(config.optimizer)
+        optimizer = make_optimizer(config.optimizer, ModelDef(config).is_matrix)
         zero = jax.device_put(np.int32(0), whole)
         opt_state = jax.jit(optimizer.init)(params)
         state = TrainState(zero, zero, zero, zero, params, opt_state, None)

@@ -2,16 +2,29 @@
 
 Compilation of unrolled layers grows with their number. A model repeats itself: with STEM layers 1,
 4, 7, ... of 16 the kinds are `d s d` five times and a last `d`, so a scan over the five groups
-leaves four layers to compile, not sixteen. Parameters keep their names; the scan stacks those of
-equal places in the groups.
+leaves four layers to compile, not sixteen. Parameters of equal places in the groups are stacked.
+
+A training state holds them so: a step that stacked them, and took their gradients apart, would copy
+all weights each time. Elsewhere parameters go by layer. A stack is called as Python slices layers:
+`blocks.0:15:3.ffn.gate_proj.kernel` holds that of layers 0, 3, 6, 9 and 12.
 """
 
 import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from stem_jax.config import ModelConfig
+
+# The logical axis that a stack has before those of a layer.
+LAYERS = "layers"
+_OF_LAYER = re.compile(r"blocks\.(\d+)\.(.+)")
+_STACK = re.compile(r"blocks\.(\d+):(\d+):(\d+)\.(.+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +39,19 @@ class LayerGroups:
     def end(self) -> int:
         """The first layer after the groups."""
         return self.first + self.period * self.repeats
+
+    @property
+    def places(self) -> range:
+        """The layers of the first group."""
+        return range(self.first, self.first + self.period)
+
+    def layers(self, place: int) -> range:
+        """Those that stand where layer `place` stands in the first group."""
+        return range(place, self.end, self.period)
+
+    def stack(self, place: int) -> str:
+        """What these layers are called together."""
+        return f"blocks.{place}:{self.end}:{self.period}"
 
 
 def repeating_groups(config: ModelConfig) -> LayerGroups | None:
@@ -47,6 +73,103 @@ def _repeats(stem: list[bool], first: int, period: int) -> int:
     return (end - first) // period
 
 
-def stacked(states: list) -> object:
-    """One pytree with a new leading dimension from many of the same structure."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+def stack_names(names: Iterable[str], groups: LayerGroups | None) -> list[str]:
+    """What a state calls the parameters that have these names by layer."""
+    return list(dict.fromkeys(_stack_name(name, groups) for name in names))
+
+
+def _stack_name(name: str, groups: LayerGroups | None) -> str:
+    found = _OF_LAYER.fullmatch(name)
+    if groups is None or found is None or not groups.first <= int(found[1]) < groups.end:
+        return name
+    place = groups.first + (int(found[1]) - groups.first) % groups.period
+    return f"{groups.stack(place)}.{found[2]}"
+
+
+def layer_names(name: str) -> list[str]:
+    """The names by layer of what a state calls so; of all but stacks the name itself."""
+    found = _STACK.fullmatch(name)
+    if found is None:
+        return [name]
+    return [f"blocks.{layer}.{found[4]}" for layer in range(*map(int, found.groups()[:3]))]
+
+
+def stacked(tree: Any, names: Iterable[str], stack: Callable = jnp.stack) -> Any:
+    """A tree that has its parameters by layer, as a state has it that calls them so.
+
+    Args:
+        tree: every dictionary in it has the same parameters (optimizers have some of them).
+        names: of the state.
+        stack: makes one of the list of some layers'.
+    """
+    names = list(names)
+
+    def stacks(params: dict) -> dict:
+        found = {name: [params[layer] for layer in layer_names(name)] for name in names}
+        return {
+            name: stack(layers) if len(layers) > 1 else layers[0] for name, layers in found.items()
+        }
+
+    return _map_params(stacks, tree)
+
+
+def _taken(stack: jax.Array, index: int) -> jax.Array:
+    return jax.lax.index_in_dim(stack, index, keepdims=False)
+
+
+def by_layer(tree: Any, take: Callable = _taken) -> Any:
+    """The reverse; what is by layer already stays as it is.
+
+    Args:
+        tree: of a state.
+        take: makes a layer's of (stack, index).
+    """
+
+    def layers(params: dict) -> dict:
+        found = {}
+        for name, value in params.items():
+            names = layer_names(name)
+            if len(names) == 1:
+                found[name] = value
+            else:
+                found |= {layer: take(value, index) for index, layer in enumerate(names)}
+        return found
+
+    return _map_params(layers, tree)
+
+
+def _map_params(change: Callable[[dict], dict], tree: Any) -> Any:
+    return jax.tree.map(
+        lambda part: change(part) if isinstance(part, dict) else part,
+        tree,
+        is_leaf=lambda part: isinstance(part, dict),
+    )
+
+
+def stack_and_free(layers: list[jax.Array]) -> jax.Array:
+    """One array from those of some layers, in their places; they are deleted.
+
+    Of a whole model the devices hold one parameter of these layers twice, and no more.
+    """
+    whole = jax.block_until_ready(_stacker(_of_stack(layers[0].sharding))(*layers))
+    for layer in layers:
+        layer.delete()
+    return whole
+
+
+@functools.cache
+def _stacker(place: Sharding | None):
+    return jax.jit(lambda *layers: jnp.stack(layers), out_shardings=place)
+
+
+def _of_stack(sharding: Sharding) -> Sharding | None:
+    if not isinstance(sharding, NamedSharding):
+        return None
+    return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+
+
+def of_layer(sharding: Sharding) -> Sharding:
+    """Where a layer's array lies of a stack that lies so."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))

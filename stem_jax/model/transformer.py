@@ -14,7 +14,7 @@ from stem_jax.mesh import constrain_batch
 from stem_jax.model.attention import Attention
 from stem_jax.model.embedding import Embedding
 from stem_jax.model.ffn import GatedFFN
-from stem_jax.model.layer_groups import LayerGroups, repeating_groups, stacked
+from stem_jax.model.layer_groups import LayerGroups, repeating_groups
 from stem_jax.model.layers import PROJECTION, Linear, RMSNorm
 from stem_jax.model.rotary import rotary_angles
 from stem_jax.parts import part
@@ -100,6 +100,9 @@ class Transformer(nnx.Module):
         )
         self.config = config
         self.mesh = mesh
+        # Of places in the groups of a scan: their blocks' parameters, stacked. Whoever has them so
+        # says it here; else a scan stacks those of the blocks.
+        self.stacks: list[nnx.State] | None = None
         # Of the layers that read rows: the number of their vectors in a row.
         self._vectors = {layer: number for number, layer in enumerate(config.stem_layers)}
 
@@ -157,15 +160,17 @@ class Transformer(nnx.Module):
 
     def _run_groups(self, groups: LayerGroups, x_BxLxD, rows, inputs: Inputs, angles):
         """The same blocks as a scan over groups of them."""
-        places = range(groups.first, groups.first + groups.period)
-        split = [
-            [nnx.split(self.blocks[layer]) for layer in range(place, groups.end, groups.period)]
+        places = groups.places
+        graphs = [nnx.graphdef(self.blocks[place]) for place in places]
+        states = self.stacks or [
+            jax.tree.map(
+                lambda *layers: jnp.stack(layers),
+                *(nnx.state(self.blocks[layer]) for layer in groups.layers(place)),
+            )
             for place in places
         ]
-        graphs = [blocks[0][0] for blocks in split]
-        states = [stacked([state for _, state in blocks]) for blocks in split]
         vectors = {
-            place: jnp.array([self._vectors[n] for n in range(place, groups.end, groups.period)])
+            place: jnp.array([self._vectors[layer] for layer in groups.layers(place)])
             for place in places
             if place in self._vectors
         }

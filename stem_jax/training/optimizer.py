@@ -1,5 +1,7 @@
 """The backbone's optimizer: AdamW as published, through optax."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -7,12 +9,18 @@ import optax
 from stem_jax.config import OptimizerConfig
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """AdamW without the learning rate, which the train step passes by `apply_update`."""
+def make_optimizer(
+    config: OptimizerConfig, is_matrix: Callable[[str], bool]
+) -> optax.GradientTransformation:
+    """AdamW without the learning rate, which the train step passes by `apply_update`.
+
+    Args:
+        is_matrix: of a parameter's name, see `ModelDef.is_matrix`.
+    """
 
     def decays(params):
         # Norm scales are the only vectors; the published recipe decays them too.
-        return jax.tree.map(lambda p: config.decay_mask == "all" or p.ndim > 1, params)
+        return {name: config.decay_mask == "all" or is_matrix(name) for name in params}
 
     return optax.chain(
         optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),

@@ -7,11 +7,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stem_jax.config import Config
 from stem_jax.mesh import Placed, parameter_spec, replicated
+from stem_jax.model.layer_groups import (
+    LAYERS,
+    by_layer,
+    layer_names,
+    repeating_groups,
+    stack_and_free,
+    stack_names,
+    stacked,
+)
 from stem_jax.model.transformer import Transformer
 from stem_jax.tables.spec import TableSpec, TableState, init_table, table_shardings
 from stem_jax.training.optimizer import make_optimizer
@@ -27,8 +37,8 @@ class TrainState:
     step: scalar int32, global batches consumed. updates: scalar int32, completed optimizer updates;
     lower than `step` by the batches skipped for non-finite values. bad_steps: scalar int32, skipped
     batches in a row. touched_rows: scalar int32, rows that some update had. params: backbone by
-    dotted name. opt_state: optax state; both float32, whatever dtype a step computes in. table:
-    None for a dense model.
+    dotted name, stacked where layers are scanned (`model.layer_groups`). opt_state: optax state,
+    likewise; both float32, whatever dtype a step computes in. table: None for a dense model.
     """
 
     step: jax.Array
@@ -50,7 +60,13 @@ class ModelDef:
         self._make = make
         self._param_dtype = config.model.param_dtype
         self.graph, self.abstract = nnx.split(nnx.eval_shape(make))
-        self._paths = [path for path, _ in nnx.to_flat_state(self.abstract)]
+        self._axes = {
+            _name(path): variable.get_metadata()["logical_axes"]
+            for path, variable in nnx.to_flat_state(self.abstract)
+        }
+        self._groups = repeating_groups(config.model) if config.model.scan_layers else None
+        # What a state calls its parameters.
+        self.state_names = stack_names(self._axes, self._groups)
 
     def copies(self, params: Params) -> Params:
         """The parameters as a step reads them, in `model.param_dtype`.
@@ -60,16 +76,19 @@ class ModelDef:
         return jax.tree.map(lambda p: p.astype(self._param_dtype), params)
 
     def bind(self, params: Params) -> Transformer:
-        """The module with copies of these parameters."""
+        """The module with copies of these parameters, by layer or as a state has them."""
         copies = self.copies(params)
-        flat = {path: copies[_name(path)] for path in self._paths}
-        state = nnx.from_flat_state(
-            [
-                (path, variable.replace(flat[path]))
-                for path, variable in nnx.to_flat_state(self.abstract)
-            ]
-        )
-        return nnx.merge(self.graph, state)
+        module = nnx.merge(self.graph, _filled(self.abstract, by_layer(copies)))
+        if self._groups is not None and copies.keys() == set(self.state_names):
+            # Beside the layers taken out of them: those are for who asks for one, and cost nothing.
+            blocks = self.abstract["blocks"]
+            module.stacks = nnx.data(
+                [
+                    _filled(blocks[place], copies, self._groups.stack(place))
+                    for place in self._groups.places
+                ]
+            )
+        return module
 
     def init(self, mesh: Mesh | None = None) -> Params:
         """Fresh parameters in float32, from the configured seed, created in their places.
@@ -88,18 +107,32 @@ class ModelDef:
         }
 
     def specs(self) -> dict[str, PartitionSpec]:
-        """Partition of each parameter."""
-        return {
-            _name(path): parameter_spec(variable.get_metadata()["logical_axes"])
-            for path, variable in nnx.to_flat_state(self.abstract)
-        }
+        """Partition of each parameter, by layer."""
+        return {name: parameter_spec(axes) for name, axes in self._axes.items()}
 
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shape and dtype of each parameter of a state; `jax.eval_shape(copies)` has the others."""
+        """Shape and dtype of each parameter by layer; `jax.eval_shape(copies)` has the others."""
         return {
             _name(path): jax.ShapeDtypeStruct(variable.shape, variable.dtype)
             for path, variable in nnx.to_flat_state(self.abstract)
         }
+
+    def state_specs(self) -> dict[str, PartitionSpec]:
+        """Partition of each parameter as a state has it."""
+        return {name: parameter_spec(self._axes_of(name)) for name in self.state_names}
+
+    def state_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of each parameter as a state has it."""
+        return jax.eval_shape(lambda params: stacked(params, self.state_names), self.shapes())
+
+    def is_matrix(self, name: str) -> bool:
+        """Whether a parameter, by layer or of a state, is one of each layer, and not a vector."""
+        return sum(axis != LAYERS for axis in self._axes_of(name)) > 1
+
+    def _axes_of(self, name: str) -> tuple[str, ...]:
+        """The logical axes of a parameter, by layer or of a state."""
+        layer, *others = layer_names(name)
+        return (LAYERS, *self._axes[layer]) if others else self._axes[layer]
 
     def placed(self) -> list[Placed]:
         """The parameters, for the placement check and the start-up report."""
@@ -120,11 +153,21 @@ def _name(path: tuple) -> str:
     return ".".join(str(part) for part in path)
 
 
+def _filled(abstract: nnx.State, params: Params, *prefix: str) -> nnx.State:
+    """The state of a module, whose parameters have names that begin so."""
+    return nnx.from_flat_state(
+        [
+            (path, variable.replace(params[_name((*prefix, *path))]))
+            for path, variable in nnx.to_flat_state(abstract)
+        ]
+    )
+
+
 def state_shardings(config: Config, model: ModelDef, mesh: Mesh) -> TrainState:
     """A TrainState of shardings; slot variables lie where their parameters lie."""
     whole = replicated(mesh)
-    params = {name: NamedSharding(mesh, spec) for name, spec in model.specs().items()}
-    abstract = jax.eval_shape(make_optimizer(config.optimizer).init, model.shapes())
+    params = {name: NamedSharding(mesh, spec) for name, spec in model.state_specs().items()}
+    abstract = jax.eval_shape(_optimizer(config, model).init, model.state_shapes())
     opt_state = jax.tree.map(
         lambda part: params if isinstance(part, dict) else whole,
         abstract,
@@ -145,11 +188,11 @@ def init_state(
     """A state at step 0, every array created in its place; without an offloaded table.
 
     Args:
-        params: to begin with, in their places; donated. None: random ones.
+        params: to begin with, by layer and in their places; donated. None: random ones.
         rows: stored, [S, V_pad, F], likewise.
     """
     shardings = state_shardings(config, model, mesh)
-    optimizer = make_optimizer(config.optimizer)
+    optimizer = _optimizer(config, model)
 
     def backbone(params):
         zero = jnp.zeros((), jnp.int32)
@@ -158,12 +201,17 @@ def init_state(
     make = jax.jit(
         backbone, donate_argnums=0, out_shardings=dataclasses.replace(shardings, table=None)
     )
-    state = make(model.init(mesh) if params is None else params)
+    params = model.init(mesh) if params is None else params
+    state = make(stacked(params, model.state_names, stack_and_free))
     spec = TableSpec.from_config(config)
     if spec.num_layers and not spec.offloaded:
         table = init_table(spec, table_key(config), mesh, rows)
         state = dataclasses.replace(state, table=table)
     return state
+
+
+def _optimizer(config: Config, model: ModelDef) -> optax.GradientTransformation:
+    return make_optimizer(config.optimizer, model.is_matrix)
 
 
 def table_key(config: Config) -> jax.Array:
@@ -178,9 +226,9 @@ def dropout_key(config: Config) -> jax.Array:
 
 def abstract_state(config: Config, model: ModelDef, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, with no memory behind them."""
-    shapes = model.shapes()
+    shapes = model.state_shapes()
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
-    opt_state = jax.eval_shape(make_optimizer(config.optimizer).init, shapes)
+    opt_state = jax.eval_shape(_optimizer(config, model).init, shapes)
     table = None
     spec = TableSpec.from_config(config)
     if spec.num_layers:

@@ -48,7 +48,7 @@ class TrainStep:
         self.spec = TableSpec.from_config(config)
         self.shardings = state_shardings(config, self.model, mesh)
         self.batch_sharding = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
-        self._optimizer = make_optimizer(config.optimizer)
+        self._optimizer = make_optimizer(config.optimizer, self.model.is_matrix)
         # Whoever compiles what is lowered from these gets the options with it.
         options = compiler_options(mesh.devices.flat[0])
         self.update = jax.jit(
