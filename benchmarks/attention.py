@@ -1,4 +1,4 @@
-"""The attention kernel of this platform against the plain einsum: error and time, both ways.
+"""The attention kernels of this platform against the plain einsum: error and time, both ways.
 
 python -m benchmarks.attention [--batch=16] [--length=2048] [--heads=15] [--kv-heads=5]
 
@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks.interleave import interleave
 from stem_jax.model.attention import attend
 
-_KERNELS = {"gpu": "cudnn", "tpu": "splash"}
+_KERNELS = {"gpu": ("tokamax", "cudnn", "chunked"), "tpu": ("splash", "chunked")}
 
 
 def main() -> None:
@@ -34,9 +34,9 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=4, help="of a row")
     parser.add_argument("--rounds", type=int, default=10)
     args = parser.parse_args()
-    kernel = _KERNELS.get(jax.default_backend(), "xla")
+    kernels = _KERNELS.get(jax.default_backend(), ("chunked",))
     inputs = _inputs(args)
-    programs = {name: _program(name) for name in dict.fromkeys((kernel, "xla"))}
+    programs = {name: _program(name) for name in (*kernels, "xla")}
     reference = _program("xla")(*(x.astype(jnp.float32) for x in inputs[:4]), inputs[4])
     found = {name: program(*inputs) for name, program in programs.items()}
     seconds = interleave(

@@ -44,7 +44,9 @@ def get_config() -> config_dict.ConfigDict:
     # Of the backbone's copies that a step reads; parameters and their moments are float32.
     config.model.param_dtype = "float32"
     config.model.compute_dtype = "float32"  # matmuls and activations: float32 or bfloat16
-    config.model.attention = "auto"  # auto: splash on TPU, cudnn on GPU, xla elsewhere
+    # auto: splash on TPUs, tokamax on GPUs; chunked (of queries) there for what those do not take;
+    # xla (all scores at once) on CPUs. cudnn: with a mask of all pairs.
+    config.model.attention = "auto"
     config.model.remat = "none"  # none, full (per layer), dots (keep projections)
     # Compile repeating groups of layers once and loop over them: minutes become seconds, for a
     # copy of the parameters in each step.

@@ -15,7 +15,7 @@ _CHOICES = {
     "model.init_std_factor": ("disabled", "current_depth", "global_depth", "dim_ratio"),
     "model.param_dtype": ("float32", "bfloat16"),
     "model.compute_dtype": ("float32", "bfloat16"),
-    "model.attention": ("auto", "xla", "cudnn", "splash"),
+    "model.attention": ("auto", "xla", "chunked", "cudnn", "tokamax", "splash"),
     "model.rope_scaling": ("none", "llama3", "yarn"),
     "model.remat": ("none", "full", "dots"),
     "tables.cache_policy": ("lfu", "lru"),

@@ -68,13 +68,14 @@ def check_mesh(config: Config, mesh: Mesh, under_way: bool = False) -> None:
     """Checks of a configuration against the devices that it is to train on.
 
     Args:
-        under_way: the run has made updates; with xla, which can cut heads, it goes on as it began.
+        under_way: the run has made updates; with plain products, which can cut heads, it goes on
+            as it began.
 
     Raises:
         InputError: sizes that do not divide over the mesh, or that the attention kernel refuses.
     """
     backend = resolve_backend(config.model, mesh, config.train.seq_len)
-    if not (under_way and backend == "xla"):
+    if not (under_way and backend in ("xla", "chunked")):
         check_heads(config.model, mesh)
     devices = axis_size(mesh, BATCH_AXES)
     if config.micro_batch_size % devices:

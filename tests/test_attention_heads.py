@@ -1,5 +1,6 @@
 """Heads over the tensor axis, and what each attention kernel takes, before anything is compiled."""
 
+import importlib.util
 import re
 
 import jax
@@ -19,9 +20,19 @@ from stem_jax.training.state import ModelDef, init_state
 class StandIn:
     """A mesh as far as it is asked here: of a platform that this machine has not."""
 
-    def __init__(self, platform: str, tensor: int = 1):
+    def __init__(self, platform: str, tensor: int = 1, capability: str = "9.0"):
         self.shape = {"data": 1, "fsdp": 1, "tensor": tensor}
-        self.devices = np.array([type("Device", (), {"platform": platform})()])
+        found = {"platform": platform, "compute_capability": capability}
+        self.devices = np.array([type("Device", (), found)()])
+
+
+@pytest.fixture(autouse=True)
+def _tokamax(monkeypatch):
+    """As if it were installed."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: "tokamax" if name == "tokamax" else find(name)
+    )
 
 
 HEADS = [
@@ -38,7 +49,7 @@ def heads(config_of, H: int, K: int, **keys):
 
 @pytest.mark.parametrize(("numbers", "tensor", "message"), HEADS)
 @pytest.mark.parametrize(
-    ("platform", "kernel"), [("cpu", "xla"), ("gpu", "cudnn"), ("tpu", "splash")]
+    ("platform", "kernel"), [("cpu", "xla"), ("gpu", "tokamax"), ("tpu", "splash")]
 )
 def test_heads_that_would_be_cut_are_refused(
     numbers, tensor, message, platform, kernel, tiny_config
@@ -70,12 +81,15 @@ def test_a_plan_refuses_them_too(tiny_config, device_mesh):
         ("tpu", {"model.attention": "splash", "train.seq_len": 200}, "only multiples of 128; chan"),
         ("gpu", {"model.attention": "cudnn", "train.seq_len": 33}, "of 33 tokens (train.seq_len)"),
         ("gpu", {"model.attention": "cudnn", "model.head_dim": 12}, "model.head_dim=12, only mult"),
+        ("gpu", {"model.attention": "tokamax", "train.seq_len": 64}, "only multiples of 128; chan"),
+        ("gpu", {"model.attention": "tokamax", "model.head_dim": 264}, "only multiples of 8 up to"),
         (
             "gpu",
             {"model.attention": "cudnn", "model.compute_dtype": "float32"},
             "takes no model.compute_dtype=float32, only bfloat16; change it, or use auto",
         ),
         ("cpu", {"model.attention": "cudnn"}, "model.attention=cudnn needs a GPU, this is cpu"),
+        ("tpu", {"model.attention": "tokamax"}, "model.attention=tokamax needs a GPU, this is tpu"),
     ],
 )
 def test_what_a_kernel_does_not_take_is_refused(platform, keys, message, tiny_config):
@@ -88,10 +102,10 @@ def test_what_a_kernel_does_not_take_is_refused(platform, keys, message, tiny_co
     ("platform", "length", "dtype", "kernel"),
     [
         ("tpu", 256, "float32", "splash"),
-        ("tpu", 200, "float32", "xla"),
-        ("gpu", 200, "bfloat16", "cudnn"),
-        ("gpu", 201, "bfloat16", "xla"),
-        ("gpu", 200, "float32", "xla"),
+        ("tpu", 200, "float32", "chunked"),
+        ("gpu", 256, "bfloat16", "tokamax"),
+        ("gpu", 200, "bfloat16", "chunked"),
+        ("gpu", 256, "float32", "chunked"),
         ("cpu", 256, "bfloat16", "xla"),
     ],
 )
@@ -99,6 +113,23 @@ def test_auto_takes_a_kernel_that_takes_the_length(platform, length, dtype, kern
     config = tiny_config(**{"model.compute_dtype": dtype, "train.seq_len": length})
     check_mesh(config, StandIn(platform))
     assert resolve_backend(config.model, StandIn(platform), length) == kernel
+
+
+def test_a_gpu_without_the_kernels_goes_in_chunks(tiny_config, monkeypatch):
+    keys = {"model.compute_dtype": "bfloat16", "train.seq_len": 256}
+    auto, named = tiny_config(**keys), tiny_config(**keys, **{"model.attention": "tokamax"})
+    old = StandIn("gpu", capability="8.6")
+    assert resolve_backend(auto.model, old, 256) == "chunked"
+    with pytest.raises(
+        InputError, match=r"tokamax has no kernels for compute capability 8\.6, only"
+    ):
+        check_mesh(named, old)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert resolve_backend(auto.model, StandIn("gpu"), 256) == "chunked"
+    with pytest.raises(
+        InputError, match=r"tokamax is not installed \(pip install \"tokamax<0\.1\"\)"
+    ):
+        check_mesh(named, StandIn("gpu"))
 
 
 @pytest.mark.parametrize(("K", "spec"), [(1, None), (2, None), (4, "tensor"), (8, "tensor")])
@@ -112,7 +143,7 @@ def test_few_kv_heads_are_whole_on_every_device(K, spec, tiny_config, device_mes
 
 @pytest.mark.parametrize(
     ("backend", "K", "Dh"),
-    [("xla", 1, 64), ("xla", 2, 64), ("splash", 1, 64), ("splash", 2, 96), ("splash", 4, 64)],
+    [("xla", 1, 64), ("chunked", 2, 8), ("splash", 1, 64), ("splash", 2, 96), ("splash", 4, 64)],
 )
 def test_kernels_over_tensor_equal_one_device(backend, K, Dh, device_mesh):
     """Head sizes off the 128 lanes of a chip too: the shipped models have 64."""

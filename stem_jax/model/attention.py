@@ -9,9 +9,11 @@ from jax.sharding import Mesh, PartitionSpec
 
 from stem_jax.config import ModelConfig
 from stem_jax.errors import InputError
+from stem_jax.kernels import document_attention
 from stem_jax.kernels.heads import to_heads
 from stem_jax.kernels.splash import BLOCK, splash
 from stem_jax.mesh import BATCH_AXES
+from stem_jax.model.einsum_attention import chunked_attention, document_mask, einsum_attention
 from stem_jax.model.layers import Linear
 from stem_jax.model.rotary import rotate
 from stem_jax.parts import part
@@ -64,7 +66,7 @@ class Attention(nnx.Module):
             cache = cache.extend(k, v, segment_ids_BxL)
             slots_L = cache.length - L + jnp.arange(L)
             mask = document_mask(segment_ids_BxL, cache.segment_ids, slots_L)
-            out = _einsum_attention(q, cache.keys, cache.values, mask)
+            out = einsum_attention(q, cache.keys, cache.values, mask)
         return self.o_proj(out.reshape(B, L, -1)), cache
 
     def _with_splash(self, x_BxLxD, angles, segment_ids_BxL):
@@ -79,6 +81,11 @@ class Attention(nnx.Module):
         return self.o_proj.of_positions_last(out_BxHxDxL.reshape(B, -1, L))
 
 
+# By platform, the fastest first; chunked takes whatever the others do not.
+_KERNELS = {"tpu": ("splash", "chunked"), "gpu": ("tokamax", "chunked")}
+_OF_GPUS = ("tokamax", "cudnn")
+
+
 def resolve_backend(config: ModelConfig, mesh: Mesh | None, length: int = 0) -> str:
     """The attention kernel for this platform: the configured one, or by `auto` the fastest.
 
@@ -88,18 +95,35 @@ def resolve_backend(config: ModelConfig, mesh: Mesh | None, length: int = 0) -> 
     Raises:
         InputError: a kernel that does not take this platform, dtype, head size or length.
     """
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    refused = {"splash": _splash_refuses(length), "cudnn": _cudnn_refuses(config, length)}
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     if config.attention == "auto":
-        fastest = {"tpu": "splash", "gpu": "cudnn"}.get(platform)
-        return "xla" if fastest is None or refused[fastest] else fastest
-    if config.attention == "cudnn" and platform != "gpu":
-        raise InputError(f"model.attention=cudnn needs a GPU, this is {platform}; use auto")
-    if reason := refused.get(config.attention):
+        kernels = _KERNELS.get(device.platform, ("xla",))
+        return next(name for name in kernels if not refusal(name, config, device, length))
+    if config.attention in _OF_GPUS and device.platform != "gpu":
         raise InputError(
-            f"model.attention={config.attention} takes no {reason}; change it, or use auto"
+            f"model.attention={config.attention} needs a GPU, this is {device.platform}; use auto"
         )
+    if reason := refusal(config.attention, config, device, length):
+        raise InputError(f"model.attention={config.attention} {reason}; change it, or use auto")
     return config.attention
+
+
+def refusal(kernel: str, config: ModelConfig, device: jax.Device, length: int) -> str | None:
+    """Why a kernel of the device's platform does not take this model; None if it does."""
+    if kernel == "splash" and length % BLOCK:
+        return f"takes no sequences of {length} tokens (train.seq_len), only multiples of {BLOCK}"
+    if kernel not in _OF_GPUS:
+        return None
+    if config.compute_dtype != "bfloat16":
+        return f"takes no model.compute_dtype={config.compute_dtype}, only bfloat16"
+    if config.head_dim > 256 or config.head_dim % 8:
+        return f"takes no model.head_dim={config.head_dim}, only multiples of 8 up to 256"
+    multiple = 2 if kernel == "cudnn" else document_attention.BLOCK
+    if length % multiple:
+        return (
+            f"takes no sequences of {length} tokens (train.seq_len), only multiples of {multiple}"
+        )
+    return document_attention.missing(device) if kernel == "tokamax" else None
 
 
 def check_heads(config: ModelConfig, mesh: Mesh) -> None:
@@ -117,36 +141,10 @@ def check_heads(config: ModelConfig, mesh: Mesh) -> None:
         )
 
 
-def _splash_refuses(length: int) -> str | None:
-    if length % BLOCK:
-        return f"sequences of {length} tokens (train.seq_len), only multiples of {BLOCK}"
-    return None
-
-
-def _cudnn_refuses(config: ModelConfig, length: int) -> str | None:
-    if config.compute_dtype != "bfloat16":
-        return f"model.compute_dtype={config.compute_dtype}, only bfloat16"
-    # Hopper has sizes up to 256, which `auto` leaves to xla as on the others.
-    largest = 128 if config.attention == "auto" else 256
-    if config.head_dim > largest or config.head_dim % 8:
-        return f"model.head_dim={config.head_dim}, only multiples of 8 up to {largest}"
-    if length % 2:
-        return f"sequences of {length} tokens (train.seq_len), only even ones"
-    return None
-
-
 def _devices_of_head(num_kv_heads: int, mesh: Mesh | None) -> int:
     """Devices along `tensor` that share each KV head; 1 where there are heads enough."""
     tensor = 1 if mesh is None else mesh.shape["tensor"]
     return tensor // num_kv_heads if tensor % num_kv_heads == 0 else 1
-
-
-def document_mask(q_segments_BxL, kv_segments_BxT, q_slots_L) -> jax.Array:
-    """Boolean mask [B, 1, L, T]: same document, and not ahead of the query's slot."""
-    kv_slots_T = jnp.arange(kv_segments_BxT.shape[1])
-    causal_LxT = kv_slots_T[None, :] <= q_slots_L[:, None]
-    same_BxLxT = q_segments_BxL[:, :, None] == kv_segments_BxT[:, None, :]
-    return (same_BxLxT & causal_LxT)[:, None]
 
 
 def attend(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, segment_ids_BxL, backend: str, mesh: Mesh | None):
@@ -155,33 +153,17 @@ def attend(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, segment_ids_BxL, backend: str, mesh:
         q, k, v = (x.transpose(0, 2, 3, 1) for x in (q_BxLxHxD, k_BxLxKxD, v_BxLxKxD))
         return _splash(q, k, v, None, segment_ids_BxL, mesh).transpose(0, 3, 1, 2)
     k_BxLxKxD, v_BxLxKxD = (_for_each_device(x, 2, mesh) for x in (k_BxLxKxD, v_BxLxKxD))
+    arguments = q_BxLxHxD, k_BxLxKxD, v_BxLxKxD
     with part("attention"):
+        if backend == "tokamax":
+            local = document_attention.document_attention
+            return _on_devices(local, 2, mesh, *arguments, segment_ids_BxL)
+        if backend == "chunked":
+            return chunked_attention(*arguments, segment_ids_BxL)
         mask = document_mask(segment_ids_BxL, segment_ids_BxL, jnp.arange(q_BxLxHxD.shape[1]))
         if backend == "xla":
-            return _einsum_attention(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, mask)
-        return jax.nn.dot_product_attention(
-            q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, mask=mask, implementation=backend
-        )
-
-
-def _einsum_attention(q_BxLxHxD, k_BxTxKxD, v_BxTxKxD, mask_Bx1xLxT):
-    """Softmax attention with float32 scores; query head h uses KV head h // (H / K).
-
-    Heads come first before the products: on CPUs that takes two thirds of the time of
-    jax.nn.dot_product_attention, forward and backward.
-    """
-    B, L, H, Dh = q_BxLxHxD.shape
-    K = k_BxTxKxD.shape[2]
-    q_BxKxGxLxD = q_BxLxHxD.reshape(B, L, K, H // K, Dh).transpose(0, 2, 3, 1, 4)
-    k_BxKxTxD, v_BxKxTxD = (x.transpose(0, 2, 1, 3) for x in (k_BxTxKxD, v_BxTxKxD))
-    scores = jnp.einsum(
-        "bkgld,bktd->bkglt", q_BxKxGxLxD, k_BxKxTxD, preferred_element_type=jnp.float32
-    )
-    # Finite, so that a row without any visible slot gives a mean and not NaN.
-    scores = jnp.where(mask_Bx1xLxT[:, :, None], scores * Dh**-0.5, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BxKxTxD.dtype)
-    out = jnp.einsum("bkglt,bktd->bkgld", weights, v_BxKxTxD)
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, L, H, Dh)
+            return einsum_attention(*arguments, mask)
+        return jax.nn.dot_product_attention(*arguments, mask=mask, implementation=backend)
 
 
 def _for_each_device(x: jax.Array, axis: int, mesh: Mesh | None) -> jax.Array:
@@ -207,14 +189,20 @@ def _splash(q_BxHxDxL, k_BxKxDxL, v_BxKxDxL, angles, segment_ids_BxL, mesh: Mesh
         return splash(q, k, v, segments, interpret)
 
     k_BxKxDxL, v_BxKxDxL = (_for_each_device(x, 1, mesh) for x in (k_BxKxDxL, v_BxKxDxL))
-    arguments = q_BxHxDxL, k_BxKxDxL, v_BxKxDxL, angles, segment_ids_BxL
+    return _on_devices(local, 1, mesh, q_BxHxDxL, k_BxKxDxL, v_BxKxDxL, angles, segment_ids_BxL)
+
+
+def _on_devices(local, heads_axis: int, mesh: Mesh | None, q, k, v, *others):
+    """A kernel of each device on its own sequences and heads."""
     if mesh is None:
-        return local(*arguments)
-    heads, batch = PartitionSpec(BATCH_AXES, "tensor", None, None), PartitionSpec(BATCH_AXES)
+        return local(q, k, v, *others)
+    axes = [BATCH_AXES, None, None, None]
+    axes[heads_axis] = "tensor"
+    heads, batch = PartitionSpec(*axes), PartitionSpec(BATCH_AXES)
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(heads, heads, heads, batch, batch),
+        in_specs=(heads,) * 3 + (batch,) * len(others),
         out_specs=heads,
         check_vma=False,
-    )(*arguments)
+    )(q, k, v, *others)

@@ -4,6 +4,7 @@ from jax.sharding import Mesh
 
 from stem_jax.config import Config
 from stem_jax.mesh import AXES, BATCH_AXES, Placed, axis_size
+from stem_jax.model.attention import refusal, resolve_backend
 from stem_jax.model.cost import count_parameters, training_flops_per_token
 from stem_jax.tables.host_memory import available_host_bytes
 from stem_jax.tables.host_store import HostStore
@@ -25,6 +26,7 @@ def describe_run(
     """
     lines = [
         *_parameter_lines(config),
+        _attention_line(config, mesh),
         *_memory_lines(config, model, mesh),
         *_table_lines(config, mesh, working_set),
         *_batch_lines(config, mesh),
@@ -43,6 +45,15 @@ def _parameter_lines(config: Config) -> list[str]:
         f"V {model.vocab_size}, heads {model.num_heads}/{model.num_kv_heads}; "
         f"STEM layers: {layers}",
     ]
+
+
+def _attention_line(config: Config, mesh: Mesh) -> str:
+    length, device = config.train.seq_len, mesh.devices.flat[0]
+    kernel = resolve_backend(config.model, mesh, length)
+    line = f"attention    {kernel}"
+    if device.platform == "gpu" and config.model.attention == "auto" and kernel != "tokamax":
+        line += f": tokamax, which is faster, {refusal('tokamax', config.model, device, length)}"
+    return line
 
 
 def _memory_lines(config: Config, model: ModelDef, mesh: Mesh) -> list[str]:

@@ -1,0 +1,51 @@
+"""Causal attention within documents by tokamax's kernels for NVIDIA GPUs (Hopper, Blackwell).
+
+Nothing as large as [L, L] exists: a query sees the keys from the first of its document to its own,
+and blocks without any are skipped. On an H200, forward and backward of 8 x 4096 with 32 heads of 64
+and four documents a row take 5.8 ms; cuDNN, which wants a mask of all pairs, takes 15.0.
+"""
+
+import importlib.util
+import sys
+
+import jax
+import jax.numpy as jnp
+
+# Lengths come in blocks of keys. Python 3.11 gets an older tokamax than newer ones: these compute
+# capabilities both have kernels for.
+BLOCK = 128
+_CAPABILITIES = (9.0, 10.0)
+
+
+def missing(device: jax.Device) -> str | None:
+    """What a GPU lacks for these kernels; None if nothing."""
+    capability = float(device.compute_capability)
+    if capability not in _CAPABILITIES:
+        known = " and ".join(map(str, _CAPABILITIES))
+        return f"has no kernels for compute capability {capability}, only for {known}"
+    if importlib.util.find_spec("tokamax") is None:
+        return 'is not installed (pip install "tokamax<0.1")'
+    return None
+
+
+def document_starts(segments_BxL: jax.Array) -> jax.Array:
+    """[B, L] int32, the first position of each one's run of equal segment ids."""
+    begins_BxL = jnp.diff(segments_BxL, axis=1, prepend=segments_BxL[:, :1] - 1) != 0
+    places_BxL = jnp.where(begins_BxL, jnp.arange(segments_BxL.shape[1]), 0)
+    return jax.lax.cummax(places_BxL, axis=1).astype(jnp.int32)
+
+
+def document_attention(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, segments_BxL) -> jax.Array:
+    """[B, L, H, Dh] in bfloat16 as the arguments; a document's positions lie side by side."""
+    # Imported where a GPU wants it: it takes a second, and others need not have it. Its public
+    # function takes no first keys.
+    from absl import flags
+    from tokamax._src.ops.attention.base import Mask
+    from tokamax._src.ops.attention.pallas_mosaic_gpu import PallasMosaicGpuFlashAttention
+
+    # Its version for Python 3.11 would read this program's command line for flags of its own.
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(sys.argv[:1])
+    first_keys_Bx1xL = document_starts(segments_BxL)[:, None]
+    mask = Mask(k_start=first_keys_Bx1xL, is_causal=True)
+    return PallasMosaicGpuFlashAttention()(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, mask=mask)
