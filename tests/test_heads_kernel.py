@@ -11,11 +11,14 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel,
     splash_attention_mask,
 )
+from jax.sharding import NamedSharding, PartitionSpec
 
 from stem_jax.kernels.heads import gradient_to_heads, to_heads
-from stem_jax.kernels.splash import splash
-from stem_jax.model.attention import Attention
+from stem_jax.kernels.splash import block_sizes, splash
+from stem_jax.mesh import make_mesh
+from stem_jax.model.attention import Attention, _splash
 from stem_jax.model.rotary import rotary_angles, rotate
+from stem_jax.planning.topology import Topology
 
 
 def _inputs(L: int, Dh: int, dtype=jnp.float32):
@@ -108,10 +111,11 @@ def test_a_layer_attends_by_splash_as_by_xla(tiny_config, device_mesh):
         np.testing.assert_allclose(other, one, atol=5e-5)
 
 
-@pytest.mark.parametrize("K", [4, 2])
-def test_the_attention_kernel_computes_what_that_of_jax_does(K):
+# Of one block, and of three.
+@pytest.mark.parametrize(("L", "K"), [(256, 4), (768, 2)])
+def test_the_attention_kernel_computes_what_that_of_jax_does(L, K):
     """The output bit for bit; gradients but for the order of the sums of output times gradient."""
-    L, Dh = 256, 64
+    Dh = 64
     keys = jax.random.split(jax.random.key(K), 4)
     q = jax.random.normal(keys[0], (2, 4, L, Dh))
     k, v = (jax.random.normal(key, (2, K, L, Dh)) for key in keys[1:3])
@@ -120,7 +124,9 @@ def test_the_attention_kernel_computes_what_that_of_jax_does(K):
     mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((L, L))] * 4)
 
     def by_library(*heads):
-        kernel = splash_attention_kernel.make_splash_mha_single_device(mask, interpret=True)
+        kernel = splash_attention_kernel.make_splash_mha_single_device(
+            mask, block_sizes=block_sizes(L, Dh), interpret=True
+        )
         ids = splash_attention_kernel.SegmentIds(segments, segments)
         return jax.vmap(kernel)(*heads, segment_ids=ids)
 
@@ -136,3 +142,45 @@ def test_the_attention_kernel_computes_what_that_of_jax_does(K):
     np.testing.assert_array_equal(out, expected)
     for one, other in zip(found, gradients, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("L", "Dh", "block"),
+    [(128, 64, 128), (384, 64, 128), (2048, 64, 512), (8192, 128, 1024), (8192, 256, 512)],
+)
+def test_blocks_divide_the_length_and_are_large(L, Dh, block):
+    sizes = block_sizes(L, Dh)
+    assert {sizes.block_q, sizes.block_kv, sizes.block_q_dkv, sizes.block_kv_dq} == {block}
+    assert L % block == 0
+
+
+@pytest.mark.parametrize(
+    ("topology", "L", "Dh"),
+    [
+        ("v5e:1x1", 2048, 256),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (
+                ("v5e:1x1", 8192, 128),
+                ("v5p:2x2x1", 8192, 128),
+                ("v5p:2x2x1", 8192, 256),
+            )
+        ),
+    ],
+)
+def test_blocks_fit_the_chip(topology, L, Dh, tiny_config):
+    """What its compiler refuses otherwise."""
+    pytest.importorskip("libtpu")
+    mesh = make_mesh(tiny_config().mesh, Topology.parse(topology).devices()[:1])
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def both_ways(q, k, v, segments, cotangent):
+        attend = functools.partial(_splash, angles=None, segment_ids_BxL=segments, mesh=mesh)
+        return jax.vjp(lambda *heads: attend(*heads), q, k, v)[1](cotangent)
+
+    def shape(*sizes, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=whole)
+
+    heads, kv_heads = shape(4, 8, Dh, L), shape(4, 4, Dh, L)
+    ids = shape(4, L, dtype=jnp.int32)
+    assert jax.jit(both_ways).lower(heads, kv_heads, kv_heads, ids, heads).compile()
