@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from stem_jax.checkpoint import Checkpointer, CheckpointInfo
 from stem_jax.checkpoint_files import FORMAT_VERSION
 from stem_jax.interop.saved_model import SavedModel
+from stem_jax.model.layer_groups import by_layer
 from stem_jax.model.rotary import pairs_first
 from stem_jax.older_formats import _program, current_array
 from stem_jax.training.state import abstract_state, init_state
@@ -80,6 +81,20 @@ def test_parameters_and_moments_come_in_halves_on_any_mesh(saved, train_step, sh
     alone = SavedModel(workdir / "checkpoints" / "3", info, None)
     for name, value in expected.params.items():
         np.testing.assert_array_equal(alone.param(name), value)
+
+
+def test_layers_come_in_halves_before_they_are_stacked(saved, train_step):
+    workdir, expected = saved
+    step = train_step((2, 2, 2), **{"model.scan_layers": True})
+    with Checkpointer(workdir, read_only=True) as checkpoints:
+        found = checkpoints.restore(3, abstract_state(step.config, step.model, step.mesh))
+    assert "blocks.1:3:1.attention.q_proj.kernel" in found.params
+    for there, here in zip(
+        jax.tree.leaves((expected.params, expected.opt_state)),
+        jax.tree.leaves(by_layer((found.params, found.opt_state))),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(here, there)
 
 
 def test_what_is_saved_again_is_read_as_it_is(saved, train_step, tmp_path):
