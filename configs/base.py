@@ -124,6 +124,8 @@ def get_config() -> config_dict.ConfigDict:
     config.train.loss_chunk = None
     config.train.max_bad_steps = 5  # non-finite steps in a row before the run stops
     config.train.log_every = 10  # steps
+    # First and last step of a trace, such as "20-22", in the run's folder `profile`; or "none".
+    config.train.profile_steps = "none"
     # Seconds without a step, a validation batch or a save after which a process gives up with the
     # stacks of its threads and exit status 75; compiling counts. None: it waits for ever.
     config.train.step_timeout = 1800.0

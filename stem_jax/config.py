@@ -32,6 +32,7 @@ _ADDED = {
     "train.step_timeout": None,
     "train.compilation_cache": None,
     "train.init_from": None,
+    "train.profile_steps": "none",
     "model.rope_scaling": "none",
     "model.rope_factor": 1.0,
     "model.rope_original_len": None,
@@ -157,6 +158,7 @@ class TrainConfig:
     loss_chunk: int | None
     max_bad_steps: int
     log_every: int
+    profile_steps: str
     step_timeout: float | None
     compilation_cache: str | None
     init_from: str | None

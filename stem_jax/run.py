@@ -42,6 +42,7 @@ from stem_jax.training.resume import check_resumable
 from stem_jax.training.run_data import TOKENIZER_FOLDER, RunData, open_run_data
 from stem_jax.training.state import TrainState, abstract_state, init_state, table_key
 from stem_jax.training.step import TrainStep
+from stem_jax.training.step_trace import traced_steps
 from stem_jax.watchdog import Watchdog
 from stem_jax.work_folder import writing
 
@@ -89,6 +90,8 @@ def _train(config: Config, workdir: Path, clock: StartClock, own_log: Path, lock
             check_resumable(info.config, config, info.updates, info.endless)
         under_way = info is not None and info.updates > 0
         check_mesh(config, mesh, under_way)
+        # Refused here, before anything is compiled.
+        traced_steps(config.train.profile_steps)
         if not under_way:
             check_first_start(config)
         origin = find_origin(config) if info is None else None

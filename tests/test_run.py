@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from children import HELD, train_flags
+from jax.profiler import ProfileData
 from launching import wait_for_checkpoint, wait_for_records
 
 from stem_jax.errors import InputError, TrainingError
 from stem_jax.loading import load_run
 from stem_jax.train import main
+from stem_jax.training.step_trace import traced_steps
 
 TEXT = [
     "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 4,
@@ -95,9 +97,9 @@ def final_arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def whole_run(text_file, tmp_path_factory):
-    """An uninterrupted run: its folder and what it printed."""
+    """An uninterrupted run, two of its steps traced: its folder and what it printed."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    out, err = finish(start(arguments(text_file, workdir)))
+    out, err = finish(start(arguments(text_file, workdir, train__profile_steps="8-9")))
     return workdir, out, err
 
 
@@ -115,6 +117,34 @@ def test_run_leaves_what_it_promises(whole_run):
     assert "512 tokens per step" in out
     assert "bits per byte" in out and "token unigrams" in out and "xz -9" in out
     assert "tokens/s" in err and "loss" in err
+
+
+def test_a_trace_names_the_parts_of_a_step(whole_run):
+    """As its readers see it: both steps and no other, and the parts in the program beside them."""
+    workdir, out, _ = whole_run
+    assert f"trace of steps 8 to 9: {workdir / 'profile'}" in out
+    (path,) = (workdir / "profile").rglob("*.xplane.pb")
+    runs = set()
+    for plane in ProfileData.from_file(str(path)).planes:
+        for event in (event for line in plane.lines for event in line.events):
+            stats = dict(event.stats)
+            if stats.get("hlo_module") == "jit__update":
+                runs.add(stats["run_id"])
+    assert len(runs) == 2
+    text = path.read_bytes()
+    for name in ("block_matmuls", "row_gradient", "exchange", "head_loss", "row_optimizer"):
+        assert f"part.{name}".encode() in text
+
+
+@pytest.mark.parametrize("steps", ["0-3", "5-4", "all", "3-", "2.5"])
+def test_steps_to_trace_that_are_none_are_refused(steps):
+    with pytest.raises(InputError, match=r"train\.profile_steps=.* names no steps; write"):
+        traced_steps(steps)
+
+
+def test_steps_to_trace():
+    assert [*traced_steps("none")] == [] and [*traced_steps("7")] == [7]
+    assert [*traced_steps("20-22")] == [20, 21, 22]
 
 
 def test_second_start_says_complete(whole_run, text_file):

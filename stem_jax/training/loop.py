@@ -33,6 +33,7 @@ from stem_jax.training.run_data import RunData
 from stem_jax.training.schedule import Schedule, make_schedule
 from stem_jax.training.state import TrainState
 from stem_jax.training.step import TrainStep
+from stem_jax.training.step_trace import StepTrace, traced_steps
 
 _TABLE_METRICS = frozenset(
     """
@@ -87,6 +88,7 @@ class Loop:
         reporter = _Reporter(
             self.config, metrics_log, self.clock, self.programs.mesh.devices.size, start
         )
+        trace = StepTrace(traced_steps(self.config.train.profile_steps), self.workdir)
         validation, saved = None, start
         try:
             if owes_validation:
@@ -98,12 +100,14 @@ class Loop:
                 ahead = self._look_ahead(batches, end - start)
                 levels = LevelsAhead(self.programs)
                 for step in range(start + 1, end + 1):
+                    trace.before(step, state)
                     ready = self._next(ahead, state, saved, reporter)
                     state = ahead.place(state, ready)
                     levels.await_step(ready)
                     state, metrics = self.programs.update(
                         state, ready.batch, schedule, ready.slots, ready.sizes
                     )
+                    trace.after(step, (state, metrics))
                     reporter.dispatched(step, metrics | ready.metrics)
                     levels.after_step(state, ready, schedule)
                     self.beat(f"step {step - 1}")
@@ -128,6 +132,7 @@ class Loop:
                     if stopped or step == end:
                         return state, validation, step == end and not owed
         finally:
+            trace.close()
             reporter.close()
             metrics_log.close()
         return state, validation, True

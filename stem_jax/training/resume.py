@@ -17,7 +17,7 @@ _HARMLESS = frozenset(
     mesh.data mesh.fsdp mesh.tensor mesh.max_replicated_mib
     train.micro_batches train.loss_chunk train.max_bad_steps train.log_every
     train.init_from train.step_timeout train.compilation_cache
-    train.sample_prompt train.sample_tokens
+    train.profile_steps train.sample_prompt train.sample_tokens
     eval.every eval.max_batches eval.baselines checkpoint.every checkpoint.keep
     """.split()
 )
