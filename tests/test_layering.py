@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -231,3 +232,13 @@ def test_importing_has_no_effects(tmp_path):
     )
     assert (done.returncode, done.stdout) == (0, f"imported {len(names)}\n"), done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wheel_holds_every_package():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for top in (PACKAGE, "configs")
+        for path in (ROOT / top).rglob("__init__.py")
+    }
+    assert sorted(found) == settings["packages"]
