@@ -104,6 +104,39 @@ def test_lazy_is_another_optimizer():
     assert np.abs(lazy - dense).max() > 5e-3
 
 
+@pytest.mark.parametrize("optimizer", ["deferred_adamw", "lazy_adamw"])
+@pytest.mark.parametrize("number", [5, 8, 20, 24, 27])
+def test_rows_in_pieces_are_rows_at_once(optimizer, number):
+    """As TPUs work, 8 rows of a vector at a time: pieces that overlap, padding, nothing kept."""
+    spec = make_spec(optimizer=optimizer)
+    rng = np.random.default_rng(number)
+    arrays = rng.normal(size=(3, LAYERS, 30, WIDTH)).astype(np.float32)
+    last_step = jnp.asarray(rng.integers(0, 6, 30), jnp.int32)
+    state = TableState(arrays[0], arrays[1], arrays[2] ** 2, last_step)
+    history = jax.tree.map(jnp.asarray, make_history(spec, warmup_cosine(20)))
+    rows_O = jnp.asarray([*rng.permutation(30)[: number - 2], 30, 30], jnp.int32)
+    gradient = rng.normal(size=(LAYERS, number, WIDTH)).astype(np.float32)
+
+    def both(piece, keep):
+        rule = RowOptimizer(spec, piece=piece)
+
+        @jax.jit
+        def run(state, gradient, keep):
+            read = rule.read_as(state, rows_O, 7, history, jnp.bfloat16)
+            return read, rule.update(state, rows_O, gradient, jnp.int32(7), keep, history, 0.5)
+
+        return jax.device_get(run(state, gradient, keep))
+
+    for keep in (True, False):
+        for at_once, in_pieces in zip(
+            *(jax.tree.leaves(both(piece, keep)) for piece in (None, 8)), strict=True
+        ):
+            np.testing.assert_allclose(
+                np.float32(in_pieces), np.float32(at_once), rtol=3e-7, atol=1e-7
+            )
+    assert np.array_equal(both(8, False)[1].rows, arrays[0])
+
+
 def coast(spec: TableSpec, rates, rows, mu, nu, start: int, end: int):
     """Dense AdamW without gradients from update start + 1 to `end`, in float64."""
     rates = np.asarray(rates, np.float64)

@@ -25,6 +25,8 @@ from stem_jax.tables.update_history import UpdateHistory
 # times the rows of a device. More rounds cost little time, larger buffers memory.
 _ROUND_BYTES = 2**28
 _PADDING = 1.5
+# Numbers of an array of rows that stay on a TPU's chip with the ten like it that an update makes.
+_CHIP_NUMBERS = 2**21
 # Rows of a tile on TPUs: an owner's rows fill whole tiles.
 _SUBLANES = 8
 # Rows that catch up at a time when a whole table does.
@@ -185,8 +187,9 @@ class ShardedTable:
         """The row blocks [S, devices * U, F] of all devices in `dtype`, as of update `step`."""
 
         def local(state, requests, step, history):
-            block = self._optimizer.read(state, self._places(requests), step, history)
-            return self.exchange.fetch(block.rows.astype(dtype), requests)
+            places = self._places(requests)
+            rows = self._optimizer.read_as(state, places, step, history, dtype)
+            return self.exchange.fetch(rows, requests)
 
         whole = PartitionSpec()
         specs = (self._state_specs, self.request_specs, whole, whole)
@@ -209,17 +212,18 @@ class ShardedTable:
         return jnp.sqrt(self._sharded(local, (self.spec.row_spec,), PartitionSpec())(gradient))
 
     @part("row_optimizer")
-    def update(self, state, requests, gradient, step, keep, history: UpdateHistory) -> TableState:
+    def update(
+        self, state, requests, gradient, step, keep, history: UpdateHistory, scale=1.0
+    ) -> TableState:
         """Update `step + 1` from the owners' summed gradients; see `RowOptimizer.update`."""
 
-        def local(state, requests, gradient, step, keep, history):
-            places = self._places(requests)
-            return self._optimizer.update(state, places, gradient, step, keep, history)
+        def local(state, requests, *arguments):
+            return self._optimizer.update(state, self._places(requests), *arguments)
 
         whole, sums = PartitionSpec(), self.spec.row_spec
-        specs = (self._state_specs, self.request_specs, sums, whole, whole, whole)
+        specs = (self._state_specs, self.request_specs, sums, *(whole,) * 4)
         return self._sharded(local, specs, self._state_specs)(
-            state, requests, gradient, step, keep, history
+            state, requests, gradient, step, keep, history, jnp.float32(scale)
         )
 
     def caught_up_rows(self, state: TableState, step, history: UpdateHistory) -> jax.Array:
@@ -256,7 +260,11 @@ class ShardedTable:
 
     @property
     def _optimizer(self) -> RowOptimizer:
-        return RowOptimizer(self.spec)
+        if way_on(self.mesh) == "scatter":
+            return RowOptimizer(self.spec)
+        width = self.spec.width // self.mesh.shape["tensor"]
+        tiles = max(1, _CHIP_NUMBERS // width // _SUBLANES)
+        return RowOptimizer(self.spec, piece=tiles * _SUBLANES)
 
     @property
     def _state_specs(self) -> TableState:

@@ -166,9 +166,15 @@ class TrainStep:
             row_norm = table.norm(row_gradients)
             with part("row_optimizer"):
                 finite &= jnp.isfinite(row_norm)
-                row_gradients *= clip_factor(row_norm, self.spec.clip_norm)
+                row_factor = clip_factor(row_norm, self.spec.clip_norm)
             new_table = table.update(
-                state.table, requests, row_gradients, state.updates, finite, schedule.table
+                state.table,
+                requests,
+                row_gradients,
+                state.updates,
+                finite,
+                schedule.table,
+                row_factor,
             )
             metrics |= {"table_grad_norm": row_norm}
             metrics |= self._table_metrics(table, requests)
