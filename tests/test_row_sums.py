@@ -225,5 +225,5 @@ def test_a_compiled_tpu_program_keeps_the_precision():
 
 
 def test_each_platform_has_a_way():
-    assert row_sums.WAYS == {"tpu": "windows", "gpu": "segments", "cpu": "scatter"}
+    assert row_sums.WAYS == {"tpu": "blocks", "gpu": "segments", "cpu": "scatter"}
     assert row_sums.way_on(None) == "scatter"

@@ -1,5 +1,7 @@
 """Sums of values by row, in float32 and in an order that the indices alone fix.
 
+blocks: for TPUs, a kernel (`row_blocks`) that keeps the sums of neighbouring rows on the chip and
+    writes each row once; where rows are no whole tiles, windows.
 windows: for matrix units. Values are taken in the order of their rows, found by one sort that
     serves all that have the same index; 512 of them are one product with a matrix of zeros and
     ones, summed in float32. Numbered densely, rows of neighbours differ by 0 or 1, so the values
@@ -13,10 +15,10 @@ segments: for GPUs, by the same sort; each row's values are added by one program
     (jax-ml/jax#38806).
 scatter: for CPUs, which add one value after the other, as they come.
 
-The bits of a sum depend on the way and on the values of its row, for windows also on their places
-in the order of the sort; not on the number of rows. Windows add in the order of the device's matrix
-product, which its compiler chooses: the same each time that a program runs. There values are
-multiplied by zeros for other rows, so one that is not finite makes all of a window so.
+The bits of a sum depend on the way and on the values of its row, for blocks and windows also on
+their places in the order of the sort; not on the number of rows. These two add in the order of the
+device's matrix product, which its compiler chooses: the same each time that a program runs. There
+values are multiplied by zeros for other rows, so one that is not finite makes its neighbours so.
 """
 
 import dataclasses
@@ -25,13 +27,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from stem_jax.kernels.row_blocks import VALUES, columns_fit, put_row_blocks
 from stem_jax.kernels.row_segments import put_segment_sums
 
 # What each platform does; the one place that says so.
-WAYS = {"tpu": "windows", "gpu": "segments", "cpu": "scatter"}
+WAYS = {"tpu": "blocks", "gpu": "segments", "cpu": "scatter"}
+# Ways that put the sums of sorted values one behind the other.
+SORTED = ("blocks", "windows")
 # Values taken at a time, however few there are: a product of another size may add in another order,
 # and how many there are depends on the room that an exchange has.
-_CHUNK = 512
+_CHUNK = VALUES
 
 
 def way_on(mesh: Mesh | None) -> str:
@@ -41,7 +46,7 @@ def way_on(mesh: Mesh | None) -> str:
 
 def spare_rows(way: str) -> int:
     """Rows at the end that a dense index must leave free, see `RowOrder`."""
-    return _CHUNK if way == "windows" else 0
+    return _CHUNK if way in SORTED else 0
 
 
 @jax.tree_util.register_dataclass
@@ -103,7 +108,7 @@ def sum_by_row(
     Args:
         values: [..., F] in any float dtype.
         index: [...] int32, their rows; what is outside [0, num_rows) is dropped.
-        way: `windows`, `segments` or `scatter`.
+        way: one of `WAYS`, or `windows`.
         order: of the index; None sorts it if that is needed.
         dtype: of the result; sums are float32 and rounded once.
 
@@ -111,7 +116,8 @@ def sum_by_row(
         [num_rows, F]. Rows without values are zero; with a dense order, those behind the last row
         that has some are undefined.
     """
-    values_NxF, index_N = values.reshape(-1, values.shape[-1]), index.reshape(-1)
+    values_NxF = jnp.asarray(values).reshape(-1, values.shape[-1])
+    index_N = index.reshape(-1)
     if way == "scatter":
         # Negative indices would count from the end.
         index_N = jnp.where(index_N < 0, num_rows, index_N)
@@ -125,7 +131,7 @@ def sum_by_row(
     dense = order.places is None
     room = num_rows if dense else min(len(index_N), num_rows) + _CHUNK + 1
     nothing = jax.lax.empty((1, room, values_NxF.shape[1]), dtype)
-    sums_UxF = _put_windows(nothing, 0, values_NxF, order)[0]
+    sums_UxF = _put(nothing, jnp.int32(0), values_NxF, order, way)[0]
     if dense:
         return sums_UxF
     # A row of zeros to read costs less than a pass that masks what was read.
@@ -146,8 +152,8 @@ def put_sums_by_row(
     values_NxF = values.reshape(-1, values.shape[-1])
     if way == "segments" and order is not None:
         return _put_segments(into_SxRxF, number, values_NxF, order)
-    if way == "windows" and order is not None and order.places is None:
-        return _put_windows(into_SxRxF, number, values_NxF, order)
+    if way in SORTED and order is not None and order.places is None:
+        return _put(into_SxRxF, number, values_NxF, order, way)
     _, num_rows, _ = into_SxRxF.shape
     sums_RxF = sum_by_row(values, index, num_rows, way, order, into_SxRxF.dtype)
     return jax.lax.dynamic_update_index_in_dim(into_SxRxF, sums_RxF, number, 0)
@@ -167,8 +173,15 @@ def _put_segments(into_SxRxF, number, values_NxF, order: RowOrder) -> jax.Array:
     return put_segment_sums(into_SxRxF, number, values_NxF, order.positions, bounds_Rx2)
 
 
-def _put_windows(into_SxRxF, number, values_NxF, order: RowOrder) -> jax.Array:
+def _put(into_SxRxF, number, values_NxF, order: RowOrder, way: str) -> jax.Array:
     """Sums by rank at [number]; there must be room for a whole chunk from the last rank on."""
+    if way == "blocks" and columns_fit(values_NxF.shape[1]):
+        values_MxF = values_NxF.at[order.positions].get(mode="promise_in_bounds")
+        return put_row_blocks(into_SxRxF, number, values_MxF, order.ranks)
+    return _put_windows(into_SxRxF, number, values_NxF, order)
+
+
+def _put_windows(into_SxRxF, number, values_NxF, order: RowOrder) -> jax.Array:
     size, kind, dtype = _CHUNK, values_NxF.dtype, into_SxRxF.dtype
     # By default TPUs round float32 operands to bfloat16, and GPUs to tf32.
     exact = jax.lax.Precision.HIGHEST if kind == jnp.float32 else None

@@ -20,7 +20,14 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from stem_jax.kernels.row_sums import RowOrder, dense_order, order_of, spare_rows, sum_by_row
+from stem_jax.kernels.row_sums import (
+    SORTED,
+    RowOrder,
+    dense_order,
+    order_of,
+    spare_rows,
+    sum_by_row,
+)
 from stem_jax.mesh import BATCH_AXES
 from stem_jax.tables.hops import Hop
 from stem_jax.tables.requests import Found, HopRequests, Requests
@@ -240,7 +247,7 @@ class Exchange:
             vector, _, column = corner
             return jax.lax.dynamic_update_slice(whole_SxUxF, rows[None], (vector, start, column))
 
-        if self.way == "scatter" or number <= _PIECE:
+        if self.way not in SORTED or number <= _PIECE:
             return put(whole_SxUxF, 0, number, True)
 
         def one_piece(masked, piece, whole_SxUxF):

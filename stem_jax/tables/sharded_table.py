@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from stem_jax.kernels.row_sums import spare_rows, way_on
+from stem_jax.kernels.row_sums import SORTED, spare_rows, way_on
 from stem_jax.mesh import BATCH_AXES, axis_size
 from stem_jax.parts import part
 from stem_jax.tables.asked_rows import AskedRows
@@ -260,7 +260,7 @@ class ShardedTable:
 
     @property
     def _optimizer(self) -> RowOptimizer:
-        if way_on(self.mesh) == "scatter":
+        if way_on(self.mesh) not in SORTED:
             return RowOptimizer(self.spec)
         width = self.spec.width // self.mesh.shape["tensor"]
         tiles = max(1, _CHIP_NUMBERS // width // _SUBLANES)
