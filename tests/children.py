@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import effort
 import jax
 
 ROOT = Path(__file__).parent.parent
@@ -33,11 +34,10 @@ cli.run(train.main)
 def child(*argv: str, devices: int = 1, stderr: int = subprocess.STDOUT, **environment: str):
     """`python argv...` in the repository, with the compilation cache of all tests."""
     settings = {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": effort.flags(devices),
         "PYTHONPATH": str(ROOT),
         # All of them compile the same programs.
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
     }
     process = subprocess.Popen(
         [sys.executable, *argv],

@@ -21,8 +21,9 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(
     tempfile.gettempdir(), f"stem_jax_test_cache_{getattr(os, 'getuid', int)()}"
 )
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
+import effort
 import hypothesis
 import jax
 import ml_collections
@@ -82,13 +83,8 @@ def pytest_runtest_setup(item):
     Most quick tests ask what a program does, and half of their time was LLVM's. Those that compare
     bits or roundings, or read what was compiled, are marked; the long ones are as users run them.
     """
-    little = not (item.config.getoption("--long") or item.get_closest_marker("optimized"))
-    if little != jax.config.values["jax_disable_most_optimizations"]:
-        # JAX takes a program that it has for one of the other effort.
-        jax.clear_caches()
-        jax.config.update("jax_disable_most_optimizations", little)
-    # Programs that tests start.
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(little))
+    users = item.config.getoption("--long") or item.get_closest_marker("optimized")
+    effort.set_effort(little=not users)
 
 
 def pytest_configure(config):
@@ -115,7 +111,7 @@ def _mesh(shape: tuple[int, int, int]) -> jax.sharding.Mesh:
 
 
 @functools.cache
-def _train_step(shape: tuple[int, int, int], overrides: tuple, effort: str) -> TrainStep:
+def _train_step(shape: tuple[int, int, int], overrides: tuple, little: str) -> TrainStep:
     return TrainStep(_config(**dict(overrides)), _mesh(shape))
 
 
@@ -146,8 +142,8 @@ def train_step():
 
     def compiled(shape=(1, 1, 1), **overrides):
         # Programs of one effort are not those of another.
-        effort = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
-        return _train_step(shape, tuple(overrides.items()), effort)
+        little = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
+        return _train_step(shape, tuple(overrides.items()), little)
 
     return compiled
 

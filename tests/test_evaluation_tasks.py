@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import effort
 import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.models.dummy import DummyLM
@@ -51,7 +52,7 @@ def run_folder(tmp_path_factory):
     command = [sys.executable, "-m", "stem_jax.train", "--config=configs/tiny.py"]
     command += [f"--workdir={folder}", *(f"--config.{key}={FLAGS[key]}" for key in FLAGS)]
     # One device: eight on two cores take several times as long.
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "XLA_FLAGS": effort.flags(), "JAX_PLATFORMS": "cpu"}
     subprocess.run(command, check=True, env=environment, capture_output=True)
     return folder
 

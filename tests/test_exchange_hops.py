@@ -23,8 +23,6 @@ from stem_jax.tables.sharded_table import ShardedTable
 from stem_jax.tables.spec import TableSpec, TableState, logical, stored
 from stem_jax.tables.update_history import make_history
 
-pytestmark = pytest.mark.optimized
-
 VECTORS, WIDTH, KEYS = 2, 6, 12
 # Mesh, axes that shard the rows, most peers of a hop, slices along data, and the hops expected.
 PLACES = {

@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import effort
 import jax
 import launching
 import numpy as np
@@ -48,9 +49,8 @@ def flags(workdir: Path, **overrides) -> list[str]:
 def local_multihost(*argv: str):
     """launch/local_multihost.sh with the compilation cache of all tests."""
     settings = {
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": effort.flags(),
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
         "GRACE_SECONDS": "3",
         "PYTHON": sys.executable,
     }

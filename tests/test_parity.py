@@ -26,8 +26,6 @@ from stem_jax.training.schedule import make_schedule, multiplier
 from stem_jax.training.state import ModelDef, TrainState
 from stem_jax.training.step import Batch, TrainStep
 
-pytestmark = pytest.mark.optimized
-
 GOLDEN = Path(__file__).parent / "data" / "golden"
 MODELS = ["stem_small", "stem_gqa", "dense_small"]
 RUNS = ["stem_small_train5", "stem_small_train5_clip", "stem_small_train5_cosine"]

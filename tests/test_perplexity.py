@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 
+import effort
 import numpy as np
 import pytest
 import tokenizers
@@ -64,7 +65,7 @@ def run_folder(tmp_path_factory):
     command = [sys.executable, "-m", "stem_jax.train", "--config=configs/tiny.py"]
     command += [f"--workdir={folder / 'run'}", f"--config.data.sources={source}"]
     command += [f"--config.{key}={value}" for key, value in FLAGS.items()]
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "XLA_FLAGS": effort.flags(), "JAX_PLATFORMS": "cpu"}
     subprocess.run(command, check=True, env=environment, capture_output=True)
     return folder / "run"
 

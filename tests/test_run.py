@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import effort
 import numpy as np
 import pytest
 from children import HELD, train_flags
@@ -58,7 +59,7 @@ def arguments(text_file: Path, workdir: Path, **overrides) -> list[str]:
 
 def start(argv: list[str], program=("-m", "stem_jax.train")) -> subprocess.Popen:
     # One device, as on a user's machine.
-    environment = os.environ | {"XLA_FLAGS": ""}
+    environment = os.environ | {"XLA_FLAGS": effort.flags()}
     return subprocess.Popen(
         [sys.executable, *program, *argv],
         env=environment,

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import effort
 import jax
 import pytest
 from children import ROOT, train_flags
@@ -48,9 +49,8 @@ class Job:
             "SLURM_GPUS_ON_NODE": "2",
             "SLURM_CPUS_PER_TASK": "3",
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+            "XLA_FLAGS": effort.flags(),
             "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
         }
 
     def start(self, *flags: str, **environment: str) -> subprocess.Popen:

@@ -18,8 +18,6 @@ from stem_jax.training.schedule import learning_rates, make_schedule
 from stem_jax.training.state import abstract_state, init_state
 from stem_jax.training.step import Batch, TrainStep
 
-pytestmark = pytest.mark.optimized
-
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2)]
 RATES = np.full(32, 3e-3)
 
@@ -285,6 +283,7 @@ def test_sums_of_accelerators_train_alike(
     np.testing.assert_allclose(losses, runs[2, 2, 2][2], rtol=0, atol=1e-5)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("way", "shape", "levels"),
     [

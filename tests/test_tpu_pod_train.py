@@ -25,7 +25,7 @@ def test_end_to_end(pod, tmp_path):
         *SHAPE,
         "--retries=1",
         f"--env=JAX_COMPILATION_CACHE_DIR={jax.config.jax_compilation_cache_dir}",
-        "--env=JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3",
+        "--env=JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0",
         "--",
         *train_flags("tiny", workdir, SMALL, {}),
     )
