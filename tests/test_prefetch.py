@@ -128,6 +128,9 @@ class Bench:
             demand=lambda batch: batch.tokens,
             sizes_for=lambda batch, demand: sizes,
             asked_by=lambda batch, demand: self.asked(demand),
+            table=lambda tokens, sizes: SimpleNamespace(
+                exchange=SimpleNamespace(owned_rows=sizes.owned)
+            ),
         )
 
     def look_ahead(self, batches, distance, training=True) -> LookAhead:
