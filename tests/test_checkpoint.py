@@ -31,7 +31,8 @@ def fresh(train_step):
 
 @pytest.fixture
 def collected():
-    """Collects what a test left while its own filters of warnings hold."""
+    """Collects what a test left, not all before it, while its own filters of warnings hold."""
+    gc.freeze()
     yield
     gc.collect()
 

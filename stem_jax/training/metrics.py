@@ -2,17 +2,13 @@
 
 import json
 import math
-import time
 from collections import deque
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
+
+from stem_jax.training.event_file import EventFile
 
 METRICS = "metrics.jsonl"
 Record = dict[str, Any]
@@ -38,14 +34,7 @@ class MetricsLog:
         temporary.write_text(text)
         temporary.replace(self._path)
         self._file = self._path.open("a")
-        folder = workdir / "tensorboard"
-        folder.mkdir(exist_ok=True)
-        # SummaryWriter writes in a thread; when that dies of a full disk, its queue fills up and
-        # the loop would wait for ever.
-        self._events = EventsWriter(str(folder / "events"))
-        # Hides what an interrupted run logged after its last checkpoint.
-        restart = SessionLog(status=SessionLog.START)
-        self._events.write_event(Event(step=start_step + 1, session_log=restart))
+        self._events = EventFile(workdir / "tensorboard", start_step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Appends one record; numbers keep their full precision, non-finite ones become null."""
@@ -59,14 +48,8 @@ class MetricsLog:
             return
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        scalars = [
-            Summary.Value(tag=key, simple_value=value)
-            for key, value in clean.items()
-            if isinstance(value, int | float)
-        ]
-        summary = Summary(value=scalars)
-        self._events.write_event(Event(step=step, wall_time=time.time(), summary=summary))
-        self._events.flush()
+        scalars = {key: value for key, value in clean.items() if isinstance(value, int | float)}
+        self._events.write(step, scalars)
 
     def close(self) -> None:
         """Writes the picture and closes the files."""
@@ -104,6 +87,10 @@ class SpikeCounter:
 
 def draw_loss(records: list[Record], path: Path) -> None:
     """Draws training and validation loss over steps, in nats per token."""
+    # At the end of a run: it takes half a second that no start need wait for.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     train = [(r["step"], r["train/loss"]) for r in records if r.get("train/loss") is not None]
     held_out = [(r["step"], r["eval/loss"]) for r in records if r.get("eval/loss") is not None]
     # A figure of its own, not pyplot's: pyplot keeps global state and may look for a display.
