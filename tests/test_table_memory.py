@@ -150,6 +150,8 @@ def _copies_of_all_vectors(text: str, size: int) -> list[str]:
     """What makes an array of so many numbers anew: neither in place, nor another name for one."""
     module = hlo.parse(text)
     names = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional"}
+    # Kernels that write into what they are given.
+    kernels = set(re.findall(r"%([\w.-]+) = .* custom-call\(.*output_to_operand_aliasing=", text))
     found = []
     for instruction, _ in module.scheduled():
         if all(math.prod(array.shape) != size for array in instruction.arrays):
@@ -157,6 +159,7 @@ def _copies_of_all_vectors(text: str, size: int) -> list[str]:
         inside = {part.opcode for part in module.fused(instruction)}
         fresh = instruction.target == "AllocateBuffer"
         put = {instruction.opcode, *inside} & {"dynamic-update-slice", "scatter"}
+        put = put or instruction.name in kernels
         if instruction.opcode not in names and not fresh and not put:
             found.append(f"{instruction.opcode} {instruction.arrays[0]} {instruction.op_name}")
     return found
