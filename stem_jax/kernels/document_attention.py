@@ -14,14 +14,15 @@ import jax.numpy as jnp
 # Lengths come in blocks of keys. Python 3.11 gets an older tokamax than newer ones: these compute
 # capabilities both have kernels for.
 BLOCK = 128
-_CAPABILITIES = (9.0, 10.0)
+_CAPABILITIES = ("9.0", "10.0")
 
 
 def missing(device: jax.Device) -> str | None:
     """What a GPU lacks for these kernels; None if nothing."""
-    capability = float(device.compute_capability)
+    # Of AMD's GPUs a name, such as gfx942.
+    capability = device.compute_capability
     if capability not in _CAPABILITIES:
-        known = " and ".join(map(str, _CAPABILITIES))
+        known = " and ".join(_CAPABILITIES)
         return f"has no kernels for compute capability {capability}, only for {known}"
     if importlib.util.find_spec("tokamax") is None:
         return 'is not installed (pip install "tokamax<0.1")'
