@@ -102,8 +102,10 @@ def pytest_collection_finish(session):
 def pytest_runtest_setup(item):
     """Before fixtures of any scope: compiles as users do, or with little effort.
 
-    Most quick tests ask what a program does, and half of their time was LLVM's. Those that compare
-    bits or roundings, or read what was compiled, are marked; the long ones are as users run them.
+    Most quick tests ask what a program does, and half of their time was LLVM's. Those that need the
+    roundings of users' programs, or read what was compiled, are marked; the long ones are as users
+    run them. Programs that should give the same bits give them with little effort too, as each is
+    compiled in one part.
     """
     users = item.config.getoption("--long") or item.get_closest_marker("optimized")
     effort.set_effort(little=not users)

@@ -12,8 +12,6 @@ from stem_jax.mesh import axis_size
 from stem_jax.tables.spec import TableSpec, logical
 from stem_jax.training.working_set import working_set
 
-pytestmark = pytest.mark.optimized
-
 LAYOUTS = {
     "one device": ((1, 1, 1), {}),
     "eight shards": ((8, 1, 1), {}),

@@ -75,7 +75,6 @@ class Fault:
         monkeypatch.setattr(Prefetch, "apply", counted)
 
 
-@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("threads", "owner", "name"),
     [
@@ -104,7 +103,6 @@ def test_a_fault_in_a_thread_stops_the_run(
     again.assert_equals(whole, after=SAVED_AT)
 
 
-@pytest.mark.optimized
 @pytest.mark.parametrize("prefetch", [0, 4])
 def test_slow_write_backs_are_waited_for(tight, whole, tmp_path, monkeypatch, prefetch):
     """Rows come back while they are still leaving, time and again."""
@@ -142,7 +140,6 @@ def test_an_error_of_the_loop_ends_the_threads(tight, tmp_path):
     assert row_threads() == []
 
 
-@pytest.mark.optimized
 def test_a_batch_that_does_not_fit_ends_the_run_with_a_save(train_step, whole, tmp_path):
     """It comes in mid-run; with more rows the same run goes on."""
     step = train_step((1, 1, 1), **SIZES)

@@ -283,7 +283,6 @@ def test_sums_of_accelerators_train_alike(
     np.testing.assert_allclose(losses, runs[2, 2, 2][2], rtol=0, atol=1e-5)
 
 
-@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("way", "shape", "levels"),
     [
