@@ -13,11 +13,11 @@ STEPS = 60
 SMALL = {
     "model.vocab_size": 300,
     "model.embed_dim": 32,
-    "model.num_layers": 2,
+    "model.num_layers": 1,
     "model.num_heads": 2,
     "model.num_kv_heads": 1,
     "model.ffn_dim": 48,
-    "model.stem_layers": "1",
+    "model.stem_layers": "0",
     "data.sources": "facts",
     "data.tokenizer": "bytes",
     "train.seq_len": 32,

@@ -1,6 +1,6 @@
 """Measurements by two processes: the figures of one, written once, refused together.
 
-The file is its own child: `python tests/test_evaluation_processes.py CASE` divides numbers.
+The file is its own child: `python tests/test_evaluation_processes.py CASE...` divides numbers.
 """
 
 import contextlib
@@ -8,8 +8,8 @@ import hashlib
 import json
 import os
 import re
-import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +27,7 @@ from stem_jax.evaluation.division import divide
 
 TASKS = Path(__file__).parent / "data" / "lm_eval_tasks"
 MODES = {
-    "perplexity": ["--perplexity=facts,needles", "--limit=30", "--resident-rows=104"],
+    "perplexity": ["--perplexity=facts,needles", "--limit=8", "--resident-rows=104"],
     "tasks": [f"--tasks={TASKS}", "--limit=6", "--log-samples"],
 }
 
@@ -63,16 +63,22 @@ def test_two_processes_equal_one(run_folder, tmp_path, capsys, mode):
     assert table in said[0] and str(outs[1]) not in said[1]
 
 
-def test_processes_that_differ_are_refused_together(run_folder, tmp_path):
-    other = [f"--workdir={run_folder}", "--niah", "--seed=1"]
-    nowhere = [f"--workdir={tmp_path / 'none'}", "--niah"]
-    for commands, message in (
-        ([[*other[:2]], other], "process 1 differs from process 0 in --seed: 1, not 0; start all"),
-        ([nowhere, other], "--workdir=.*none does not exist"),
-    ):
-        with contextlib.ExitStack() as stack:
-            for process in [stack.enter_context(p) for p in gang("stem_jax.evaluate", *commands)]:
-                assert re.search(f"error: process .*{message}", finish(process, code=1))
+@pytest.mark.parametrize(
+    ("first", "message"),
+    [
+        ("run", "process 1 differs from process 0 in --seed: 1, not 0; start all"),
+        pytest.param("none", "--workdir=.*none does not exist", marks=pytest.mark.long),
+    ],
+)
+def test_processes_that_differ_are_refused_together(run_folder, tmp_path, first, message):
+    folders = {"run": run_folder, "none": tmp_path / "none"}
+    commands = [
+        [f"--workdir={folders[first]}", "--niah"],
+        [f"--workdir={run_folder}", "--niah", "--seed=1"],
+    ]
+    with contextlib.ExitStack() as stack:
+        for process in [stack.enter_context(p) for p in gang("stem_jax.evaluate", *commands)]:
+            assert re.search(f"error: process .*{message}", finish(process, code=1))
 
 
 def test_every_batch_is_worked_on_by_one_process(monkeypatch):
@@ -139,77 +145,82 @@ def test_what_others_print_is_not_in_the_json(monkeypatch, tmp_path, capfd):
 
 
 CASES = {
-    "none": (0, None),
-    "inside": (1, "process 1: seven is refused"),
-    "between": (1, "process 1: that is enough"),
-    "fewer": (1, "one process has more to do than another; give all of them the same command"),
-    "others": (1, "process 1 asks the model something else than process 0; give all processes"),
+    "none": None,
+    "inside": "process 1: seven is refused",
+    "between": "process 1: that is enough",
+    "fewer": "one process has more to do than another; give all of them the same command",
+    "others": "process 1 asks the model something else than process 0; give all processes",
 }
 
 
 def test_a_failure_in_one_ends_all_soon():
     """Not after the minutes in which a heartbeat may be late, and not by an abort of JAX's."""
-    port = free_port()
-    environment = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
-    with contextlib.ExitStack() as stack:
-        processes = [
-            stack.enter_context(child(__file__, "fails", JAX_PROCESS_ID=index, **environment))
-            for index in "01"
-        ]
-        for process, said in zip(processes, ("process 1 failed: OSError: [Errno 5] disk", "disk")):
-            out = finish(process, 70)
-            assert said in out and "failed, or lost another one" in out
-            assert "stack trace" not in out
+    outs = _divided(["fails"], code=70)
+    for out, said in zip(outs, ("process 1 failed: OSError: [Errno 5] disk", "disk")):
+        assert said in out and "failed, or lost another one" in out
+        assert "stack trace" not in out
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_refusal_in_one_is_one_in_all_wherever_it_comes(case):
-    code, message = CASES[case]
-    port = free_port()
-    with contextlib.ExitStack() as stack:
-        processes = [
-            stack.enter_context(
-                child(
-                    __file__,
-                    case,
-                    JAX_COORDINATOR_ADDRESS=f"localhost:{port}",
-                    JAX_NUM_PROCESSES="2",
-                    JAX_PROCESS_ID=str(index),
-                    stderr=subprocess.STDOUT,
-                )
-            )
-            for index in range(2)
-        ]
-        for index, process in enumerate(processes):
-            out = finish(process, code)
+def test_a_refusal_in_one_is_one_in_all_wherever_it_comes():
+    """And all are ready for the next question: one pair is asked each case."""
+    for index, out in enumerate(_divided(CASES, code=1)):
+        parts = dict(re.findall(r"^case (\w+)\n(.*?)(?=^case|\Z)", out, re.MULTILINE | re.DOTALL))
+        assert list(parts) == list(CASES)
+        for case, message in CASES.items():
             if message is None:
-                assert out.count(f"found {[n * n for n in range(10)]}") == 3
+                assert parts[case].count(f"found {[n * n for n in range(10)]}") == 3
             else:
                 # Who is refused itself says so without a number.
                 own = message.removeprefix("process 1: ") if index == 1 else message
-                assert f"error: process {index}: {own}" in out
+                assert f"refused {own}" in parts[case]
+        # The last one ended the process.
+        assert f"error: process {index}: {own}" in parts[case]
+
+
+def _divided(cases: Iterable[str], code: int) -> list[str]:
+    """What two processes printed."""
+    address = f"localhost:{free_port()}"
+    environment = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    with contextlib.ExitStack() as stack:
+        processes = [
+            stack.enter_context(child(__file__, *cases, JAX_PROCESS_ID=index, **environment))
+            for index in "01"
+        ]
+        return [finish(process, code) for process in processes]
 
 
 def _divide_numbers(case: str) -> None:
-    with membership(Gang.from_environment()), unanimous(120, tell_failures=True):
-        second = jax.process_index() == 1
+    second = jax.process_index() == 1
 
-        def work(batches):
-            for number in batches:
-                if case == "inside" and number == 7:
-                    raise InputError("seven is refused")
-                if case == "fails" and number == 7:
-                    raise OSError(5, "disk")
-                yield number * number
+    def work(batches):
+        for number in batches:
+            if case == "inside" and number == 7:
+                raise InputError("seven is refused")
+            if case == "fails" and number == 7:
+                raise OSError(5, "disk")
+            yield number * number
 
-        for number in range(3):
-            if case == "between" and second and number == 1:
-                raise InputError("that is enough")
-            if case == "fewer" and second and number == 1:
-                return
-            numbers = range(11) if case == "others" and second else range(10)
-            print("found", divide(numbers, work), flush=True)
+    for number in range(3):
+        if case == "between" and second and number == 1:
+            raise InputError("that is enough")
+        if case == "fewer" and second and number == 1:
+            return
+        numbers = range(11) if case == "others" and second else range(10)
+        print("found", divide(numbers, work), flush=True)
+
+
+def _divide_for(cases: list[str]) -> None:
+    with membership(Gang.from_environment()):
+        for case in cases:
+            print("case", case, flush=True)
+            try:
+                with unanimous(120, tell_failures=True):
+                    _divide_numbers(case)
+            except InputError as error:
+                print("refused", error, flush=True)
+                if case == cases[-1]:
+                    raise
 
 
 if __name__ == "__main__":
-    _divide_numbers(sys.argv[1])
+    _divide_for(sys.argv[1:])

@@ -211,10 +211,10 @@ def test_a_folder_that_the_others_do_not_see(tmp_path):
 
 
 def test_processes_that_do_not_divide_the_batch(tmp_path):
-    with local_multihost("3", "--devices=1", *flags(tmp_path / "run")) as script:
+    with local_multihost("2", "--devices=3", *flags(tmp_path / "run")) as script:
         out = finish(script, code=1)
-    why = "train.global_batch_size=8 .* do not divide over the 3 devices"
-    for index in range(3):
+    why = "train.global_batch_size=8 .* do not divide over the 6 devices"
+    for index in range(2):
         assert re.search(f"error: process {index}: {why}", out)
 
 

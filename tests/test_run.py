@@ -29,7 +29,7 @@ TEXT = [
 SMALL = {
     "model.vocab_size": 320,
     "model.embed_dim": 32,
-    "model.num_layers": 3,
+    "model.num_layers": 2,
     "model.num_heads": 4,
     "model.num_kv_heads": 2,
     "model.ffn_dim": 64,
@@ -43,6 +43,11 @@ SMALL = {
     "eval.every": 6,
     "checkpoint.every": 4,
 }
+
+# Without what is printed at the end, which takes as long as the steps.
+SILENT = {"train__sample_prompt": "", "eval__baselines": False}
+
+ONE_LAYER = {"model__num_layers": 1, "model__stem_layers": "0"}
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +105,8 @@ def final_arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
 def whole_run(text_file, tmp_path_factory):
     """An uninterrupted run, two of its steps traced: its folder and what it printed."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    out, err = finish(start(arguments(text_file, workdir, train__profile_steps="8-9")))
+    keys = {"train__profile_steps": "8-9", "checkpoint__keep": 3}
+    out, err = finish(start(arguments(text_file, workdir, **keys)))
     return workdir, out, err
 
 
@@ -157,14 +163,14 @@ def test_second_start_says_complete(whole_run, text_file):
 def test_kill_then_same_command_is_bit_equal(whole_run, text_file, tmp_path):
     workdir = tmp_path / "run"
     held = ("-c", HELD, "8", str(tmp_path / "never"))
-    process = start(arguments(text_file, workdir), held)
+    process = start(arguments(text_file, workdir, **SILENT), held)
     wait_for_records(workdir, process, 7)
     # The save of step 4 may still go on.
     wait_for_checkpoint(workdir, process, 4)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    out, _ = finish(start(arguments(text_file, workdir)))
+    out, _ = finish(start(arguments(text_file, workdir, **SILENT)))
     assert "resuming from step" in out
     assert_same_run(whole_run[0], workdir)
 
@@ -172,7 +178,7 @@ def test_kill_then_same_command_is_bit_equal(whole_run, text_file, tmp_path):
 def test_sigterm_saves_exits_0_and_continues_bit_equal(whole_run, text_file, tmp_path):
     workdir = tmp_path / "run"
     # No checkpoint is due before the end: what is saved, the signal saved.
-    argv = arguments(text_file, workdir, checkpoint__every=0)
+    argv = arguments(text_file, workdir, checkpoint__every=0, **SILENT)
     process = start(argv, ("-c", HELD, "4", str(tmp_path / "go on")))
     wait_for_records(workdir, process, 3)
     process.send_signal(signal.SIGTERM)
@@ -252,9 +258,7 @@ def test_resuming_reads_what_was_prepared(text_file, tmp_path, capsys):
     text = tmp_path / "gone.jsonl"
     shutil.copy(text_file, text)
     workdir = tmp_path / "run"
-    # Without what compiles more and reads no text.
-    flags = {"mesh__fsdp": 1, "optimizer__schedule_steps": 4}
-    flags |= {"train__sample_prompt": "", "eval__baselines": False}
+    flags = SILENT | ONE_LAYER | {"mesh__fsdp": 1, "optimizer__schedule_steps": 4}
     main(arguments(text, workdir, train__steps=2, **flags))
     before = {p: p.read_bytes() for p in (workdir / "data").rglob("*.bin")}
     text.unlink()
@@ -307,23 +311,21 @@ def test_an_incomplete_checkpoint_is_refused_with_a_way_out(copied_run):
         load_run(copied_run)
 
 
-@pytest.mark.parametrize("cut", ["short", "empty"])
-def test_a_damaged_checkpoint_is_set_aside(copied_run, text_file, cut):
+def test_damaged_checkpoints_are_set_aside(copied_run, text_file):
+    """The newest is cut short, the one before is empty."""
     expected = final_arrays(copied_run, 12)
-    newest = copied_run / "checkpoints" / "12"
+    newest, before = (copied_run / "checkpoints" / step for step in ("12", "8"))
     [path, *_] = sorted((newest / "table_rows").rglob("d/*"))
     size = path.stat().st_size
+    os.truncate(path, size - 1)
+    shutil.rmtree(before)
+    before.mkdir()
+    out, _ = finish(start(arguments(text_file, copied_run, **SILENT)))
     what = f"{path.relative_to(newest)} has {size - 1} bytes of {size}"
-    if cut == "empty":
-        shutil.rmtree(newest)
-        newest.mkdir()
-        what = "without files.json and any item"
-    else:
-        os.truncate(path, size - 1)
-    out, _ = finish(start(arguments(text_file, copied_run)))
     assert f"checkpoint 12 is damaged ({what})" in out
-    assert "resuming from step 8" in out
-    assert (copied_run / "damaged_checkpoints" / "12").is_dir()
+    assert "checkpoint 8 is damaged (without files.json and any item)" in out
+    assert "resuming from step 4" in out
+    assert sorted(os.listdir(copied_run / "damaged_checkpoints")) == ["12", "8"]
     for name, array in final_arrays(copied_run, 12).items():
         np.testing.assert_array_equal(array, expected[name], err_msg=name)
 
@@ -349,6 +351,7 @@ def test_newer_format_is_refused(copied_run, text_file):
 def test_bad_steps_stop_the_run_and_the_checkpoint_stands(text_file, tmp_path):
     workdir = tmp_path / "run"
     flags = {"optimizer__schedule": "constant", "train__max_bad_steps": 3, "train__steps": 40}
+    flags |= ONE_LAYER
     blow_up = {"optimizer__learning_rate": 1e30, "optimizer__weight_decay": 0.0}
     with pytest.raises(TrainingError, match=r"not finite in 3 steps in a row"):
         main(arguments(text_file, workdir, **flags, **blow_up, checkpoint__every=1))
