@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from stem_jax.compilation_cache import keep_programs
+from stem_jax.cuda_plugin import hide_cuda_plugin
 
 # Files that a TPU of this machine has: its devices, or its entry on the PCI bus.
 _TPU_DEVICES = ("/dev/accel*", "/dev/vfio/[0-9]*")
@@ -21,6 +22,7 @@ def start_jax(cache: bool = True, cache_folder: Path | None = None) -> None:
         # libtpu comes with `jax[tpu]`, for plans; on a machine without a TPU each start would
         # begin with its error messages. JAX takes a module that is None for one not installed.
         sys.modules.setdefault("libtpu", None)
+    hide_cuda_plugin()
     keep_programs(cache, cache_folder)
 
 

@@ -26,6 +26,7 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
+import cuda_hidden  # noqa: F401
 import effort
 import hypothesis
 import jax

@@ -24,6 +24,7 @@ LEVELS = [
         "swapped_names",
         "unfinished",
         "compilation_cache",
+        "cuda_plugin",
         "jax_start",
         "config",
         "config_file",
