@@ -81,7 +81,7 @@ def _program(mesh, vocab_axes: tuple[str, ...], capacity: int, micro: int = MICR
                     value, thread = lookup(rows, layer, inverse, order, mesh)
                     rows = dataclasses.replace(rows, thread=thread)
                     found.append(value)
-                seen.append(close_rows(jnp.stack(found, axis=2), rows))
+                seen.append(close_rows(jnp.stack(found, axis=2), rows, mesh))
             return jnp.stack(seen)
 
         seen, pull = jax.vjp(values, block_SxUxF)

@@ -41,7 +41,7 @@ def test_gradients_of_several_keys_on_divided_columns(shape, way, device_mesh, m
             value, thread = lookup(x, number, inverse, None, mesh)
             x = dataclasses.replace(x, thread=thread)
             found.append(value)
-        return close_rows(jnp.stack(found, axis=-2), x)
+        return close_rows(jnp.stack(found, axis=-2), x, mesh)
 
     @jax.jit
     def both_ways(rows, inverse, weights):

@@ -145,7 +145,7 @@ class Transformer(nnx.Module):
             layer += 1
         if collect is not None:
             collect.extend(seen)
-        x = x if rows is None else close_rows(x, rows)
+        x = x if rows is None else close_rows(x, rows, self.mesh)
         return self.norm(x), None if caches is None else new_caches
 
     def _run(self, graph, state, x_BxLxD, rows, vector, inputs: Inputs, angles, cache=None):

@@ -10,7 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stem_jax.kernels.row_sums import RowOrder, put_sums_by_row, way_on
 from stem_jax.mesh import BATCH_AXES
@@ -40,20 +40,26 @@ def open_rows(vectors_SxUxF: jax.Array) -> LayerRows:
     return LayerRows(jax.lax.stop_gradient(vectors_SxUxF), vectors_SxUxF)
 
 
-@jax.custom_vjp
-def close_rows(x: jax.Array, rows: LayerRows) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def close_rows(x: jax.Array, rows: LayerRows, mesh: Mesh | None) -> jax.Array:
     """x, after the last layer. Every one of the S vectors must have been looked up once."""
     return x
 
 
-def _close(x, rows):
+def _close(x, rows, mesh):
     return x, rows
 
 
-def _reopen(rows, gradient):
+def _reopen(mesh, rows, gradient):
     # Each layer overwrites its own.
     thread = rows.thread
-    return gradient, LayerRows(None, jax.lax.empty(thread.shape, thread.dtype))
+    if mesh is None:
+        return gradient, LayerRows(None, jax.lax.empty(thread.shape, thread.dtype))
+    # Partitioned automatically, every GPU would make room for the rows of all.
+    own = NamedSharding(mesh, _VECTORS).shard_shape(thread.shape)
+    local = functools.partial(jax.lax.empty, own, thread.dtype)
+    make = jax.shard_map(local, mesh=mesh, in_specs=(), out_specs=_VECTORS, check_vma=False)
+    return gradient, LayerRows(None, make())
 
 
 close_rows.defvjp(_close, _reopen)
