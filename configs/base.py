@@ -113,6 +113,11 @@ def get_config() -> config_dict.ConfigDict:
     # A work folder whose newest checkpoint a new run begins with: its parameters, tables and
     # tokenizer, with fresh optimizer state at step 0. None: random parameters.
     config.train.init_from = None
+    # A work folder whose newest checkpoint a new run goes on from: parameters, tables, all moments,
+    # and the count of steps, which train.steps includes and the schedule goes on by. The text
+    # begins anew. May differ: batch, seq_len and rotary scaling, data and seed, learning rates,
+    # clip norms, z_loss, dtypes, and whatever a resume may change. None: not.
+    config.train.continue_from = None
     config.train.steps = 100
     config.train.global_batch_size = 16  # sequences per step over all devices
     config.train.micro_batches = 1  # gradient accumulation: slices of the global batch

@@ -51,6 +51,7 @@ from stem_jax.store_handler import table_handler
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.spec import TableSpec, TableState
 from stem_jax.tables.store_snapshot import StoreSnapshot
+from stem_jax.training.past_updates import NO_PAST, PastUpdates
 from stem_jax.training.state import TrainState
 
 _BEST = "eval/loss"
@@ -62,7 +63,7 @@ class CheckpointInfo:
 
     step: batches consumed. updates: optimizer updates completed. bad_steps: skipped batches in a
     row. touched_rows: rows that some update had. tokenizer: fingerprint of the tokenizer whose ids
-    key the tables. data: seed, sources. endless: see `schedule.learning_rates`. owes_validation: a
+    key the tables. data: seed, sources. past: see `schedule.learning_rates`. owes_validation: a
     stop came before the validation of this step. special: the tokenizer's special tokens; None in
     checkpoints that did not say yet. format: that it was read in; what is saved has the newest.
     """
@@ -74,7 +75,7 @@ class CheckpointInfo:
     tokenizer: str
     data: dict[str, Any]
     config: Config
-    endless: int = 0
+    past: PastUpdates = NO_PAST
     owes_validation: bool = False
     special: SpecialTokens | None = None
     format: int = FORMAT_VERSION
@@ -183,7 +184,7 @@ class Checkpointer:
                     "updates": info.updates,
                     "bad_steps": info.bad_steps,
                     "touched_rows": info.touched_rows,
-                    "endless_updates": info.endless,
+                    **info.past.record(),
                     **({"owes_validation": True} if info.owes_validation else {}),
                     **info.data,
                 }
@@ -255,8 +256,7 @@ class Checkpointer:
         found = self._restore(step, {name: ocp.args.JsonRestore() for name in PLAIN_ITEMS})
         layout, data = found["layout"], dict(found["data"])
         info = CheckpointInfo(
-            # Those that do not say were made when no schedule had an end.
-            endless=data.pop("endless_updates", data["updates"]),
+            past=PastUpdates.taken_from(data),
             owes_validation=data.pop("owes_validation", False),
             step=data.pop("step"),
             updates=data.pop("updates"),

@@ -32,6 +32,7 @@ _ADDED = {
     "train.step_timeout": None,
     "train.compilation_cache": None,
     "train.init_from": None,
+    "train.continue_from": None,
     "train.profile_steps": "none",
     "model.rope_scaling": "none",
     "model.rope_factor": 1.0,
@@ -42,7 +43,13 @@ _ADDED = {
 }
 
 # Keys that name files or folders; the sources of data are read by `data.sources.parse_sources`.
-_PATHS = ("data.folder", "data.tokenizer_path", "train.init_from", "train.compilation_cache")
+_PATHS = (
+    "data.folder",
+    "data.tokenizer_path",
+    "train.init_from",
+    "train.continue_from",
+    "train.compilation_cache",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +169,7 @@ class TrainConfig:
     step_timeout: float | None
     compilation_cache: str | None
     init_from: str | None
+    continue_from: str | None
     sample_prompt: str
     sample_tokens: int
 
@@ -205,6 +213,13 @@ class Config:
     def tokens_per_step(self) -> int:
         """Positions of one global batch."""
         return self.train.global_batch_size * self.train.seq_len
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """Folders of other runs that this one is to begin with, by key."""
+        train = self.train
+        keys = {"train.init_from": train.init_from, "train.continue_from": train.continue_from}
+        return {key: folder for key, folder in keys.items() if folder is not None}
 
     @property
     def table_weight_decay(self) -> float:

@@ -168,7 +168,7 @@ def _rows(
     """The rows as the next training step would see them; the checkpoint holds some that lag."""
     spec = TableSpec.from_config(config)
     updates = info.updates
-    history = make_schedule(config, updates + 1, endless=info.endless).table
+    history = make_schedule(config, updates + 1, past=info.past).table
     if store is not None:
         return OffloadedRows(
             caught_up_store(store, updates, history), mesh, config.tables.cache_policy

@@ -1,4 +1,4 @@
-"""Where a new run takes its first parameters from: the newest checkpoint of another work folder."""
+"""What a new run begins with: the newest checkpoint of another work folder, or its weights."""
 
 import dataclasses
 from pathlib import Path
@@ -14,7 +14,9 @@ from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.offloaded_rows import caught_up_store
 from stem_jax.tables.sharded_table import ShardedTable
 from stem_jax.tables.spec import TableSpec
-from stem_jax.training.schedule import make_schedule
+from stem_jax.training.past_updates import NO_PAST, PastUpdates
+from stem_jax.training.resume import check_continuable
+from stem_jax.training.schedule import learning_rates, make_schedule
 from stem_jax.training.state import TrainState, abstract_state, init_state
 from stem_jax.training.step import TrainStep
 
@@ -28,53 +30,102 @@ _SHAPING = """
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """A checkpoint that a new run begins with."""
+    """A checkpoint that a new run begins with. key: of the configuration, that names its folder."""
 
+    key: str
     folder: Path
     info: CheckpointInfo
 
+    @property
+    def continues(self) -> bool:
+        """Whether the run has the optimizer state and the steps, too."""
+        return self.key == "train.continue_from"
+
+    @property
+    def step(self) -> int:
+        """Of the run's first state."""
+        return self.info.step if self.continues else 0
+
+    @property
+    def past(self) -> PastUpdates:
+        """What the updates behind that state followed."""
+        info = self.info
+        if not self.continues:
+            return NO_PAST
+        return info.past.and_stage(info.step, info.updates, info.config)
+
+    def describe(self, config: Config) -> str:
+        """What a run of this configuration takes over, in a line."""
+        if not self.continues:
+            return f"beginning with checkpoint {self.info.step} of {self.folder}"
+        updates = self.info.updates
+        rates = learning_rates(config, updates + 1, self.past)
+        before = f"{rates[-2]:.3g}" if updates else "none"
+        return (
+            f"continuing checkpoint {self.step} of {self.folder} with its optimizer state: the "
+            f"learning rate of its last update was {before}, that of the next is {rates[-1]:.3g}; "
+            "the text begins anew"
+        )
+
 
 def find_origin(config: Config) -> Origin | None:
-    """The checkpoint that `train.init_from` names; None without.
+    """The checkpoint that `train.init_from` or `train.continue_from` names; None without.
 
     Raises:
-        InputError: no checkpoint there, or one of a model of another shape.
+        InputError: no checkpoint there, one of a model of another shape, or one that a run of this
+            configuration cannot continue.
     """
-    if config.train.init_from is None:
+    given = config.origins
+    if not given:
         return None
-    folder = local_path(config.train.init_from, "train.init_from")
+    if len(given) > 1:
+        both = " and ".join(f"{key}={folder}" for key, folder in given.items())
+        raise InputError(f"{both}: a run begins with one checkpoint; set one of them to none")
+    [(key, folder)] = given.items()
+    folder = local_path(folder, key)
     if not (folder / FOLDER).is_dir():
         raise InputError(
-            f"train.init_from={folder} has no {FOLDER} folder; give the work folder of a run, or "
-            "of an import"
+            f"{key}={folder} has no {FOLDER} folder; give the work folder of a run, or of an import"
         )
     with Checkpointer(folder, read_only=True) as checkpoints:
         step = checkpoints.latest_step()
         if step is None:
-            raise InputError(f"train.init_from={folder} has no complete checkpoint yet")
+            raise InputError(f"{key}={folder} has no complete checkpoint yet")
         info = checkpoints.info(step)
-    for key in _SHAPING:
-        section, name = key.split(".")
-        there, here = (getattr(getattr(c, section), name) for c in (info.config, config))
-        if there != here:
+    _check_shapes(key, folder, info.config, config)
+    origin = Origin(key, folder, info)
+    if origin.continues:
+        check_continuable(folder, step, info.config, config)
+    return origin
+
+
+def _check_shapes(key: str, folder: Path, there: Config, here: Config) -> None:
+    for shaping in _SHAPING:
+        section, name = shaping.split(".")
+        before, now = (getattr(getattr(config, section), name) for config in (there, here))
+        if before != now:
             raise InputError(
-                f"train.init_from={folder} was trained with {key}={there}, this run has {here}; "
-                f"set --config.{key} to the former"
+                f"{key}={folder} was trained with {shaping}={before}, this run has {now}; "
+                f"set --config.{shaping} to the former"
             )
-    return Origin(folder, info)
 
 
 def begin_from(origin: Origin, programs: TrainStep) -> tuple[TrainState, HostStore | None]:
-    """The state of step 0: parameters and rows of the origin, fresh optimizer state.
+    """The first state of a run. An offloaded table is in the store and not in the state.
 
-    Rows that lag behind catch up with the last update of the origin first. An offloaded table is in
-    the store and not in the state.
+    A run that continues the origin's has what is in its checkpoint, bit for bit. Others are at step
+    0 with its parameters and rows and fresh optimizer state; rows that lag behind catch up with the
+    last update of the origin first.
     """
     config, mesh, info = programs.config, programs.mesh, origin.info
-    spec = _spec_there(info.config, config)
-    history = make_schedule(info.config, info.updates + 1, endless=info.endless).table
-    store = HostStore.allocate(spec, mesh) if spec.offloaded else None
     abstract = abstract_state(config, programs.model, mesh)
+    if origin.continues:
+        store = HostStore.allocate(programs.spec, mesh) if programs.spec.offloaded else None
+        with Checkpointer(origin.folder, read_only=True) as checkpoints:
+            return checkpoints.restore(info.step, abstract, store), store
+    spec = _spec_there(info.config, config)
+    history = make_schedule(info.config, info.updates + 1, past=info.past).table
+    store = HostStore.allocate(spec, mesh) if spec.offloaded else None
     with Checkpointer(origin.folder, read_only=True) as checkpoints:
         params, table = checkpoints.restore_model(info.step, abstract, store)
     if store is not None:

@@ -37,6 +37,7 @@ from stem_jax.tables.spec import TableState
 from stem_jax.training.baselines import token_unigrams, xz
 from stem_jax.training.evaluation import Validation
 from stem_jax.training.loop import Loop
+from stem_jax.training.past_updates import NO_PAST, PastUpdates
 from stem_jax.training.report import describe_run, placed_arrays
 from stem_jax.training.resume import check_resumable
 from stem_jax.training.run_data import TOKENIZER_FOLDER, RunData, open_run_data
@@ -87,7 +88,7 @@ def _train(config: Config, workdir: Path, clock: StartClock, own_log: Path, lock
         mesh = make_mesh(config.mesh)
         info = _latest(workdir)
         if info is not None:
-            check_resumable(info.config, config, info.updates, info.endless)
+            check_resumable(info.config, config, info.updates, info.past)
         under_way = info is not None and info.updates > 0
         check_mesh(config, mesh, under_way)
         # Refused here, before anything is compiled.
@@ -95,8 +96,8 @@ def _train(config: Config, workdir: Path, clock: StartClock, own_log: Path, lock
         if not under_way:
             check_first_start(config)
         origin = find_origin(config) if info is None else None
-    latest, endless = (0, 0) if info is None else (info.step, info.endless)
-    data = _open_data(config, workdir, mesh, info)
+    latest, past = _behind(info, origin)
+    data = _open_data(config, workdir, mesh, info, past.first_step)
     record, owed = data_record(config, data), owes_validation(workdir, info)
     check_same(
         {"the newest checkpoint": str(latest), "the tokenizer": data.tokenizer.fingerprint}
@@ -129,7 +130,7 @@ def _train(config: Config, workdir: Path, clock: StartClock, own_log: Path, lock
         clock.mark("state")
 
         saves = RunSaves(
-            config, workdir, lock, checkpoints, data.tokenizer, record, endless, store, prefetch
+            config, workdir, lock, checkpoints, data.tokenizer, record, past, store, prefetch
         )
         with StopSignal() as stop:
             loop = Loop(
@@ -143,7 +144,7 @@ def _train(config: Config, workdir: Path, clock: StartClock, own_log: Path, lock
                 stop,
                 watchdog.beat,
                 clock,
-                endless,
+                past,
             )
             state, validation, done = loop.run(state, owed)
             checkpoints.wait()
@@ -164,23 +165,31 @@ def _facts_of_command(config: Config) -> dict[str, str]:
     return facts
 
 
-def _open_data(config: Config, workdir: Path, mesh: Mesh, info: CheckpointInfo | None) -> RunData:
+def _open_data(
+    config: Config, workdir: Path, mesh: Mesh, info: CheckpointInfo | None, first_step: int
+) -> RunData:
     """Process 0 prepares what was not prepared before; then the others open it."""
     shards = own_batch_shards(mesh)
     num_shards = axis_size(mesh, BATCH_AXES)
     share = Share.of_devices(shards, num_shards, config.train.micro_batches)
     # A shared data.folder may hold the text as it was and as it is now.
     checksums = () if info is None else info.data["checksums"]
+    reading = {"checksums": checksums, "share": share, "first_step": first_step}
     data = None
     with unanimous(PREPARING_SECONDS):
         if is_first():
-            data = open_run_data(
-                config, workdir, prepared=info is not None, checksums=checksums, share=share
-            )
+            data = open_run_data(config, workdir, prepared=info is not None, **reading)
     with unanimous():
         if data is None:
-            data = open_run_data(config, workdir, prepared=True, checksums=checksums, share=share)
+            data = open_run_data(config, workdir, prepared=True, **reading)
     return data
+
+
+def _behind(info: CheckpointInfo | None, origin: Origin | None) -> tuple[int, PastUpdates]:
+    """The batches consumed before this start, and the past that its updates have."""
+    if info is not None:
+        return info.step, info.past
+    return (0, NO_PAST) if origin is None else (origin.step, origin.past)
 
 
 def _check_continues(
@@ -200,7 +209,7 @@ def _check_continues(
 def _check_origin(origin: Origin | None, data: RunData) -> None:
     if origin is not None and origin.info.tokenizer != data.tokenizer.fingerprint:
         raise InputError(
-            f"train.init_from={origin.folder} was trained with tokenizer "
+            f"{origin.key}={origin.folder} was trained with tokenizer "
             f"{origin.info.tokenizer[:12]}, this run has {data.tokenizer.fingerprint[:12]}: its "
             "rows would belong to other tokens; leave out data.tokenizer_path, and prepare the "
             "text with that tokenizer"
@@ -217,7 +226,7 @@ def _open_state(
     config, mesh, spec = programs.config, programs.mesh, programs.spec
     store = None
     if origin is not None:
-        log.info(f"beginning with checkpoint {origin.info.step} of {origin.folder}")
+        log.info(origin.describe(config))
         return begin_from(origin, programs)
     if info is None:
         if spec.offloaded:

@@ -13,6 +13,7 @@ from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.prefetch import Prefetch
 from stem_jax.training.evaluation import Validation
 from stem_jax.training.metrics import METRICS, read_records
+from stem_jax.training.past_updates import PastUpdates
 from stem_jax.training.run_data import RunData
 from stem_jax.training.state import TrainState
 
@@ -21,7 +22,7 @@ from stem_jax.training.state import TrainState
 class RunSaves:
     """The saves of a run.
 
-    data: of `data_record`. endless: see `schedule.learning_rates`. store, prefetch: of an offloaded
+    data: of `data_record`. past: see `schedule.learning_rates`. store, prefetch: of an offloaded
     table, else None.
     """
 
@@ -31,7 +32,7 @@ class RunSaves:
     checkpoints: Checkpointer
     tokenizer: Tokenizer
     data: dict[str, Any]
-    endless: int
+    past: PastUpdates
     store: HostStore | None
     prefetch: Prefetch | None
 
@@ -66,7 +67,7 @@ class RunSaves:
             tokenizer=self.tokenizer.fingerprint,
             data=self.data,
             config=self.config,
-            endless=self.endless,
+            past=self.past,
             owes_validation=owes_validation,
             special=self.tokenizer.special,
         )

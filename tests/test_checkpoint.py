@@ -19,6 +19,7 @@ from stem_jax.tables import store_snapshot
 from stem_jax.tables.host_store import FIELDS, HostStore, field_dtype, field_shape
 from stem_jax.tables.spec import TableSpec, TableState
 from stem_jax.tables.store_snapshot import StoreSnapshot
+from stem_jax.training.past_updates import PastUpdates
 from stem_jax.training.state import abstract_state, init_state
 
 
@@ -91,15 +92,14 @@ def test_updates_of_a_time_without_ends_of_schedules_are_told_apart(fresh, tmp_p
     """All those of a checkpoint that does not say; a run that goes on from there keeps them."""
     step, state = fresh
     with Checkpointer(tmp_path) as checkpoints:
-        info = dataclasses.replace(plain_part(step, 7), endless=3)
-        checkpoints.save(state, info, None)
+        checkpoints.save(state, dataclasses.replace(plain_part(step, 7), past=PastUpdates(3)), None)
         checkpoints.wait()
-        assert checkpoints.info(7) == info
+        assert checkpoints.info(7).past == PastUpdates(3)
         [path] = (tmp_path / "checkpoints" / "7" / "data").glob("metadata")
         data = json.loads(path.read_text())
         del data["endless_updates"]
         path.write_text(json.dumps(data))
-        assert checkpoints.info(7).endless == 7
+        assert checkpoints.info(7).past == PastUpdates(7)
 
 
 def test_a_half_written_checkpoint_is_not_picked_up(fresh, tmp_path):

@@ -41,7 +41,14 @@ def test_none_is_none_where_that_is_a_value(text):
 
 
 @pytest.mark.parametrize(
-    "key", ["data.folder", "data.tokenizer_path", "train.init_from", "train.compilation_cache"]
+    "key",
+    [
+        "data.folder",
+        "data.tokenizer_path",
+        "train.init_from",
+        "train.continue_from",
+        "train.compilation_cache",
+    ],
 )
 def test_an_address_is_no_path(key):
     with pytest.raises(InputError, match=f"{key}=gs://b/x is an address"):

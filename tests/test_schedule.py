@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from stem_jax.config import Config
 from stem_jax.errors import InputError
 from stem_jax.run_checks import check_first_start
+from stem_jax.training.past_updates import PastUpdates
 from stem_jax.training.resume import check_resumable
 from stem_jax.training.schedule import ENDING, learning_rates, multiplier
 
@@ -92,27 +93,27 @@ def test_inverse_square_root_goes_on_falling(config_of):
 def test_updates_made_before_schedules_ended_keep_their_rates(config_of):
     """Rows that lag behind look back on them; what follows stays at the minimum."""
     config = config_of("wsd")
-    rates = learning_rates(config, 300, endless=150)
+    rates = learning_rates(config, 300, PastUpdates(150))
     formula = [multiplier(config.optimizer, 100, step) for step in range(150)]
     np.testing.assert_allclose(rates[:150], np.array(formula) * PEAK, rtol=1e-6)
     assert rates[140] == pytest.approx(PEAK)
     np.testing.assert_allclose(rates[150:], 0.1 * PEAK, rtol=1e-6)
     # Within its schedule a run has no other rates for it.
     within = learning_rates(config, 100)
-    np.testing.assert_array_equal(learning_rates(config, 100, endless=70), within)
+    np.testing.assert_array_equal(learning_rates(config, 100, PastUpdates(70)), within)
 
 
 def test_a_resume_compares_the_rates_that_were(config_of):
     """Of 120 updates that a run made, 20 past the end of a schedule without one."""
     saved = config_of("wsd", 100)
     longer = config_of("wsd", 100, steps=500)
-    check_resumable(saved, longer, 120, endless=120)
+    check_resumable(saved, longer, 120, PastUpdates(120))
     other = config_of("wsd", 100, min_lr_ratio=0.2)
     with pytest.raises(InputError, match=r"min_lr_ratio changed the learning rates of the 120 "):
-        check_resumable(saved, other, 120, endless=120)
+        check_resumable(saved, other, 120, PastUpdates(120))
     # One that ends later has other rates already.
     with pytest.raises(InputError, match=r"schedule_steps changed the learning rates of the 120 "):
-        check_resumable(saved, config_of("wsd", 200), 120, endless=0)
+        check_resumable(saved, config_of("wsd", 200), 120)
 
 
 REFUSED = [

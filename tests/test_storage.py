@@ -90,7 +90,14 @@ def test_an_empty_path_is_not_this_folder(tmp_path, monkeypatch, main, flags):
 
 
 @pytest.mark.parametrize(
-    "key", ["data.folder", "data.tokenizer_path", "train.init_from", "train.compilation_cache"]
+    "key",
+    [
+        "data.folder",
+        "data.tokenizer_path",
+        "train.init_from",
+        "train.continue_from",
+        "train.compilation_cache",
+    ],
 )
 def test_an_empty_key_is_no_path(key):
     with pytest.raises(InputError, match=f"^{key}= is empty: give a path"):

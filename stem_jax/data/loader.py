@@ -64,6 +64,7 @@ class GlobalBatches:
         global_batch_size: int,
         seed: int,
         share: Share = WHOLE,
+        first_step: int = 0,
         num_threads: int = 4,
         prefetch: int = 8,
     ):
@@ -71,6 +72,7 @@ class GlobalBatches:
 
         seq_len: tokens per row. global_batch_size: rows per step over all processes.
         share: the parts of a batch that this process reads.
+        first_step: the number of the first batch; there are none before.
         prefetch: batches that `iterate` reads ahead, on `num_threads` threads.
         Raises InputError if the batch does not divide into parts, a weight is not positive, or a
         store is shorter than a row.
@@ -94,6 +96,7 @@ class GlobalBatches:
         # Dropping a remainder that never comes: grain rounds the other length up past sys.maxsize.
         parts = mixture.batch(rows_of_part, drop_remainder=True)
         self._batches = grain.MapDataset.source(_Shares(parts, share))
+        self._first_step = first_step
         self._read_options = grain.ReadOptions(
             num_threads=num_threads, prefetch_buffer_size=prefetch
         )
@@ -104,11 +107,15 @@ class GlobalBatches:
         Keys: tokens, targets, segment_ids, positions (int32) and loss_mask (float32), as described
         at `TokenStore.row`.
         """
-        return self._batches[step]
+        return self._batches[step - self._first_step]
 
-    def iterate(self, start_step: int = 0) -> "BatchIterator":
-        """batch(start_step), batch(start_step + 1), ... without end, read ahead on threads."""
-        ahead = self._batches[start_step:].to_iter_dataset(self._read_options)
+    def iterate(self, start_step: int | None = None) -> "BatchIterator":
+        """batch(start_step), batch(start_step + 1), ... without end, read ahead on threads.
+
+        start_step: None is the first.
+        """
+        first = 0 if start_step is None else start_step - self._first_step
+        ahead = self._batches[first:].to_iter_dataset(self._read_options)
         return BatchIterator(iter(ahead))
 
 

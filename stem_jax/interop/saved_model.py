@@ -109,7 +109,7 @@ class SavedModel:
     def _catch_up(self, spec: TableSpec) -> Callable[[dict], jax.Array]:
         """Rows as the next step would see them, of a table's fields for some of them."""
         updates, optimizer = self.info.updates, RowOptimizer(spec)
-        history = make_schedule(self.config, updates + 1, endless=self.info.endless).table
+        history = make_schedule(self.config, updates + 1, past=self.info.past).table
 
         @jax.jit
         def catch_up(piece: dict) -> jax.Array:

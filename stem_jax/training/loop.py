@@ -29,6 +29,7 @@ from stem_jax.training.evaluation import Validation, summarize
 from stem_jax.training.levels_ahead import LevelsAhead
 from stem_jax.training.look_ahead import LookAhead, Ready
 from stem_jax.training.metrics import MetricsLog, SpikeCounter
+from stem_jax.training.past_updates import NO_PAST, PastUpdates
 from stem_jax.training.run_data import RunData
 from stem_jax.training.schedule import Schedule, make_schedule
 from stem_jax.training.state import TrainState
@@ -55,7 +56,7 @@ class Loop:
         stop_requested: asked after every step and every batch of a validation.
         beat: told what was just done, several times a minute if all is well.
         clock: of the start, read at the first step.
-        endless: see `schedule.learning_rates`.
+        past: see `schedule.learning_rates`.
     """
 
     config: Config
@@ -68,7 +69,7 @@ class Loop:
     stop_requested: Callable[[], bool]
     beat: Callable[[str], None] = lambda place: None
     clock: StartClock = dataclasses.field(default_factory=StartClock)
-    endless: int = 0
+    past: PastUpdates = NO_PAST
 
     def run(
         self, state: TrainState, owes_validation: bool = False
@@ -83,7 +84,7 @@ class Loop:
         """
         start, end = int(state.step), self.config.train.steps
         mesh = self.programs.mesh
-        schedule = make_schedule(self.config, end + 1, endless=self.endless, mesh=mesh)
+        schedule = make_schedule(self.config, end + 1, past=self.past, mesh=mesh)
         metrics_log = MetricsLog(self.workdir, start, writing=jax.process_index() == 0)
         reporter = _Reporter(
             self.config, metrics_log, self.clock, self.programs.mesh.devices.size, start

@@ -41,6 +41,7 @@ def open_run_data(
     prepared: bool = False,
     checksums: Collection[str] = (),
     share: Share = WHOLE,
+    first_step: int = 0,
 ) -> RunData:
     """Prepares what was not prepared before and opens the sources.
 
@@ -48,6 +49,7 @@ def open_run_data(
         prepared: read the tokenizer and the prepared text of the work folder as they are.
         checksums: of the training text as it was prepared, if they are known.
         share: what this process reads of each global batch.
+        first_step: the number of the first training batch.
 
     Raises:
         InputError: sources that cannot be read, or a tokenizer that does not fit the model.
@@ -78,7 +80,12 @@ def open_run_data(
     held_out = [source.validation for source in sources if source.validation is not None]
     return RunData(
         tokenizer,
-        GlobalBatches([(s.train, s.weight) for s in sources], seed=train.seed, **slices),
+        GlobalBatches(
+            [(s.train, s.weight) for s in sources],
+            seed=train.seed,
+            first_step=first_step,
+            **slices,
+        ),
         tuple(source.train for source in sources),
         ValidationBatches(held_out, max_batches=config.eval.max_batches, **slices)
         if held_out
@@ -96,8 +103,8 @@ def reading_of(
 def run_tokenizer(config: Config, workdir: Path, prepared: bool) -> Tokenizer:
     """The run's tokenizer, which stays in `<workdir>/tokenizer` as long as the run has checkpoints.
 
-    It is the configured one, else that of `train.init_from`, else that of the first prepared token
-    store among the sources, else a sentencepiece model trained here on the sources.
+    It is the configured one, else that of the run that this one begins with, else that of the first
+    prepared token store among the sources, else a sentencepiece model trained here on the sources.
     """
     folder = workdir / TOKENIZER_FOLDER
     data = config.data
@@ -145,10 +152,8 @@ def _first_tokenizer(config: Config, workdir: Path) -> Tokenizer:
         path = data.tokenizer_path
         path = None if path is None else local_path(path, "data.tokenizer_path")
         return load_tokenizer(data.tokenizer, path)
-    if config.train.init_from is not None:
-        return load_tokenizer_folder(
-            local_path(config.train.init_from, "train.init_from") / TOKENIZER_FOLDER
-        )
+    for key, folder in config.origins.items():
+        return load_tokenizer_folder(local_path(folder, key) / TOKENIZER_FOLDER)
     for spec in specs:
         beside = local_path(spec.source, "data.sources") / TOKENIZER_FOLDER
         if is_store_folder(spec.source) and beside.is_dir():

@@ -16,6 +16,7 @@ from stem_jax.config import Config, OptimizerConfig
 from stem_jax.mesh import replicated
 from stem_jax.tables.spec import TableSpec
 from stem_jax.tables.update_history import UpdateHistory, make_history
+from stem_jax.training.past_updates import NO_PAST, PastUpdates
 
 # Those that come to their minimum at the end; the others go on as they are.
 ENDING = ("linear", "cosine", "wsd")
@@ -34,19 +35,19 @@ def make_schedule(
     config: Config,
     updates: int,
     rates: np.ndarray | None = None,
-    endless: int = 0,
+    past: PastUpdates = NO_PAST,
     mesh: Mesh | None = None,
 ) -> Schedule:
     """The schedule of the first `updates` updates.
 
     Args:
         rates: [updates] in place of the configured ones.
-        endless: see `learning_rates`.
+        past: see `learning_rates`.
         mesh: whose devices all hold it; a schedule that lies elsewhere would travel to each of
             them, some 4 MB in a long run, whenever a step is called with it. None: the first one.
     """
     if rates is None:
-        rates = learning_rates(config, updates, endless)
+        rates = learning_rates(config, updates, past)
     rates = np.asarray(rates, np.float32)
     history = make_history(TableSpec.from_config(config), rates)
     schedule = Schedule(rates, history)
@@ -55,7 +56,7 @@ def make_schedule(
     return jax.device_put(schedule, replicated(mesh))
 
 
-def learning_rates(config: Config, updates: int, endless: int = 0) -> np.ndarray:
+def learning_rates(config: Config, updates: int, past: PastUpdates = NO_PAST) -> np.ndarray:
     """Learning rates of updates 1..`updates` of a run, float32 [updates].
 
     The first update of a warm-up has rate 0, as in the official code. That code leaves open what
@@ -64,16 +65,21 @@ def learning_rates(config: Config, updates: int, endless: int = 0) -> np.ndarray
     falling.
 
     Args:
-        endless: so many of the first updates were made before schedules had an end, and have the
-            rates that the formulas give: rows that lag behind must look back on what was.
+        past: rows that lag behind must look back on the rates that were. What comes is where the
+            configuration's schedule is after so many updates.
     """
+    found = [_rates(of_part, part, past.endless) for part, of_part in past.configs(config, updates)]
+    return np.concatenate(found)
+
+
+def _rates(config: Config, updates: range, endless: int) -> np.ndarray:
     optimizer = config.optimizer
     steps = schedule_length(config)
     ratios = [
         optimizer.min_lr_ratio
         if step >= max(steps, endless) and optimizer.schedule in ENDING
         else multiplier(optimizer, steps, step)
-        for step in range(updates)
+        for step in updates
     ]
     return np.asarray(ratios, np.float64).astype(np.float32) * np.float32(optimizer.learning_rate)
 
