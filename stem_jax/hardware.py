@@ -12,10 +12,12 @@ class Chip:
     flops: dense bf16 matmul FLOP/s. hbm_bytes: what programs may use; on TPUs the limit that
     libtpu's compiler enforces, the capacity less what the runtime reserves. hbm_bandwidth: bytes/s.
     links: interconnect links of a chip. link_bandwidth: bytes/s of a link in one direction.
-    network: bytes/s of a chip into the data-centre network between slices, in one direction; None
-    where no figure is published. clock: cycles/s of a TPU's cores, which follow from the peak: a
-    matrix unit of 128 x 128 (v6e: 256 x 256) starts as many products a cycle; 0 where the account
-    of a step does not reach. cores: of a device.
+    network: bytes/s of a chip into the data-centre network between slices or hosts, in one
+    direction; None where no figure is published. clock: cycles/s of a TPU's cores, which follow
+    from the peak: a matrix unit of 128 x 128 (v6e: 256 x 256) starts as many products a cycle; 0
+    where the account of a step does not reach. cores: of a device. reserved: hbm_bytes are this
+    share of the device's memory, which a run takes at its start; 1 where they are all there is.
+    elements: results/s of float32 arithmetic outside the matmuls; 0 where not needed.
     """
 
     name: str
@@ -28,6 +30,8 @@ class Chip:
     source: str
     clock: float = 0.0
     cores: int = 1
+    reserved: float = 1.0
+    elements: float = 0.0
 
     @property
     def interconnect(self) -> float:
@@ -37,6 +41,27 @@ class Chip:
 
 _TPU = "docs.cloud.google.com/tpu/docs/"
 _GIB = 2**30
+# XLA_PYTHON_CLIENT_MEM_FRACTION of a GPU's memory, its default.
+_RESERVED = 0.75
+
+
+def _gpu(name, flops, memory, bandwidth, links, network, float32, source) -> Chip:
+    """memory: bytes that the driver reports (openxla/xla, xla/backends/gpu/target_config/specs).
+    float32: FLOP/s without tensor cores, two of each result.
+    """
+    return Chip(
+        f"NVIDIA {name}",
+        flops,
+        _RESERVED * memory,
+        bandwidth,
+        *links,
+        network,
+        f"NVIDIA {source}",
+        reserved=_RESERVED,
+        elements=float32 / 2,
+    )
+
+
 CHIPS = (
     # Link figures of v4 follow from its bisection: 24 TB/s over the 512 links of a 16x16x16 pod.
     Chip("TPU v4", 275e12, 30.75 * _GIB, 1.2e12, 6, 50e9, None, _TPU + "v4", 1.05e9, 2),
@@ -44,9 +69,13 @@ CHIPS = (
     Chip("TPU v5 lite", 197e12, 15.75 * _GIB, 819e9, 4, 50e9, 3.125e9, _TPU + "v5e", 1.5e9),
     Chip("TPU v5", 459e12, 95.74 * _GIB, 2765e9, 6, 100e9, 6.25e9, _TPU + "v5p", 1.75e9, 2),
     Chip("TPU v6 lite", 918e12, 31.25 * _GIB, 1638e9, 4, 100e9, None, _TPU + "v6e", 1.75e9),
-    Chip("NVIDIA A100", 312e12, 80e9, 2.0e12, 12, 25e9, None, "NVIDIA A100 80GB datasheet"),
-    Chip("NVIDIA H100", 989e12, 80e9, 3.35e12, 18, 25e9, None, "NVIDIA H100 SXM datasheet"),
-    Chip("NVIDIA H200", 989e12, 141e9, 4.8e12, 18, 25e9, None, "NVIDIA H200 datasheet"),
+    _gpu("A100", 312e12, 80e9, 2.0e12, (12, 25e9), None, 19.5e12, "A100 80GB datasheet"),
+    # GPUs of a host are joined by switches at the speed of all their links. Each has a network
+    # adapter of 400 Gb/s (NVIDIA DGX H100/H200 and DGX B200 user guides).
+    _gpu("H100", 989e12, 84_942_979_072, 3.35e12, (18, 25e9), 50e9, 67e12, "H100 SXM datasheet"),
+    _gpu("H200", 989e12, 151_397_597_184, 4.8e12, (18, 25e9), 50e9, 67e12, "H200 datasheet"),
+    # HGX B200, eight of them: 36 PFLOP/s of bf16 with sparsity, 62 TB/s, 600 TFLOP/s of float32.
+    _gpu("B200", 2250e12, 191_514_411_008, 7.7e12, (18, 50e9), 50e9, 75e12, "HGX B200 datasheet"),
 )
 
 

@@ -2,6 +2,7 @@
 
 from stem_jax import cli
 from stem_jax.config import load_config
+from stem_jax.cuda_plugin import hide_cuda_plugin
 from stem_jax.errors import InputError
 
 
@@ -9,19 +10,20 @@ def main(argv: list[str]) -> None:
     """Parses flags, compiles the step for the pod and prints the plan."""
     parser = cli.Parser(
         "stem_jax.plan",
-        "Compiles the train step of a config file for a TPU pod, on a machine without\n"
-        "any, and says whether it fits, what it sends and what bounds its speed.\n"
-        "Topologies: v4, v5e, v5p, v6e as in v5e:8x8, and cpu:8 (fake CPU devices).\n"
+        "Compiles the train step of a config file for a TPU pod or for hosts of GPUs, on\n"
+        "a machine without any, and says whether it fits, what it sends and what bounds\n"
+        "its speed. Topologies: v4, v5e, v5p, v6e as in v5e:8x8; h100, h200, b200 as in\n"
+        "h100:8, the GPUs of a host; and cpu:8 (fake CPU devices).\n"
         "Any key of configs/base.py can be given as --config.section.key=value.",
     )
     parser.add_path("--config", required=True, help="config file, e.g. configs/stem_1b.py")
-    parser.add_argument("--topology", required=True, help="kind and shape of a slice")
-    parser.add_argument("--slices", type=int, default=1, help="slices of that shape")
+    parser.add_argument("--topology", required=True, help="kind and shape of a slice or host")
+    parser.add_argument("--slices", type=int, default=1, help="slices, or hosts, of that shape")
     switches = {
         "--naive-lookup": "for contrast: table[ids] and its gradient, partitioned automatically",
         "--all-distinct": "room for every token distinct; else for what Zipf's law expects",
-        "--full-effort": "compile as a run does, which takes minutes more",
-        "--account": "cycles and time on the wires by part of the step; takes --full-effort",
+        "--full-effort": "for TPUs: compile as a run does, which takes minutes more",
+        "--account": "of TPUs: cycles, time on the wires by part of the step; takes --full-effort",
         "--json": "print one JSON object",
     }
     for flag, meaning in switches.items():
@@ -29,6 +31,7 @@ def main(argv: list[str]) -> None:
     flags, overrides = cli.split_overrides(argv)
     args = parser.parse_args(flags)
     config = load_config(args.config, overrides)
+    hide_cuda_plugin()
     import jax
 
     from stem_jax.planning.plan import make_plan

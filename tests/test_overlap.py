@@ -56,6 +56,11 @@ ENTRY %main (x: bf16[8,64], y: bf16[64,64]) -> bf16[64,64] {
 """  # noqa: E501
 
 
+def _seconds(instruction) -> float:
+    """Of a matmul."""
+    return (instruction.estimated_cycles or 0) / CLOCK
+
+
 def test_pieces_of_one_collective_count_once():
     [found] = collectives_of(hlo.parse(PIECES), [0] * 8)
     # 7 of 8 shards of 8 x 64 come from the others.
@@ -75,8 +80,8 @@ def test_fused_collectives_that_nothing_started_count():
 def test_matmuls_between_start_and_end_cover():
     """Those before and after do not, nor what is no matmul; never more than the wires take."""
     module = hlo.parse(PIECES)
-    assert covered_seconds(module, {"start": 2.0}, CLOCK) == {"start": 0.7}
-    assert covered_seconds(module, {"start": 0.5}, CLOCK) == {"start": 0.5}
+    assert covered_seconds(module, {"start": 2.0}, _seconds) == {"start": 0.7}
+    assert covered_seconds(module, {"start": 0.5}, _seconds) == {"start": 0.5}
 
 
 def _program(*lines: str, more: str = "") -> hlo.Module:
@@ -104,16 +109,16 @@ def _done(name: str) -> str:
 def test_no_matmul_covers_two_collectives():
     module = _program(_start("a"), _start("b"), "m one 3", _done("a"), "m two 4", _done("b"))
     # The first matmul goes to the one awaited first; what is left of it is not the other's.
-    assert covered_seconds(module, {"a": 2.0, "b": 9.0}, CLOCK) == {"a": 2.0, "b": 4.0}
+    assert covered_seconds(module, {"a": 2.0, "b": 9.0}, _seconds) == {"a": 2.0, "b": 4.0}
     later = _program(_start("a"), _start("b"), "m one 3", _done("b"), "m two 4", _done("a"))
-    assert covered_seconds(later, {"a": 9.0, "b": 2.0}, CLOCK) == {"a": 4.0, "b": 2.0}
+    assert covered_seconds(later, {"a": 9.0, "b": 2.0}, _seconds) == {"a": 4.0, "b": 2.0}
 
 
 def test_a_collective_that_waits_at_once_is_not_covered():
     lines = ["m one 3", "%a = f32[8]{0} all-gather(%x), dimensions={0}", "m two 4"]
-    assert covered_seconds(_program(*lines), {"a": 2.0}, CLOCK) == {"a": 0.0}
+    assert covered_seconds(_program(*lines), {"a": 2.0}, _seconds) == {"a": 0.0}
     # Started and never awaited where it was started: nothing is known to cover it.
-    assert covered_seconds(_program(_start("a"), "m one 3"), {"a": 2.0}, CLOCK) == {"a": 0.0}
+    assert covered_seconds(_program(_start("a"), "m one 3"), {"a": 2.0}, _seconds) == {"a": 0.0}
 
 
 LOOP = """
@@ -138,13 +143,13 @@ WHILE = '%loop = (s32[], f32[8]{0}) while(%x), condition=%condition, body=%body,
 def test_a_loop_covers_with_what_its_own_collectives_leave():
     module = _program(_start("a"), WHILE, _done("a"), more=LOOP)
     # Inside, ten times one second of the two that its own takes; outside, ten times two seconds.
-    found = covered_seconds(module, {"a": 50.0, "c": 2.0}, CLOCK)
+    found = covered_seconds(module, {"a": 50.0, "c": 2.0}, _seconds)
     assert found == {"a": pytest.approx(20), "c": pytest.approx(10)}
     # Without need inside, all thirty are there for the one outside.
-    assert covered_seconds(module, {"a": 50.0, "c": 0.0}, CLOCK)["a"] == pytest.approx(30)
+    assert covered_seconds(module, {"a": 50.0, "c": 0.0}, _seconds)["a"] == pytest.approx(30)
     # Two outside share the runs of the loop, none twice.
     both = _program(_start("a"), _start("b"), WHILE, _done("b"), _done("a"), more=LOOP)
-    found = covered_seconds(both, {"a": 50.0, "b": 5.0, "c": 2.0}, CLOCK)
+    found = covered_seconds(both, {"a": 50.0, "b": 5.0, "c": 2.0}, _seconds)
     assert found == {"a": pytest.approx(14), "b": 5.0, "c": pytest.approx(10)}
 
 
@@ -167,4 +172,4 @@ def test_a_wrapped_exchange_counts_once_and_is_covered():
     )
     [found] = collectives_of(module, [0] * 8)
     assert (found.kind, found.total) == ("all-to-all", 8 * 4 * 7 / 8)
-    assert covered_seconds(module, {found.scheduled: 5.0}, CLOCK)["go"] == 3.0
+    assert covered_seconds(module, {found.scheduled: 5.0}, _seconds)["go"] == 3.0

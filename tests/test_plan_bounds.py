@@ -145,13 +145,14 @@ def test_collectives_of_a_compiled_program(device_mesh):
     )
     text = program.lower(jax.ShapeDtypeStruct((64, 16), jnp.float32)).compile().as_text()
     found = collectives_of(hlo.parse(text), [0] * 4 + [1] * 4)
-    sent = {c.kind: (c.total, c.group, c.crosses) for c in found}
+    sent = {c.kind: (c.total, c.group, c.crossing) for c in found}
     assert sent == {
-        "all-reduce": (3 * 2 * 512 * 3 / 4, 4, False),
-        "all-gather": (512, 2, True),
-        "reduce-scatter": (1024 * 3 / 4, 4, False),
-        "all-to-all": (512 * 7 / 8, 8, True),
-        "collective-permute": (512, 2, True),
+        "all-reduce": (3 * 2 * 512 * 3 / 4, 4, 0),
+        "all-gather": (512, 2, 1),
+        "reduce-scatter": (1024 * 3 / 4, 4, 0),
+        # Four of a device's seven partners are in the other slice.
+        "all-to-all": (512 * 7 / 8, 8, 4 / 7),
+        "collective-permute": (512, 2, 1),
     }
 
 
@@ -163,8 +164,8 @@ def _chip(**changes) -> Chip:
     return dataclasses.replace(chip, **changes)
 
 
-def _sent(kind: str, size: float, group: int, crosses=False) -> Collective:
-    return Collective(kind, "c", "", size, 1, group, crosses)
+def _sent(kind: str, size: float, group: int, crossing=0.0) -> Collective:
+    return Collective(kind, "c", "", size, 1, group, crossing)
 
 
 def test_the_slowest_part_bounds_the_step(tiny_config):
@@ -202,7 +203,7 @@ def test_links_of_a_corner_and_the_middle_of_a_slice(tiny_config):
     assert seconds("v5e:8x8", _sent("all-to-all", 1e9, 64)) == (16e9 / 80e9, 0)
     assert seconds("v5e:16x16", _sent("all-to-all", 1e9, 256)) == (64e9 / 320e9, 0)
     # Between slices the bytes take the network and no link.
-    crossing = _sent("all-reduce", 2e9, 2, crosses=True)
+    crossing = _sent("all-reduce", 2e9, 2, crossing=1.0)
     assert seconds("v5e:2x2", crossing, slices=2) == (0, 2e9 / 1e9)
 
 
@@ -216,7 +217,7 @@ def test_transfers_between_slices_are_sends_to_the_host():
     header = "ENTRY %main (x: s32[8,10]) -> s32[8,10] {\n  %x = s32[8,10]{1,0} parameter(0)\n"
     [found] = collectives_of(hlo.parse(f"{header}{send}\n}}\n"), [0, 0, 1, 1])
     # Half of the 320 bytes stay in the slice.
-    assert (found.kind, found.bytes, found.group, found.crosses) == ("all-to-all", 160, 2, True)
+    assert (found.kind, found.bytes, found.group, found.crossing) == ("all-to-all", 160, 2, 1)
 
 
 def test_zipf_rows_are_fewer_than_tokens(tiny_config, device_mesh):

@@ -14,7 +14,7 @@ from stem_jax.parts import STEP
 from stem_jax.planning.assignment import parts_by_instruction
 from stem_jax.planning.charges import charge
 from stem_jax.planning.collectives import Collective
-from stem_jax.planning.hlo import Module
+from stem_jax.planning.hlo import Instruction, Module
 from stem_jax.planning.overlap import covered_seconds
 from stem_jax.planning.roofline import ici_seconds, network_seconds
 from stem_jax.planning.topology import Topology
@@ -76,8 +76,12 @@ def make_account(
         wires[collective.scheduled] += seconds / max(1, collective.times)
         runs[collective.scheduled] = collective.times
     starts = _wrapped_in(module)
+
+    def estimated(instruction: Instruction) -> float:
+        return (instruction.estimated_cycles or 0) / chip.clock
+
     covered = collections.Counter()
-    for name, seconds in covered_seconds(module, wires, chip.clock).items():
+    for name, seconds in covered_seconds(module, wires, estimated).items():
         covered[part_of[starts.get(name, name)]] += seconds
     sent = collections.Counter()
     for name, seconds in wires.items():

@@ -9,7 +9,7 @@ used or, failing that, made, if that is one part alone; the others are the rest.
 import collections
 
 from stem_jax.parts import KERNELS, MOVED_FOR, REST, parts_of
-from stem_jax.planning.charges import KERNEL, MATMULS, MOVES
+from stem_jax.planning.charges import MATMULS, MOVES, is_kernel
 from stem_jax.planning.hlo import Instruction, Module
 from stem_jax.planning.value_flow import ValueFlow
 
@@ -77,7 +77,7 @@ def _moved_for(parts: set[str]) -> str | None:
 
 def _kernel_parts(module: Module, scheduled) -> set[str]:
     """Parts of kernels that this program computes by kernels, not by plain operations."""
-    calls = [i for i in scheduled if i.target == KERNEL]
+    calls = [i for i in scheduled if is_kernel(i)]
     return KERNELS & {part for call in calls for part in parts_of(call.op_name)[-1:]}
 
 
@@ -97,9 +97,7 @@ def _marked(module: Module, instruction: Instruction, by_kernel: set[str]) -> st
 
 def _innermost(named: Instruction, scheduled: Instruction, by_kernel: set[str]) -> str | None:
     parts = [
-        part
-        for part in parts_of(named.op_name)
-        if part not in by_kernel or scheduled.target == KERNEL
+        part for part in parts_of(named.op_name) if part not in by_kernel or is_kernel(scheduled)
     ]
     return parts[-1] if parts else None
 
@@ -111,4 +109,4 @@ def _outside(part: str) -> str:
 def _moves(module: Module, instruction: Instruction) -> bool:
     """Whether it only moves or fills."""
     inside = [instruction, *module.fused(instruction)]
-    return all(i.opcode in MOVES and i.target != KERNEL for i in inside)
+    return all(i.opcode in MOVES and not is_kernel(i) for i in inside)

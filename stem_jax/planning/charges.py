@@ -11,11 +11,12 @@ import re
 
 from stem_jax.hardware import Chip
 from stem_jax.planning.collectives import AWAITS, KINDS, STARTS
+from stem_jax.planning.gpu_kernels import GPU_KERNELS, gpu_kernel_work
 from stem_jax.planning.hlo import Instruction, Module
-from stem_jax.planning.kernel_body import kernel_work
+from stem_jax.planning.kernel_body import KernelWork, kernel_work
 from stem_jax.planning.traffic import FREE, moved_bytes
 
-KERNEL = "tpu_custom_call"
+_TPU_KERNEL = "tpu_custom_call"
 MATMULS = ("dot", "convolution")
 _MATMUL_SHARE, _HBM_SHARE = 0.7, 0.8
 _VECTOR_ELEMENTS = 4096
@@ -42,30 +43,62 @@ class Charge:
     cycles: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Of one run of an instruction: FLOPs of matmuls, elements of all other arithmetic, bytes from
+    and to HBM. kind: as in `Charge`.
+    """
+
+    kind: str
+    flops: int
+    operations: int
+    bytes: int
+
+
+def work_of(module: Module, instruction: Instruction) -> Work | None:
+    """The work of one run; None for what does none or is all wires."""
+    inside = [instruction, *module.fused(instruction)]
+    if _free(instruction, inside):
+        return None
+    moved = moved_bytes(module, instruction)
+    if is_kernel(instruction):
+        work = _kernel_work(module, instruction)
+        if work is None:
+            return Work("unread kernel", 0, 0, moved)
+        return Work(
+            "kernel", work.flops, work.operations, moved if work.bytes is None else work.bytes
+        )
+    flops = sum(_matmul_flops(module, i) for i in inside)
+    return Work(_kind(inside), flops, sum(_operations(module, i) for i in inside), moved)
+
+
 def charge(module: Module, instruction: Instruction, chip: Chip) -> Charge | None:
     """The charge for one run; None for what has an estimate, does no work, or is all wires."""
-    inside = [instruction, *module.fused(instruction)]
-    if instruction.estimated_cycles is not None or _free(instruction, inside):
+    if instruction.estimated_cycles is not None:
         return None
-    kind, flops, operations = _kind(inside), 0, 0
-    moved = moved_bytes(module, instruction)
-    if instruction.target == KERNEL:
-        work = kernel_work(instruction.attributes)
-        kind = "kernel" if work else "unread kernel"
-        if work:
-            flops, operations = work.flops, work.operations
-            moved = moved if work.bytes is None else work.bytes
-    else:
-        flops = sum(_matmul_flops(module, i) for i in inside)
-        operations = sum(_operations(module, i) for i in inside)
+    work = work_of(module, instruction)
+    if work is None:
+        return None
     return Charge(
-        kind,
+        work.kind,
         max(
-            flops / (_MATMUL_SHARE * chip.flops) * chip.clock,
-            operations / (_VECTOR_ELEMENTS * chip.cores),
-            moved / (_HBM_SHARE * chip.hbm_bandwidth) * chip.clock,
+            work.flops / (_MATMUL_SHARE * chip.flops) * chip.clock,
+            work.operations / (_VECTOR_ELEMENTS * chip.cores),
+            work.bytes / (_HBM_SHARE * chip.hbm_bandwidth) * chip.clock,
         ),
     )
+
+
+def is_kernel(instruction: Instruction) -> bool:
+    """Whether it calls a kernel that is not the compiler's own."""
+    target = instruction.target
+    return target == _TPU_KERNEL or target.startswith(GPU_KERNELS)
+
+
+def _kernel_work(module: Module, instruction: Instruction) -> KernelWork | None:
+    if instruction.target == _TPU_KERNEL:
+        return kernel_work(instruction.attributes)
+    return gpu_kernel_work(module, instruction)
 
 
 def holds_matmul(module: Module, instruction: Instruction) -> bool:

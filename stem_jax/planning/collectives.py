@@ -5,6 +5,7 @@ import re
 
 from stem_jax.planning.device_groups import device_groups
 from stem_jax.planning.hlo import Instruction, Module
+from stem_jax.planning.ring import crossing_share, sent_bytes
 
 _EXCHANGES = ("all-to-all", "ragged-all-to-all", "all-gather", "reduce-scatter")
 KINDS = (*_EXCHANGES, "all-reduce", "collective-permute")
@@ -21,8 +22,8 @@ class Collective:
 
     bytes: what a chip sends in one run of it, by the ring algorithm: (n - 1) / n of the whole array
     for a gather, scatter or exchange in a group of n, twice that for an all-reduce. times: runs per
-    step. group: the chips that take part, or between slices the slices. crosses: whether the bytes
-    go from slice to slice, over the data-centre network. scheduled: the instruction that starts it.
+    step. group: the chips that take part, or between slices the slices. crossing: the share of the
+    bytes that goes from slice to slice. scheduled: the instruction that starts it.
     """
 
     kind: str
@@ -31,7 +32,7 @@ class Collective:
     bytes: float
     times: int
     group: int
-    crosses: bool
+    crossing: float
     scheduled: str = ""
 
     @property
@@ -39,13 +40,18 @@ class Collective:
         """Bytes that a chip sends in a step."""
         return self.bytes * self.times
 
+    @property
+    def between(self) -> float:
+        """Those of them that go from slice to slice, over the data-centre network."""
+        return self.total * self.crossing
+
 
 def collectives_of(module: Module, slices: list[int]) -> list[Collective]:
     """All collectives of a program.
 
     Args:
         module: the optimised program of one device.
-        slices: slice of each device, in the order of the mesh.
+        slices: slice, or host of GPUs, of each device, in the order of the mesh.
     """
     found = []
     for scheduled, instruction, times in _with_fused(module):
@@ -54,18 +60,20 @@ def collectives_of(module: Module, slices: list[int]) -> list[Collective]:
         # A ragged exchange is told where to write and how much, beside what it sends.
         read = sum(read[:1] if kind.startswith("ragged") else read)
         if kind == "send" and (between := _BETWEEN_SLICES.search(instruction.attributes)):
-            kind, crosses = between.group(1).lower().replace("_", "-"), True
+            kind, crossing = between.group(1).lower().replace("_", "-"), 1.0
             # Only the data axis spans slices, so that every transfer joins all of them.
             size = len(set(slices))
         elif kind in KINDS:
             groups = device_groups(instruction.attributes, len(slices))
             size = max(map(len, groups), default=1)
-            crosses = any(len({slices[device] for device in group}) > 1 for group in groups)
+            crossing = max(
+                (crossing_share(kind, [slices[d] for d in g]) for g in groups), default=0
+            )
         else:
             continue
-        if sent := _sent(kind, read, size):
+        if sent := sent_bytes(kind, read, size):
             names = instruction.name, instruction.op_name
-            found.append(Collective(kind, *names, sent, times, size, crosses, scheduled.name))
+            found.append(Collective(kind, *names, sent, times, size, crossing, scheduled.name))
     return found
 
 
@@ -89,14 +97,3 @@ def _with_fused(module: Module):
 def _channel(instruction: Instruction) -> tuple[str, str] | None:
     found = _CHANNEL.search(instruction.attributes)
     return (instruction.opcode, found.group(1)) if found else None
-
-
-def _sent(kind: str, read: int, size: int) -> float:
-    share = (size - 1) / size
-    sent = {
-        "all-to-all": read * share,
-        "all-gather": read * (size - 1),
-        "reduce-scatter": read * share,
-        "all-reduce": 2 * read * share,
-    }
-    return sent.get(kind.removeprefix("ragged-"), read)

@@ -9,18 +9,12 @@ from pathlib import Path
 import jax
 
 from stem_jax.planning import hlo
+from stem_jax.planning.memory import SIZE, Memory, memory_of, refused_memory, size_of
 from stem_jax.planning.program import Program
 
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_SIZE = r"([\d.]+)([KMGT]?)"
-# Two checks refuse in their own words. This one calls "temporaries" what has the arguments in it.
-_TEMPORARIES = re.compile(rf"memory required for HLO temporaries \({_SIZE}i?B?\)")
-_PROGRAM = re.compile(rf"Program hbm requirement {_SIZE}")
-# The compiler's account of one memory space: all that it allocates there, arguments included.
-_ACCOUNT = re.compile(r"^Memory Space: default .*\nTotal bytes: (\d+)", re.MULTILINE)
 # One entry of the list of allocations in the compiler's message.
 _ALLOCATION = re.compile(
-    rf"^  \d+\. Size: {_SIZE}$(?P<rest>(?:\n     .*)*)",
+    rf"^  \d+\. Size: {SIZE}$(?P<rest>(?:\n     .*)*)",
     re.MULTILINE,
 )
 _FIELD = re.compile(r"^     (Operator|Shape|Tag): (.*)$", re.MULTILINE)
@@ -30,23 +24,6 @@ _LITTLE_EFFORT = {"exec_time_optimization_effort": -1.0}
 # Instructions whose result is somebody else's memory, or the caller's.
 _NO_BUFFER = {"parameter", "tuple", "get-tuple-element", "bitcast", "while", "constant"}
 _LISTED = 10
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """Bytes of one chip, by kind. outputs: those that do not take over an argument's memory."""
-
-    arguments: int
-    outputs: int
-    aliased: int
-    temporaries: int
-    code: int
-    host: int
-
-    @property
-    def total(self) -> int:
-        """Everything that must fit at once."""
-        return self.arguments + self.outputs + self.temporaries + self.code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,20 +55,23 @@ class Compiled:
     bytes_accessed: float | None
 
 
-def compile_program(program: Program, *, full_effort: bool = False) -> Compiled:
+def compile_program(
+    program: Program, *, full_effort: bool = False, options: dict | None = None
+) -> Compiled:
     """Compiles; running out of memory is a result, every other failure raises.
 
     Args:
         full_effort: search for the fastest code as a run does. Without it the same program and
             buffers come out in a fraction of the time (one FFN of the 1B shape: 1.4 s and not 19).
+        options: what the compiler is told beside.
     """
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         refused, compiled = "", None
         try:
             # The dump holds the program and its peak of memory also when compilation fails.
-            options = {"xla_dump_to": folder} | ({} if full_effort else _LITTLE_EFFORT)
-            compiled = program.lowered.compile(compiler_options=options)
+            told = {"xla_dump_to": folder} | ({} if full_effort else _LITTLE_EFFORT)
+            compiled = program.lowered.compile(compiler_options=told | (options or {}))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -102,9 +82,9 @@ def compile_program(program: Program, *, full_effort: bool = False) -> Compiled:
     module = hlo.parse(text, program.rounds) if text else None
     costs = (compiled.cost_analysis() or {}) if compiled else {}
     return Compiled(
-        memory=_memory(compiled, texts.get("after_optimizations-memory-usage-report", ""))
+        memory=memory_of(compiled, texts.get("after_optimizations-memory-usage-report", ""))
         if compiled
-        else _refused_memory(refused, program),
+        else refused_memory(refused, program),
         refused=refused,
         buffers=_allocations(refused)
         or _buffers(texts.get("after_optimizations-live-range", ""), module),
@@ -117,7 +97,7 @@ def compile_program(program: Program, *, full_effort: bool = False) -> Compiled:
 
 def _dumped(folder: Path) -> dict[str, str]:
     """Text files of the largest module, by the part of their name that says what they are."""
-    programs = sorted(folder.rglob("*.after_optimizations.txt"), key=lambda p: p.stat().st_size)
+    programs = sorted(folder.rglob("*after_optimizations.txt"), key=lambda p: p.stat().st_size)
     if not programs:
         return {}
     prefix = programs[-1].name.removesuffix("after_optimizations.txt")
@@ -125,39 +105,6 @@ def _dumped(folder: Path) -> dict[str, str]:
         path.name.removeprefix(prefix).removesuffix(".txt"): path.read_text()
         for path in programs[-1].parent.glob(f"{prefix}*.txt")
     }
-
-
-def _memory(compiled: jax.stages.Compiled, report: str) -> Memory:
-    """By kind, from the executable, and from the compiler's report where there is one."""
-    stats = compiled.memory_analysis()
-    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    account = _ACCOUNT.search(report)
-    # Where a program has loops, libtpu's statistics count some temporaries twice: a program that
-    # by them is over the limit compiles. The report has what is compared with the limit.
-    temporaries = (
-        int(account.group(1)) - stats.argument_size_in_bytes - outputs
-        if account
-        else stats.temp_size_in_bytes
-    )
-    return Memory(
-        arguments=stats.argument_size_in_bytes,
-        outputs=outputs,
-        aliased=stats.alias_size_in_bytes,
-        temporaries=temporaries,
-        code=stats.generated_code_size_in_bytes,
-        host=stats.host_argument_size_in_bytes + stats.host_temp_size_in_bytes,
-    )
-
-
-def _refused_memory(message: str, program: Program) -> Memory:
-    """What the compiler said it needs: everything, or the program without its arguments."""
-    arguments = program.argument_bytes
-    everything, alone = _TEMPORARIES.search(message), _PROGRAM.search(message)
-    if everything:
-        temporaries = max(0, _parsed(*everything.groups()) - arguments)
-    else:
-        temporaries = _parsed(*alone.groups()) if alone else 0
-    return Memory(arguments, 0, 0, temporaries, 0, 0)
 
 
 def _allocations(message: str) -> tuple[Buffer, ...]:
@@ -168,12 +115,8 @@ def _allocations(message: str) -> tuple[Buffer, ...]:
         origin = hlo.OP_NAME.search(fields.get("Operator", ""))
         shape = fields.get("Shape", "?").partition("{")[0]
         tag = fields.get("Tag") or (origin.group(1) if origin else "")
-        found.append(Buffer(_parsed(entry.group(1), entry.group(2)), shape, tag))
+        found.append(Buffer(size_of(entry.group(1), entry.group(2)), shape, tag))
     return tuple(found[:_LISTED])
-
-
-def _parsed(number: str, unit: str) -> int:
-    return int(float(number) * _UNITS[unit])
 
 
 def _buffers(live_ranges: str, module: hlo.Module | None) -> tuple[Buffer, ...]:

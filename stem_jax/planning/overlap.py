@@ -6,6 +6,7 @@ loop between start and end offers the matmuls that no collective inside it has.
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 from stem_jax.planning.charges import holds_matmul
 from stem_jax.planning.collectives import AWAITS, STARTS
@@ -19,19 +20,21 @@ class _UnderWay:
     missing: float
 
 
-def covered_seconds(module: Module, wires: dict[str, float], clock: float) -> dict[str, float]:
+def covered_seconds(
+    module: Module, wires: dict[str, float], seconds_of: Callable[[Instruction], float]
+) -> dict[str, float]:
     """Seconds per step, by the instruction that starts the collective.
 
     Args:
         wires: seconds of one run of the collectives that a scheduled instruction starts.
-        clock: cycles/s of the chip, for the estimates of the matmuls.
+        seconds_of: what one run of an instruction with a matmul takes.
     """
     covered = dict.fromkeys(wires, 0.0)
-    _cover(module, module.entry, 1, wires, clock, covered)
+    _cover(module, module.entry, 1, wires, seconds_of, covered)
     return covered
 
 
-def _cover(module: Module, computation: str, times: int, wires, clock, covered):
+def _cover(module: Module, computation: str, times: int, wires, seconds_of, covered):
     """Adds what one run of a computation covers, `times` over; the matmuls that are left over, as
     (seconds, runs).
     """
@@ -42,7 +45,7 @@ def _cover(module: Module, computation: str, times: int, wires, clock, covered):
     for place, instruction in enumerate(body):
         under_way = [c for c in under_way if c.end > place]
         name = instruction.name
-        for seconds, runs in _matmuls(module, instruction, times, wires, clock, covered):
+        for seconds, runs in _matmuls(module, instruction, times, wires, seconds_of, covered):
             for collective in sorted(under_way, key=lambda c: c.end):
                 used = min(runs, math.ceil(collective.missing / seconds))
                 gain = min(collective.missing, used * seconds)
@@ -57,16 +60,18 @@ def _cover(module: Module, computation: str, times: int, wires, clock, covered):
     return left
 
 
-def _matmuls(module: Module, instruction: Instruction, times, wires, clock, covered):
+def _matmuls(module: Module, instruction: Instruction, times, wires, seconds_of, covered):
     opcode = instruction.opcode
     if opcode == "while":
         rounds = module.rounds(instruction)
-        inner = _cover(module, instruction.called("body"), times * rounds, wires, clock, covered)
+        inner = _cover(
+            module, instruction.called("body"), times * rounds, wires, seconds_of, covered
+        )
         return [(seconds, runs * rounds) for seconds, runs in inner]
     if opcode == "call":
-        return _cover(module, instruction.called("to_apply"), times, wires, clock, covered)
-    if instruction.estimated_cycles and holds_matmul(module, instruction):
-        return [(instruction.estimated_cycles / clock, 1)]
+        return _cover(module, instruction.called("to_apply"), times, wires, seconds_of, covered)
+    if holds_matmul(module, instruction) and (seconds := seconds_of(instruction)):
+        return [(seconds, 1)]
     return []
 
 

@@ -9,15 +9,19 @@ from stem_jax.config import Config
 from stem_jax.errors import InputError
 from stem_jax.hardware import Chip, chip_of
 from stem_jax.kernels.head_loss import tokens_at_a_time
-from stem_jax.mesh import AXES, BATCH_AXES, axis_size, make_mesh, slice_of
+from stem_jax.mesh import AXES, BATCH_AXES, axis_size, make_mesh
+from stem_jax.planning import gpus
 from stem_jax.planning.account import Account, make_account
 from stem_jax.planning.collectives import KINDS, Collective, collectives_of
-from stem_jax.planning.compiled import Buffer, Compiled, Memory, compile_program
+from stem_jax.planning.compiled import Buffer, Compiled, compile_program
+from stem_jax.planning.gpu_kernels import cudnn_workspace
 from stem_jax.planning.hlo import Module
+from stem_jax.planning.memory import Memory
 from stem_jax.planning.program import Program, naive_lookup_program, train_step_program
 from stem_jax.planning.roofline import Roofline, roofline, step_flops
 from stem_jax.planning.topology import Topology
 from stem_jax.planning.traffic import hbm_bytes
+from stem_jax.planning.work_account import WorkAccount, make_work_account
 from stem_jax.tables.spec import TableSpec
 
 _NAIVE = ("the train step, without --naive-lookup: there distinct rows travel once",)
@@ -58,7 +62,7 @@ class Plan:
     compiler_flops: the compiler's own count of one chip, where loops count once and kernels not at
     all. hbm_traffic, collectives, roofline: None where there is no program or no peak figures.
     open_ended_loops: end when the device says so, counted as open_ended_rounds each. account: None
-    unless asked for.
+    unless asked for. work: of GPUs, by part; else None.
     """
 
     program: str
@@ -86,6 +90,7 @@ class Plan:
     compile_seconds: float
     remedies: tuple[str, ...]
     account: Account | None = None
+    work: WorkAccount | None = None
 
 
 def make_plan(
@@ -115,15 +120,16 @@ def make_plan(
             f"--account reads the cycles that libtpu estimates for a train step; {topology} with "
             f"naive_lookup={naive_lookup} has none: choose a TPU, without --naive-lookup"
         )
-    if naive_lookup:
-        program = naive_lookup_program(config, mesh)
-    else:
-        program = train_step_program(config, mesh, all_distinct=all_distinct)
-    compiled = compile_program(program, full_effort=full_effort or account)
+    program, compiled = _compile(
+        config, topology, mesh, naive_lookup, all_distinct, full_effort or account
+    )
     limit = int(chip.hbm_bytes) if chip else None
-    fits = not compiled.refused and (limit is None or compiled.memory.total <= limit)
-    module = compiled.module
-    collectives = [] if module is None else collectives_of(module, slice_of(mesh.devices.flat))
+    module, memory = compiled.module, compiled.memory
+    if topology.switched and module is not None:
+        memory = dataclasses.replace(memory, workspace=cudnn_workspace(module))
+    fits = not compiled.refused and (limit is None or memory.total <= limit)
+    slices = topology.slices_of(mesh.devices.flat)
+    collectives = [] if module is None else collectives_of(module, slices)
     traffic = None if module is None else hbm_bytes(module)
     model_flops, all_flops = step_flops(config)
     bounded = chip is not None and module is not None and not naive_lookup
@@ -135,7 +141,7 @@ def make_plan(
         mesh={axis: mesh.shape[axis] for axis in AXES},
         sequences=config.micro_batch_size // axis_size(mesh, BATCH_AXES),
         tokens_per_step=config.tokens_per_step,
-        memory=compiled.memory,
+        memory=memory,
         limit=limit,
         fits=fits,
         refused=compiled.refused,
@@ -157,7 +163,27 @@ def make_plan(
         if naive_lookup
         else _remedies(config, mesh, compiled, limit),
         account=make_account(module, collectives, topology, chip) if account and module else None,
+        work=make_work_account(module, collectives, topology, chip)
+        if topology.switched and module
+        else None,
     )
+
+
+def _compile(
+    config: Config, topology: Topology, mesh: Mesh, naive: bool, all_distinct: bool, effort: bool
+) -> tuple[Program, Compiled]:
+    def lowered() -> Program:
+        if naive:
+            return naive_lookup_program(config, mesh)
+        return train_step_program(config, mesh, all_distinct=all_distinct)
+
+    if not topology.switched:
+        program = lowered()
+        return program, compile_program(program, full_effort=effort)
+    with gpus.lowering_for(mesh.devices.flat[0]):
+        program = lowered()
+    # With less effort GPUs' compiler gets no faster.
+    return program, compile_program(program, full_effort=True, options=gpus.OPTIONS)
 
 
 def _table_bytes(config: Config, mesh: Mesh, program: Program) -> TableBytes | None:
@@ -189,7 +215,7 @@ def _totals(collectives: list[Collective]) -> dict[str, CollectiveTotal]:
         totals[kind] = CollectiveTotal(
             count=sum(c.times for c in ours),
             bytes=math.ceil(sum(c.total for c in ours)),
-            bytes_between_slices=math.ceil(sum(c.total for c in ours if c.crosses)),
+            bytes_between_slices=math.ceil(sum(c.between for c in ours)),
         )
     return totals
 

@@ -29,6 +29,7 @@ def as_text(plan: Plan) -> str:
         *_work_lines(plan),
         *_roofline_lines(plan),
         *_account_lines(plan),
+        *_work_account_lines(plan),
     ]
     if not plan.fits:
         lines.append(f"to change    {'; or '.join(plan.remedies)}")
@@ -43,18 +44,26 @@ def verdict(plan: Plan) -> str:
     words = "fits" if plan.fits else "does not fit"
     return (
         f"{plan.program} {words} {plan.topology}: {_bytes(memory.total)} of "
-        f"{_bytes(plan.limit)} HBM per chip"
+        f"{_bytes(plan.limit)} HBM per chip{_reserve(plan)}"
     )
+
+
+def _reserve(plan: Plan) -> str:
+    share = 1.0 if plan.peaks is None else plan.peaks.reserved
+    if share == 1:
+        return ""
+    return f", the {share:g} of {_bytes(plan.limit / share)} that a run reserves"
 
 
 def _memory_lines(plan: Plan) -> list[str]:
     memory = plan.memory
     note = " (as far as the compiler got)" if plan.refused else ""
+    workspace = f", workspace of cuDNN {_bytes(memory.workspace)}" if memory.workspace else ""
     return [
         f"memory       per chip: {verdict(plan)}{note}",
         f"             arguments {_bytes(memory.arguments)} (state, batch), of which outputs take "
         f"over {_bytes(memory.aliased)}; other outputs {_bytes(memory.outputs)}",
-        f"             temporaries {_bytes(memory.temporaries)}, generated code "
+        f"             temporaries {_bytes(memory.temporaries)}{workspace}, generated code "
         f"{_bytes(memory.code)}; host {_bytes(memory.host)}",
     ]
 
@@ -107,7 +116,8 @@ def _work_lines(plan: Plan) -> list[str]:
         for kind, total in plan.collectives.items():
             if total.count:
                 between = total.bytes_between_slices
-                crossing = f", {_bytes(between)} of it between slices" if between else ""
+                places = "slices" if plan.work is None else "hosts"
+                crossing = f", {_bytes(between)} of it between {places}" if between else ""
                 sent = f"{_bytes(total.bytes):>12}{crossing}"
                 lines.append(f"             {kind:<18} {sent} in {total.count}")
         if plan.open_ended_loops:
@@ -170,6 +180,30 @@ def _account_lines(plan: Plan) -> list[str]:
     rest = [entry for entry in account.charges if entry.cycles < _LISTED_CYCLES]
     cycles, count = sum(e.cycles for e in rest) / 1e6, sum(e.count for e in rest)
     lines.append(f"             {'all others':<36}{count:>9,} {cycles:>9,.1f}")
+    return lines
+
+
+def _work_account_lines(plan: Plan) -> list[str]:
+    work = plan.work
+    if work is None:
+        return []
+    columns = "{:<20}{:>10}{:>12}{:>11}{:>9}{:>10}{:>12}"
+    heads = ("part", "TFLOP", "G results", "HBM GiB", "ms", "wires ms", "covered ms")
+    lines = ["work         " + columns.format(*heads)]
+    for part in work.parts:
+        counts = (f"{part.flops / 1e12:,.2f}", f"{part.operations / 1e9:,.1f}")
+        times = (part.seconds, part.wire_seconds, part.covered_seconds)
+        cells = (*counts, f"{part.bytes / 2**30:,.1f}", *(f"{1e3 * t:,.1f}" for t in times))
+        lines.append(" " * 13 + columns.format(part.name, *cells))
+    lines.append(
+        f"             {work.flops / 1e12:,.2f} TFLOP and {_bytes(work.bytes)} of a chip and step: "
+        f"at the least {1e3 * work.seconds:,.1f} ms with uncovered wires"
+    )
+    for calls in work.kernels:
+        done = f"{calls.flops / 1e12:,.2f} TFLOP, {_bytes(calls.bytes)}"
+        lines.append(
+            f"             {calls.part:<20}{calls.count:>7,} calls of a {calls.kind}: {done}"
+        )
     return lines
 
 

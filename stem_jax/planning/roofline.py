@@ -77,9 +77,12 @@ def ici_seconds(collective: Collective, topology: Topology, chip: Chip) -> float
     """At least the bytes over the links of the chip that has fewest: a corner, without rings.
 
     An all-to-all of a whole slice also crosses its middle: half of what every chip sends, over the
-    links that join the halves of the longest dimension.
+    links that join the halves of the longest dimension. Of GPUs what stays inside a host, at the
+    speed of all links.
     """
-    if collective.crosses:
+    if topology.switched:
+        return (collective.total - collective.between) / chip.interconnect
+    if collective.crossing:
         return 0.0
     shape, wraps = topology.shape, topology.wraps
     links = sum(2 if ring else 1 for size, ring in zip(shape, wraps, strict=True) if size > 1)
@@ -95,6 +98,4 @@ def ici_seconds(collective: Collective, topology: Topology, chip: Chip) -> float
 
 def network_seconds(collective: Collective, chip: Chip) -> float:
     """Of the bytes that go from slice to slice; 0 where the network's speed is not known."""
-    if not collective.crosses or chip.network is None:
-        return 0.0
-    return collective.total / chip.network
+    return 0.0 if chip.network is None else collective.between / chip.network

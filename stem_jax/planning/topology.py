@@ -1,4 +1,6 @@
-"""Pods by name: `v5e:8x8` is 64 chips of a v5e, described by libtpu on a machine without any."""
+"""Machines by name, described on one without any: `v5e:8x8` is 64 chips of a v5e, `h100:8` a host
+of eight GPUs.
+"""
 
 import dataclasses
 import functools
@@ -10,6 +12,8 @@ import jax
 from jax.experimental import topologies
 
 from stem_jax.errors import InputError
+from stem_jax.mesh import slice_of
+from stem_jax.planning import gpus
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBIC = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16 16x16x16"
@@ -19,6 +23,7 @@ KNOWN = {
     "v5e": _FLAT,
     "v5p": tuple(_CUBIC.split()),
     "v6e": _FLAT,
+    **dict.fromkeys(gpus.KINDS, ("1", "2", "4", "8")),
     "cpu": ("1", "2", "4", "8", "16", "32", "64"),
 }
 INSTALL_LIBTPU = 'pip install "jax[tpu]"'
@@ -26,9 +31,9 @@ INSTALL_LIBTPU = 'pip install "jax[tpu]"'
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """`slices` pods of one shape, joined by the data-centre network.
+    """`slices` pods of one shape, or hosts of GPUs, joined by the data-centre network.
 
-    kind: a key of `KNOWN`. shape: chips along each dimension of a slice.
+    kind: a key of `KNOWN`. shape: chips along each dimension of a slice; the GPUs of a host.
     """
 
     kind: str
@@ -54,7 +59,13 @@ class Topology:
 
     def __str__(self) -> str:
         name = f"{self.kind}:{'x'.join(map(str, self.shape))}"
-        return name if self.slices == 1 else f"{self.slices} slices of {name}"
+        slices = "hosts" if self.switched else "slices"
+        return name if self.slices == 1 else f"{self.slices} {slices} of {name}"
+
+    @property
+    def switched(self) -> bool:
+        """Whether every chip of a slice reaches every other with all its links: GPUs of a host."""
+        return self.kind in gpus.KINDS
 
     @property
     def chips_per_slice(self) -> int:
@@ -72,9 +83,18 @@ class Topology:
         """Devices to compile for. Sets environment variables that libtpu and XLA read.
 
         Raises:
-            InputError: libtpu is missing, or this process has fewer CPU devices already.
+            InputError: libtpu or the CUDA plugin is missing, or this process has fewer CPU
+                devices already.
         """
+        if self.switched:
+            return gpus.gpu_devices(self.kind, self.chips_per_slice, self.slices)
         return _cpu_devices(self) if self.kind == "cpu" else _tpu_devices(self)
+
+    def slices_of(self, devices: list[jax.Device]) -> list[int]:
+        """The slice, or the host of GPUs, of each device."""
+        if self.switched:
+            return [device.process_index for device in devices]
+        return slice_of(devices)
 
 
 def _cpu_devices(topology: Topology) -> list[jax.Device]:

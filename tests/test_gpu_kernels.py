@@ -1,0 +1,101 @@
+"""What calls of GPUs' kernels are charged with, from texts of real programs, cut short."""
+
+import pytest
+
+from stem_jax.planning import hlo
+from stem_jax.planning.charges import work_of
+from stem_jax.planning.gpu_kernels import cudnn_workspace
+
+# A layer of the 350M shape on one GPU: 16 sequences of 2048, 15 heads of 64 that share 5 of keys.
+_Q, _K, _BIAS = (
+    "bf16[16,2048,15,64]{3,2,1,0}",
+    "bf16[16,2048,5,64]{3,2,1,0}",
+    "bf16[16,1,2048,2048]",
+)
+# cuDNN's results have heads before positions.
+_DQ, _DK = "bf16[16,15,2048,64]{3,1,2,0}", "bf16[16,5,2048,64]{3,1,2,0}"
+_SUMS, _STARTS, _BLOCKS = "f32[16,15,2048]{2,1,0}", "s32[16,1,2048]{2,1,0}", "s32[16,1,16]{2,1,0}"
+_PAIRS = 16 * 15 * 2048 * 2049 // 2
+_ALL_PAIRS = 16 * 15 * 2048 * 2048
+_TOKAMAX = (
+    'custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(f)/part.attention/tokamax:{\\"op\\"'
+    ':{\\"__type\\":\\"tokamax._src.ops.attention\\"}}"}'
+)
+
+
+def _called(operands: tuple[str, ...], result: str, attributes: str):
+    """The module and the call, of a program of one call."""
+    lines = [f"  %p{n} = {kind} parameter({n})" for n, kind in enumerate(operands)]
+    names = ", ".join(f"%p{n}" for n in range(len(operands)))
+    lines.append(f"  ROOT %call = {result} custom-call({names}), {attributes}")
+    module = hlo.parse("ENTRY %main (p: f32[]) -> f32[] {\n" + "\n".join(lines) + "\n}\n")
+    return module, module.instructions["call"]
+
+
+def _cudnn(target: str, mask: str) -> str:
+    return (
+        f'custom_call_target="__cudnn$fmha{target}", backend_config={{"cudnn_fmha_backend_config": '
+        f'{{"fmha_scale": 0.125, "mask_type": "{mask}"}}}}'
+    )
+
+
+@pytest.mark.parametrize(
+    ("operands", "result", "products"),
+    [
+        ((_Q, _K, _K, _STARTS, _BLOCKS, _BLOCKS), f"({_Q}, {_SUMS}, {_SUMS})", 2),
+        ((_Q, _K, _K, _STARTS, _BLOCKS, _BLOCKS), _Q, 2),
+        # Queries alone, then keys and values: both compute the scores and their gradients.
+        ((_Q, _K, _K, _Q, _SUMS, _SUMS, _SUMS, _STARTS), _Q, 3),
+        ((_Q, _K, _K, _Q, _SUMS, _SUMS, _SUMS, _STARTS), f"({_Q}, {_Q})", 4),
+        ((_Q, _K, _K, _Q, _SUMS, _SUMS, _SUMS, _STARTS), f"({_Q}, {_K}, {_K})", 5),
+    ],
+)
+def test_attention_of_tokamax_computes_the_causal_half(operands, result, products):
+    work = work_of(*_called(operands, result, _TOKAMAX))
+    assert (work.kind, work.flops) == ("kernel", 2 * products * _PAIRS * 64)
+    assert work.operations == 5 * _PAIRS
+    # Each array goes once.
+    text = " ".join(operands) + result
+    assert work.bytes == sum(array.bytes for array in hlo.arrays_of(text))
+
+
+def test_attention_of_cudnn_computes_what_its_mask_says():
+    forward = (_Q, _K, _K, _BIAS), f"({_DQ}, {_SUMS}, u8[0]{{0}})"
+    dense = work_of(*_called(*forward, _cudnn("ScaleBiasSoftmax", "NO_MASK")))
+    assert dense.flops == 2 * 2 * _ALL_PAIRS * 64
+    causal = work_of(*_called(*forward, _cudnn("ScaleBiasSoftmax", "CAUSAL")))
+    assert causal.flops == 2 * 2 * _PAIRS * 64
+
+
+def test_workspace_of_cudnn_is_counted_though_the_program_has_none():
+    operands = (_Q, _K, _K, _SUMS, _Q, _BIAS, _Q)
+    result = f"({_DQ}, {_DK}, {_DK}, {_BIAS}, u8[0]{{0}})"
+    module, call = _called(operands, result, _cudnn("ScaleBiasSoftmaxBackward", "NO_MASK"))
+    assert work_of(module, call).flops == 2 * 5 * _ALL_PAIRS * 64
+    # Queries and, as keys are shared, those again in float32, and a number for each query.
+    assert cudnn_workspace(module) == 2 * 4 * 16 * 2048 * 15 * 64 + 4 * 16 * 15 * 2048
+    equal = (_Q, _Q, _Q, _SUMS, _Q, _Q)
+    made = f"({_DQ}, {_DQ}, {_DQ}, u8[0]{{0}})"
+    module, _ = _called(equal, made, _cudnn("SoftmaxBackward", "CAUSAL"))
+    assert cudnn_workspace(module) == 4 * 16 * 2048 * 15 * 64 + 4 * 16 * 15 * 2048
+    module, _ = _called((_Q, _K, _K), _DQ, _cudnn("Softmax", "CAUSAL"))
+    assert cudnn_workspace(module) == 256
+    assert cudnn_workspace(_called((_Q,), _Q, _TOKAMAX)[0]) == 0
+
+
+def test_sums_of_rows_read_each_value_once_and_write_one_layers_rows():
+    into, values = "bf16[16,20480,2560]{2,1,0}", "bf16[32768,2560]{1,0}"
+    operands = (into, "s32[1]{0}", values, "s32[32768]{0}", "s32[20480,2]{1,0}")
+    attributes = (
+        'custom_call_target="__gpu$xla.gpu.triton", output_to_operand_aliasing={{}: (0, {})}, '
+        'metadata={op_name="jit(f)/part.row_gradient/segment_sums/pallas_call"}'
+    )
+    work = work_of(*_called(operands, into, attributes))
+    assert (work.kind, work.flops, work.operations) == ("kernel", 0, 32768 * 2560)
+    assert work.bytes == 2 * (32768 + 20480) * 2560 + 4 * (32768 + 2 * 20480)
+
+
+def test_a_kernel_that_is_not_known_is_charged_its_bytes():
+    other = 'custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(f)/other"}'
+    work = work_of(*_called(("f32[8]{0}",), "f32[8]{0}", other))
+    assert (work.kind, work.flops, work.bytes) == ("unread kernel", 0, 64)
