@@ -14,8 +14,6 @@ from stem_jax.kernels.head_loss import head_loss
 from stem_jax.planning import hlo
 from stem_jax.planning.topology import Topology
 
-pytestmark = pytest.mark.optimized
-
 B, L, D, V = 8, 12, 16, 40
 CHUNKS = [1, 4, 5, 12, 100, None]
 
@@ -145,6 +143,7 @@ def test_the_cotangent_scales_the_gradients():
     np.testing.assert_allclose(tripled(inputs[1]), 3 * once, rtol=1e-6)
 
 
+@pytest.mark.optimized
 def test_half_precision_keeps_its_dtypes():
     hidden, head, targets, weights = _inputs()
     half = jnp.asarray(hidden, jnp.bfloat16)
@@ -162,6 +161,7 @@ def test_half_precision_keeps_its_dtypes():
     )
 
 
+@pytest.mark.optimized
 def test_chunks_bound_the_memory():
     """4 x 512 positions of 8192 logits are 64 MiB; a chunk of 32 holds a sixteenth of them."""
     shapes = [
@@ -189,6 +189,7 @@ def test_chunks_bound_the_memory():
     assert chunked < textbook / 4 and chunked < whole / 4
 
 
+@pytest.mark.optimized
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: no TPU compiler"
 )

@@ -25,11 +25,11 @@ from stem_jax.training.step import TrainStep
 SMALL = {
     "model.vocab_size": 300,
     "model.embed_dim": 32,
-    "model.num_layers": 2,
+    "model.num_layers": 1,
     "model.num_heads": 4,
     "model.num_kv_heads": 2,
     "model.ffn_dim": 48,
-    "model.stem_layers": "1",
+    "model.stem_layers": "0",
     "data.sources": "facts",
     "data.tokenizer": "bytes",
     "train.steps": 9,

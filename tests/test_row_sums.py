@@ -14,8 +14,6 @@ from hypothesis import strategies as st
 from stem_jax.kernels import row_sums
 from stem_jax.kernels.row_sums import dense_order, put_sums_by_row, spare_rows, sum_by_row
 
-pytestmark = pytest.mark.optimized
-
 WAYS = ["windows", "segments", "scatter"]
 # Below a chunk of 512, one, and several with and without a rest.
 LENGTHS = [1, 7, 511, 512, 513, 1024, 1536, 1700]
@@ -161,6 +159,7 @@ def test_several_keys_of_a_token(way):
     np.testing.assert_array_equal(sums, _float64(values.reshape(-1, 5), index.reshape(-1), 7))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("length", [300, 1700])
 def test_bits_do_not_depend_on_the_number_of_rows(length, way):
@@ -175,6 +174,7 @@ def test_bits_do_not_depend_on_the_number_of_rows(length, way):
         np.testing.assert_array_equal(found[0], other)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("way", WAYS)
 def test_bits_do_not_depend_on_the_number_of_values(way):
     """Room that an exchange has and does not need arrives as values of a row that is dropped."""
@@ -208,6 +208,7 @@ def test_float32_is_multiplied_at_the_highest_precision():
     assert _precisions(half) <= {"DEFAULT"} and "dot_general" in half
 
 
+@pytest.mark.optimized
 def test_a_compiled_tpu_program_keeps_the_precision():
     pytest.importorskip("libtpu")
     from jax.sharding import SingleDeviceSharding
