@@ -118,6 +118,7 @@ def test_a_plan_for_hosts_of_gpus(tiny_config):
     plan = plans.make_plan(config, Topology.parse("h100:1", 2))
     assert (plan.chips, plan.fits, plan.device_kind) == (2, True, "NVIDIA H100 80GB HBM3")
     assert plan.limit == int(0.75 * 84942979072)
+    assert plan.attention == "chunked"
     assert plan.memory.temporaries > 0 == plan.memory.workspace
     for kind in ("all-to-all", "all-reduce"):
         sent = plan.collectives[kind]

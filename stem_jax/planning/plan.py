@@ -23,6 +23,7 @@ from stem_jax.planning.topology import Topology
 from stem_jax.planning.traffic import hbm_bytes
 from stem_jax.planning.work_account import WorkAccount, make_work_account
 from stem_jax.tables.spec import TableSpec
+from stem_jax.training.report import attention_kernel
 
 _NAIVE = ("the train step, without --naive-lookup: there distinct rows travel once",)
 
@@ -57,12 +58,12 @@ class CollectiveTotal:
 class Plan:
     """Figures are per chip and step unless they say otherwise.
 
-    program: "train step" or "naive lookup". limit: bytes of HBM that programs may use; None where
-    unknown. model_flops, all_flops: matmuls on all chips, without and with recomputation.
-    compiler_flops: the compiler's own count of one chip, where loops count once and kernels not at
-    all. hbm_traffic, collectives, roofline: None where there is no program or no peak figures.
-    open_ended_loops: end when the device says so, counted as open_ended_rounds each. account: None
-    unless asked for. work: of GPUs, by part; else None.
+    program: "train step" or "naive lookup". attention: its kernel. limit: bytes of HBM that
+    programs may use; None where unknown. model_flops, all_flops: matmuls on all chips, without and
+    with recomputation. compiler_flops: the compiler's own count of one chip, where loops count once
+    and kernels not at all. hbm_traffic, collectives, roofline: None where there is no program or no
+    peak figures. open_ended_loops: end when the device says so, counted as open_ended_rounds each.
+    account: None unless asked for. work: of GPUs, by part; else None.
     """
 
     program: str
@@ -72,6 +73,7 @@ class Plan:
     mesh: dict[str, int]
     sequences: int
     tokens_per_step: int
+    attention: str
     memory: Memory
     limit: int | None
     fits: bool
@@ -141,6 +143,7 @@ def make_plan(
         mesh={axis: mesh.shape[axis] for axis in AXES},
         sequences=config.micro_batch_size // axis_size(mesh, BATCH_AXES),
         tokens_per_step=config.tokens_per_step,
+        attention=attention_kernel(config, mesh),
         memory=memory,
         limit=limit,
         fits=fits,

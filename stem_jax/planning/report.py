@@ -23,6 +23,7 @@ def as_text(plan: Plan) -> str:
         f"pod          {plan.topology}: {plan.chips} x {plan.device_kind}; mesh {mesh}",
         f"batch        {plan.tokens_per_step:,} tokens a step; {plan.sequences} sequences a "
         "micro-batch and device group",
+        f"attention    {plan.attention}",
         *_memory_lines(plan),
         *_table_lines(plan),
         *_buffer_lines(plan),

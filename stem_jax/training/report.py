@@ -26,7 +26,7 @@ def describe_run(
     """
     lines = [
         *_parameter_lines(config),
-        _attention_line(config, mesh),
+        f"attention    {attention_kernel(config, mesh)}",
         *_memory_lines(config, model, mesh),
         *_table_lines(config, mesh, working_set),
         *_batch_lines(config, mesh),
@@ -47,13 +47,14 @@ def _parameter_lines(config: Config) -> list[str]:
     ]
 
 
-def _attention_line(config: Config, mesh: Mesh) -> str:
+def attention_kernel(config: Config, mesh: Mesh) -> str:
+    """The kernel of the run's attention, and of GPUs why it is not the fastest."""
     length, device = config.train.seq_len, mesh.devices.flat[0]
     kernel = resolve_backend(config.model, mesh, length)
-    line = f"attention    {kernel}"
     if device.platform == "gpu" and config.model.attention == "auto" and kernel != "tokamax":
-        line += f": tokamax, which is faster, {refusal('tokamax', config.model, device, length)}"
-    return line
+        reason = refusal("tokamax", config.model, device, length)
+        return f"{kernel}: tokamax, which is faster, {reason}"
+    return kernel
 
 
 def _memory_lines(config: Config, model: ModelDef, mesh: Mesh) -> list[str]:
