@@ -32,23 +32,38 @@ SIZES = {
 }
 
 
-def trained_state(step: TrainStep, make_batch) -> TrainState:
-    """A state after some updates. Rows lag behind by different numbers of them.
+# Several files ask for the same ones.
+_TRAINED: dict[TrainStep, TrainState] = {}
 
-    Ids of a sequence come from a group of 16, each followed by the same one. Batch by batch another
-    group is left out.
+
+def trained_state(step: TrainStep, make_batch) -> TrainState:
+    """A state after some updates. Rows lag behind by different numbers of them."""
+    if step not in _TRAINED:
+        _TRAINED[step] = jax.device_get(_train(step, make_batch))
+    return jax.device_put(_TRAINED[step], step.shardings)
+
+
+def _train(step: TrainStep, make_batch) -> TrainState:
+    """Ids of a sequence come from a group of 16, each followed by the same one.
+
+    Batch by batch another group is left out.
     """
     schedule = make_schedule(step.config, UPDATES)
     state = init_state(step.config, step.model, step.mesh)
     for number in range(UPDATES):
         batch = make_batch(step, seed=number)
-        group = batch.tokens[..., :1] % 16
-        group = jnp.where(group == number % 16, group + 1, group) % 16
-        series = [batch.tokens[..., 0] % 16]
-        for _ in range(batch.tokens.shape[-1]):
+        # In NumPy: each operation on small arrays of JAX is a program of its own.
+        tokens = np.asarray(batch.tokens)
+        group = tokens[..., :1] % 16
+        group = np.where(group == number % 16, group + 1, group) % 16
+        series = [tokens[..., 0] % 16]
+        for _ in range(tokens.shape[-1]):
             series.append((5 * series[-1] + 3) % 16)
-        ids = 16 * group + jnp.stack(series, axis=-1)
-        batch = dataclasses.replace(batch, tokens=ids[..., :-1], targets=ids[..., 1:])
+        ids = 16 * group + np.stack(series, axis=-1)
+        tokens, targets = (
+            jax.device_put(part, step.batch_sharding) for part in (ids[..., :-1], ids[..., 1:])
+        )
+        batch = dataclasses.replace(batch, tokens=tokens, targets=targets)
         state, _ = step.update(state, batch, schedule)
     return state
 

@@ -44,7 +44,16 @@ TOLERANCE = dict.fromkeys(earlier.RUNS, 1e-5) | {"bfloat16": 0.05}
 STORE = FOLDER / "store"
 # These and their programs are another kind each; of two tokenizer.json, one is read here.
 LONG = ("offloaded", "dense", "bfloat16", "hf_words")
-NAMES = [pytest.param(n, marks=pytest.mark.long) if n in LONG else n for n in earlier.RUNS]
+# Those that go on in a quick run: that of TWENTY_BEFORE, with a tokenizer that was trained.
+QUICK = ("sentencepiece",)
+
+
+def _names(quick, names=tuple(earlier.RUNS)) -> list:
+    """Names of runs, those that are not quick marked as long."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.long) for name in names]
+
+
+NAMES = _names(earlier.RUNS.keys() - set(LONG))
 
 
 def _losses(workdir: Path, key: str) -> dict[str, float]:
@@ -82,12 +91,12 @@ def trained(request, stopped, tmp_path_factory):
     shutil.copytree(stopped, folder)
     # What is printed at the end would compile the decoding of each.
     silent = {"train__sample_prompt": ""}
-    names = [n for n in earlier.RUNS if n not in LONG or request.config.getoption("--long")]
+    names = list(earlier.RUNS) if request.config.getoption("--long") else QUICK
     commands = {name: earlier.train_flags(name, folder / name, **silent) for name in names}
     before = folder / TWENTY_BEFORE
     commands[TWENTY_BEFORE] = earlier.train_flags("sentencepiece", before, **silent)
     # A list of files is not in checkpoints of still earlier versions.
-    (folder / "bytes" / "checkpoints" / str(STEP) / LIST).unlink()
+    (folder / "sentencepiece" / "checkpoints" / str(STEP) / LIST).unlink()
     tokenizer = STORE / "tokenizer" / "tokenizer.model"
     fresh = silent | {"train__steps": 2, "eval__every": 0, "checkpoint__every": 0}
     store = {"data__sources": STORE, "data__tokenizer_path": tokenizer}
@@ -111,7 +120,7 @@ def _same_completions(found: list[dict], then: list[dict]) -> None:
     assert [{key: f[key] for key in t} for f, t in zip(found, then, strict=True)] == then
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", _names(QUICK))
 def test_the_same_command_continues(name, trained, stopped):
     folder, failures = trained
     assert failures[name] is None, failures[name]
@@ -164,7 +173,7 @@ def test_a_run_completes_as_then(name, stopped, capsys):
     _same_completions(_completion(capsys, stopped / name, prompts), then)
 
 
-@pytest.mark.parametrize("name", ["sentencepiece", "hf", "hf_words", "bytes"])
+@pytest.mark.parametrize("name", _names(QUICK, ("sentencepiece", "hf", "hf_words", "bytes")))
 def test_a_continued_run_has_the_tokenizer_of_then(name, trained):
     folder, _ = trained
     tokenizer = load_tokenizer_folder(folder / name / "tokenizer")

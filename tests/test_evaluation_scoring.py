@@ -40,15 +40,19 @@ def sequences():
 
 def _expected(run, ids):
     """Log-likelihoods and whether greedy, from the logits of one sequence without padding."""
-    log_p_LxV = jax.nn.log_softmax(jnp.asarray(logits(run, np.asarray([ids[:-1]]))[0]), axis=-1)
+    logits_LxV = np.float64(logits(run, np.asarray([ids[:-1]]))[0])
+    log_p_LxV = logits_LxV - np.log(np.sum(np.exp(logits_LxV), axis=-1, keepdims=True))
     targets_L = np.asarray(ids[1:])
-    picked_L = np.take_along_axis(np.asarray(log_p_LxV), targets_L[:, None], axis=1)[:, 0]
+    picked_L = np.take_along_axis(log_p_LxV, targets_L[:, None], axis=1)[:, 0]
     return picked_L, np.argmax(log_p_LxV, axis=1) == targets_L
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_scores_are_those_of_the_whole_forward(name, run_folder, sequences):
     run = load_run(run_folder(name))
+    if name != "stem":
+        # One length of each bucket.
+        sequences = sequences[::3]
     seen = 0
     for ids, scores in zip(sequences, Scorer(run, 4).score(sequences), strict=True):
         likelihoods_L, greedy_L = _expected(run, ids)

@@ -268,7 +268,12 @@ def test_the_entry_point_writes_a_table_and_json(run_folder, tmp_path, monkeypat
     ("flags", "message"),
     [
         (["--tasks={tmp}"], "has no task YAML"),
-        (["--tasks={tmp}/none"], "none is neither a folder nor a task of lm-eval"),
+        # The harness reads all of its thousands of tasks.
+        pytest.param(
+            ["--tasks={tmp}/none"],
+            "none is neither a folder nor a task of lm-eval",
+            marks=pytest.mark.long,
+        ),
         (["--tasks={broken}"], "broken.yaml is not YAML"),
         (["--tasks={no_data}"], "--tasks=no_data: its data cannot be had"),
         (["--tasks={tasks}", "--limit=0"], "--limit=0 must be at least 1"),

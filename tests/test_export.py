@@ -60,7 +60,8 @@ MODELS = {
 }
 OFFLOADABLE = """
     --config=configs/tiny.py --config.model.vocab_size=320 --config.model.embed_dim=32
-    --config.model.num_layers=2 --config.model.num_heads=4 --config.model.ffn_dim=48
+    --config.model.num_layers=1 --config.model.stem_layers=0 --config.model.num_heads=4
+    --config.model.ffn_dim=48
     --config.data.tokenizer=bytes --config.data.sources=facts --config.train.steps=6
     --config.train.seq_len=16 --config.train.sample_prompt= --config.eval.max_batches=1
     --config.eval.baselines=false --config.tables.prefetch=1

@@ -64,7 +64,7 @@ def test_offloaded_rows_give_the_same_tokens(run_folder, sampling, resident_rows
 
 def test_offloaded_rows_are_the_caught_up_ones(run_folder):
     resident, offloaded = load_run(run_folder), load_run(run_folder, resident_rows=32)
-    for first in range(0, 256, 32):
+    for first in (0, 96, 224, 32):
         keys = np.arange(first, first + 32, dtype=np.int32)
         rows, inverse = offloaded.rows.serve(keys).block(keys, jnp.float32)
         expected, places = resident.rows.block(jnp.asarray(keys), jnp.float32)

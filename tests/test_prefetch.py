@@ -200,7 +200,7 @@ steps = st.lists(
     st.integers(0, 2**32),
 )
 @hypothesis.settings(
-    max_examples=20,
+    max_examples=8,
     phases=[hypothesis.Phase.explicit, hypothesis.Phase.reuse, hypothesis.Phase.generate],
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )

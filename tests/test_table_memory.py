@@ -129,7 +129,13 @@ needs_libtpu = pytest.mark.skipif(
 
 
 @needs_libtpu
-@pytest.mark.parametrize("layers", [(0, 1), (1,)], ids=["two vectors", "one vector"])
+@pytest.mark.parametrize(
+    "layers",
+    [
+        pytest.param((0, 1), id="two vectors"),
+        pytest.param((1,), id="one vector", marks=pytest.mark.long),
+    ],
+)
 def test_no_second_buffer_of_the_table_on_a_tpu(tiny_config, layers):
     """Whatever S is: neither another layout to gather from, nor one to scatter into."""
     beside, in_place = _held_on_a_tpu(tiny_config, layers=layers)
