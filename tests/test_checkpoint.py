@@ -187,6 +187,7 @@ def save_store(folder, fresh, store, number=1):
         checkpoints.wait()
 
 
+FORMS = ("store", "arrays")
 OTHER_PLACES = [
     ((1, 1, 1), ("data", "fsdp")),
     ((2, 2, 2), ("data", "fsdp")),
@@ -218,16 +219,9 @@ def test_a_store_goes_anywhere(fresh, offloaded, small_pieces, tmp_path, shape, 
 
 @pytest.mark.parametrize(("shape", "vocab_axes"), OTHER_PLACES)
 def test_arrays_go_into_any_store(fresh, offloaded, small_pieces, tmp_path, shape, vocab_axes):
-    # A resident table of random numbers.
-    step, state = fresh
-    _, _, source = offloaded((2, 2, 2))
-    whole = fill(source, 2)
-    table = {
-        name: jax.device_put(stored(whole[name]), getattr(state.table, name).sharding)
-        for name in FIELDS
-    }
-    state = dataclasses.replace(state, table=TableState(**table))
-    save_all(tmp_path, (step, state), {1: None})
+    (step, state), whole = fresh, fill(offloaded((2, 2, 2))[2], 2)
+    table = {n: jax.device_put(stored(whole[n]), a.sharding) for n, a in vars(state.table).items()}
+    save_all(tmp_path, (step, dataclasses.replace(state, table=TableState(**table))), {1: None})
     _, target, store = offloaded(shape, vocab_axes)
     with Checkpointer(tmp_path, read_only=True) as checkpoints:
         checkpoints.restore(1, target, store=store)
@@ -278,12 +272,7 @@ def test_a_reader_without_targets_gets_numpy(fresh, offloaded, tmp_path):
 @failing_reads
 @pytest.mark.parametrize(
     ("restored_as", "saved_as"),
-    [
-        ("store", "store"),
-        ("arrays", "arrays"),
-        pytest.param("store", "arrays", marks=pytest.mark.long),
-        pytest.param("arrays", "store", marks=pytest.mark.long),
-    ],
+    [pytest.param(a, b, marks=[pytest.mark.long] * (a != b)) for a in FORMS for b in FORMS],
 )
 def test_damaged_tables_are_refused(fresh, offloaded, tmp_path, saved_as, restored_as):
     """Each file of the table, truncated and deleted: refused, or not needed."""
