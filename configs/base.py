@@ -47,7 +47,10 @@ def get_config() -> config_dict.ConfigDict:
     # auto: splash on TPUs, tokamax on GPUs; chunked (of queries) there for what those do not take;
     # xla (all scores at once) on CPUs. cudnn: with a mask of all pairs.
     config.model.attention = "auto"
-    config.model.remat = "none"  # none, full (per layer), dots (keep projections)
+    # What a layer keeps for its backward pass beside its input; the rest is computed again. none:
+    # all of it; full: nothing; attention: the results of attention; dots: those of projections;
+    # offload: both, in the hosts' memory.
+    config.model.remat = "none"
     # Compile repeating groups of layers once and loop over them: minutes become seconds, for a
     # copy of the parameters in each step.
     config.model.scan_layers = False

@@ -17,7 +17,7 @@ _CHOICES = {
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.attention": ("auto", "xla", "chunked", "cudnn", "tokamax", "splash"),
     "model.rope_scaling": ("none", "llama3", "yarn"),
-    "model.remat": ("none", "full", "dots"),
+    "model.remat": ("none", "full", "attention", "dots", "offload"),
     "tables.cache_policy": ("lfu", "lru"),
     "tables.optimizer": ("deferred_adamw", "lazy_adamw", "dense_adamw"),
     "data.tokenizer": ("sentencepiece", "hf", "bytes"),

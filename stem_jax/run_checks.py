@@ -5,8 +5,10 @@ there can never be read again. What only a training cannot do is refused here.
 """
 
 import json
+import re
 import socket
 
+import jaxlib
 from jax.sharding import Mesh
 
 from stem_jax.agreement import exchange
@@ -22,6 +24,9 @@ from stem_jax.training.run_data import RunData
 from stem_jax.training.schedule import ENDING, schedule_length
 from stem_jax.training.step import TrainStep
 from stem_jax.training.working_set import working_set
+
+# The first version of jaxlib whose programs for GPUs bring back what scanned layers had offloaded.
+_RIGHT_OFFLOAD = (0, 11, 2)
 
 
 def check_first_start(config: Config) -> None:
@@ -72,8 +77,10 @@ def check_mesh(config: Config, mesh: Mesh, under_way: bool = False) -> None:
             as it began.
 
     Raises:
-        InputError: sizes that do not divide over the mesh, or that the attention kernel refuses.
+        InputError: sizes that do not divide over the mesh, or that the attention kernel refuses; a
+            rematerialisation that the compiler gets wrong.
     """
+    _check_offload(config, mesh)
     backend = resolve_backend(config.model, mesh, config.train.seq_len)
     if not (under_way and backend in ("xla", "chunked")):
         check_heads(config.model, mesh)
@@ -84,6 +91,23 @@ def check_mesh(config: Config, mesh: Mesh, under_way: bool = False) -> None:
             f"{config.train.micro_batches} gives {config.micro_batch_size} sequences, which do not "
             f"divide over the {devices} devices of mesh axes {', '.join(BATCH_AXES)}; change one "
             "of them"
+        )
+
+
+def _check_offload(config: Config, mesh: Mesh) -> None:
+    """Refuses what older compilers for GPUs silently get wrong (openxla/xla#46231, #46308).
+
+    The backward pass of scanned layers read what is in host memory from the first layer on.
+    """
+    model, platform = config.model, mesh.devices.flat[0].platform
+    if model.remat != "offload" or not model.scan_layers or platform != "gpu":
+        return
+    if tuple(map(int, re.findall(r"\d+", jaxlib.__version__)[:3])) < _RIGHT_OFFLOAD:
+        right = ".".join(map(str, _RIGHT_OFFLOAD))
+        raise InputError(
+            "model.remat=offload with model.scan_layers=True: jaxlib "
+            f"{jaxlib.__version__} computes wrong gradients of that on GPUs; install {right} or "
+            "newer, set model.scan_layers to False, or model.remat to attention"
         )
 
 

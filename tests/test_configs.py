@@ -253,7 +253,10 @@ REFUSED = [
     ({"model.param_dtype": "float16"}, "model.param_dtype='float16' is unknown; choose one of"),
     ({"model.compute_dtype": "int8"}, "model.compute_dtype='int8' is unknown; choose one of"),
     ({"model.attention": "flash"}, "model.attention='flash' is unknown; choose one of auto"),
-    ({"model.remat": "all"}, "model.remat='all' is unknown; choose one of none, full, dots"),
+    (
+        {"model.remat": "all"},
+        "model.remat='all' is unknown; choose one of none, full, attention, dots, offload",
+    ),
     ({"tables.param_dtype": "bfloat16"}, "without stochastic rounding; use float32"),
     ({"tables.weight_decay": -0.1}, "tables.weight_decay=-0.1 must be 0 or more, or none"),
     ({"optimizer.learning_rate": float("inf")}, "optimizer.learning_rate=inf must be more than 0"),

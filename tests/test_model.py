@@ -321,7 +321,7 @@ def test_remat_keeps_less_for_the_backward_pass(scan, small, tiny_config):
     """Per layer, so that the embedding and the head do not count."""
     _, _, _, table = small
     kept = {}
-    for policy in ("none", "full", "dots"):
+    for policy in ("none", "full", "attention", "dots"):
         layers = {}
         for number in (4, 8):
             config = tiny_config(
@@ -346,6 +346,8 @@ def test_remat_keeps_less_for_the_backward_pass(scan, small, tiny_config):
     # The input of the block; it and what the seven projections gave; every step on the way but
     # those of the gated product, which its backward pass makes from what it multiplied.
     assert kept["full"] == stream
+    # What attention gave is as wide as the stream here.
+    assert kept["attention"] == 2 * stream
     assert stream < kept["dots"] <= 8 * stream
     assert kept["none"] > 16 * stream
 
@@ -354,7 +356,7 @@ def test_remat_changes_memory_not_gradients(small, tiny_config):
     _, _, params, table = small
     inputs, targets = _inputs(_random_tokens(5)), _random_tokens(6)
     results, forward_matmuls = {}, {}
-    for policy in ("none", "full", "dots"):
+    for policy in ("none", "full", "attention", "dots", "offload"):
         model = ModelDef(tiny_config(**{"model.remat": policy}))
 
         def loss(params, table, model=model):
@@ -366,7 +368,7 @@ def test_remat_changes_memory_not_gradients(small, tiny_config):
         forward_matmuls[policy] = run.lower(params, table).as_text().count("dot_general")
     # Each policy is a program of its own: the more is computed again, the more matmuls.
     assert forward_matmuls["full"] > forward_matmuls["dots"] > forward_matmuls["none"]
-    for policy in ("full", "dots"):
+    for policy in ("full", "attention", "dots", "offload"):
         for one, other in zip(
             jax.tree.leaves(results[policy]), jax.tree.leaves(results["none"]), strict=True
         ):

@@ -11,6 +11,8 @@ import sys
 import jax
 import jax.numpy as jnp
 
+from stem_jax.kernels import kept_names
+
 # Lengths come in blocks of keys. Python 3.11 gets an older tokamax than newer ones: these compute
 # capabilities both have kernels for.
 BLOCK = 128
@@ -38,15 +40,48 @@ def document_starts(segments_BxL: jax.Array) -> jax.Array:
 
 def document_attention(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, segments_BxL) -> jax.Array:
     """[B, L, H, Dh] in bfloat16 as the arguments; a document's positions lie side by side."""
+    return _attention(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, document_starts(segments_BxL)[:, None])
+
+
+@jax.custom_vjp
+def _attention(q, k, v, first_keys_Bx1xL):
+    return _forward(q, k, v, first_keys_Bx1xL)[0]
+
+
+def _forward(q, k, v, first_keys_Bx1xL):
+    kernel, mask = _kernel(), _mask(first_keys_Bx1xL)
+    out, sums = kernel(q, k, v, mask=mask, return_residuals=True)
+    # With both kept, the way back does not need this kernel once more. The library's own gradient
+    # hides them from whoever asks for them by name.
+    out, sums = jax.tree.map(kept_names.attention, (out, sums))
+    return out, (q, k, v, first_keys_Bx1xL, out, sums)
+
+
+def _backward(kept, gradient):
+    *heads, first_keys_Bx1xL, out, sums = kept
+    kernel = _kernel()
+    bound = kernel.bind(*heads, mask=_mask(first_keys_Bx1xL))
+    options = {name: v for name, v in bound.kwargs.items() if name != "return_residuals"}
+    found = kernel.vjp(sums, out, gradient, *bound.args, **options)
+    return found["q"], found["k"], found["v"], None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _mask(first_keys_Bx1xL):
+    from tokamax._src.ops.attention.base import Mask
+
+    return Mask(k_start=first_keys_Bx1xL, is_causal=True)
+
+
+def _kernel():
     # Imported where a GPU wants it: it takes a second, and others need not have it. Its public
     # function takes no first keys.
     from absl import flags
-    from tokamax._src.ops.attention.base import Mask
     from tokamax._src.ops.attention.pallas_mosaic_gpu import PallasMosaicGpuFlashAttention
 
     # Its version for Python 3.11 would read this program's command line for flags of its own.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(sys.argv[:1])
-    first_keys_Bx1xL = document_starts(segments_BxL)[:, None]
-    mask = Mask(k_start=first_keys_Bx1xL, is_causal=True)
-    return PallasMosaicGpuFlashAttention()(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, mask=mask)
+    return PallasMosaicGpuFlashAttention()

@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 
+from stem_jax.kernels import kept_names
 from stem_jax.kernels.heads import gradient_to_heads
 from stem_jax.parts import part
 
@@ -68,7 +69,8 @@ def _splash(masks, q, k, v, segments, mask_function, interpret):
 @part("attention")
 def _forward(masks, q, k, v, segments, mask_function, interpret):
     attend = functools.partial(_attend, masks[0], mask_function=mask_function, interpret=interpret)
-    out_BxHxDxL, log_sums_BxHxL = jax.vmap(attend)(q, k, v, segments)
+    # With both kept, the way back does not need this kernel once more.
+    out_BxHxDxL, log_sums_BxHxL = map(kept_names.attention, jax.vmap(attend)(q, k, v, segments))
     return out_BxHxDxL, (masks, q, k, v, segments, out_BxHxDxL, log_sums_BxHxL)
 
 

@@ -9,7 +9,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from stem_jax.config import ModelConfig
 from stem_jax.errors import InputError
-from stem_jax.kernels import document_attention
+from stem_jax.kernels import document_attention, kept_names
 from stem_jax.kernels.heads import to_heads
 from stem_jax.kernels.splash import BLOCK, splash
 from stem_jax.mesh import BATCH_AXES
@@ -61,7 +61,7 @@ class Attention(nnx.Module):
         k = rotate(self.k_proj(x_BxLxD).reshape(B, L, -1, self.head_dim), angles)
         v = self.v_proj(x_BxLxD).reshape(B, L, -1, self.head_dim)
         if cache is None:
-            out = attend(q, k, v, segment_ids_BxL, backend, self.mesh)
+            out = kept_names.attention(attend(q, k, v, segment_ids_BxL, backend, self.mesh))
         else:
             cache = cache.extend(k, v, segment_ids_BxL)
             slots_L = cache.length - L + jnp.arange(L)

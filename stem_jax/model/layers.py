@@ -5,14 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
+from stem_jax.kernels.kept_names import projection
 from stem_jax.mesh import parameter_spec
 from stem_jax.parts import part
-
-# The outputs that rematerialisation may keep.
-PROJECTION = "projection"
 
 
 def truncated_normal(
@@ -52,20 +49,19 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(x.dtype)
         project = _project_back if self.output_first else _project
-        return checkpoint_name(project(x, kernel), PROJECTION)
+        return projection(project(x, kernel))
 
     @part("block_matmuls")
     def positions_last(self, x_BxLxI: jax.Array) -> jax.Array:
         """y as [B, out, L]."""
         kernel_IxO = self.kernel[...].astype(x_BxLxI.dtype)
-        return checkpoint_name(_project_positions_last(x_BxLxI, kernel_IxO), PROJECTION)
+        return projection(_project_positions_last(x_BxLxI, kernel_IxO))
 
     @part("block_matmuls")
     def of_positions_last(self, x_BxIxL: jax.Array) -> jax.Array:
         """y as [B, L, out] of x [B, in, L]."""
         kernel_IxO = self.kernel[...].astype(x_BxIxL.dtype)
-        y_BxLxO = jnp.einsum("bil,io->blo", x_BxIxL, kernel_IxO)
-        return checkpoint_name(y_BxLxO, PROJECTION)
+        return projection(jnp.einsum("bil,io->blo", x_BxIxL, kernel_IxO))
 
 
 @jax.custom_vjp

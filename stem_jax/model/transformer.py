@@ -9,13 +9,14 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from stem_jax.config import ModelConfig
+from stem_jax.kernels.kept_names import ATTENTION, PROJECTION
 from stem_jax.kernels.row_sums import RowOrder
 from stem_jax.mesh import constrain_batch
 from stem_jax.model.attention import Attention
 from stem_jax.model.embedding import Embedding
 from stem_jax.model.ffn import GatedFFN
 from stem_jax.model.layer_groups import LayerGroups, repeating_groups
-from stem_jax.model.layers import PROJECTION, Linear, RMSNorm
+from stem_jax.model.layers import Linear, RMSNorm
 from stem_jax.model.rotary import rotary_angles
 from stem_jax.parts import part
 from stem_jax.tables.lookup import LayerRows, close_rows, lookup, open_rows
@@ -212,8 +213,16 @@ def _remat(apply, policy: str):
     """`apply(parameters, *args)`, which keeps of its inside what the policy names."""
     if policy == "none":
         return apply
-    names = {
-        "full": jax.checkpoint_policies.nothing_saveable,
-        "dots": jax.checkpoint_policies.save_only_these_names(PROJECTION),
+    policies = jax.checkpoint_policies
+    kept = {
+        "full": policies.nothing_saveable,
+        "attention": policies.save_only_these_names(ATTENTION),
+        "dots": policies.save_only_these_names(PROJECTION),
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[PROJECTION, ATTENTION],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
     }
-    return jax.checkpoint(apply, policy=names[policy])
+    return jax.checkpoint(apply, policy=kept[policy])

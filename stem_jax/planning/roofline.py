@@ -37,7 +37,7 @@ def step_flops(config: Config) -> tuple[int, int]:
     # The loss takes its gradient in the forward pass, so remat never repeats the head.
     blocks = forward_flops_per_token(model, seq_len) - 2 * model.vocab_size * model.embed_dim
     scores = 4 * seq_len * model.num_heads * model.head_dim * model.num_layers
-    again = {"none": 0, "full": blocks, "dots": scores}[model.remat]
+    again = {"full": blocks, "attention": blocks - scores, "dots": scores}.get(model.remat, 0)
     return flops * config.tokens_per_step, (flops + again) * config.tokens_per_step
 
 
