@@ -1,6 +1,6 @@
 """JAX's CUDA plugin on machines without a GPU: out of the way of runs, at hand for plans.
 
-Installed, it prints ten lines of errors at every start of JAX: its libraries look for a driver
+Installed, it prints 25 lines of errors at every start of JAX: its libraries look for a driver
 as soon as they are imported, and then it asks for the version of CUDA.
 """
 

@@ -132,7 +132,11 @@ def make_plan(
     fits = not compiled.refused and (limit is None or memory.total <= limit)
     slices = topology.slices_of(mesh.devices.flat)
     collectives = [] if module is None else collectives_of(module, slices)
-    traffic = None if module is None else hbm_bytes(module)
+    work = None
+    if topology.switched and module is not None:
+        work = make_work_account(module, collectives, topology, chip)
+    # Of GPUs' kernels more is known than that they read and write whole arrays.
+    traffic = work.traffic if work else None if module is None else hbm_bytes(module)
     model_flops, all_flops = step_flops(config)
     bounded = chip is not None and module is not None and not naive_lookup
     return Plan(
@@ -166,9 +170,7 @@ def make_plan(
         if naive_lookup
         else _remedies(config, mesh, compiled, limit),
         account=make_account(module, collectives, topology, chip) if account and module else None,
-        work=make_work_account(module, collectives, topology, chip)
-        if topology.switched and module
-        else None,
+        work=work,
     )
 
 

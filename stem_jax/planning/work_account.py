@@ -18,6 +18,7 @@ from stem_jax.planning.hlo import Instruction, Module
 from stem_jax.planning.overlap import covered_seconds
 from stem_jax.planning.roofline import ici_seconds, network_seconds
 from stem_jax.planning.topology import Topology
+from stem_jax.planning.traffic import moved_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +50,16 @@ class KernelCalls:
 
 @dataclasses.dataclass(frozen=True)
 class WorkAccount:
-    """parts: those of every step, then others. flops, bytes: of all parts. open_rounds: counted of
-    each loop whose end the device finds. seconds: of all parts, and of wires that no matmul covers.
+    """parts: those of every step, then others. flops, bytes: of all parts. traffic: the bytes, and
+    those that collectives read and write. open_rounds: counted of each loop whose end the device
+    finds. seconds: of all parts, and of wires that no matmul covers.
     """
 
     parts: tuple[PartWork, ...]
     kernels: tuple[KernelCalls, ...]
     flops: int
     bytes: int
+    traffic: int
     open_rounds: int
     seconds: float
 
@@ -68,9 +71,11 @@ def make_work_account(
     part_of = parts_by_instruction(module)
     works = {i.name: work_of(module, i) for i, _ in module.scheduled()}
     sums, kernels = collections.defaultdict(collections.Counter), {}
+    wired = 0
     for instruction, times in module.scheduled():
         work = works[instruction.name]
         if work is None:
+            wired += times * moved_bytes(module, instruction)
             continue
         found = sums[part_of[instruction.name]]
         found["flops"] += times * work.flops
@@ -103,6 +108,7 @@ def make_work_account(
         kernels=tuple(KernelCalls(*key, *calls) for key, calls in sorted(kernels.items())),
         flops=sum(part.flops for part in parts),
         bytes=sum(part.bytes for part in parts),
+        traffic=wired + sum(part.bytes for part in parts),
         open_rounds=module.open_rounds,
         seconds=sum(p.seconds + p.wire_seconds - p.covered_seconds for p in parts),
     )
