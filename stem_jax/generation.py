@@ -1,8 +1,8 @@
 """Completes prompts with a trained model: a batched prefill, then one token per sequence and step.
 
-Prompts of different lengths are padded on the left to a common power of two, and the cache has a
-power of two slots, so few programs are compiled. Padding is a segment of its own and positions
-count text alone, so a prompt gets the same completion in any batch.
+Prompts of different lengths are padded to a common power of two, and the cache has a power of two
+slots, so few programs are compiled. Padding is behind the text, where nothing sees it, so a prompt
+gets the same completion in any batch.
 
 Stages by step distance: token t is read by the host while step t+1 computes on the device.
 """
@@ -23,7 +23,7 @@ from stem_jax.config import Config
 from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
 from stem_jax.mesh import replicated
-from stem_jax.model.cache import LayerCache
+from stem_jax.model.cache import LayerCache, NewCache
 from stem_jax.model.transformer import Inputs
 from stem_jax.sampling import Sampling, sample
 from stem_jax.tables.row_source import RowBlock, RowSource
@@ -37,12 +37,10 @@ _SMALLEST_BUCKET = 16
 class DecodeState:
     """What a decode step replaces.
 
-    caches: one per layer. position: [B] int32, of the next token in its text. seeds: [B] uint32.
-    step: scalar int32, tokens drawn so far.
+    caches: one per layer. seeds: [B] uint32. step: scalar int32, tokens drawn so far.
     """
 
     caches: list[LayerCache]
-    position: jax.Array
     seeds: jax.Array
     step: jax.Array
 
@@ -171,12 +169,12 @@ class Generator:
     def _steps(self, prompts, limits: list[int], scalars, seeds_B) -> Iterator[list[int | None]]:
         length = min(_bucket(max(map(len, prompts))), self.context)
         last = max(limits) - 1
-        tokens_BxL, segment_ids_BxL = (self._place(x) for x in _pad_left(prompts, length))
+        tokens_BxL = self._place(_padded(prompts, length))
         token_B, state = self.prefill(
             self._params,
             self._rows.serve(tokens_BxL),
             tokens_BxL,
-            segment_ids_BxL,
+            self._place(np.array([*map(len, prompts)], np.int32)),
             self._place(seeds_B),
             scalars,
             slots=_bucket(length + last),
@@ -197,24 +195,18 @@ class Generator:
                 return
             token_B = next_B
 
-    def _prefill(self, params, rows, tokens_BxL, segment_ids_BxL, seeds_B, scalars, *, slots: int):
+    def _prefill(self, params, rows, tokens_BxL, lengths_B, seeds_B, scalars, *, slots: int):
         """The first new token [B], and the state after the prompts."""
-        model, batch = self.config.model, tokens_BxL.shape[0]
-        caches = [LayerCache.empty(model, batch, slots) for _ in range(model.num_layers)]
-        positions_BxL = jnp.maximum(jnp.cumsum(segment_ids_BxL, axis=1) - 1, 0)
-        logits_BxV, caches = self.advance(
-            params, rows, tokens_BxL, positions_BxL, segment_ids_BxL, caches
-        )
-        first = DecodeState(caches, positions_BxL[:, -1] + 1, seeds_B, jnp.int32(1))
+        caches = [NewCache(slots)] * self.config.model.num_layers
+        logits_BxV, caches = self.advance(params, rows, tokens_BxL, lengths_B, caches)
+        first = DecodeState(caches, seeds_B, jnp.int32(1))
         return self._draw(logits_BxV, seeds_B, jnp.int32(0), scalars), first
 
     def _decode(self, params, rows, token_B, scalars, *, state: DecodeState):
         """The token [B] that follows `token_B`, and the state after it."""
-        ones_Bx1 = jnp.ones((token_B.shape[0], 1), jnp.int32)
-        logits_BxV, caches = self.advance(
-            params, rows, token_B[:, None], state.position[:, None], ones_Bx1, state.caches
-        )
-        following = DecodeState(caches, state.position + 1, state.seeds, state.step + 1)
+        ones_B = jnp.ones_like(token_B)
+        logits_BxV, caches = self.advance(params, rows, token_B[:, None], ones_B, state.caches)
+        following = DecodeState(caches, state.seeds, state.step + 1)
         return self._draw(logits_BxV, state.seeds, state.step, scalars), following
 
     def _draw(self, logits_BxV, seeds_B, step, scalars):
@@ -227,16 +219,25 @@ class Generator:
         params: Params,
         rows: RowBlock,
         tokens_BxL: jax.Array,
-        positions_BxL: jax.Array,
-        segment_ids_BxL: jax.Array,
-        caches: list[LayerCache],
+        lengths_B: jax.Array,
+        caches: list[NewCache] | list[LayerCache],
     ) -> tuple[jax.Array, list[LayerCache]]:
-        """Reads L more tokens: float32 logits [B, V] after the last one, and the longer caches."""
+        """Reads the first `lengths_B` of L tokens, one or more of each sequence.
+
+        Returns:
+            Float32 logits [B, V] after the last that was read, and the longer caches.
+        """
         model = self._model.bind(params)
         rows_SxUxF, inverse_BxL = rows.block(tokens_BxL, self.config.model.compute_dtype)
+        places_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
+        begun = isinstance(caches[0], LayerCache)
+        positions_BxL = places_BxL + caches[0].lengths[:, None] if begun else places_BxL
+        segment_ids_BxL = (places_BxL < lengths_B[:, None]).astype(jnp.int32)
         inputs = Inputs(tokens_BxL, inverse_BxL, positions_BxL, segment_ids_BxL)
         hidden_BxLxD, caches = model(inputs, rows_SxUxF, caches)
-        return model.logits(hidden_BxLxD[:, -1:])[:, 0], caches
+        last_Bx1x1 = lengths_B[:, None, None] - 1
+        last_Bx1xD = jnp.take_along_axis(hidden_BxLxD, last_Bx1x1, axis=1)
+        return model.logits(last_Bx1xD)[:, 0], caches
 
     def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         if not prompts:
@@ -273,11 +274,9 @@ def _bucket(size: int) -> int:
     return max(_SMALLEST_BUCKET, 1 << (size - 1).bit_length())
 
 
-def _pad_left(prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and segment ids [B, L] int32; padding is 0 in both."""
+def _padded(prompts: Sequence[Sequence[int]], length: int) -> np.ndarray:
+    """Ids [B, L] int32; padding is 0."""
     tokens_BxL = np.zeros((len(prompts), length), np.int32)
-    segment_ids_BxL = np.zeros_like(tokens_BxL)
-    for index, prompt in enumerate(prompts):
-        tokens_BxL[index, length - len(prompt) :] = prompt
-        segment_ids_BxL[index, length - len(prompt) :] = 1
-    return tokens_BxL, segment_ids_BxL
+    for row_L, prompt in zip(tokens_BxL, prompts, strict=True):
+        row_L[: len(prompt)] = prompt
+    return tokens_BxL

@@ -19,7 +19,7 @@ from stem_jax.data.tokenizer import load_tokenizer
 from stem_jax.errors import InputError
 from stem_jax.generation import Generator, sequence_seeds
 from stem_jax.loading import load_run
-from stem_jax.model.cache import LayerCache
+from stem_jax.model.cache import NewCache
 from stem_jax.model.transformer import Inputs
 from stem_jax.sampling import Sampling
 from stem_jax.tables.row_source import NoRows, ResidentRows
@@ -120,14 +120,9 @@ def test_cached_logits_equal_the_training_forward(
     source = NoRows() if state.table is None else ResidentRows(state.table.rows, spec, None)
     advance = jax.jit(Generator(config, state.params, rows_of(config, state), BYTES).advance)
     width = max(prefixes) + 2
-    pads = [width - prefix for prefix in prefixes]
-    tokens = np.stack([np.pad(t[:p], (w, 0)) for t, p, w in zip(tokens_BxL, prefixes, pads)])
-    segments = np.stack([np.repeat([0, 1], (w, p)) for p, w in zip(prefixes, pads)])
-    positions = np.maximum(np.cumsum(segments, 1) - 1, 0)
-    caches = [LayerCache.empty(config.model, 2, 24) for _ in range(config.model.num_layers)]
-    logits, caches = advance(
-        state.params, source, tokens, positions, segments.astype(np.int32), caches
-    )
+    tokens = np.stack([np.pad(t[:p], (0, width - p)) for t, p in zip(tokens_BxL, prefixes)])
+    caches = [NewCache(24)] * config.model.num_layers
+    logits, caches = advance(state.params, source, tokens, np.array(prefixes, np.int32), caches)
     compared = 0
     for step in range(max(n - p for n, p in zip(lengths, prefixes))):
         place = np.asarray(prefixes) + step
@@ -137,10 +132,7 @@ def test_cached_logits_equal_the_training_forward(
                 np.testing.assert_allclose(np.asarray(logits)[b], expected_V, atol=1e-4, rtol=0)
                 compared += 1
         token = np.take_along_axis(tokens_BxL, place[:, None], axis=1)
-        ones = np.ones((2, 1), np.int32)
-        logits, caches = advance(
-            state.params, source, token, place[:, None].astype(np.int32), ones, caches
-        )
+        logits, caches = advance(state.params, source, token, np.ones(2, np.int32), caches)
     assert compared == sum(lengths) - sum(prefixes)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from stem_jax.generation import Generator
 from stem_jax.loading import LoadedRun
-from stem_jax.model.cache import LayerCache
+from stem_jax.model.cache import NewCache
 from stem_jax.sampling import Sampling
 
 _COLUMN = 46
@@ -82,15 +82,14 @@ def _probabilities(
 
 def _prompt_program(generator: Generator) -> Callable:
     """(params, rows, tokens [1, L]) to probabilities [V] of the next token."""
-    model = generator.config.model
+    num_layers = generator.config.model.num_layers
 
     @jax.jit
     def run_prompt(params, rows, tokens_1xL):
         length = tokens_1xL.shape[1]
-        caches = [LayerCache.empty(model, 1, length) for _ in range(model.num_layers)]
-        positions_1xL = jnp.arange(length, dtype=jnp.int32)[None]
-        ones_1xL = jnp.ones_like(tokens_1xL)
-        logits_1xV, _ = generator.advance(params, rows, tokens_1xL, positions_1xL, ones_1xL, caches)
+        caches = [NewCache(length)] * num_layers
+        lengths_1 = jnp.full(1, length)
+        logits_1xV, _ = generator.advance(params, rows, tokens_1xL, lengths_1, caches)
         return jax.nn.softmax(logits_1xV[0])
 
     return run_prompt

@@ -55,7 +55,7 @@ def _with_stem_layers(config: Config, stem_layers: str | tuple[int, ...]) -> Con
 def _record(config: Config, name: str) -> dict[str, Any]:
     model, context, slots = config.model, config.train.seq_len, cache_slots(config)
     count, reads = count_parameters(model), decode_reads(model, slots)
-    prefill = generation_flops(model, context, slots).matmul
+    prefill = generation_flops(model, context, context).matmul
     cacheless = decode_reads(model, 0).bytes
     return {
         "pattern": name,

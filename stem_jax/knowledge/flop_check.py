@@ -135,21 +135,22 @@ def _generation(config: Config, programs: Sequence[str]) -> list[FlopCheck]:
     token_1 = jax.ShapeDtypeStruct((1,), jnp.int32)
     seeds_1 = jax.ShapeDtypeStruct((1,), jnp.uint32)
     scalars = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in Sampling().scalars())
-    prompt = (params, rows, tokens_1xL, tokens_1xL, seeds_1, scalars)
+    prompt = (params, rows, tokens_1xL, token_1, seeds_1, scalars)
     sampling = _sampling(model, seeds_1, scalars)
 
-    def check(program: str, lowered: jax.stages.Lowered, length: int) -> FlopCheck:
-        flops = generation_flops(model, length, slots)
+    def check(program: str, lowered: jax.stages.Lowered, length: int, met: int) -> FlopCheck:
+        flops = generation_flops(model, length, met)
         terms = (flops.matmul, flops.elementwise, sampling)
         return FlopCheck(program, model.stem_layers, *terms, _count(lowered))
 
     found = []
     if "prefill" in programs:
-        found.append(check("prefill", generator.prefill.lower(*prompt, slots=slots), length))
+        lowered = generator.prefill.lower(*prompt, slots=slots)
+        found.append(check("prefill", lowered, length, length))
     if "decode" in programs:
         _, state = jax.eval_shape(lambda *args: generator.prefill(*args, slots=slots), *prompt)
         lowered = generator.decode.lower(params, rows, token_1, scalars, state=state)
-        found.append(check("decode", lowered, 1))
+        found.append(check("decode", lowered, 1, slots))
     return found
 
 

@@ -13,7 +13,13 @@ from stem_jax.kernels import document_attention, kept_names
 from stem_jax.kernels.heads import to_heads
 from stem_jax.kernels.splash import BLOCK, splash
 from stem_jax.mesh import BATCH_AXES
-from stem_jax.model.einsum_attention import chunked_attention, document_mask, einsum_attention
+from stem_jax.model.cache import NewCache
+from stem_jax.model.einsum_attention import (
+    cached_attention,
+    chunked_attention,
+    document_mask,
+    einsum_attention,
+)
 from stem_jax.model.layers import Linear
 from stem_jax.model.rotary import rotate
 from stem_jax.parts import part
@@ -48,25 +54,28 @@ class Attention(nnx.Module):
             x_BxLxD: normalised residual stream.
             angles: cosines and sines of `rotary.rotary_angles`.
             segment_ids_BxL: document number of each position; 0 is padding.
-            cache: None, or a `cache.LayerCache` to read from and extend.
+            cache: None, or what to read from and extend: a `cache.NewCache`, with which the
+                positions attend within x as in training, or a `cache.LayerCache`. Of x it gets the
+                positions up to the padding.
 
         Returns:
             The [B, L, D] output and the extended cache (None without one).
         """
         B, L, _ = x_BxLxD.shape
-        backend = None if cache is not None else resolve_backend(self.config, self.mesh, L)
-        if backend == "splash":
+        inside = cache is None or isinstance(cache, NewCache)
+        backend = resolve_backend(self.config, self.mesh, L) if inside else None
+        if cache is None and backend == "splash":
             return self._with_splash(x_BxLxD, angles, segment_ids_BxL), None
         q = rotate(self.q_proj(x_BxLxD).reshape(B, L, -1, self.head_dim), angles)
         k = rotate(self.k_proj(x_BxLxD).reshape(B, L, -1, self.head_dim), angles)
         v = self.v_proj(x_BxLxD).reshape(B, L, -1, self.head_dim)
-        if cache is None:
+        before = cache
+        if cache is not None:
+            cache = cache.extend(k, v, jnp.sum(segment_ids_BxL != 0, axis=1, dtype=jnp.int32))
+        if inside:
             out = kept_names.attention(attend(q, k, v, segment_ids_BxL, backend, self.mesh))
         else:
-            cache = cache.extend(k, v, segment_ids_BxL)
-            slots_L = cache.length - L + jnp.arange(L)
-            mask = document_mask(segment_ids_BxL, cache.segment_ids, slots_L)
-            out = einsum_attention(q, cache.keys, cache.values, mask)
+            out = cached_attention(q, cache.keys, cache.values, before.lengths)
         return self.o_proj(out.reshape(B, L, -1)), cache
 
     def _with_splash(self, x_BxLxD, angles, segment_ids_BxL):
@@ -174,7 +183,8 @@ def _for_each_device(x: jax.Array, axis: int, mesh: Mesh | None) -> jax.Array:
 
 def _splash(q_BxHxDxL, k_BxKxDxL, v_BxKxDxL, angles, segment_ids_BxL, mesh: Mesh | None):
     """The output [B, H, Dh, L]. angles: see `kernels.heads.to_heads`; None: rotated before."""
-    interpret = mesh is None or mesh.devices.flat[0].platform != "tpu"
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    interpret = device.platform != "tpu"
 
     def local(q, k, v, angles, segments):
         scale, of_queries = q.shape[2] ** -0.5, None

@@ -5,43 +5,47 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from stem_jax.config import ModelConfig
 
-# No position has this segment id, so an empty slot matches no query.
-_EMPTY = -1
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NewCache:
+    """Room for what one attention layer is to remember; nothing is in it yet. slots: T."""
+
+    slots: int = dataclasses.field(metadata={"static": True})
+
+    def extend(self, keys_BxLxKxD, values_BxLxKxD, lengths_B: jax.Array) -> "LayerCache":
+        """The first `lengths_B` of L positions, L at most T."""
+        empty = self.slots - keys_BxLxKxD.shape[1]
+        keys, values = (
+            jnp.pad(x, ((0, 0), (0, empty), (0, 0), (0, 0))) for x in (keys_BxLxKxD, values_BxLxKxD)
+        )
+        return LayerCache(keys, values, lengths_B)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
-    """What one attention layer remembers, in T slots that fill from the left.
+    """What one attention layer remembers: position p of a sequence is in its slot p of T.
 
-    keys, values: [B, T, K, Dh] in the compute dtype, keys already rotated. segment_ids: [B, T]
-    int32, -1 in slots that are still empty. length: scalar int32, slots written so far.
+    keys, values: [B, T, K, Dh] in the compute dtype, keys already rotated. lengths: [B] int32,
+    positions that each sequence has; what is in the slots behind them is never read.
     """
 
     keys: jax.Array
     values: jax.Array
-    segment_ids: jax.Array
-    length: jax.Array
+    lengths: jax.Array
 
-    @classmethod
-    def empty(cls, config: ModelConfig, batch: int, slots: int) -> "LayerCache":
-        """A cache of `slots` empty slots for `batch` sequences."""
-        shape = (batch, slots, config.num_kv_heads, config.head_dim)
-        zeros = jnp.zeros(shape, config.compute_dtype)
-        ids_BxT = jnp.full((batch, slots), _EMPTY, jnp.int32)
-        return cls(zeros, zeros, ids_BxT, jnp.zeros((), jnp.int32))
+    def extend(self, keys_BxLxKxD, values_BxLxKxD, lengths_B: jax.Array) -> "LayerCache":
+        """Adds the first `lengths_B` of L positions; the caller sees to it that slots are left.
 
-    def extend(self, keys_BxLxKxD, values_BxLxKxD, segment_ids_BxL) -> "LayerCache":
-        """Writes L positions into the next L slots; the caller sees to it that they exist."""
+        Of a sequence that adds fewer, the others lie behind its end, or beyond the last slot, where
+        they are dropped.
+        """
+        sequences_Bx1 = jnp.arange(len(self.lengths))[:, None]
+        slots_BxL = self.lengths[:, None] + jnp.arange(keys_BxLxKxD.shape[1])
 
-        def write(slots, new, start):
-            return jax.lax.dynamic_update_slice(slots, new.astype(slots.dtype), start)
+        def write(slots, new):
+            return slots.at[sequences_Bx1, slots_BxL].set(new.astype(slots.dtype), mode="drop")
 
-        return LayerCache(
-            keys=write(self.keys, keys_BxLxKxD, (0, self.length, 0, 0)),
-            values=write(self.values, values_BxLxKxD, (0, self.length, 0, 0)),
-            segment_ids=write(self.segment_ids, segment_ids_BxL, (0, self.length)),
-            length=self.length + keys_BxLxKxD.shape[1],
-        )
+        keys, values = write(self.keys, keys_BxLxKxD), write(self.values, values_BxLxKxD)
+        return LayerCache(keys, values, self.lengths + lengths_B)

@@ -85,7 +85,8 @@ def generation_flops(model: ModelConfig, length: int, slots: int) -> PassFlops:
 
     Args:
         length: tokens read at once: of the prompt in a prefill, 1 in a decode step.
-        slots: of the cache. Each query meets all of them, also those that are masked or empty.
+        slots: that each query meets, also those that are masked or empty: the tokens themselves
+            in a prefill, those of the cache in a decode step.
 
     The head sees the last token alone.
     """

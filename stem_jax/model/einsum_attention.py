@@ -37,6 +37,13 @@ def einsum_attention(q_BxLxHxD, k_BxTxKxD, v_BxTxKxD, mask_Bx1xLxT):
     return out.transpose(0, 3, 1, 2, 4).reshape(B, L, H, Dh)
 
 
+def cached_attention(q_BxLxHxD, k_BxTxKxD, v_BxTxKxD, before_B):
+    """Query l of sequence b sees the slots up to number `before_B[b] + l`; [B, L, H, Dh]."""
+    last_BxL = before_B[:, None] + jnp.arange(q_BxLxHxD.shape[1])
+    seen_BxLxT = jnp.arange(k_BxTxKxD.shape[1]) <= last_BxL[..., None]
+    return einsum_attention(q_BxLxHxD, k_BxTxKxD, v_BxTxKxD, seen_BxLxT[:, None])
+
+
 def chunked_attention(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, segments_BxL):
     """The same in memory that grows with L alone, forward and backward.
 

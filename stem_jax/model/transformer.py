@@ -114,7 +114,7 @@ class Transformer(nnx.Module):
             inputs: the batch, leading dimension over the batch axes of the mesh.
             rows_SxUxF: the row block; with several devices the concatenation of each device's
                 block of U rows, which its `inverse` indexes.
-            caches: None, or one `cache.LayerCache` per layer.
+            caches: None, or one `cache.NewCache` or `cache.LayerCache` per layer.
             collect: None, or a list that receives the residual stream after the embedding and
                 after every block (tests and analysis).
 
