@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
 
     prompts = args.prompt + [line for path in args.prompt_file for line in read_prompts(path)]
     sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p)
-    run = load_run(args.workdir, args.step, args.resident_rows)
+    run = load_run(args.workdir, args.step, args.resident_rows, devices=args.devices)
     run = edited_run(run, [read_patch(path) for path in args.edits])
     generator = Generator(run.config, run.params, run.rows, run.tokenizer, run.mesh)
     as_tokens = args.special_tokens == "special"

@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stem_jax.completion import Completion, Progress
-from stem_jax.config import Config
+from stem_jax.config import Config, ModelConfig
 from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
-from stem_jax.mesh import replicated
+from stem_jax.mesh import BATCH_AXES, axis_size, batch_sharding, replicated
 from stem_jax.model.cache import LayerCache, NewCache
 from stem_jax.model.transformer import Inputs
 from stem_jax.sampling import Sampling, sample
@@ -59,8 +59,8 @@ class Generator:
         """Args: `rows` are up to date; without `tokenizer` only the programs can be had; `mesh` is
         where rows and parameters lie, None for one device without a mesh.
 
-        On several devices parameters and rows stay sharded; batch and cache are whole on
-        every device.
+        Several devices divide the batch over the batch axes, and the heads of a cache over
+        `tensor`.
         """
         # Nothing is differentiated here, so there is nothing to rematerialise.
         model = dataclasses.replace(config.model, remat="none")
@@ -68,15 +68,17 @@ class Generator:
         self.tokenizer = tokenizer
         self._params = params
         self._rows = rows
-        self._model = ModelDef(self.config)
+        self._model = ModelDef(self.config, mesh)
+        self._shards = 1 if mesh is None else axis_size(mesh, BATCH_AXES)
         # Ids that decode to nothing are never drawn; mostly there are none.
         size = config.model.vocab_size
         absent = [] if tokenizer is None else tokenizer.absent_ids(size)
         self._absent_V = np.isin(np.arange(size), absent) if absent else None
         whole = None if mesh is None else replicated(mesh)
         self._place = lambda array: jax.device_put(array, whole)
-        self.prefill = jax.jit(self._prefill, static_argnames="slots", out_shardings=whole)
-        self.decode = jax.jit(self._decode, donate_argnames="state", out_shardings=whole)
+        places = whole, None if mesh is None else _state_places(model, mesh)
+        self.prefill = jax.jit(self._prefill, static_argnames="slots", out_shardings=places)
+        self.decode = jax.jit(self._decode, donate_argnames="state", out_shardings=places)
 
     def with_rows(self, rows: RowSource) -> "Generator":
         """The same programs on other rows; rows of the same kind and number compile nothing."""
@@ -169,13 +171,16 @@ class Generator:
     def _steps(self, prompts, limits: list[int], scalars, seeds_B) -> Iterator[list[int | None]]:
         length = min(_bucket(max(map(len, prompts))), self.context)
         last = max(limits) - 1
-        tokens_BxL = self._place(_padded(prompts, length))
+        # Every shard of the batch has as many; what these say nobody hears.
+        missing = -len(prompts) % self._shards
+        batch = [*prompts, *[prompts[0]] * missing]
+        tokens_BxL = self._place(_padded(batch, length))
         token_B, state = self.prefill(
             self._params,
             self._rows.serve(tokens_BxL),
             tokens_BxL,
-            self._place(np.array([*map(len, prompts)], np.int32)),
-            self._place(seeds_B),
+            self._place(np.array([*map(len, batch)], np.int32)),
+            self._place(np.pad(seeds_B, (0, missing))),
             scalars,
             slots=_bucket(length + last),
         )
@@ -185,7 +190,7 @@ class Generator:
             if step < last:
                 rows = self._rows.serve(token_B)
                 next_B, state = self.decode(self._params, rows, token_B, scalars, state=state)
-            read = np.asarray(token_B).tolist()
+            read = np.asarray(token_B).tolist()[: len(prompts)]
             yield [None if end else token for end, token in zip(ended, read)]
             ended = [
                 end or token in self.tokenizer.special.stop_ids or step + 1 == limit
@@ -257,6 +262,14 @@ class Generator:
                     f"prompt {number} has ids from {min(prompt)} to {max(prompt)}, the model knows "
                     f"0 to {vocab_size - 1}; use the tokenizer that it was trained with"
                 )
+
+
+def _state_places(model: ModelConfig, mesh: Mesh) -> DecodeState:
+    # Of heads that several devices share, each has all.
+    heads = "tensor" if model.num_kv_heads % mesh.shape["tensor"] == 0 else None
+    slots = NamedSharding(mesh, PartitionSpec(BATCH_AXES, None, heads, None))
+    cache = LayerCache(slots, slots, batch_sharding(mesh))
+    return DecodeState([cache] * model.num_layers, replicated(mesh), replicated(mesh))
 
 
 def sequence_seeds(seed: int, prompts: Sequence[Sequence[int]]) -> list[int]:

@@ -16,7 +16,7 @@ from stem_jax.config import Config
 from stem_jax.config_checks import validate
 from stem_jax.data.tokenizer import Tokenizer, load_tokenizer_folder
 from stem_jax.errors import InputError
-from stem_jax.mesh import make_mesh
+from stem_jax.inference_mesh import inference_mesh
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.offloaded_rows import OffloadedRows, caught_up_store
 from stem_jax.tables.row_source import NoRows, ResidentRows, RowSource
@@ -28,7 +28,7 @@ from stem_jax.training.state import ModelDef, Params, abstract_state
 
 @dataclasses.dataclass(frozen=True)
 class LoadedRun:
-    """A checkpoint of a run on one device of this process.
+    """A checkpoint of a run on devices of this process.
 
     config: as trained, but for the mesh and the attention kernel, which are this machine's.
     step: of the checkpoint. params: backbone by dotted name. rows: up to date, wherever they lie.
@@ -130,18 +130,23 @@ def load_run(
     step: int | None = None,
     resident_rows: int | None = None,
     flag: str = "--workdir",
+    devices: int = 1,
 ) -> LoadedRun:
-    """Loads a checkpoint of `workdir` onto the first device of this process.
+    """Loads a checkpoint of `workdir` onto the first devices of this process.
 
     Args:
         workdir, step, flag: see `open_checkpoint`, as for what is raised.
         resident_rows: table rows to keep on the device, with the others in host memory; None: as
             many as in training.
+        devices: among which parameters and rows are divided.
+
+    Raises:
+        InputError: see `open_checkpoint` and `inference_mesh`.
     """
     with open_checkpoint(workdir, step, flag) as found:
         info = found.info
-        config = _on_one_device(info.config, resident_rows)
-        mesh = make_mesh(config.mesh, jax.local_devices()[:1])
+        config, mesh = inference_mesh(_reading_config(info.config, resident_rows), devices)
+        validate(config)
         spec = TableSpec.from_config(config)
         store = HostStore.allocate(spec, mesh) if spec.offloaded else None
         model = ModelDef(config, mesh)
@@ -175,23 +180,23 @@ def _rows(
         )
     if table is None:
         return NoRows()
-    caught_up = jax.jit(ShardedTable(spec, mesh, 1).caught_up_rows)
-    return ResidentRows(caught_up(table, updates, history), spec, mesh)
+
+    def caught_up(rows, others: TableState) -> jax.Array:
+        table = dataclasses.replace(others, rows=rows)
+        return ShardedTable(spec, mesh, 1).caught_up_rows(table, updates, history)
+
+    # Beside rows and slot variables, nothing of their size.
+    rows = jax.jit(caught_up, donate_argnums=0)(table.rows, dataclasses.replace(table, rows=None))
+    return ResidentRows(rows, spec, mesh)
 
 
-def _on_one_device(config: Config, resident_rows: int | None) -> Config:
-    """The configuration for this machine, validated once more."""
+def _reading_config(config: Config, resident_rows: int | None) -> Config:
+    """The configuration for this machine, but for its mesh."""
     tables = config.tables
     if resident_rows is not None:
         # Rows of dense AdamW never lag behind, like those of the lazy one, which may be offloaded.
         optimizer = tables.optimizer.replace("dense_adamw", "lazy_adamw")
         tables = dataclasses.replace(tables, resident_rows=resident_rows, optimizer=optimizer)
-    config = dataclasses.replace(
-        config,
-        tables=tables,
-        mesh=dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1),
-        # The kernel it was trained with may not exist on this platform.
-        model=dataclasses.replace(config.model, attention="auto"),
-    )
-    validate(config)
-    return config
+    # The kernel it was trained with may not exist on this platform.
+    model = dataclasses.replace(config.model, attention="auto")
+    return dataclasses.replace(config, tables=tables, model=model)

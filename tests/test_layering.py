@@ -56,6 +56,7 @@ LEVELS = [
         "checkpoint",
     ],
     [
+        "inference_mesh",
         "loading",
         "sampling",
         "completion",

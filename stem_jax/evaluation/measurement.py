@@ -43,7 +43,7 @@ def measure(args: argparse.Namespace) -> Measurement:
     """
     files = [args.out] + [args.out.with_suffix(".png")] * args.niah
     with unanimous():
-        run = load_run(args.workdir, args.step, args.resident_rows)
+        run = load_run(args.workdir, args.step, args.resident_rows, devices=args.devices)
         if is_first():
             check_out(*files)
     check_same(_facts(args, run))

@@ -21,7 +21,7 @@ from stem_jax.evaluation.division import divide
 from stem_jax.evaluation.limits import check_batch_size
 from stem_jax.kernels.head_loss import head_loss
 from stem_jax.loading import LoadedRun
-from stem_jax.mesh import replicated
+from stem_jax.mesh import BATCH_AXES, axis_size, replicated
 from stem_jax.model.attention import resolve_backend
 from stem_jax.model.transformer import Inputs, Transformer
 from stem_jax.training.state import ModelDef
@@ -53,11 +53,13 @@ class Scorer:
         """Raises InputError for a batch without sequences."""
         check_batch_size(batch_size)
         self._run = run
-        self._batch_size = batch_size
-        # Nothing is differentiated here, so there is nothing to rematerialise.
-        model = dataclasses.replace(run.config.model, remat="none")
+        # Every shard of the batch has as many.
+        self._batch_size = batch_size + -batch_size % axis_size(run.mesh, BATCH_AXES)
+        # Nothing is differentiated here, so there is nothing to rematerialise. A scan would stack
+        # the weights first, a second copy of them.
+        model = dataclasses.replace(run.config.model, remat="none", scan_layers=False)
         self._config = dataclasses.replace(run.config, model=model)
-        self._model = ModelDef(self._config)
+        self._model = ModelDef(self._config, run.mesh)
         splash = resolve_backend(model, run.mesh) == "splash"
         self._smallest = _SMALLEST_SPLASH_BUCKET if splash else _SMALLEST_BUCKET
         self._whole = replicated(run.mesh)

@@ -25,13 +25,22 @@ class OverlaidBlock:
     keys: jax.Array
     vocab_size: int = dataclasses.field(metadata={"static": True})
 
+    @property
+    def blocks(self) -> int:
+        """See `row_source.RowBlock`."""
+        return self.base.blocks
+
     def block(self, keys_BxL: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
         """See `row_source.RowBlock`; which rows are read was settled by `serve`."""
         keys_BxL = self.keys.reshape(keys_BxL.shape)
         is_extra_BxL = keys_BxL >= self.vocab_size
         rows_SxUxF, inverse_BxL = self.base.block(jnp.where(is_extra_BxL, 0, keys_BxL), dtype)
-        place_BxL = keys_BxL - self.vocab_size + rows_SxUxF.shape[1]
-        rows = jnp.concatenate([rows_SxUxF, self.extra.astype(dtype).swapaxes(0, 1)], axis=1)
+        S, _, F = rows_SxUxF.shape
+        rows_SxPxUxF = rows_SxUxF.reshape(S, self.blocks, -1, F)
+        place_BxL = keys_BxL - self.vocab_size + rows_SxPxUxF.shape[2]
+        extra_Sx1xExF = self.extra.astype(dtype).swapaxes(0, 1)[:, None]
+        extra_SxPxExF = jnp.repeat(extra_Sx1xExF, self.blocks, axis=1)
+        rows = jnp.concatenate([rows_SxPxUxF, extra_SxPxExF], axis=2).reshape(S, -1, F)
         return rows, jnp.where(is_extra_BxL, place_BxL, inverse_BxL)
 
 

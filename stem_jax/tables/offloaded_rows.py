@@ -35,6 +35,8 @@ class SlotRows:
     slots: jax.Array
     inverse: jax.Array
 
+    blocks = 1
+
     def block(self, keys_BxL: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
         """See `row_source.RowBlock`."""
         rows_SxUxF = self.rows[:, self.slots]
@@ -42,12 +44,12 @@ class SlotRows:
 
 
 class OffloadedRows:
-    """A row source with R rows on one device and the others in host memory."""
+    """A row source with R rows on the devices and the others in host memory."""
 
     def __init__(self, store: HostStore, mesh: Mesh, policy: str):
         """Args:
         store: rows alone, up to date.
-        mesh: of the one device.
+        mesh: of devices that each hold some columns of every row.
         policy: of the cache, see `RowCache`.
         """
         self.spec = store.spec

@@ -13,14 +13,23 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from stem_jax.mesh import BATCH_AXES, axis_size, live_axes
 from stem_jax.tables.spec import TableSpec
 
 
 class RowBlock(Protocol):
-    """A pytree that a compiled program reads rows from."""
+    """A pytree that a compiled program reads rows from.
+
+    blocks: P, shards of the batch; B is a multiple of it.
+    """
+
+    @property
+    def blocks(self) -> int: ...
 
     def block(self, keys_BxL: jax.Array, dtype) -> tuple[jax.Array | None, jax.Array]:
-        """Rows [S, U, F] in `dtype`, and the index [B, L] of each key's row among them."""
+        """Rows [S, P * U, F] in `dtype`, the block of each shard of the batch after the other, and
+        the index [B, L] of each key's row in the block of its shard.
+        """
 
 
 class RowSource(Protocol):
@@ -37,6 +46,8 @@ class RowSource(Protocol):
 @dataclasses.dataclass(frozen=True)
 class NoRows:
     """The source of a dense model."""
+
+    blocks = 1
 
     def serve(self, keys: jax.Array) -> "NoRows":
         return self
@@ -61,6 +72,11 @@ class ResidentRows:
     spec: TableSpec = dataclasses.field(metadata={"static": True})
     mesh: Mesh | None = dataclasses.field(metadata={"static": True})
 
+    @property
+    def blocks(self) -> int:
+        """See `RowBlock`."""
+        return 1 if self.mesh is None else axis_size(self.mesh, BATCH_AXES)
+
     def serve(self, keys: jax.Array) -> "ResidentRows":
         return self
 
@@ -68,27 +84,31 @@ class ResidentRows:
         """See `RowSource`."""
 
     def block(self, keys_BxL: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
-        """The block is whole on every device but for its columns, which follow the table's."""
+        """See `RowBlock`; columns follow the table's."""
+        of_each = keys_BxL.size // self.blocks
+        inverse_BxL = (jnp.arange(keys_BxL.size, dtype=jnp.int32) % of_each).reshape(keys_BxL.shape)
         rows_U = self.spec.layout.rows_of(keys_BxL.reshape(-1))
-        inverse_BxL = jnp.arange(keys_BxL.size, dtype=jnp.int32).reshape(keys_BxL.shape)
         if self.mesh is None:
             return self.rows[:, rows_U].astype(dtype), inverse_BxL
         take = jax.shard_map(
             lambda shard, rows: self._take(shard, rows).astype(dtype),
             mesh=self.mesh,
-            in_specs=(self.spec.row_spec, PartitionSpec()),
-            out_specs=PartitionSpec(None, None, "tensor"),
+            in_specs=(self.spec.row_spec, PartitionSpec(BATCH_AXES)),
+            out_specs=PartitionSpec(None, BATCH_AXES, "tensor"),
             check_vma=False,
         )
         return take(self.rows, rows_U), inverse_BxL
 
     def _take(self, shard_SxRxF: jax.Array, rows_U: jax.Array) -> jax.Array:
-        axes = self.spec.vocab_axes
+        """The rows of the own shard of the batch, from all that hold some of them."""
+        axes = live_axes(self.mesh, *self.spec.vocab_axes)
         if not axes:
             return shard_SxRxF[:, rows_U]
         size = shard_SxRxF.shape[1]
-        place_U = rows_U - jax.lax.axis_index(axes) * size
-        mine_U = (place_U >= 0) & (place_U < size)
-        taken_SxUxF = shard_SxRxF[:, jnp.clip(place_U, 0, size - 1)]
+        asked_N = jax.lax.all_gather(rows_U, axes, tiled=True)
+        place_N = asked_N - jax.lax.axis_index(axes) * size
+        mine_N = (place_N >= 0) & (place_N < size)
+        taken_SxNxF = shard_SxRxF[:, jnp.clip(place_N, 0, size - 1)]
+        taken_SxNxF = jnp.where(mine_N[:, None], taken_SxNxF, 0)
         # One owner has the row, the others add zeros, so the sum is exact.
-        return jax.lax.psum(jnp.where(mine_U[:, None], taken_SxUxF, 0), axes)
+        return jax.lax.psum_scatter(taken_SxNxF, axes, scatter_dimension=1, tiled=True)

@@ -1,7 +1,6 @@
 """The table as the train step uses it: request, fetch, push, update, each one sharded program."""
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -227,23 +226,25 @@ class ShardedTable:
         )
 
     def caught_up_rows(self, state: TableState, step, history: UpdateHistory) -> jax.Array:
-        """All rows as of update `step`, stored: [S, V_pad, F]; the state stays as it is.
+        """All rows as of update `step`, stored: [S, V_pad, F]; of the state, its rows are taken.
 
-        Works through each shard in pieces, so that it needs no second copy of the slots.
+        Works through each shard in pieces, so that where the rows are donated it needs no second
+        copy of any of them.
         """
 
         def local(state, step, history):
             size = state.last_step.shape[0]
             piece = next(n for n in range(min(_PIECE, size), 0, -1) if size % n == 0)
-            read = functools.partial(self._optimizer.read, state, step=step, history=history)
 
             def one_piece(first, found):
-                rows = read(first + jnp.arange(piece)).rows
+                # Of rows that are behind, pieces that have not been found yet.
+                behind = dataclasses.replace(state, rows=found)
+                places = first + jnp.arange(piece)
+                rows = self._optimizer.read(behind, places, step=step, history=history).rows
                 return jax.lax.dynamic_update_slice_in_dim(found, rows, first, axis=1)
 
-            empty = jax.lax.empty(state.rows.shape, state.rows.dtype)
             return jax.lax.fori_loop(
-                0, size // piece, lambda n, found: one_piece(n * piece, found), empty
+                0, size // piece, lambda n, found: one_piece(n * piece, found), state.rows
             )
 
         whole = PartitionSpec()
