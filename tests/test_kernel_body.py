@@ -63,10 +63,32 @@ module {
 """  # noqa: E501
 
 
-def call_of(body: str) -> str:
+# Each step copies 8 rows of 128, and those with an even sum 8 more.
+COPIES = """
+module {
+  "stable_mosaic.func.func"() ({
+  ^bb0(%i: i32, %f: memref<64x128xf32, #tpu.memory_space<any>>,
+       %o: memref<8x128xf32, #tpu.memory_space<vmem>>,
+       %s: memref<1x!tpu.dma_semaphore, #tpu.memory_space<semaphore_mem>>):
+    "stable_mosaic.tpu.enqueue_dma"(%o, %f, %s) : (memref<8x128xf32, #tpu.memory_space<vmem>>, memref<64x128xf32, #tpu.memory_space<any>>, memref<1x!tpu.dma_semaphore, #tpu.memory_space<semaphore_mem>>) -> ()
+    %e = "stable_mosaic.arith.constant"() {value = true} : () -> i1
+    "stable_mosaic.scf.if"(%e) ({
+      "stable_mosaic.tpu.enqueue_dma"(%o, %f, %s) : (memref<8x128xf32, #tpu.memory_space<vmem>>, memref<64x128xf32, #tpu.memory_space<any>>, memref<1x!tpu.dma_semaphore, #tpu.memory_space<semaphore_mem>>) -> ()
+      "stable_mosaic.scf.yield"() : () -> ()
+    }, {
+    }) : (i1) -> ()
+    "stable_mosaic.func.return"() : () -> ()
+  }) {iteration_bounds = array<i64: 5>, scalar_prefetch = 0 : i64, sym_name = "main", window_params = []} : () -> ()
+}
+"""  # noqa: E501
+
+
+def call_of(body: str, declared_bytes: int | None = None) -> str:
     """Attributes of a call that holds this body."""
     encoded = base64.b64encode(body.encode()).decode()
-    return f'custom_call_target="tpu_custom_call", backend_config={{"custom_call_config":{{"body":"{encoded}"}}}}'  # noqa: E501
+    cost = f',"cost_estimate":{{"flops":"1","bytes_accessed":"{declared_bytes}"}}'
+    cost = "" if declared_bytes is None else cost
+    return f'custom_call_target="tpu_custom_call", backend_config={{"custom_call_config":{{"body":"{encoded}"{cost}}}}}'  # noqa: E501
 
 
 def test_the_work_of_a_body_times_its_grid():
@@ -81,6 +103,19 @@ def test_a_product_at_the_highest_precision_is_six():
     attribute = "precision = #tpu.contract_precision<fp32>"
     work = kernel_work(call_of(BODY.replace("PRECISION", attribute)))
     assert work.flops == 6 * 3 * 4 * 2 * 8 * 128 * 16
+
+
+@pytest.mark.parametrize(
+    ("declared", "blocks"), [(None, 10), (7 * 4096, 7), (3 * 4096, 5), (0, 5), (99 * 4096, 10)]
+)
+def test_what_a_branch_copies_is_what_the_kernel_says(declared, blocks):
+    """Never less than is copied without a branch, nor more than if all were taken."""
+    assert kernel_work(call_of(COPIES, declared)).bytes == blocks * 8 * 128 * 4
+
+
+def test_windows_are_counted_whatever_the_kernel_says():
+    body = BODY.replace("PRECISION", "transpose_lhs = false")
+    assert kernel_work(call_of(body, 1)) == kernel_work(call_of(body))
 
 
 def test_a_body_that_cannot_be_read_is_none():

@@ -1,5 +1,6 @@
 """The kernel that sums sorted values by row: interpreted, against float64, and as TPUs compile."""
 
+import math
 import re
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from stem_jax.kernels import row_sums
+from stem_jax.kernels import row_blocks, row_sums
 from stem_jax.kernels.row_blocks import VALUES, put_row_blocks
 from stem_jax.kernels.row_sums import RowOrder, put_sums_by_row, sum_by_row
 
@@ -119,3 +120,24 @@ def test_a_compiled_tpu_program_keeps_the_precision():
         text = compiled.as_text()
         assert "tpu_custom_call" in text
         assert not re.findall(r"\[5,2048,1024\]\S* (?:copy|fusion)\(", text)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("kind", ["distinct", "one row", "mixed", "long row"])
+def test_it_writes_no_more_than_it_says(kind, monkeypatch):
+    """Each block of rows once for each part of the columns: counted, against its own cost."""
+    written = []
+    make = pltpu.make_async_copy
+
+    def counted(rows, place, semaphore):
+        jax.debug.callback(lambda: written.append(rows.shape))
+        return make(rows, place, semaphore)
+
+    monkeypatch.setattr(row_blocks.pltpu, "make_async_copy", counted)
+    ranks = _ranks(kind, 2 * VALUES)
+    values = jnp.zeros((len(ranks), WIDTH), jnp.bfloat16)
+    into = jnp.zeros((1, -(-(ranks[-1] + 1) // 128) * 128, WIDTH))
+    jax.block_until_ready(put_row_blocks(into, jnp.int32(0), values, jnp.asarray(ranks)))
+    jax.effects_barrier()
+    said = row_blocks._cost(values, into).bytes_accessed
+    assert values.nbytes + sum(4 * math.prod(shape) for shape in written) == said

@@ -71,8 +71,20 @@ def put_row_blocks(
         grid_spec=grid,
         out_shape=jax.ShapeDtypeStruct(into_SxRxF.shape, into_SxRxF.dtype),
         input_output_aliases={4: 0},
+        cost_estimate=_cost(values_NxF, into_SxRxF),
         name="row_blocks",
     )(lasts_G, jnp.reshape(number, 1).astype(jnp.int32), ranks_1xN, values_NxF, into_SxRxF)
+
+
+def _cost(values_NxF: jax.Array, into_SxRxF: jax.Array) -> pl.CostEstimate:
+    """Values are read once, and what rows there can be of them or is room for, written once."""
+    (N, F), R = values_NxF.shape, into_SxRxF.shape[1]
+    rows = min(N, R) // _SIZE * _SIZE
+    return pl.CostEstimate(
+        flops=2 * (2 * _SIZE) * N * F,
+        transcendentals=0,
+        bytes_accessed=F * (N * values_NxF.dtype.itemsize + rows * into_SxRxF.dtype.itemsize),
+    )
 
 
 def _add(lasts, number, ranks, values, _, into, base, sums, rows, done, *, width: int):

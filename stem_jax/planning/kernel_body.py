@@ -3,7 +3,9 @@
 The compiler gives kernels no cycles. A call holds the kernel's program as MLIR bytecode: its grid,
 the windows that move between HBM and the chip, and what one grid step computes. A step counts
 whole, with the branches that a mask or a first step would skip, and a loop without constant bounds
-counts once.
+counts once. How often a branch copies is data, and what a kernel says that it moves (its
+`cost_estimate`) is believed of such copies alone: never less than all the others move, nor more
+than if every step took every branch.
 """
 
 import base64
@@ -12,6 +14,7 @@ import math
 import re
 
 _BODY = re.compile(r'"custom_call_config":\{"body":"([^"]+)"')
+_DECLARED = re.compile(r'"cost_estimate":\{[^{}]*"bytes_accessed":"(\d+)"')
 _SHAPED = re.compile(r"(?:vector|memref)<((?:\d+x)*)([a-z]+\d+)")
 _PREFIX = "stable_mosaic."
 # They name values, or move them between registers and the chip's memory: no vector arithmetic.
@@ -58,9 +61,12 @@ def kernel_work(attributes: str) -> KernelWork | None:
         work = _Work()
         work.add(main.regions[0].blocks[0], math.prod(grid))
         moved = _window_bytes(main, functions, grid)
-        return KernelWork(
-            work.flops, work.operations, None if moved is None else moved + work.copied
-        )
+        if moved is not None:
+            declared = _DECLARED.search(attributes)
+            most = moved + work.copied
+            least = most - work.copied_in_branches
+            moved = min(max(least, int(declared.group(1))), most) if declared else most
+        return KernelWork(work.flops, work.operations, moved)
 
 
 @dataclasses.dataclass
@@ -68,8 +74,9 @@ class _Work:
     flops: int = 0
     operations: int = 0
     copied: int = 0
+    copied_in_branches: int = 0
 
-    def add(self, block, times: int) -> None:
+    def add(self, block, times: int, branch: bool = False) -> None:
         """Adds what a block does in so many runs."""
         for op in block.operations:
             operation = op.operation
@@ -77,14 +84,16 @@ class _Work:
             if name in ("tpu.matmul", "vector.contract"):
                 self.flops += times * _matmul_flops(operation)
             elif name == "tpu.enqueue_dma":
-                self.copied += times * _bytes(operation.operands[0].type)
+                size = times * _bytes(operation.operands[0].type)
+                self.copied += size
+                self.copied_in_branches += size if branch else 0
             elif not operation.regions and not name.endswith(_MOVES):
                 sizes = [_elements(value.type) for value in _values(operation, name)]
                 self.operations += times * max(sizes, default=0)
             rounds = _rounds(operation) if name == "scf.for" else 1
             for region in operation.regions:
                 for inner in region.blocks:
-                    self.add(inner, times * rounds)
+                    self.add(inner, times * rounds, branch or name == "scf.if")
 
 
 def _values(operation, name: str):
