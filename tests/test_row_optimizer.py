@@ -14,7 +14,8 @@ from stem_jax.errors import InputError
 from stem_jax.run_checks import check_first_start
 from stem_jax.tables.coast_groups import GROUP_EDGES, group_edges, num_terms
 from stem_jax.tables.layout import TableLayout
-from stem_jax.tables.row_optimizer import RowBlock, RowOptimizer, catch_up
+from stem_jax.tables.row_coast import RowBlock, catch_up
+from stem_jax.tables.row_optimizer import RowOptimizer
 from stem_jax.tables.spec import TableSpec, TableState, logical, stored
 from stem_jax.tables.update_history import make_history
 

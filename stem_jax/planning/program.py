@@ -15,7 +15,8 @@ from stem_jax.model.attention import check_heads, resolve_backend
 from stem_jax.tables.block_sizes import BlockSizes, choose_sizes, expected_needs
 from stem_jax.tables.exchange import Exchange
 from stem_jax.tables.hops import owner_hops
-from stem_jax.tables.row_optimizer import RowBlock, adamw
+from stem_jax.tables.row_coast import RowBlock
+from stem_jax.tables.row_optimizer import adamw
 from stem_jax.tables.spec import TableSpec
 from stem_jax.training.report import placed_arrays
 from stem_jax.training.schedule import make_schedule

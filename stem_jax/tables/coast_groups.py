@@ -1,6 +1,6 @@
 """Into which groups of terms a row's coasting is cut, by the betas alone.
 
-A row coasts on mu / (a_j sqrt(v) + eps) with the weights b1^j, a_j = b2^(j/2) (`row_optimizer`). A
+A row coasts on mu / (a_j sqrt(v) + eps) with the weights b1^j, a_j = b2^(j/2) (`row_coast`). A
 group of terms has one a, which is exact for eps -> 0 and wrong where a_j sqrt(v) falls below eps
 inside the group: the closer b1 comes to sqrt(b2), the more of the coasting lies in late terms.
 """

@@ -7,41 +7,20 @@ dense_adamw     every row moves every step, as in the official code; the oracle 
 lazy_adamw      only the rows of a batch move; the others neither decay nor coast on momentum, so it
                 is another optimizer.
 deferred_adamw  only the rows of a batch are touched, and each first catches up on the k updates it
-                missed, so that it stands where dense AdamW would have brought it.
-
-A row last updated at s and read at t = s + k has coasted on its first moment m under its second
-moment v, both shrinking without a gradient:
-
-    m <- b1^k m,  v <- b2^k v
-    p <- p * prod(1 - lr_i wd) - sum_{j=1..k} c_j m / (a_j sqrt(v) + eps)
-    c_j = lr_{s+j} * prod_{i=s+j+1..t}(1 - lr_i wd) * b1^j / (1 - b1^{s+j})
-    a_j = sqrt(b2^j / (1 - b2^{s+j}))
-
-c_j and a_j are numbers per row. The terms are cut into a few groups; a group with the weight
-C = sum c_j gets the one a = C / sum(c_j / a_j), exact for eps -> 0. That takes one square root
-and one division per group and element, whatever k is.
+                missed (`row_coast`), so that it stands where dense AdamW would have brought it.
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 
+from stem_jax.kernels.row_passes import can_pass, read_rows, update_rows
 from stem_jax.parts import part
-from stem_jax.tables.coast_groups import group_edges, num_terms
+from stem_jax.tables.coast_groups import group_edges
+from stem_jax.tables.row_coast import Coast, RowBlock, coast_of, coasted
 from stem_jax.tables.spec import TableSpec, TableState
 from stem_jax.tables.update_history import UpdateHistory
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class RowBlock:
-    """Rows [S, O, F] with their slot variables, all float32, as of one update."""
-
-    rows: jax.Array
-    mu: jax.Array
-    nu: jax.Array
 
 
 def adamw(spec: TableSpec, block: RowBlock, gradient, learning_rate, step) -> RowBlock:
@@ -52,108 +31,22 @@ def adamw(spec: TableSpec, block: RowBlock, gradient, learning_rate, step) -> Ro
         learning_rate: scalar, of this update.
         step: scalar int32, the number of this update, from 1.
     """
+    return _adamw(spec, block, gradient, learning_rate, *_left(spec, step))
+
+
+def _adamw(spec: TableSpec, block: RowBlock, gradient, learning_rate, left_mu, left_nu) -> RowBlock:
     mu = spec.beta1 * block.mu + (1 - spec.beta1) * gradient
     nu = spec.beta2 * block.nu + (1 - spec.beta2) * gradient * gradient
-    step = step.astype(jnp.float32)
-    corrected = mu / (1 - spec.beta1**step)
-    scale = jnp.sqrt(nu / (1 - spec.beta2**step)) + spec.epsilon
+    corrected = mu / left_mu
+    scale = jnp.sqrt(nu / left_nu) + spec.epsilon
     decayed = block.rows * (1 - learning_rate * spec.weight_decay)
     return RowBlock(decayed - learning_rate * corrected / scale, mu, nu)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Coast:
-    """What catching up does to rows, as numbers of each row; [O] or, of a group of terms, [G, O].
-
-    weight, over: C and a of a group, see above. decay, mu, nu: factors of the row and its moments.
-    """
-
-    weight: jax.Array
-    over: jax.Array
-    decay: jax.Array
-    mu: jax.Array
-    nu: jax.Array
-
-
-def coast_of(
-    spec: TableSpec,
-    last_step_O: jax.Array,
-    step: jax.Array,
-    history: UpdateHistory,
-    edges: tuple[int, ...] | None = None,
-) -> Coast:
-    """From each row's last update to `step` completed updates; arguments as for `catch_up`."""
-    terms = num_terms(spec.beta1, spec.beta2)
-    edges = edges or group_edges(spec.beta1, spec.beta2)
-    terms_J = jnp.arange(1, terms + 1)
-    missed_O = step - last_step_O
-    update_OxJ = last_step_O[:, None] + terms_J
-    inside_OxJ = terms_J <= missed_O[:, None]
-    # Updates past `step` are masked; their number only has to exist.
-    update_OxJ = jnp.clip(update_OxJ, 1, jnp.maximum(step, 1))
-    j = terms_J.astype(jnp.float32)
-    exponent_OxJ = update_OxJ.astype(jnp.float32)
-    rate_OxJ = history.rates[update_OxJ - 1]
-    scale_OxJ = rate_OxJ * history.decay_between(update_OxJ, step)
-    scale_OxJ = jnp.where(inside_OxJ, scale_OxJ, 0.0) / _one_minus_power(spec.beta1, exponent_OxJ)
-    c_OxJ = scale_OxJ * spec.beta1**j
-    # One power of the ratio: b2^j alone leaves float32 long before the terms die out.
-    over_a_OxJ = scale_OxJ * jnp.sqrt(_one_minus_power(spec.beta2, exponent_OxJ))
-    over_a_OxJ *= (spec.beta1 / math.sqrt(spec.beta2)) ** j
-    weights, overs = [], []
-    for first, end in zip(edges, (*edges[1:], terms + 1), strict=True):
-        group = slice(first - 1, end - 1)
-        weight_O = jnp.sum(c_OxJ[:, group], axis=1)
-        over_a_O = jnp.sum(over_a_OxJ[:, group], axis=1)
-        weights.append(weight_O)
-        overs.append(weight_O / jnp.where(over_a_O > 0, over_a_O, 1.0))
-    missed = missed_O.astype(jnp.float32)
-    return Coast(
-        weight=jnp.stack(weights),
-        over=jnp.stack(overs),
-        decay=history.decay_between(last_step_O, step),
-        mu=spec.beta1**missed,
-        nu=spec.beta2**missed,
-    )
-
-
-def coasted(spec: TableSpec, block: RowBlock, coast: Coast) -> RowBlock:
-    """Rows [S, O, F] after their coast, without gradients."""
-    root = jnp.sqrt(block.nu)
-    moved = jnp.zeros_like(block.rows)
-    for weight_O, a_O in zip(coast.weight, coast.over, strict=True):
-        moved += weight_O[:, None] / (a_O[:, None] * root + spec.epsilon)
-    return RowBlock(
-        rows=block.rows * coast.decay[:, None] - moved * block.mu,
-        mu=block.mu * coast.mu[:, None],
-        nu=block.nu * coast.nu[:, None],
-    )
-
-
-def catch_up(
-    spec: TableSpec,
-    block: RowBlock,
-    last_step_O: jax.Array,
-    step: jax.Array,
-    history: UpdateHistory,
-    edges: tuple[int, ...] | None = None,
-) -> RowBlock:
-    """Brings rows from their last update to `step` completed updates, without gradients.
-
-    Args:
-        block: rows [S, O, F] as of `last_step_O`.
-        last_step_O: int32, the last update of each row; 0 for a row that never had one.
-        step: scalar int32, completed updates.
-        edges: first terms of the groups; None: `group_edges` of the betas. `range(1, n)` gives
-            every term its own.
-    """
-    return coasted(spec, block, coast_of(spec, last_step_O, step, history, edges))
-
-
-def _one_minus_power(beta: float, exponent: jax.Array) -> jax.Array:
-    """1 - beta^exponent without cancellation for beta near 1."""
-    return -jnp.expm1(exponent * math.log(beta)) if beta > 0 else jnp.ones_like(exponent)
+def _left(spec: TableSpec, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What of both moments an update, from 1, leaves to gradients: 1 - beta^step."""
+    step = step.astype(jnp.float32)
+    return 1 - spec.beta1**step, 1 - spec.beta2**step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,12 +58,14 @@ class RowOptimizer:
 
     edges: of the groups of terms, see `catch_up`. piece: rows of one vector that are worked on at a
     time; None for all rows and vectors. A few fit the fast memory of a TPU with all that is made of
-    them, so each is read once and written once.
+    them, so each is read once and written once. passes: rows are computed on by the kernel of
+    `row_passes` where it can; no bit depends on how many they are then.
     """
 
     spec: TableSpec
     edges: tuple[int, ...] | None = None
     piece: int | None = None
+    passes: bool = False
 
     @part("row_optimizer")
     def read(self, state: TableState, rows_O, step, history: UpdateHistory) -> RowBlock:
@@ -183,6 +78,15 @@ class RowOptimizer:
     @part("row_optimizer")
     def read_as(self, state: TableState, rows_O, step, history: UpdateHistory, dtype) -> jax.Array:
         """The rows alone of `read`, [S, O, F] in another dtype."""
+        if self._passes(state):
+            coast = self._coast(state, rows_O, step, history)
+
+            def now(rows, mu, nu, numbers):
+                return self._now(RowBlock(rows, mu, nu), self._coast_in(numbers)).rows
+
+            places_O = jnp.minimum(rows_O, state.last_step.shape[0] - 1)
+            arrays = state.rows, state.mu, state.nu
+            return read_rows(now, arrays, places_O, _columns(coast, len(rows_O)), dtype)
         if self._whole(rows_O):
             return self.read(state, rows_O, step, history).rows.astype(dtype)
         rows_O = jnp.minimum(rows_O, state.last_step.shape[0] - 1)
@@ -231,6 +135,25 @@ class RowOptimizer:
             kept = jax.tree.map(lambda fresh, before: jnp.where(keep, fresh, before), new, old)
             return TableState(kept.rows, kept.mu, kept.nu, last_step)
         arrays = state.rows, state.mu, state.nu
+        if self._passes(state):
+            coast = self._coast(state, rows_O, step, history)
+            scalars = scale, rate, *_left(self.spec, step + 1)
+
+            def updated(rows, mu, nu, gradient, numbers):
+                factor, *others = numbers[-len(scalars) :]
+                block = self._now(RowBlock(rows, mu, nu), self._coast_in(numbers))
+                block = _adamw(self.spec, block, gradient * factor, *others)
+                return block.rows, block.mu, block.nu
+
+            arrays = update_rows(
+                updated,
+                arrays,
+                jnp.minimum(rows_O, size - 1),
+                touched < size,
+                _columns(coast, len(rows_O), *scalars),
+                gradient_SxOxF,
+            )
+            return TableState(*arrays, last_step)
         if self._whole(rows_O):
             block = self.read(state, rows_O, step, history)
             block = adamw(self.spec, block, gradient_SxOxF * scale, rate, step + 1)
@@ -265,7 +188,26 @@ class RowOptimizer:
     def _coast(self, state: TableState, rows_O, step, history) -> Coast | None:
         if self.spec.optimizer != "deferred_adamw":
             return None
+        rows_O = jnp.minimum(rows_O, state.last_step.shape[0] - 1)
         return coast_of(self.spec, state.last_step[rows_O], step, history, self.edges)
+
+    def _passes(self, state: TableState) -> bool:
+        # Of a coast three besides the groups', of an update four.
+        return self.passes and can_pass(state.rows.shape[2], 2 * self._groups + 3 + 4)
+
+    @property
+    def _groups(self) -> int:
+        if self.spec.optimizer != "deferred_adamw":
+            return 0
+        return len(self.edges or group_edges(self.spec.beta1, self.spec.beta2))
+
+    def _coast_in(self, numbers: list[jax.Array]) -> Coast | None:
+        """The coast that `_columns` made numbers of."""
+        groups = self._groups
+        if not groups:
+            return None
+        weight, over, rest = numbers[:groups], numbers[groups : 2 * groups], numbers[2 * groups :]
+        return Coast(weight, over, *rest[:3])
 
     def _now(self, block: RowBlock, coast: Coast | None) -> RowBlock:
         return block if coast is None else coasted(self.spec, block, coast)
@@ -274,7 +216,7 @@ class RowOptimizer:
         """A piece's block [1, piece, F], and what cuts its part out of numbers by row."""
 
         def part_of(numbers):
-            axis = numbers.ndim - 1
+            axis = max(numbers.ndim - 2, 0)
             return jax.lax.dynamic_slice_in_dim(numbers, first, self.piece, axis)
 
         places = part_of(rows_O)
@@ -293,3 +235,13 @@ class RowOptimizer:
             return one_piece(found, vector, begin, begin + jnp.arange(self.piece) >= first)
 
         return jax.lax.fori_loop(0, self.spec.num_layers * pieces, one, found)
+
+
+def _columns(coast: Coast | None, number: int, *scalars) -> jax.Array:
+    """The coast's numbers, then some that all rows share: [O, K] float32."""
+    columns = [jnp.full((number, 1), scalar, jnp.float32) for scalar in scalars]
+    if coast is not None:
+        columns = [*coast.weight, *coast.over, coast.decay, coast.mu, coast.nu, *columns]
+    if not columns:
+        return jnp.zeros((number, 1), jnp.float32)
+    return jnp.concatenate(columns, axis=1)

@@ -265,7 +265,8 @@ class ShardedTable:
             return RowOptimizer(self.spec)
         width = self.spec.width // self.mesh.shape["tensor"]
         tiles = max(1, _CHIP_NUMBERS // width // _SUBLANES)
-        return RowOptimizer(self.spec, piece=tiles * _SUBLANES)
+        passes = way_on(self.mesh) == "blocks"
+        return RowOptimizer(self.spec, piece=tiles * _SUBLANES, passes=passes)
 
     @property
     def _state_specs(self) -> TableState:
