@@ -113,6 +113,7 @@ def test_the_browser_tells_what_is_wrong(browser, tmp_path):
     assert "violates the following Content Security Policy" in opened.console[0]
 
 
+@pytest.mark.long
 def test_a_browser_opens_the_page(folder_of, run, browser, tmp_path):
     workdir = folder_of("stem")
     (workdir / "editing").mkdir()

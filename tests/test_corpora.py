@@ -22,6 +22,7 @@ def pydoc():
     return documents, set(sys.modules) - before
 
 
+@pytest.mark.long
 def test_pydoc_is_megabytes_of_prose(pydoc):
     documents, _ = pydoc
     text = "\n".join(documents)
@@ -32,6 +33,7 @@ def test_pydoc_is_megabytes_of_prose(pydoc):
     assert sum(c.isascii() for c in text) / len(text) > 0.99
 
 
+@pytest.mark.long
 def test_pydoc_imports_no_module_it_documents(pydoc):
     _, imported = pydoc
     # Codecs to decode a file with; and what `sysconfig` looks its paths up in.

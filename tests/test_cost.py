@@ -30,6 +30,7 @@ def checks(tiny_config):
     return {(check.program, bool(check.stem_layers)): check for check in found}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stem", [False, True], ids=["dense", "stem"])
 @pytest.mark.parametrize("program", ["prefill", "decode", "training"])
 def test_formulas_are_within_two_percent_of_the_compiler(checks, program, stem):
@@ -38,6 +39,7 @@ def test_formulas_are_within_two_percent_of_the_compiler(checks, program, stem):
     assert check.matmul_ratio == pytest.approx(1, abs=0.02)
 
 
+@pytest.mark.long
 def test_a_table_saves_its_matmul(checks):
     # 128 tokens, two FLOPs for each number of the projection.
     saved = checks["prefill", False].compiled - checks["prefill", True].compiled

@@ -189,6 +189,7 @@ def test_chunks_bound_the_memory():
     assert chunked < textbook / 4 and chunked < whole / 4
 
 
+@pytest.mark.long
 @pytest.mark.optimized
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: no TPU compiler"
