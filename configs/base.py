@@ -44,6 +44,8 @@ def get_config() -> config_dict.ConfigDict:
     # Of the backbone's copies that a step reads; parameters and their moments are float32.
     config.model.param_dtype = "float32"
     config.model.compute_dtype = "float32"  # matmuls and activations: float32 or bfloat16
+    # Of the blocks' projections, on GPUs: none is compute_dtype; float8: e4m3, gradients in e5m2.
+    config.model.matmul_dtype = None
     # auto: splash on TPUs, tokamax on GPUs; chunked (of queries) there for what those do not take;
     # xla (all scores at once) on CPUs. cudnn: with a mask of all pairs.
     config.model.attention = "auto"

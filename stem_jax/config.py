@@ -33,6 +33,7 @@ _ADDED = {
     "train.compilation_cache": None,
     "train.init_from": None,
     "train.continue_from": None,
+    "model.matmul_dtype": None,
     "train.profile_steps": "none",
     "model.rope_scaling": "none",
     "model.rope_factor": 1.0,
@@ -75,6 +76,7 @@ class ModelConfig:
     init_base_std: float | None
     param_dtype: str
     compute_dtype: str
+    matmul_dtype: str | None
     attention: str
     remat: str
     scan_layers: bool

@@ -15,6 +15,7 @@ _CHOICES = {
     "model.init_std_factor": ("disabled", "current_depth", "global_depth", "dim_ratio"),
     "model.param_dtype": ("float32", "bfloat16"),
     "model.compute_dtype": ("float32", "bfloat16"),
+    "model.matmul_dtype": (None, "float8"),
     "model.attention": ("auto", "xla", "chunked", "cudnn", "tokamax", "splash"),
     "model.rope_scaling": ("none", "llama3", "yarn"),
     "model.remat": ("none", "full", "attention", "dots", "offload"),
@@ -81,7 +82,9 @@ def validate(config: "Config") -> None:
     """Raises InputError for the first value that cannot work; returns nothing otherwise."""
     for key, allowed in _CHOICES.items():
         if (value := _get(config, key)) not in allowed:
-            raise InputError(f"{key}={value!r} is unknown; choose one of {', '.join(allowed)}")
+            raise InputError(
+                f"{key}={value!r} is unknown; choose one of {', '.join(map(_word, allowed))}"
+            )
     _check_range(config, _AT_LEAST_ONE, lambda v: v >= 1, "at least 1")
     _check_range(config, _NOT_NEGATIVE, lambda v: v >= 0, "0 or more")
     _check_range(config, _POSITIVE, lambda v: 0 < v < math.inf, "more than 0")
@@ -95,6 +98,10 @@ def validate(config: "Config") -> None:
     _check_optimizer(config)
     _check_tables(config)
     _check_batch(config)
+
+
+def _word(choice: str | None) -> str:
+    return "none" if choice is None else choice
 
 
 def _get(config: "Config", key: str):

@@ -57,8 +57,10 @@ def checkpoint_fingerprint(
 ) -> str:
     """sha256 (hex) that tells checkpoints apart: by step, tokenizer, model and final norm."""
     # The kernel is this machine's, not the checkpoint's.
-    model = dataclasses.replace(config.model, attention="auto")
-    facts = [step, tokenizer.fingerprint, dataclasses.asdict(model)]
+    model = dataclasses.asdict(dataclasses.replace(config.model, attention="auto"))
+    # Fingerprints of before this key stay what they were.
+    model.pop("matmul_dtype")
+    facts = [step, tokenizer.fingerprint, model]
     digest = hashlib.sha256(json.dumps(facts, default=list).encode())
     digest.update(norm_D.astype(np.float32).tobytes())
     return digest.hexdigest()
@@ -197,6 +199,6 @@ def _reading_config(config: Config, resident_rows: int | None) -> Config:
         # Rows of dense AdamW never lag behind, like those of the lazy one, which may be offloaded.
         optimizer = tables.optimizer.replace("dense_adamw", "lazy_adamw")
         tables = dataclasses.replace(tables, resident_rows=resident_rows, optimizer=optimizer)
-    # The kernel it was trained with may not exist on this platform.
-    model = dataclasses.replace(config.model, attention="auto")
+    # The kernels it was trained with may not exist on this platform.
+    model = dataclasses.replace(config.model, attention="auto", matmul_dtype=None)
     return dataclasses.replace(config, tables=tables, model=model)

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from stem_jax.agreement import exchange
 from stem_jax.config import Config
 from stem_jax.errors import InputError
+from stem_jax.kernels import float8
 from stem_jax.mesh import BATCH_AXES, axis_size
 from stem_jax.model.attention import check_heads, resolve_backend
 from stem_jax.tables.coast_groups import MOST_TERMS, num_terms
@@ -81,6 +82,9 @@ def check_mesh(config: Config, mesh: Mesh, under_way: bool = False) -> None:
             rematerialisation that the compiler gets wrong.
     """
     _check_offload(config, mesh)
+    wanted = config.model.matmul_dtype
+    if wanted is not None and (reason := float8.missing(mesh.devices.flat[0])):
+        raise InputError(f"model.matmul_dtype={wanted} {reason}; set it to none")
     backend = resolve_backend(config.model, mesh, config.train.seq_len)
     if not (under_way and backend in ("xla", "chunked")):
         check_heads(config.model, mesh)

@@ -34,7 +34,9 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, factor: float, mesh: Mesh | None, *, rngs: nnx.Rngs):
         D, H, K, Dh = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
         std = config.init_base_std or D**-0.5
-        make = functools.partial(Linear, cut=3 * std, rngs=rngs)
+        make = functools.partial(
+            Linear, cut=3 * std, rngs=rngs, float8=config.matmul_dtype == "float8"
+        )
         self.q_proj = make((D, H * Dh), ("embed", "heads"), std)
         kv_axes = ("embed", "shared_kv_heads" if _devices_of_head(K, mesh) > 1 else "kv_heads")
         self.k_proj = make((D, K * Dh), kv_axes, std)

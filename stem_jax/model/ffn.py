@@ -1,5 +1,7 @@
 """The gated FFN; dense and STEM differ in where the up values come from, and nowhere else."""
 
+import functools
+
 import jax
 from flax import nnx
 
@@ -15,19 +17,13 @@ class GatedFFN(nnx.Module):
         in_std = config.init_base_std or D**-0.5
         out_std = (config.init_base_std or F**-0.5) / factor
         inward = ("embed", "ffn")
-        self.gate_proj = Linear((D, F), inward, in_std, 3 * in_std, rngs=rngs)
+        make = functools.partial(Linear, rngs=rngs, float8=config.matmul_dtype == "float8")
+        self.gate_proj = make((D, F), inward, in_std, 3 * in_std)
         dense = layer not in config.stem_layers
-        self.up_proj = Linear((D, F), inward, in_std, 3 * in_std, rngs=rngs) if dense else None
+        self.up_proj = make((D, F), inward, in_std, 3 * in_std) if dense else None
         # [D, F] like the others, so that the weight gradient turns the narrow operand and not the
         # [B, L, F] activations: on CPUs that turn cost a tenth of the step.
-        self.down_proj = Linear(
-            (D, F),
-            inward,
-            out_std,
-            3 * out_std,
-            rngs=rngs,
-            output_first=True,
-        )
+        self.down_proj = make((D, F), inward, out_std, 3 * out_std, output_first=True)
 
     def __call__(self, x_BxLxD: jax.Array, up_BxLxF: jax.Array | None) -> jax.Array:
         """Args: `up_BxLxF` are the rows of a STEM layer, None for a dense one."""

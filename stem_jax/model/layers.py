@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from stem_jax.kernels import float8
 from stem_jax.kernels.kept_names import projection
 from stem_jax.mesh import parameter_spec
 from stem_jax.parts import part
@@ -38,16 +39,24 @@ def _sampler(shape, std, cut, place):
 
 
 class Linear(nnx.Module):
-    """y = x W without bias; W is [in, out], or [out, in] with `output_first`."""
+    """y = x W without bias; W is [in, out], or [out, in] with `output_first`.
 
-    def __init__(self, shape, logical_axes, std, cut, *, rngs: nnx.Rngs, output_first=False):
+    float8: multiplies in it where x is by position, see `kernels.float8`.
+    """
+
+    def __init__(
+        self, shape, logical_axes, std, cut, *, rngs: nnx.Rngs, output_first=False, float8=False
+    ):
         value = truncated_normal(rngs.params(), shape, std, cut, logical_axes)
         self.kernel = nnx.Param(value, logical_axes=logical_axes)
         self.output_first = output_first
+        self.float8 = float8
 
     @part("block_matmuls")
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(x.dtype)
+        if self.float8:
+            return projection(float8.project(x, kernel, self.output_first))
         project = _project_back if self.output_first else _project
         return projection(project(x, kernel))
 

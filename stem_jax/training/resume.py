@@ -40,7 +40,7 @@ _CONTINUING = (
         """
         model.rope_theta model.rope_scaling model.rope_factor model.rope_original_len
         model.init_std_factor model.init_base_std tables.init_std
-        model.param_dtype model.compute_dtype
+        model.param_dtype model.compute_dtype model.matmul_dtype
         data.sources data.tokenizer data.tokenizer_path data.text_field data.format
         data.validation_fraction train.seed train.seq_len train.global_batch_size train.z_loss
         optimizer.clip_norm tables.clip_norm
