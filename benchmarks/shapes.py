@@ -1,10 +1,10 @@
 """A training step of the 350M and 1B shapes on one device, dense against STEM, interleaved.
 
-python -m benchmarks.shapes [--shape=350m|1b] [--stem-layers=1,4] [--rounds=5]
+python -m benchmarks.shapes [--shape=350m|1b] [--patterns=third,half] [--rounds=5]
 
-The shipped configurations with 32k tokens a step and no accumulation; `--stem-layers` fits the 1B
-tables to the memory there is. Each contestant makes `--steps` steps a turn, after one that
-compiles.
+The shipped configurations with 32k tokens a step and no accumulation; `--patterns` are choices of
+STEM layers, or the numbers of some, which fits the 1B tables to the memory there is. Each
+contestant makes `--steps` steps a turn, after one that compiles.
 """
 
 import argparse
@@ -24,21 +24,27 @@ from stem_jax.hardware import chip_of
 from stem_jax.model.cost import training_flops_per_token
 
 
-def contestants(config: Config) -> dict[str, Config]:
-    """Dense and STEM of a shape."""
+def contestants(shape: str, patterns: str | None) -> dict[str, Config]:
+    """Dense and STEM of a shape; STEM by pattern, where several are named."""
+    config = shape_config(shape, None)
     dense = dataclasses.replace(config.model, stem_layers="none")
-    return {"dense": dataclasses.replace(config, model=dense), "stem": config}
+    found = {"dense": dataclasses.replace(config, model=dense)}
+    if patterns is None:
+        return found | {"stem": config}
+    if patterns.replace(",", "").isdigit():
+        return found | {"stem": shape_config(shape, patterns)}
+    return found | {name: shape_config(shape, name) for name in patterns.split(",")}
 
 
 def main() -> None:
     """Runs the benchmark and prints one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=("cpu", "350m", "1b"), default="350m")
-    parser.add_argument("--stem-layers", help="as model.stem_layers; default: the shape's")
+    parser.add_argument("--patterns", help="of STEM layers; default: the shape's")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=5, help="of each contestant and round")
     args = parser.parse_args()
-    configs = contestants(shape_config(args.shape, args.stem_layers))
+    configs = contestants(args.shape, args.patterns)
     compile_seconds = {}
     runs = {}
     for name, config in configs.items():
@@ -55,7 +61,7 @@ def main() -> None:
         runs[name] = turn
     seconds = interleave(runs, args.rounds)
     chip = chip_of(jax.devices()[0])
-    result = {"shape": args.shape, "tokens_per_step": configs["stem"].tokens_per_step}
+    result = {"shape": args.shape, "tokens_per_step": configs["dense"].tokens_per_step}
     for name, config in configs.items():
         step_seconds = statistics.median(seconds[name]) / args.steps
         rate = config.tokens_per_step / step_seconds
@@ -65,10 +71,11 @@ def main() -> None:
             "tokens_per_second": round(rate),
             "mfu": None if chip is None else round(flops / chip.flops, 4),
             "first_step_seconds": compile_seconds[name],
+            "stem_layers": config.model.stem_layers,
         }
+        if name != "dense":
+            result[name]["over_dense"] = round(speed_ratio(seconds, name, "dense"), 4)
     result |= {
-        "stem_layers": configs["stem"].model.stem_layers,
-        "stem_over_dense": round(speed_ratio(seconds, "stem", "dense"), 4),
         "memory_gib": _peak_gib(),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,

@@ -11,6 +11,8 @@ from stem_jax import background
 # Compiles for a long time, as the thread of a training may, and ends meanwhile.
 PROGRAM = """
 import atexit, sys, time
+from stem_jax.cuda_plugin import hide_cuda_plugin
+hide_cuda_plugin()
 import jax, jax.numpy as jnp
 from stem_jax import background, cli
 from stem_jax.errors import InputError

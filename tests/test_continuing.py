@@ -199,6 +199,7 @@ def test_killed_it_resumes_bit_for_bit(continued, tmp_path, capfd):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.long
 def test_with_rows_in_host_memory_it_is_the_same_run(kept, continued, tmp_path):
     offloaded = tmp_path / "offloaded"
     main(flags_of(offloaded, kept, tables__resident_rows=384))

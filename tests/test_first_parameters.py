@@ -33,7 +33,7 @@ def test_a_seed_gives_the_parameters_that_it_gave(config):
         np.testing.assert_allclose(found[[0, -1]], [first, last], rtol=3e-7, err_msg=name)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("shape", [pytest.param((1, 1, 1), marks=pytest.mark.long), (2, 2, 2)])
 def test_the_bits_of_one_program_for_all_in_their_places(config, shape, device_mesh):
     mesh = device_mesh(shape)
     model = ModelDef(config, mesh)

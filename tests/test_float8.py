@@ -43,6 +43,7 @@ def test_products_and_gradients_are_near(output_first):
         assert 0 < np.max(error / size) < most
 
 
+@pytest.mark.long
 def test_the_loss_after_fifty_steps_is_that_of_bfloat16(train_step, make_batch):
     """A STEM and a dense block; of one batch, so that there is something to learn."""
     sizes = {"model.num_layers": 2, "model.stem_layers": (1,), "model.compute_dtype": "bfloat16"}

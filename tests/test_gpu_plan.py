@@ -115,6 +115,7 @@ _SMALL = {
 }
 
 
+@pytest.mark.long
 @needs_compiler
 def test_a_plan_for_hosts_of_gpus(tiny_config):
     """Rows and gradients of two hosts of one GPU; attention in chunks, which needs no tokamax."""

@@ -51,7 +51,7 @@ def test_groups_repeat_and_no_choice_is_smaller(tiny_config, kinds):
 @pytest.mark.parametrize(
     ("shape", "remat"),
     [
-        ((1, 1, 1), "full"),
+        pytest.param((1, 1, 1), "full", marks=pytest.mark.long),
         pytest.param((2, 2, 2), "full", marks=pytest.mark.long),
         pytest.param((2, 2, 2), "none", marks=pytest.mark.long),
         pytest.param((1, 1, 1), "none", marks=pytest.mark.long),

@@ -94,6 +94,7 @@ def test_a_trained_llama_says_the_same_here(llama, tmp_path):
     np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
 
 
+@pytest.mark.long
 def test_rows_are_means_of_up_projections(llama):
     imported = read_model("llama", llama)
     config = import_config(imported, BYTES, BASE_CONFIG, {"train.global_batch_size": "4"})
@@ -178,6 +179,7 @@ def test_conversion(llama, text, tmp_path, capsys):
     np.testing.assert_allclose(theirs, ours, atol=1e-4, rtol=0)
 
 
+@pytest.mark.long
 def test_without_training_the_tables(llama, text, tmp_path, capsys):
     more = [f"--calibration-text={text}", "--table-steps=0", "--calibration-tokens=600"]
     import_torch.main(_flags(llama, tmp_path / "stem", "--stem_layers=1", *more))

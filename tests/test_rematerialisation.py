@@ -129,6 +129,7 @@ def test_offloaded_results_go_to_the_hosts_memory(tiny_config):
     assert "pinned_host" not in function.trace(params).lower(lowering_platforms=("tpu",)).as_text()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("policy", ["attention", "offload"])
 def test_on_a_mesh_a_step_is_that_of_full(policy, train_step, make_batch):
     """Scanned groups with rows, micro-batches, all axes."""

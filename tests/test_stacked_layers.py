@@ -209,7 +209,7 @@ def test_a_new_run_begins_with_either(trained, train_step):
     for scan, (folder, saved) in trained.items():
         step = train_step((1, 1, 1), **(SIZES if scan else SCANNED))
         with Checkpointer(folder, read_only=True) as checkpoints:
-            origin = Origin(folder, checkpoints.info(2))
+            origin = Origin("train.init_from", folder, checkpoints.info(2))
         state, _ = begin_from(origin, step)
         assert state.params.keys() == set(step.model.state_names)
         found = by_layer(state.params, _numpy)

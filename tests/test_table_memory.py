@@ -132,7 +132,7 @@ needs_libtpu = pytest.mark.skipif(
 @pytest.mark.parametrize(
     "layers",
     [
-        pytest.param((0, 1), id="two vectors"),
+        pytest.param((0, 1), id="two vectors", marks=pytest.mark.long),
         pytest.param((1,), id="one vector", marks=pytest.mark.long),
     ],
 )

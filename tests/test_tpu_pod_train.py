@@ -75,6 +75,7 @@ def test_dead_worker_is_noticed_while_the_other_hangs(ready):
     assert len({tuple(start["argv"]) for start in ready.starts()}) == 1
 
 
+@pytest.mark.long
 def test_retries_end(ready):
     _, err = ready.train({"0": [75] * 3, "1": ["wait"] * 3}, "--retries=2", code=75)
     assert "no retry is left (--retries=2); the same command continues it" in err
@@ -135,6 +136,7 @@ def test_machines_that_are_not_to_be_had_at_once(ready):
     assert len(ready.called("queued-resources", "delete")) == 1
 
 
+@pytest.mark.long
 def test_machines_that_never_answer_are_made_again(ready):
     process = ready.start_training(
         {"0": ["deaf", "complete"], "1": ["deaf", "complete"]}, "--retries=1", "--silence=2"
