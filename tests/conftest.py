@@ -68,11 +68,11 @@ _TINY = {
 
 # The files that take longest, in seconds of CPU, begin.
 _LONGEST_FIRST = """
-evaluation_tasks run offload step exchange_hops import export offload_faults parity
-evaluation_processes earlier evaluation_scoring edit_measurement resharding row_optimizer
-generation checkpoint multihost model table_memory edit heads_kernel offloaded_generation loss
-layer_groups stop analyze prefetch origin offload_run work_folder embedding_dropout
-exported_generation patches exchange perplexity cost row_sums needle_model
+run tpu_pod_train offload step multihost earlier evaluation_processes exchange_hops import export
+offload_faults parity continuing stacked_layers evaluation_scoring edit_measurement resharding
+row_optimizer evaluation_tasks generation checkpoint model inference_mesh edit heads_kernel
+offloaded_generation loss stop analyze prefetch origin offload_run work_folder tpu_pod slurm
+embedding_dropout exported_generation patches exchange perplexity row_sums needle_model
 """.split()
 
 
