@@ -22,7 +22,7 @@ from stem_jax.completion import Completion, Progress
 from stem_jax.config import Config, ModelConfig
 from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
-from stem_jax.mesh import BATCH_AXES, axis_size, batch_sharding, replicated
+from stem_jax.mesh import BATCH_AXES, axis_size, batch_sharding, divided, replicated
 from stem_jax.model.cache import LayerCache, NewCache
 from stem_jax.model.transformer import Inputs
 from stem_jax.sampling import Sampling, sample
@@ -68,7 +68,7 @@ class Generator:
         self.tokenizer = tokenizer
         self._params = params
         self._rows = rows
-        self._model = ModelDef(self.config, mesh)
+        self._model = ModelDef(self.config, divided(mesh))
         self._shards = 1 if mesh is None else axis_size(mesh, BATCH_AXES)
         # Ids that decode to nothing are never drawn; mostly there are none.
         size = config.model.vocab_size

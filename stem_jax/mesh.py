@@ -117,6 +117,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def divided(mesh: Mesh | None) -> Mesh | None:
+    """The mesh, if it has several devices: on one, programs that know of none compile sooner."""
+    return None if mesh is None or mesh.size == 1 else mesh
+
+
 def constrain_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     """Pins the leading dimension of an activation to the batch axes, the others unsharded."""
     if mesh is None:

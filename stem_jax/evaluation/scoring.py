@@ -21,7 +21,7 @@ from stem_jax.evaluation.division import divide
 from stem_jax.evaluation.limits import check_batch_size
 from stem_jax.kernels.head_loss import head_loss
 from stem_jax.loading import LoadedRun
-from stem_jax.mesh import BATCH_AXES, axis_size, replicated
+from stem_jax.mesh import BATCH_AXES, axis_size, divided, replicated
 from stem_jax.model.attention import resolve_backend
 from stem_jax.model.transformer import Inputs, Transformer
 from stem_jax.training.state import ModelDef
@@ -59,7 +59,7 @@ class Scorer:
         # the weights first, a second copy of them.
         model = dataclasses.replace(run.config.model, remat="none", scan_layers=False)
         self._config = dataclasses.replace(run.config, model=model)
-        self._model = ModelDef(self._config, run.mesh)
+        self._model = ModelDef(self._config, divided(run.mesh))
         splash = resolve_backend(model, run.mesh) == "splash"
         self._smallest = _SMALLEST_SPLASH_BUCKET if splash else _SMALLEST_BUCKET
         self._whole = replicated(run.mesh)

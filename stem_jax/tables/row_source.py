@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from stem_jax.mesh import BATCH_AXES, axis_size, live_axes
+from stem_jax.mesh import BATCH_AXES, axis_size, divided, live_axes
 from stem_jax.tables.spec import TableSpec
 
 
@@ -88,7 +88,7 @@ class ResidentRows:
         of_each = keys_BxL.size // self.blocks
         inverse_BxL = (jnp.arange(keys_BxL.size, dtype=jnp.int32) % of_each).reshape(keys_BxL.shape)
         rows_U = self.spec.layout.rows_of(keys_BxL.reshape(-1))
-        if self.mesh is None:
+        if divided(self.mesh) is None:
             return self.rows[:, rows_U].astype(dtype), inverse_BxL
         take = jax.shard_map(
             lambda shard, rows: self._take(shard, rows).astype(dtype),
