@@ -44,16 +44,11 @@ TOLERANCE = dict.fromkeys(earlier.RUNS, 1e-5) | {"bfloat16": 0.05}
 STORE = FOLDER / "store"
 # These and their programs are another kind each; of two tokenizer.json, one is read here.
 LONG = ("offloaded", "dense", "bfloat16", "hf_words")
-# Those that go on in a quick run: that of TWENTY_BEFORE, with a tokenizer that was trained.
-QUICK = ("sentencepiece",)
 
 
-def _names(quick, names=tuple(earlier.RUNS)) -> list:
-    """Names of runs, those that are not quick marked as long."""
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.long) for name in names]
-
-
-NAMES = _names(earlier.RUNS.keys() - set(LONG))
+NAMES = [
+    pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in earlier.RUNS
+]
 
 
 def _losses(workdir: Path, key: str) -> dict[str, float]:
@@ -85,14 +80,13 @@ def _train(commands: dict[str, list[str]]) -> dict[str, str | None]:
 
 
 @pytest.fixture(scope="module")
-def trained(request, stopped, tmp_path_factory):
+def trained(stopped, tmp_path_factory):
     """Kept runs continued, and two that begin with what was kept: folder, failures by name."""
     folder = tmp_path_factory.mktemp("trained") / "runs"
     shutil.copytree(stopped, folder)
     # What is printed at the end would compile the decoding of each.
     silent = {"train__sample_prompt": ""}
-    names = list(earlier.RUNS) if request.config.getoption("--long") else QUICK
-    commands = {name: earlier.train_flags(name, folder / name, **silent) for name in names}
+    commands = {name: earlier.train_flags(name, folder / name, **silent) for name in earlier.RUNS}
     before = folder / TWENTY_BEFORE
     commands[TWENTY_BEFORE] = earlier.train_flags("sentencepiece", before, **silent)
     # A list of files is not in checkpoints of still earlier versions.
@@ -120,7 +114,8 @@ def _same_completions(found: list[dict], then: list[dict]) -> None:
     assert [{key: f[key] for key in t} for f, t in zip(found, then, strict=True)] == then
 
 
-@pytest.mark.parametrize("name", _names(QUICK))
+@pytest.mark.long
+@pytest.mark.parametrize("name", earlier.RUNS)
 def test_the_same_command_continues(name, trained, stopped):
     folder, failures = trained
     assert failures[name] is None, failures[name]
@@ -136,6 +131,7 @@ def test_the_same_command_continues(name, trained, stopped):
     assert after[LATER[0]] == pytest.approx(then["losses"][LATER[0]], rel=0, abs=1e-5)
 
 
+@pytest.mark.long
 def test_goes_on_for_twenty_steps_as_then(trained, stopped):
     """From format 2: a moment in the order of then would be off by some 1e-3 from step 228 on."""
     folder, failures = trained
@@ -152,6 +148,7 @@ def test_goes_on_for_twenty_steps_as_then(trained, stopped):
     np.testing.assert_allclose(found, list(then.values()), atol=1e-5, rtol=0)
 
 
+@pytest.mark.long
 def test_a_new_run_reads_an_earlier_store(trained):
     folder, failures = trained
     assert failures["store"] is None, failures["store"]
@@ -159,6 +156,7 @@ def test_a_new_run_reads_an_earlier_store(trained):
     assert len(_losses(folder / "store", "eval/loss")) == 1
 
 
+@pytest.mark.long
 def test_a_new_run_begins_with_an_earlier_one(trained):
     folder, failures = trained
     assert failures["origin"] is None, failures["origin"]
@@ -173,7 +171,8 @@ def test_a_run_completes_as_then(name, stopped, capsys):
     _same_completions(_completion(capsys, stopped / name, prompts), then)
 
 
-@pytest.mark.parametrize("name", _names(QUICK, ("sentencepiece", "hf", "hf_words", "bytes")))
+@pytest.mark.long
+@pytest.mark.parametrize("name", ("sentencepiece", "hf", "hf_words", "bytes"))
 def test_a_continued_run_has_the_tokenizer_of_then(name, trained):
     folder, _ = trained
     tokenizer = load_tokenizer_folder(folder / name / "tokenizer")

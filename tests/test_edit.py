@@ -60,6 +60,7 @@ def test_an_edit_is_shown_and_saved(workdir, tmp_path, capsys):
     assert digests(workdir) == before
 
 
+@pytest.mark.long
 def test_generate_reads_patches(workdir, patch_path, capsys):
     argv = [f"--workdir={workdir}", f"--prompt={PROMPT}", "--greedy", "--max-new-tokens=8"]
     texts = []

@@ -257,6 +257,7 @@ def _run(monkeypatch, capsys, *flags):
     return status, *capsys.readouterr()
 
 
+@pytest.mark.long
 def test_the_entry_point_writes_a_table_and_json(small_folder, tmp_path, monkeypatch, capsys):
     out = tmp_path / "new" / "tasks.json"
     flags = [f"--workdir={small_folder}", f"--tasks={TASKS}", "--limit=2", "--batch-size=4"]

@@ -161,6 +161,7 @@ def test_there_and_back(kind, trained, tmp_path, capsys):
     assert len(texts[0]) > len("one\n")
 
 
+@pytest.mark.long
 def test_a_new_run_begins_with_it(trained, tmp_path):
     out = _export("hf", trained, tmp_path / "out")
     again = _import("hf", out, tmp_path / "again", "--config.tables.pad_multiple=32")

@@ -197,6 +197,7 @@ def test_without_training_the_tables(llama, text, tmp_path, capsys):
     np.testing.assert_allclose(rows, alone, atol=1e-5, rtol=0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("more", "status", "message"),
     [

@@ -28,6 +28,7 @@ def found(run_folder):
     return json.loads((run_folder / "evaluation" / "niah.json").read_text())
 
 
+@pytest.mark.long
 def test_it_finds_over_nine_in_ten_within_its_context(found):
     assert found["context"] == 256
     assert [table["keys"] for table in found["tables"]] == [1, 2]
@@ -38,6 +39,7 @@ def test_it_finds_over_nine_in_ten_within_its_context(found):
         assert table["strict_mean"] > 0.9
 
 
+@pytest.mark.long
 def test_the_heatmap_shows_what_was_found(found, run_folder):
     path = run_folder / "evaluation" / "niah.png"
     assert_is_heatmap(path, [table["accuracy"] for table in found["tables"]])

@@ -204,7 +204,7 @@ def test_a_batch_that_does_not_divide_is_refused():
             pytest.param(name, 1, marks=pytest.mark.long)
             for name in ("v4:2x2x1", "v5e:2x2", "v6e:2x2")
         ],
-        ("v5p:2x2x1", 2),
+        pytest.param("v5p:2x2x1", 2, marks=pytest.mark.long),
     ],
 )
 def test_a_plan_for_tpus(name, slices, tiny_config):
