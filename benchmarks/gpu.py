@@ -1,4 +1,4 @@
-"""What one GPU is measured with, in order of worth; ten minutes are enough.
+"""What one GPU is measured with, in order of worth, in ten minutes at most.
 
 python -m benchmarks.gpu FOLDER [--only=checks,shapes_350m] [--dry-run]
 
@@ -31,6 +31,8 @@ _TOY = {
     "profile": "--config=configs/tiny.py --config.train.steps=6 --config.train.profile_steps=3-4",
     "plan_350m": "--config=configs/tiny.py --topology=cpu:1",
 }
+# Of all items together; what comes too late is not begun.
+_SECONDS = 600
 # Dry runs are about what works, on machines that may be slow.
 _PATIENCE = 10
 
@@ -94,12 +96,16 @@ def items(memory_mib: int) -> list[Item]:
     ]
 
 
-def run_item(item: Item, folder: Path, dry_run: bool) -> dict[str, Any]:
-    """Runs an item to its end or its limit.
+def run_item(item: Item, folder: Path, dry_run: bool, left: float) -> dict[str, Any]:
+    """Runs an item to its end, its limit, or for the seconds that are left.
 
     Returns:
-        `status` (ok, failed, out of time), `seconds`, and `result`, the JSON that it printed.
+        `status` (ok, failed, out of time, not begun), `seconds`, and `result`, the JSON that it
+        printed.
     """
+    if left <= 0:
+        (folder / f"{item.name}.err").write_text("no time was left\n")
+        return {"status": "not begun", "seconds": 0.0}
     flags = (_TOY[item.name] if dry_run else item.flags).split()
     if item.module == "stem_jax.train":
         flags.append(f"--workdir={folder / item.name}")
@@ -110,7 +116,8 @@ def run_item(item: Item, folder: Path, dry_run: bool) -> dict[str, Any]:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
     }
     out, errors = folder / f"{item.name}.json", folder / f"{item.name}.err"
-    limit, start = item.seconds * (_PATIENCE if dry_run else 1), time.monotonic()
+    limit = min(left, item.seconds * (_PATIENCE if dry_run else 1))
+    start = time.monotonic()
     with open(out, "w") as stdout, open(errors, "w") as stderr:
         process = subprocess.Popen(
             [sys.executable, "-m", item.module, *flags],
@@ -174,10 +181,11 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     folder = args.folder.resolve()
     found = {}
+    end = time.monotonic() + _SECONDS * (_PATIENCE if args.dry_run else 1)
     for item in every:
         if item.name not in wanted:
             continue
-        found[item.name] = run_item(item, folder, args.dry_run)
+        found[item.name] = run_item(item, folder, args.dry_run, end - time.monotonic())
         # After each, so that what was measured is there whatever ends this.
         (folder / "summary.json").write_text(json.dumps(found, indent=2) + "\n")
         (folder / "rows.md").write_text(table(found))
@@ -186,7 +194,7 @@ def main() -> None:
         if outcome["status"] != "ok":
             last = (folder / f"{item.name}.err").read_text(errors="replace").splitlines()[-8:]
             print("\n".join(line[:400] for line in last), flush=True)
-    sys.exit(any(outcome["status"] != "ok" for outcome in found.values()))
+    sys.exit(int(any(outcome["status"] != "ok" for outcome in found.values())))
 
 
 if __name__ == "__main__":

@@ -67,11 +67,22 @@ def test_an_item_that_fails_or_hangs_does_not_stop_the_next(modules, tmp_path, m
         pytest.fail("the child of a stopped item lives on")
 
 
-def test_all_items_together_take_ten_minutes_and_a_little(monkeypatch):
-    every = gpu.items(80_000)
-    # Limits; what an item takes is less.
-    assert sum(item.seconds for item in every) <= 900
-    assert {item.name for item in every} == set(gpu._TOY)
+def test_together_they_end_when_the_time_is_over(modules, tmp_path, monkeypatch):
+    made = [
+        gpu.Item("waits", 60, modules["waits"], ""),
+        gpu.Item("prints", 60, modules["prints"], ""),
+    ]
+    monkeypatch.setattr(gpu, "items", lambda memory: made)
+    monkeypatch.setattr(gpu, "_SECONDS", 3)
+    monkeypatch.setattr(sys, "argv", ["gpu", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="1"):
+        gpu.main()
+    found = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [outcome["status"] for outcome in found.values()] == ["out of time", "not begun"]
+
+
+def test_every_item_has_a_small_form_and_names_are_known(monkeypatch):
+    assert {item.name for item in gpu.items(80_000)} == set(gpu._TOY)
     monkeypatch.setattr(sys, "argv", ["gpu", "x", "--only=nonsense"])
     with pytest.raises(SystemExit, match="2"):
         gpu.main()
