@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from configs.base import get_config
-from stem_jax.config import build
+from stem_jax.config_file import build
 from stem_jax.mesh import make_mesh
 from stem_jax.model.attention import attend, resolve_backend
 from stem_jax.planning import gpus, hlo

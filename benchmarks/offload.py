@@ -23,7 +23,8 @@ import numpy as np
 
 from benchmarks.interleave import interleave, speed_ratio
 from benchmarks.train_step import bench_config, random_params, zipf_tokens
-from stem_jax.config import Config, load_config
+from stem_jax.config import Config
+from stem_jax.config_file import load_config
 from stem_jax.mesh import make_mesh
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.prefetch import Prefetch

@@ -27,7 +27,7 @@ from stem_jax.model.cost import training_flops_per_token
 def contestants(shape: str, patterns: str | None) -> dict[str, Config]:
     """Dense and STEM of a shape; STEM by pattern, where several are named."""
     config = shape_config(shape, None)
-    dense = dataclasses.replace(config.model, stem_layers="none")
+    dense = dataclasses.replace(config.model, stem_layers=())
     found = {"dense": dataclasses.replace(config, model=dense)}
     if patterns is None:
         return found | {"stem": config}

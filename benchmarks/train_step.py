@@ -20,7 +20,8 @@ import numpy as np
 
 from benchmarks.interleave import interleave, ratio_range, speed_ratio
 from configs.base import get_config as base_config
-from stem_jax.config import Config, build
+from stem_jax.config import Config
+from stem_jax.config_file import build
 from stem_jax.mesh import make_mesh
 from stem_jax.training.schedule import make_schedule
 from stem_jax.training.state import ModelDef, Params, init_state

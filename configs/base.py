@@ -61,7 +61,7 @@ def get_config() -> config_dict.ConfigDict:
     # deferred_adamw: dense AdamW's meaning at the cost of the rows in a batch; dense_adamw: every
     # row moves every step, as published; lazy_adamw: only rows in a batch move, another optimizer.
     config.tables.optimizer = "deferred_adamw"
-    config.tables.param_dtype = "float32"  # bfloat16 would need stochastic rounding: refused
+    config.tables.row_format = "float32"  # bfloat16 would need stochastic rounding: refused
     config.tables.lr_multiplier = 1.0  # times optimizer.learning_rate
     config.tables.weight_decay = None  # None: optimizer.weight_decay
     config.tables.clip_norm = 1.0  # global norm over all tables, apart from the backbone's

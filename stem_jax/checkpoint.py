@@ -43,6 +43,7 @@ from stem_jax.checkpoint_tables import (
     table_targets,
 )
 from stem_jax.config import Config
+from stem_jax.config_file import config_from_json
 from stem_jax.data.special_tokens import SpecialTokens
 from stem_jax.errors import InputError
 from stem_jax.files import write_whole
@@ -354,7 +355,7 @@ class Checkpointer:
 
     def _config(self, step: int, raw: dict[str, Any]) -> Config:
         try:
-            return Config.from_json(json.dumps(raw))
+            return config_from_json(json.dumps(raw))
         except InputError as error:
             raise InputError(
                 f"checkpoint {self.folder / str(step)} was written by another version of stem_jax, "

@@ -1,90 +1,45 @@
 """The configuration: ConfigDict outside, frozen dataclasses inside, a closed world in between.
 
-`configs/base.py` declares every key with its unit and default. `load_config` reads a config file,
-applies overrides and builds the dataclasses once; a key that one side has and the other has not is
-an error. Derived sizes (head_dim, the STEM layer indices) are resolved here and nowhere else.
+`configs/base.py` declares every key with its unit and default, the dataclasses its type and what
+changing it means (`config_keys`). Values are resolved: `config_file` makes them of what is written.
 """
 
-import ast
 import dataclasses
-import difflib
+import functools
 import json
-import types
 import typing
-from pathlib import Path
 from typing import Any
 
-from stem_jax.config_checks import validate
-from stem_jax.config_file import read_config_file
-from stem_jax.errors import InputError
-from stem_jax.storage import local_path
-
-_STEM_PATTERNS = {
-    "none": lambda n: (),
-    "third": lambda n: tuple(range(1, n, 3)),
-    "half": lambda n: tuple(range(1, n, 2)),
-    "all_but_first": lambda n: tuple(range(1, n)),
-    "all": lambda n: tuple(range(n)),
-}
-
-# Keys that texts written by earlier versions lack, with what held before they existed.
-_ADDED = {
-    "train.step_timeout": None,
-    "train.compilation_cache": None,
-    "train.init_from": None,
-    "train.continue_from": None,
-    "model.matmul_dtype": None,
-    "train.profile_steps": "none",
-    "model.rope_scaling": "none",
-    "model.rope_factor": 1.0,
-    "model.rope_original_len": None,
-    "model.token_embedding_dropout": 0.0,
-    "data.text_field": "text",
-    "data.format": "auto",
-}
-
-# Keys that name files or folders; the sources of data are read by `data.sources.parse_sources`.
-_PATHS = (
-    "data.folder",
-    "data.tokenizer_path",
-    "train.init_from",
-    "train.continue_from",
-    "train.compilation_cache",
-)
+from stem_jax.config_keys import Key, Role, key
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shape and numerics of the backbone. `stem_layers` is resolved to layer indices."""
+    """Shape and numerics of the backbone. stem_layers: their indices."""
 
-    vocab_size: int
-    embed_dim: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int | None
-    ffn_dim: int
-    stem_layers: str | tuple[int, ...]
-    tie_embeddings: bool
-    token_embedding_dropout: float
-    norm_eps: float
-    rope_theta: float
-    rope_scaling: str
-    rope_factor: float
-    rope_original_len: int | None
-    init_std_factor: str
-    init_base_std: float | None
-    param_dtype: str
-    compute_dtype: str
-    matmul_dtype: str | None
-    attention: str
-    remat: str
-    scan_layers: bool
-
-    def __post_init__(self):
-        object.__setattr__(self, "stem_layers", _stem_layers(self.stem_layers, self.num_layers))
-        if self.head_dim is None and self.num_heads > 0 and self.embed_dim % self.num_heads == 0:
-            object.__setattr__(self, "head_dim", self.embed_dim // self.num_heads)
+    vocab_size: int = key(Role.SHAPE)
+    embed_dim: int = key(Role.SHAPE)
+    num_layers: int = key(Role.SHAPE)
+    num_heads: int = key(Role.SHAPE)
+    num_kv_heads: int = key(Role.SHAPE)
+    head_dim: int = key(Role.SHAPE, written=int | None)
+    ffn_dim: int = key(Role.SHAPE)
+    stem_layers: tuple[int, ...] = key(Role.SHAPE, written=str | tuple[int, ...])
+    tie_embeddings: bool = key(Role.SHAPE)
+    token_embedding_dropout: float = key(Role.SHAPE, before=0.0)
+    norm_eps: float = key(Role.FIXED)
+    rope_theta: float = key(Role.CONTINUED)
+    rope_scaling: str = key(Role.CONTINUED, before="none")
+    rope_factor: float = key(Role.CONTINUED, before=1.0)
+    rope_original_len: int | None = key(Role.CONTINUED, before=None)
+    init_std_factor: str = key(Role.CONTINUED)
+    init_base_std: float | None = key(Role.CONTINUED)
+    param_dtype: str = key(Role.CONTINUED)
+    compute_dtype: str = key(Role.CONTINUED)
+    matmul_dtype: str | None = key(Role.CONTINUED, before=None)
+    attention: str = key(Role.HARMLESS)
+    remat: str = key(Role.HARMLESS)
+    scan_layers: bool = key(Role.HARMLESS)
 
     @property
     def num_stem_layers(self) -> int:
@@ -96,101 +51,101 @@ class ModelConfig:
 class TablesConfig:
     """How the STEM tables are stored, sharded and updated."""
 
-    optimizer: str
-    param_dtype: str
-    lr_multiplier: float
-    weight_decay: float | None
-    clip_norm: float
-    init_std: float | None
-    vocab_axes: tuple[str, ...]
-    capacity: int | None
-    pad_multiple: int
-    resident_rows: int | None
-    prefetch: int
-    cache_policy: str
+    optimizer: str = key(Role.FIXED)
+    row_format: str = key(Role.FIXED, formerly="tables.param_dtype")
+    lr_multiplier: float = key(Role.FIXED)
+    weight_decay: float | None = key(Role.FIXED)
+    clip_norm: float = key(Role.CONTINUED)
+    init_std: float | None = key(Role.CONTINUED)
+    vocab_axes: tuple[str, ...] = key(Role.HARMLESS)
+    capacity: int | None = key(Role.HARMLESS)
+    pad_multiple: int = key(Role.SHAPE)
+    resident_rows: int | None = key(Role.HARMLESS)
+    prefetch: int = key(Role.HARMLESS)
+    cache_policy: str = key(Role.HARMLESS)
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where the tokens come from."""
 
-    sources: str
-    tokenizer: str
-    tokenizer_path: str | None
-    text_field: str
-    format: str
-    validation_fraction: float
-    folder: str | None
+    sources: str = key(Role.CONTINUED)
+    tokenizer: str = key(Role.CONTINUED)
+    tokenizer_path: str | None = key(Role.CONTINUED, path=True)
+    text_field: str = key(Role.CONTINUED, before="text")
+    format: str = key(Role.CONTINUED, before="auto")
+    validation_fraction: float = key(Role.CONTINUED)
+    folder: str | None = key(Role.HARMLESS, path=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices per mesh axis; at most one axis is -1 (all that the others leave)."""
 
-    data: int
-    fsdp: int
-    tensor: int
-    max_replicated_mib: float
+    data: int = key(Role.HARMLESS)
+    fsdp: int = key(Role.HARMLESS)
+    tensor: int = key(Role.HARMLESS)
+    max_replicated_mib: float = key(Role.HARMLESS)
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW and its learning-rate schedule."""
 
-    learning_rate: float
-    schedule: str
-    schedule_steps: int | None
-    warmup_steps: int
-    min_lr_ratio: float
-    decay_fraction: float
-    cycle_length: float
-    cosine_theta: float
-    inv_sqrt_exponent: float
-    beta1: float
-    beta2: float
-    epsilon: float
-    weight_decay: float
-    decay_mask: str
-    clip_norm: float
+    learning_rate: float = key(Role.SCHEDULE)
+    schedule: str = key(Role.SCHEDULE)
+    schedule_steps: int | None = key(Role.SCHEDULE)
+    warmup_steps: int = key(Role.SCHEDULE)
+    min_lr_ratio: float = key(Role.SCHEDULE)
+    decay_fraction: float = key(Role.SCHEDULE)
+    cycle_length: float = key(Role.SCHEDULE)
+    cosine_theta: float = key(Role.SCHEDULE)
+    inv_sqrt_exponent: float = key(Role.SCHEDULE)
+    beta1: float = key(Role.FIXED)
+    beta2: float = key(Role.FIXED)
+    epsilon: float = key(Role.FIXED)
+    weight_decay: float = key(Role.FIXED)
+    decay_mask: str = key(Role.FIXED)
+    clip_norm: float = key(Role.CONTINUED)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Length and batching of a run."""
 
-    steps: int
-    global_batch_size: int
-    micro_batches: int
-    seq_len: int
-    seed: int
-    z_loss: float
-    loss_chunk: int | None
-    max_bad_steps: int
-    log_every: int
-    profile_steps: str
-    step_timeout: float | None
-    compilation_cache: str | None
-    init_from: str | None
-    continue_from: str | None
-    sample_prompt: str
-    sample_tokens: int
+    steps: int = key(Role.SCHEDULE)
+    global_batch_size: int = key(Role.CONTINUED)
+    micro_batches: int = key(Role.HARMLESS)
+    seq_len: int = key(Role.CONTINUED)
+    seed: int = key(Role.CONTINUED)
+    z_loss: float = key(Role.CONTINUED)
+    loss_chunk: int | None = key(Role.HARMLESS)
+    max_bad_steps: int = key(Role.HARMLESS)
+    log_every: int = key(Role.HARMLESS)
+    profile_steps: str = key(Role.HARMLESS, before="none")
+    step_timeout: float | None = key(Role.HARMLESS, before=None)
+    compilation_cache: str | None = key(Role.HARMLESS, before=None, path=True)
+    init_from: str | None = key(Role.START, before=None, path=True)
+    continue_from: str | None = key(Role.START, before=None, path=True)
+    sample_prompt: str = key(Role.HARMLESS)
+    sample_tokens: int = key(Role.HARMLESS)
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """Validation during and after training."""
 
-    every: int
-    max_batches: int | None
-    baselines: bool
+    every: int = key(Role.HARMLESS)
+    max_batches: int | None = key(Role.HARMLESS)
+    baselines: bool = key(Role.HARMLESS)
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """When checkpoints are written and which are kept."""
 
-    every: int
-    keep: int
+    every: int = key(Role.HARMLESS)
+    keep: int = key(Role.HARMLESS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,139 +191,33 @@ class Config:
         own = self.tables.init_std
         return (2.0 / fan_sum) ** 0.5 if own is None else own
 
+    def value(self, name: str) -> Any:
+        """Of a key "section.name"."""
+        section, _, field = name.partition(".")
+        return getattr(getattr(self, section), field)
+
     def to_json(self) -> str:
-        """The resolved configuration as JSON, keys sorted; `from_json` reads it back."""
+        """As JSON, keys sorted; `config_file.config_from_json` reads it back."""
         raw = dataclasses.asdict(self)
         raw["model"]["stem_layers"] = self.model.stem_layers or "none"
         return json.dumps(raw, indent=2, sort_keys=True) + "\n"
 
-    @classmethod
-    def from_json(cls, text: str) -> "Config":
-        """Builds a configuration from `to_json`'s text; raises InputError on unknown keys."""
-        raw = json.loads(text)
-        for key, value in _ADDED.items():
-            section, name = key.split(".")
-            raw.get(section, {}).setdefault(name, value)
-        return build(raw)
+
+@functools.cache
+def declared_keys() -> dict[str, Key]:
+    """All keys, "section.name", in their order."""
+    return {
+        f"{section}.{field.name}": field.metadata["key"]
+        for section, cls in typing.get_type_hints(Config).items()
+        for field in dataclasses.fields(cls)
+    }
 
 
-def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> Config:
-    """Reads a config file (a Python file with `get_config()`), applies overrides and validates.
-
-    Args:
-        path: the file, as in `--config=configs/tiny.py`.
-        overrides: {"section.key": text}, as in `--config.train.steps=5`.
-
-    Raises:
-        InputError: missing file, unknown key, wrong type, or sizes that do not fit together.
-    """
-    raw = read_config_file(Path(path))
-    for key, text in (overrides or {}).items():
-        section, _, name = key.partition(".")
-        if section not in raw or name not in raw[section]:
-            raise InputError(_unknown_key(key, [f"{s}.{k}" for s in raw for k in raw[s]]))
-        declared = typing.get_type_hints(typing.get_type_hints(Config)[section])
-        raw[section][name] = _parse_override(text, declared.get(name))
-    config = build(raw)
-    for key in _PATHS:
-        section, name = key.split(".")
-        value = getattr(getattr(config, section), name)
-        if value is not None:
-            local_path(value, key)
-    return config
+def keys_of(*roles: Role) -> list[str]:
+    """The keys of these roles, in their order."""
+    return [name for name, key in declared_keys().items() if key.role in roles]
 
 
-def build(raw: dict[str, dict[str, Any]]) -> Config:
-    """Builds and validates the dataclasses from nested plain values."""
-    sections = typing.get_type_hints(Config)
-    _same_keys(raw, sections, prefix="")
-    built = {}
-    for section, cls in sections.items():
-        hints = typing.get_type_hints(cls)
-        _same_keys(raw[section], hints, prefix=f"{section}.")
-        values = {
-            name: _coerce(f"{section}.{name}", raw[section][name], hint)
-            for name, hint in hints.items()
-        }
-        built[section] = cls(**values)
-    model = built["model"]
-    if raw["model"]["stem_layers"] != "none" and not model.stem_layers and model.num_layers > 0:
-        raise InputError('model.stem_layers is empty; write "none" for a dense model')
-    config = Config(**built)
-    validate(config)
-    return config
-
-
-def _stem_layers(value: str | tuple[int, ...], num_layers: int) -> tuple[int, ...]:
-    if isinstance(value, str):
-        if value in _STEM_PATTERNS:
-            return _STEM_PATTERNS[value](num_layers)
-        value = value.strip("()[] ")
-        try:
-            value = tuple(int(part) for part in value.split(",") if part.strip())
-        except ValueError:
-            raise InputError(
-                f"model.stem_layers={value!r} is neither one of {', '.join(_STEM_PATTERNS)} nor "
-                "comma-separated layer indices such as 1,3"
-            ) from None
-    return tuple(value)
-
-
-def _unknown_key(key: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}?" if close else "configs/base.py lists every key"
-    return f"unknown config key {key}; {hint}"
-
-
-def _same_keys(raw: dict, declared: dict, prefix: str) -> None:
-    for key in raw:
-        if key not in declared:
-            raise InputError(_unknown_key(prefix + key, [prefix + name for name in declared]))
-    for key in declared:
-        if key not in raw:
-            raise InputError(f"config key {prefix}{key} is missing; configs/base.py declares it")
-
-
-def _parse_override(text: str, hint: Any) -> Any:
-    """The value that a text on the command line stands for, as `_coerce` takes it."""
-    # 2026_11 is the name of a folder and 1.10 a prompt, where a text is wanted.
-    if hint == str | None and text.lower() == "none":
-        return None
-    if hint in (str, str | None):
-        return text
-    words = {"true": True, "false": False, "none": None}
-    if text.lower() in words and text != "none":
-        return words[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
-def _coerce(key: str, value: Any, hint: Any) -> Any:
-    """Returns `value` as the declared type, or raises InputError naming the key and the type."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if type(None) in options and (value is None or value == "none"):
-        return None
-    for option in options:
-        if typing.get_origin(option) is tuple:
-            item = typing.get_args(option)[0]
-            if isinstance(value, str) and str not in options:
-                value = tuple(part.strip() for part in value.strip("()[]").split(",") if part)
-            if isinstance(value, int) and item is int and not isinstance(value, bool):
-                value = (value,)
-            if isinstance(value, list | tuple) and all(type(v) is item for v in value):
-                return tuple(value)
-        elif option is float and type(value) in (int, float):
-            return float(value)
-        elif type(value) is option:
-            return value
-        elif (
-            option is str
-            and type(value) in (int, float)
-            and tuple not in map(typing.get_origin, options)
-        ):
-            # An override such as --config.train.sample_prompt=42 is a text all the same.
-            return str(value)
-    names = " or ".join(getattr(o, "__name__", str(o)).replace("NoneType", "none") for o in options)
-    raise InputError(f"{key}={value!r} is a {type(value).__name__}; it must be {names}")
+def differing_keys(one: Config, other: Config) -> list[str]:
+    """Keys whose values differ."""
+    return [name for name in declared_keys() if one.value(name) != other.value(name)]

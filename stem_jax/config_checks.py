@@ -4,12 +4,9 @@ Each check names the value, the field and the remedy.
 """
 
 import math
-import typing
 
+from stem_jax.config import Config
 from stem_jax.errors import InputError
-
-if typing.TYPE_CHECKING:
-    from stem_jax.config import Config
 
 _CHOICES = {
     "model.init_std_factor": ("disabled", "current_depth", "global_depth", "dim_ratio"),
@@ -78,10 +75,10 @@ _OPTIONAL_POSITIVE = [
 ]
 
 
-def validate(config: "Config") -> None:
+def validate(config: Config) -> None:
     """Raises InputError for the first value that cannot work; returns nothing otherwise."""
     for key, allowed in _CHOICES.items():
-        if (value := _get(config, key)) not in allowed:
+        if (value := config.value(key)) not in allowed:
             raise InputError(
                 f"{key}={value!r} is unknown; choose one of {', '.join(map(_word, allowed))}"
             )
@@ -104,24 +101,14 @@ def _word(choice: str | None) -> str:
     return "none" if choice is None else choice
 
 
-def _get(config: "Config", key: str):
-    section, name = key.split(".")
-    return getattr(getattr(config, section), name)
-
-
-def _check_range(config: "Config", keys: list[str], accepts, rule: str) -> None:
+def _check_range(config: Config, keys: list[str], accepts, rule: str) -> None:
     for key in keys:
-        if not accepts(value := _get(config, key)):
+        if not accepts(value := config.value(key)):
             raise InputError(f"{key}={value} must be {rule}")
 
 
-def _check_model(config: "Config") -> None:
+def _check_model(config: Config) -> None:
     model = config.model
-    if model.head_dim is None:
-        raise InputError(
-            f"model.embed_dim={model.embed_dim} does not divide by model.num_heads="
-            f"{model.num_heads}; set model.head_dim, or make it divide"
-        )
     if model.head_dim < 2 or model.head_dim % 2:
         raise InputError(
             f"model.head_dim={model.head_dim} must be even and at least 2: rotary embedding turns "
@@ -156,7 +143,7 @@ def _check_model(config: "Config") -> None:
         raise InputError(f"model.stem_layers={layers} must be increasing, each layer once")
 
 
-def _check_tables(config: "Config") -> None:
+def _check_tables(config: Config) -> None:
     axes = config.tables.vocab_axes
     if any(axis not in ("data", "fsdp") for axis in axes) or len(set(axes)) != len(axes):
         raise InputError(
@@ -164,9 +151,9 @@ def _check_tables(config: "Config") -> None:
             "tables follow the tensor axis"
         )
 
-    if config.tables.param_dtype != "float32":
+    if config.tables.row_format != "float32":
         raise InputError(
-            f"tables.param_dtype={config.tables.param_dtype!r} is refused: updates smaller than a "
+            f"tables.row_format={config.tables.row_format!r} is refused: updates smaller than a "
             "rounding step would be lost without stochastic rounding; use float32 (rows travel in "
             "model.compute_dtype all the same)"
         )
@@ -186,7 +173,7 @@ def _check_tables(config: "Config") -> None:
         )
 
 
-def _check_optimizer(config: "Config") -> None:
+def _check_optimizer(config: Config) -> None:
     optimizer = config.optimizer
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(optimizer, name) < 1:
@@ -205,7 +192,7 @@ def _check_optimizer(config: "Config") -> None:
         )
 
 
-def _check_batch(config: "Config") -> None:
+def _check_batch(config: Config) -> None:
     train = config.train
     if train.global_batch_size % train.micro_batches:
         raise InputError(

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 
 from stem_jax.checkpoint import FOLDER, Checkpointer, CheckpointInfo
-from stem_jax.config import Config
+from stem_jax.config import Config, keys_of
+from stem_jax.config_keys import Role
 from stem_jax.errors import InputError
 from stem_jax.storage import local_path
 from stem_jax.tables.host_store import HostStore
@@ -19,13 +20,6 @@ from stem_jax.training.resume import check_continuable
 from stem_jax.training.schedule import learning_rates, make_schedule
 from stem_jax.training.state import TrainState, abstract_state, init_state
 from stem_jax.training.step import TrainStep
-
-# What a checkpoint's arrays are shaped by. All else may differ: rotary scaling, dtypes, data.
-_SHAPING = """
-    model.vocab_size model.embed_dim model.num_layers model.num_heads model.num_kv_heads
-    model.head_dim model.ffn_dim model.stem_layers model.tie_embeddings tables.pad_multiple
-    model.token_embedding_dropout
-""".split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +94,8 @@ def find_origin(config: Config) -> Origin | None:
 
 
 def _check_shapes(key: str, folder: Path, there: Config, here: Config) -> None:
-    for shaping in _SHAPING:
-        section, name = shaping.split(".")
-        before, now = (getattr(getattr(config, section), name) for config in (there, here))
+    for shaping in keys_of(Role.SHAPE):
+        before, now = there.value(shaping), here.value(shaping)
         if before != now:
             raise InputError(
                 f"{key}={folder} was trained with {shaping}={before}, this run has {now}; "

@@ -1,7 +1,7 @@
 """Plans a run: python -m stem_jax.plan --config=configs/stem_1b.py --topology=v5e:8x8"""
 
 from stem_jax import cli
-from stem_jax.config import load_config
+from stem_jax.config_file import load_config
 from stem_jax.cuda_plugin import hide_cuda_plugin
 from stem_jax.errors import InputError
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from stem_jax import cli
 from stem_jax.cluster import Gang, add_flags, add_stop_flag, membership
-from stem_jax.config import load_config
+from stem_jax.config_file import load_config
 from stem_jax.jax_start import start_jax
 from stem_jax.storage import local_path
 

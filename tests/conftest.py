@@ -35,7 +35,8 @@ import numpy as np
 import pytest
 
 from configs.base import get_config as base_config
-from stem_jax.config import Config, build
+from stem_jax.config import Config
+from stem_jax.config_file import build
 from stem_jax.mesh import make_mesh
 from stem_jax.training.step import Batch, TrainStep
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stem_jax.config import Config
+from stem_jax.config_file import config_from_json
 from stem_jax.errors import InputError
 from stem_jax.model.attention import attend, resolve_backend
 from stem_jax.planning.program import train_step_program
@@ -187,4 +187,4 @@ def test_one_kv_head_trains_on_two_devices_as_on_one(train_step, make_batch):
 def test_a_config_with_such_heads_is_read(tiny_config):
     """Checkpoints are read on any mesh: only a training asks for one."""
     config = heads(tiny_config, 6, 2, **{"mesh.tensor": 4, "train.seq_len": 100})
-    assert Config.from_json(config.to_json()) == config
+    assert config_from_json(config.to_json()) == config

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stem_jax.config import load_config
+from stem_jax.config_file import load_config
 from stem_jax.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -83,7 +83,7 @@ def test_a_config_without_a_base_beside_it_takes_the_one_there_is(tmp_path):
 INSTALLED = """
 import sys
 import stem_jax
-from stem_jax.config import load_config
+from stem_jax.config_file import load_config
 from stem_jax.data.facts import read_facts
 
 print(stem_jax.__file__)

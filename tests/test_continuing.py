@@ -20,6 +20,7 @@ from offloading import store_arrays
 from stem_jax import run
 from stem_jax.checkpoint import Checkpointer
 from stem_jax.config import Config, MeshConfig
+from stem_jax.config_file import config_from_json
 from stem_jax.errors import InputError
 from stem_jax.loading import load_run
 from stem_jax.mesh import make_mesh
@@ -85,7 +86,7 @@ def losses(workdir: Path) -> dict[int, float]:
 
 
 def config_of(workdir: Path) -> Config:
-    return Config.from_json((workdir / "config.json").read_text())
+    return config_from_json((workdir / "config.json").read_text())
 
 
 def restored(workdir: Path, step: int, config: Config, mesh):

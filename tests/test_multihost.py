@@ -28,7 +28,7 @@ from benchmarks.faults import FAULTS, campaign
 from stem_jax import train
 from stem_jax.agreement import is_first
 from stem_jax.cluster import Gang, join
-from stem_jax.config import Config
+from stem_jax.config_file import config_from_json
 from stem_jax.data.loader import Share
 from stem_jax.errors import InputError
 from stem_jax.mesh import BATCH_AXES, axis_size, make_mesh, own_batch_shards
@@ -351,7 +351,7 @@ def test_the_same_batches_on_any_number_of_processes(tiny_config, tmp_path):
 def _digest_batches(folder: Path, texts: list[str]) -> None:
     join(Gang.from_environment())
     for text in texts:
-        config = Config.from_json(text)
+        config = config_from_json(text)
         mesh = make_mesh(config.mesh)
         step = TrainStep(config, mesh)
         shards = axis_size(mesh, BATCH_AXES)

@@ -17,6 +17,7 @@ from offloading import SIZES, run
 
 from stem_jax.checkpoint import Checkpointer
 from stem_jax.config import Config
+from stem_jax.config_file import config_from_json
 from stem_jax.mesh import make_mesh
 from stem_jax.training.state import abstract_state
 from stem_jax.training.step import TrainStep
@@ -108,4 +109,4 @@ def _train(folder: Path, config: Config) -> None:
 
 
 if __name__ == "__main__":
-    _train(Path(sys.argv[1]), Config.from_json(sys.argv[2]))
+    _train(Path(sys.argv[1]), config_from_json(sys.argv[2]))

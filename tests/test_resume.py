@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stem_jax.config import load_config
+from stem_jax.config_file import load_config
 from stem_jax.errors import InputError
 from stem_jax.training.resume import check_resumable
 

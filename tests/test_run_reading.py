@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from stem_jax.config import Config
+from stem_jax.config_file import config_from_json
 from stem_jax.data.sources import read_sources
 from stem_jax.errors import InputError
 from stem_jax.interop.calibration_text import _documents
@@ -53,7 +53,7 @@ def test_a_conversion_reads_as_the_configuration_says(tiny_config, source):
 def test_configurations_of_earlier_runs_read_as_they_did(tiny_config, source):
     raw = json.loads(_config(tiny_config, source).to_json())
     del raw["data"]["text_field"], raw["data"]["format"]
-    saved = Config.from_json(json.dumps(raw))
+    saved = config_from_json(json.dumps(raw))
     assert (saved.data.text_field, saved.data.format) == ("text", "auto")
     check_resumable(saved, _config(tiny_config, source), 0)
     with pytest.raises(InputError, match=r"data\.text_field: 'text' -> 'body'"):

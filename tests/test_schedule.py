@@ -8,6 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from stem_jax.config import Config
+from stem_jax.config_file import config_from_json
 from stem_jax.errors import InputError
 from stem_jax.run_checks import check_first_start
 from stem_jax.training.past_updates import PastUpdates
@@ -143,7 +144,7 @@ def test_schedules_that_jump_are_refused_at_the_first_start_alone(keys, message,
         check_first_start(config)
     check_first_start(config_of(**{**keys, **remedy}))
     # It can be read all the same: runs of earlier versions have such configurations.
-    assert Config.from_json(config.to_json()) == config
+    assert config_from_json(config.to_json()) == config
 
 
 def test_a_short_trial_may_end_within_its_warm_up(config_of):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from stem_jax import run
-from stem_jax.config import load_config
+from stem_jax.config_file import load_config
 from stem_jax.loading import load_run
 from stem_jax.run import Ending, train
 from stem_jax.run_saves import owes_validation

@@ -5,7 +5,7 @@ import pathlib
 import pytest
 
 from stem_jax import prepare
-from stem_jax.config import load_config
+from stem_jax.config_file import load_config
 from stem_jax.errors import InputError
 from stem_jax.interop.import_flags import parse
 from stem_jax.storage import local_path

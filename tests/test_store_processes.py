@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from stem_jax.checkpoint import Checkpointer, CheckpointInfo
 from stem_jax.config import Config
+from stem_jax.config_file import config_from_json
 from stem_jax.mesh import make_mesh, replicated
 from stem_jax.tables.host_memory import available_host_bytes
 from stem_jax.tables.host_store import FIELDS, HostStore, field_dtype, field_shape
@@ -295,4 +296,4 @@ def _pair(folder, *configs):
 
 if __name__ == "__main__":
     run = {"memory": _memory, "killed": _killed, "pair": _pair}[sys.argv[1]]
-    run(sys.argv[2], *map(Config.from_json, sys.argv[3:]))
+    run(sys.argv[2], *map(config_from_json, sys.argv[3:]))

@@ -27,6 +27,7 @@ from stem_jax.interop.import_model import Imported
 from stem_jax.interop.imports import LazyParams
 from stem_jax.interop.names import rows_to_table
 from stem_jax.knowledge.up_means import UpMeans
+from stem_jax.layer_patterns import layer_indices
 from stem_jax.mesh import make_mesh, replicated
 from stem_jax.tables.spec import logical, stored
 from stem_jax.training.evaluation import Validation
@@ -149,12 +150,13 @@ def _calibration_config(config: Config, calibration: Calibration) -> Config:
 
 
 def _stem_config(config: Config, stem_layers: str) -> Config:
-    model = dataclasses.replace(config.model, stem_layers=stem_layers)
-    if not model.stem_layers:
+    layers = layer_indices("--stem-layers", stem_layers, config.model.num_layers)
+    if not layers:
         raise InputError(
             f"--stem-layers={stem_layers} names no layer; leave the flag out to import a dense "
             "model"
         )
+    model = dataclasses.replace(config.model, stem_layers=layers)
     stem = dataclasses.replace(config, model=model)
     validate(stem)
     return stem

@@ -15,7 +15,8 @@ import numpy as np
 
 from stem_jax.checkpoint import Checkpointer, CheckpointInfo
 from stem_jax.checkpoint_files import check_outside
-from stem_jax.config import Config, ModelConfig, load_config
+from stem_jax.config import Config
+from stem_jax.config_file import config_from_json, load_config
 from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
 from stem_jax.files import new_folder
@@ -64,15 +65,14 @@ def import_config(
                 f"{value}; leave the flag out"
             )
     config = load_config(path, overrides)
-    values = {field.name: getattr(config.model, field.name) for field in _fields(ModelConfig)}
     train, data = config.train, config.data
     if "train.seq_len" not in overrides:
         train = dataclasses.replace(train, seq_len=imported.context)
     data = dataclasses.replace(data, tokenizer=tokenizer.kind, tokenizer_path=None)
-    model = ModelConfig(**{**values, **decided})
+    model = dataclasses.replace(config.model, **decided)
     config = dataclasses.replace(config, model=model, train=train, data=data)
     # What the files of the model say passes the same checks as what a config file says.
-    config = Config.from_json(config.to_json())
+    config = config_from_json(config.to_json())
     if tokenizer.vocab_size > model.vocab_size:
         raise InputError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.vocab_size}: it is "
@@ -136,7 +136,3 @@ def _fill(store: HostStore, tables: list[np.ndarray]) -> None:
                     "damaged"
                 )
             rows[layout.row_numbers(ids), index] = piece
-
-
-def _fields(cls):
-    return dataclasses.fields(cls)

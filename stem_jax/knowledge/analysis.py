@@ -8,6 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from stem_jax.config import differing_keys, keys_of
+from stem_jax.config_keys import Role
 from stem_jax.errors import InputError
 from stem_jax.knowledge.analysis_options import AnalysisOptions
 from stem_jax.knowledge.capacity import TEXT_TOKENS, Capacity, measure_capacity
@@ -28,10 +30,8 @@ from stem_jax.model.cost import ParameterCount, count_parameters
 from stem_jax.training.run_data import reading_of
 
 KINDS = ("plain", "centred", "frequent")
-# Keys in which twins may differ without being other models or other trainings.
-_NO_DIFFERENCE = {"stem_layers", "attention", "remat", "scan_layers", "tokenizer_path", "folder"}
-_NO_DIFFERENCE |= {"step_timeout", "compilation_cache", "log_every", "loss_chunk", "micro_batches"}
-_NO_DIFFERENCE |= {"sample_prompt", "sample_tokens"}
+# What twins differ in by intent, and a path, of whose tokenizer the fingerprint is compared.
+_EXPECTED = ("model.stem_layers", "data.tokenizer_path")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,14 +223,13 @@ def _check_twins(own: Subject, dense: Subject) -> None:
 
 
 def _differences(own: Subject, dense: Subject) -> list[tuple[str, Any, Any]]:
-    found = [("checkpoint", own.run.step, dense.run.step)]
-    for section in ("model", "data", "optimizer", "train"):
-        mine, theirs = (
-            dataclasses.asdict(getattr(subject.run.config, section)) for subject in (own, dense)
-        )
-        found += [(f"{section}.{key}", mine[key], theirs[key]) for key in mine]
-    return [
-        (key, mine, theirs)
-        for key, mine, theirs in found
-        if mine != theirs and key.rpartition(".")[2] not in _NO_DIFFERENCE
+    mine, theirs = own.run.config, dense.run.config
+    compared = [
+        key
+        for key in differing_keys(mine, theirs)
+        if key.partition(".")[0] in ("model", "data", "optimizer", "train")
+        and key not in (*keys_of(Role.HARMLESS), *_EXPECTED)
     ]
+    steps = own.run.step, dense.run.step
+    found = [] if steps[0] == steps[1] else [("checkpoint", *steps)]
+    return found + [(key, mine.value(key), theirs.value(key)) for key in compared]

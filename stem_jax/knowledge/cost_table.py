@@ -6,6 +6,7 @@ from typing import Any
 from stem_jax.config import Config
 from stem_jax.knowledge.flop_check import PROGRAMS, FlopCheck, cache_slots, check_flops
 from stem_jax.knowledge.flop_check import checked_config as cut
+from stem_jax.layer_patterns import layer_indices
 from stem_jax.model.cost import (
     count_parameters,
     decode_reads,
@@ -48,7 +49,8 @@ def check_cost(config: Config) -> list[FlopCheck]:
 
 
 def _with_stem_layers(config: Config, stem_layers: str | tuple[int, ...]) -> Config:
-    model = dataclasses.replace(config.model, stem_layers=stem_layers)
+    layers = layer_indices("model.stem_layers", stem_layers, config.model.num_layers)
+    model = dataclasses.replace(config.model, stem_layers=layers)
     return dataclasses.replace(config, model=model)
 
 

@@ -34,6 +34,7 @@ class TableSpec:
         weight_decay, beta1, beta2, epsilon, clip_norm: AdamW of the rows.
         capacity: rows per pair of devices and round of the exchange; None chooses.
         resident_rows: rows that the devices hold together; None for all.
+        row_format: dtype of the rows.
     """
 
     layout: TableLayout
@@ -50,6 +51,7 @@ class TableSpec:
     clip_norm: float
     capacity: int | None
     resident_rows: int | None = None
+    row_format: str = "float32"
 
     @classmethod
     def from_config(cls, config: Config) -> "TableSpec":
@@ -60,6 +62,7 @@ class TableSpec:
             layout=layout,
             num_layers=S,
             width=config.model.ffn_dim,
+            row_format=config.tables.row_format,
             init_std=config.table_init_std,
             vocab_axes=config.tables.vocab_axes,
             optimizer=config.tables.optimizer,

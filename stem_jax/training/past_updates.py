@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from stem_jax.config import Config
+from stem_jax.config_file import config_from_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ class PastUpdates:
         # Those that do not say were made when no schedule had an end, and none was continued.
         endless = data.pop("endless_updates", data["updates"])
         stages = (
-            Stage(s["step"], s["updates"], Config.from_json(json.dumps(s["config"])))
+            Stage(s["step"], s["updates"], config_from_json(json.dumps(s["config"])))
             for s in data.pop("continued", ())
         )
         return cls(endless, tuple(stages))
