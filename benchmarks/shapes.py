@@ -69,7 +69,7 @@ def main() -> None:
         result[name] = {
             "step_ms": round(1e3 * step_seconds, 2),
             "tokens_per_second": round(rate),
-            "mfu": None if chip is None else round(flops / chip.flops, 4),
+            "mfu": None if chip is None else round(flops / chip.peak(config.model.matmul_dtype), 4),
             "first_step_seconds": compile_seconds[name],
             "stem_layers": config.model.stem_layers,
         }

@@ -17,7 +17,8 @@ class Chip:
     from the peak: a matrix unit of 128 x 128 (v6e: 256 x 256) starts as many products a cycle; 0
     where the account of a step does not reach. cores: of a device. reserved: hbm_bytes are this
     share of the device's memory, which a run takes at its start; 1 where they are all there is.
-    elements: results/s of float32 arithmetic outside the matmuls; 0 where not needed.
+    elements: results/s of float32 arithmetic outside the matmuls; 0 where not needed. float8: dense
+    matmul FLOP/s of 8-bit floats; 0 where a chip has no units for them.
     """
 
     name: str
@@ -32,11 +33,16 @@ class Chip:
     cores: int = 1
     reserved: float = 1.0
     elements: float = 0.0
+    float8: float = 0.0
 
     @property
     def interconnect(self) -> float:
         """Bytes/s out of a chip over all its links."""
         return self.links * self.link_bandwidth
+
+    def peak(self, matmul_dtype: str | None) -> float:
+        """Matmul FLOP/s of a model's `matmul_dtype`, by which its utilisation is measured."""
+        return self.float8 if matmul_dtype == "float8" and self.float8 else self.flops
 
 
 _TPU = "docs.cloud.google.com/tpu/docs/"
@@ -46,19 +52,22 @@ _RESERVED = 0.75
 
 
 def _gpu(name, flops, memory, bandwidth, links, network, float32, source) -> Chip:
-    """memory: bytes that the driver reports (openxla/xla, xla/backends/gpu/target_config/specs).
+    """flops: of bf16 and of 8-bit floats, dense: half of what datasheets state with sparsity.
+    memory: bytes that the driver reports (openxla/xla, xla/backends/gpu/target_config/specs).
     float32: FLOP/s without tensor cores, two of each result.
     """
+    bfloat16, float8 = flops
     return Chip(
         f"NVIDIA {name}",
-        flops,
+        bfloat16,
         _RESERVED * memory,
         bandwidth,
         *links,
         network,
-        f"NVIDIA {source}",
+        f"NVIDIA {source} datasheet",
         reserved=_RESERVED,
         elements=float32 / 2,
+        float8=float8,
     )
 
 
@@ -69,13 +78,14 @@ CHIPS = (
     Chip("TPU v5 lite", 197e12, 15.75 * _GIB, 819e9, 4, 50e9, 3.125e9, _TPU + "v5e", 1.5e9),
     Chip("TPU v5", 459e12, 95.74 * _GIB, 2765e9, 6, 100e9, 6.25e9, _TPU + "v5p", 1.75e9, 2),
     Chip("TPU v6 lite", 918e12, 31.25 * _GIB, 1638e9, 4, 100e9, None, _TPU + "v6e", 1.75e9),
-    _gpu("A100", 312e12, 80e9, 2.0e12, (12, 25e9), None, 19.5e12, "A100 80GB datasheet"),
+    _gpu("A100", (312e12, 0), 80e9, 2.0e12, (12, 25e9), None, 19.5e12, "A100 80GB"),
     # GPUs of a host are joined by switches at the speed of all their links. Each has a network
     # adapter of 400 Gb/s (NVIDIA DGX H100/H200 and DGX B200 user guides).
-    _gpu("H100", 989e12, 84_942_979_072, 3.35e12, (18, 25e9), 50e9, 67e12, "H100 SXM datasheet"),
-    _gpu("H200", 989e12, 151_397_597_184, 4.8e12, (18, 25e9), 50e9, 67e12, "H200 datasheet"),
-    # HGX B200, eight of them: 36 PFLOP/s of bf16 with sparsity, 62 TB/s, 600 TFLOP/s of float32.
-    _gpu("B200", 2250e12, 191_514_411_008, 7.7e12, (18, 50e9), 50e9, 75e12, "HGX B200 datasheet"),
+    _gpu("H100", (989e12, 1979e12), 84_942_979_072, 3.35e12, (18, 25e9), 50e9, 67e12, "H100 SXM"),
+    _gpu("H200", (989e12, 1979e12), 151_397_597_184, 4.8e12, (18, 25e9), 50e9, 67e12, "H200"),
+    # HGX B200, eight of them: with sparsity 36 PFLOP/s of bf16 and 72 of 8-bit floats; 62 TB/s, 600
+    # TFLOP/s of float32.
+    _gpu("B200", (2250e12, 4500e12), 191_514_411_008, 7.7e12, (18, 50e9), 50e9, 75e12, "HGX B200"),
 )
 
 

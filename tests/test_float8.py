@@ -11,9 +11,14 @@ import pytest
 from test_attention_heads import StandIn
 
 from stem_jax.errors import InputError
+from stem_jax.hardware import Chip
 from stem_jax.kernels import float8
 from stem_jax.loading import checkpoint_fingerprint
+from stem_jax.model.cost import training_flops_per_token
 from stem_jax.run_checks import check_mesh
+from stem_jax.start_clock import StartClock
+from stem_jax.training import loop
+from stem_jax.training.metrics import MetricsLog
 from stem_jax.training.schedule import make_schedule
 from stem_jax.training.state import ModelDef, init_state
 
@@ -115,3 +120,18 @@ def test_a_checkpoint_is_the_same_however_it_was_multiplied(tiny_config):
     configs = [tiny_config(**{"model.matmul_dtype": kind}) for kind in (None, "float8")]
     one, other = (checkpoint_fingerprint(config, 1, tokenizer, norm) for config in configs)
     assert one == other
+
+
+def test_a_run_states_its_share_of_the_peak_of_eight_bits(tiny_config, monkeypatch, tmp_path):
+    chip = Chip("X", 1e12, 1, 1, 1, 1, 1, "a test", float8=2e12)
+    monkeypatch.setattr(loop, "chip_of", lambda device: chip)
+    shares = {}
+    for kind in (None, "float8"):
+        config, log = tiny_config(**{"model.matmul_dtype": kind}), MetricsLog(tmp_path, 0)
+        reporter = loop._Reporter(config, log, StartClock(), num_devices=4, start=0)
+        reporter._write(1, {}, seconds=0.5, tokens_per_second=1e6)
+        shares[kind] = log.records[-1]["train/mfu"]
+        reporter.close()
+        log.close()
+    flops = 1e6 * training_flops_per_token(config.model, config.train.seq_len)
+    assert shares == {None: flops / 4e12, "float8": flops / 8e12}

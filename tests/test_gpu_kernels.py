@@ -2,9 +2,11 @@
 
 import pytest
 
+from stem_jax.hardware import Chip
 from stem_jax.planning import hlo
 from stem_jax.planning.charges import work_of
 from stem_jax.planning.gpu_kernels import cudnn_workspace
+from stem_jax.planning.work_account import least_seconds
 
 # A layer of the 350M shape on one GPU: 16 sequences of 2048, 15 heads of 64 that share 5 of keys.
 _Q, _K, _BIAS = (
@@ -100,3 +102,19 @@ def test_a_kernel_that_is_not_known_is_charged_its_bytes():
     other = 'custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(f)/other"}'
     work = work_of(*_called(("f32[8]{0}",), "f32[8]{0}", other))
     assert (work.kind, work.flops, work.bytes) == ("unread kernel", 0, 64)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "share"),
+    [(("f8e4m3fn", "f8e5m2"), 1), (("bf16", "bf16"), 0), (("bf16", "f8e5m2"), 0)],
+)
+def test_products_of_eight_bits_are_charged_by_their_own_peak(kinds, share):
+    operands = f"{kinds[0]}[64,32]{{1,0}}", f"{kinds[1]}[32,16]{{1,0}}"
+    lines = [f"  %p{n} = {kind} parameter({n})" for n, kind in enumerate(operands)]
+    dot = "  ROOT %dot = f32[64,16]{1,0} dot(%p0, %p1), lhs_contracting_dims={1}"
+    text = "ENTRY %main (p: f32[]) -> f32[] {\n" + "\n".join([*lines, dot]) + "\n}\n"
+    module = hlo.parse(text)
+    work = work_of(module, module.instructions["dot"])
+    assert (work.flops, work.float8) == (2 * 64 * 32 * 16, share * 2 * 64 * 32 * 16)
+    chip = Chip("X", 1e3, 1, 1e12, 1, 1, 1, "a test", elements=1.0, float8=4e3)
+    assert least_seconds(work, chip) == work.flops / (4e3 if share else 1e3)

@@ -60,6 +60,15 @@ def test_every_gpu_has_peak_figures_and_its_memory(kind):
     assert (chip.hbm_bytes, chip.reserved) == (0.75 * memory, 0.75)
     assert chip.hbm_bandwidth == pytest.approx(bandwidth, rel=0.01)
     assert chip.network and chip.elements and "datasheet" in chip.source
+    # Twice as many products of half the bits.
+    assert chip.peak("float8") == chip.float8 == pytest.approx(2 * chip.flops, rel=1e-3)
+    assert chip.peak(None) == chip.flops
+
+
+def test_a_chip_without_units_for_eight_bits_is_measured_by_its_other_peak():
+    for kind in ("NVIDIA A100-SXM4-80GB", "TPU v5 lite", "TPU v6 lite"):
+        chip = chip_of(_Described(kind))
+        assert chip.peak("float8") == chip.flops
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from stem_jax.hardware import Chip
+from stem_jax.model.cost import projection_flops_per_token
 from stem_jax.planning import hlo
 from stem_jax.planning.collectives import Collective, collectives_of
 from stem_jax.planning.program import zipf_needs
@@ -179,6 +180,27 @@ def test_the_slowest_part_bounds_the_step(tiny_config):
     assert bounds.mfu == pytest.approx(flops / 4 / 100e12 / 1e-3)
     slow = roofline(config, topology, _chip(flops=1e6), [], 10**9)
     assert (slow.binds, slow.mfu) == ("compute", pytest.approx(1))
+
+
+def test_products_of_eight_bits_are_bounded_by_their_own_peak(tiny_config):
+    """Projections alone; utilisation is a share of that peak, or of bfloat16's where none is."""
+    topology, found = Topology.parse("v5e:2x2"), {}
+    for kind in (None, "float8"):
+        for remat in ("none", "full"):
+            config = tiny_config(**{"model.matmul_dtype": kind, "model.remat": remat})
+            found[kind, remat] = [
+                roofline(config, topology, _chip(flops=1e6, float8=peak), [], 0)
+                for peak in (0.0, 4e6)
+            ]
+    flops, _ = step_flops(config)
+    projections = projection_flops_per_token(config.model) * config.tokens_per_step
+    assert 0 < 3 * projections < flops
+    for remat, passes in (("none", 3), ("full", 4)):
+        (plain, other), (without, with_units) = found[None, remat], found["float8", remat]
+        assert plain == other == without
+        saved = passes * projections * (1 / 1e6 - 1 / 4e6) / 4
+        assert with_units.compute == pytest.approx(plain.compute - saved)
+        assert with_units.mfu == pytest.approx(flops / 4 / 4e6 / with_units.step)
 
 
 def test_recomputation_costs_a_forward_pass_without_the_head(tiny_config):

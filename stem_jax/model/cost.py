@@ -75,6 +75,11 @@ def forward_flops_per_token(model: ModelConfig, context: int) -> int:
     return _block_matmuls(model, context) + _head_matmul(model)
 
 
+def projection_flops_per_token(model: ModelConfig) -> int:
+    """Of those, what the blocks' projections multiply: all but attention and head."""
+    return _block_matmuls(model, 0)
+
+
 def training_flops_per_token(model: ModelConfig, seq_len: int) -> int:
     """Forward and backward: the backward pass has two matmuls for each of the forward's."""
     return 3 * forward_flops_per_token(model, seq_len)

@@ -46,13 +46,14 @@ class Charge:
 @dataclasses.dataclass(frozen=True)
 class Work:
     """Of one run of an instruction: FLOPs of matmuls, elements of all other arithmetic, bytes from
-    and to HBM. kind: as in `Charge`.
+    and to HBM. kind: as in `Charge`. float8: of the FLOPs, products of 8-bit floats.
     """
 
     kind: str
     flops: int
     operations: int
     bytes: int
+    float8: int = 0
 
 
 def work_of(module: Module, instruction: Instruction) -> Work | None:
@@ -68,8 +69,10 @@ def work_of(module: Module, instruction: Instruction) -> Work | None:
         return Work(
             "kernel", work.flops, work.operations, moved if work.bytes is None else work.bytes
         )
-    flops = sum(_matmul_flops(module, i) for i in inside)
-    return Work(_kind(inside), flops, sum(_operations(module, i) for i in inside), moved)
+    flops = [_matmul_flops(module, i) for i in inside]
+    float8 = sum(n for n, i in zip(flops, inside, strict=True) if n and _of_float8(module, i))
+    operations = sum(_operations(module, i) for i in inside)
+    return Work(_kind(inside), sum(flops), operations, moved, float8)
 
 
 def charge(module: Module, instruction: Instruction, chip: Chip) -> Charge | None:
@@ -135,6 +138,10 @@ def _matmul_flops(module: Module, instruction: Instruction) -> int:
     # Of a kernel [.., i, o] each result takes everything but the outputs.
     outputs = right.shape[_LABELS.search(instruction.attributes).group(2).index("o")]
     return 2 * result * math.prod(right.shape) // outputs
+
+
+def _of_float8(module: Module, matmul: Instruction) -> bool:
+    return all(array.dtype.startswith("f8") for array in module.operands(matmul)[:2])
 
 
 def _operations(module: Module, instruction: Instruction) -> int:

@@ -58,11 +58,12 @@ class CollectiveTotal:
 class Plan:
     """Figures are per chip and step unless they say otherwise.
 
-    program: "train step" or "naive lookup". attention: its kernel. limit: bytes of HBM that
-    programs may use; None where unknown. model_flops, all_flops: matmuls on all chips, without and
-    with recomputation. compiler_flops: the compiler's own count of one chip, where loops count once
-    and kernels not at all. hbm_traffic, collectives, roofline: None where there is no program or no
-    peak figures. open_ended_loops: end when the device says so, counted as open_ended_rounds each.
+    program: "train step" or "naive lookup". attention: its kernel. matmul_dtype: of projections;
+    None: as all else. limit: bytes of HBM that programs may use; None where unknown. model_flops,
+    all_flops: matmuls on all chips, without and with recomputation. compiler_flops: the compiler's
+    own count of one chip, where loops count once and kernels not at all. hbm_traffic, collectives,
+    roofline: None where there is no program or no peak figures. open_ended_loops: end when the
+    device says so, counted as open_ended_rounds each.
     account: None unless asked for. work: of GPUs, by part; else None.
     """
 
@@ -74,6 +75,7 @@ class Plan:
     sequences: int
     tokens_per_step: int
     attention: str
+    matmul_dtype: str | None
     memory: Memory
     limit: int | None
     fits: bool
@@ -148,6 +150,7 @@ def make_plan(
         sequences=config.micro_batch_size // axis_size(mesh, BATCH_AXES),
         tokens_per_step=config.tokens_per_step,
         attention=attention_kernel(config, mesh),
+        matmul_dtype=config.model.matmul_dtype,
         memory=memory,
         limit=limit,
         fits=fits,

@@ -147,11 +147,13 @@ def _roofline_lines(plan: Plan) -> list[str]:
         if peaks.network is None
         else f", network {peaks.network / 1e9:g} GB/s"
     )
+    float8 = f" and {peaks.float8 / 1e12:g} float8 (of which MFU is a share)"
+    float8 = float8 if plan.matmul_dtype == "float8" and peaks.float8 else ""
     return [
         f"roofline     {listed}",
         f"             at most {bounds.tokens_per_second:,.0f} tokens/s, MFU {bounds.mfu:.1%}; "
         f"{bounds.binds} binds",
-        f"             peaks of {peaks.name}: {peaks.flops / 1e12:g} bf16 TFLOP/s, HBM "
+        f"             peaks of {peaks.name}: {peaks.flops / 1e12:g} bf16 TFLOP/s{float8}, HBM "
         f"{peaks.hbm_bandwidth / 1e9:,g} GB/s, {peaks.links} links of "
         f"{peaks.link_bandwidth / 1e9:g} GB/s each way{network} ({peaks.source})",
     ]

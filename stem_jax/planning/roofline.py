@@ -5,7 +5,11 @@ import math
 
 from stem_jax.config import Config
 from stem_jax.hardware import Chip
-from stem_jax.model.cost import forward_flops_per_token, training_flops_per_token
+from stem_jax.model.cost import (
+    forward_flops_per_token,
+    projection_flops_per_token,
+    training_flops_per_token,
+)
 from stem_jax.planning.collectives import Collective
 from stem_jax.planning.topology import Topology
 
@@ -17,7 +21,7 @@ class Roofline:
     compute: all matmuls, recomputation included. hbm: traffic with the chip's memory. interconnect:
     collectives within slices. network: collectives between slices. step: the largest of them;
     binds: its name. tokens_per_second: of the whole pod. mfu: model FLOPs (no recomputation) over
-    the peak.
+    the peak, that of 8-bit floats where projections multiply them.
     """
 
     compute: float
@@ -41,6 +45,15 @@ def step_flops(config: Config) -> tuple[int, int]:
     return flops * config.tokens_per_step, (flops + again) * config.tokens_per_step
 
 
+def _float8_flops(config: Config) -> int:
+    """Of those with what is recomputed, the products of 8-bit floats."""
+    model = config.model
+    if model.matmul_dtype != "float8":
+        return 0
+    passes = 4 if model.remat in ("full", "attention") else 3
+    return passes * projection_flops_per_token(model) * config.tokens_per_step
+
+
 def roofline(
     config: Config,
     topology: Topology,
@@ -56,8 +69,9 @@ def roofline(
     """
     chips = topology.chips_per_slice * topology.slices
     model_flops, all_flops = step_flops(config)
+    small, peak = _float8_flops(config), chip.peak(config.model.matmul_dtype)
     seconds = {
-        "compute": all_flops / chips / chip.flops,
+        "compute": ((all_flops - small) / chip.flops + small / peak) / chips,
         "hbm": hbm_bytes / chip.hbm_bandwidth,
         "interconnect": sum(ici_seconds(c, topology, chip) for c in collectives),
         "network": sum(network_seconds(c, chip) for c in collectives),
@@ -69,7 +83,7 @@ def roofline(
         step=step,
         binds=binds,
         tokens_per_second=config.tokens_per_step / step,
-        mfu=model_flops / (step * chips * chip.flops),
+        mfu=model_flops / (step * chips * peak),
     )
 
 

@@ -117,7 +117,7 @@ def make_work_account(
 def least_seconds(work: Work, chip: Chip) -> float:
     """Of one run, at the peaks."""
     return max(
-        work.flops / chip.flops,
+        (work.flops - work.float8) / chip.flops + work.float8 / chip.peak("float8"),
         work.operations / chip.elements,
         work.bytes / chip.hbm_bandwidth,
     )

@@ -221,7 +221,7 @@ class _Reporter:
         self._spikes = SpikeCounter(losses)
         self._flops = training_flops_per_token(config.model, config.train.seq_len)
         chip = chip_of(jax.devices()[0])
-        self._peak = chip.flops * num_devices if chip else None
+        self._peak = chip.peak(config.model.matmul_dtype) * num_devices if chip else None
         self._bar = tqdm(
             total=config.train.steps,
             initial=start,
