@@ -47,7 +47,7 @@ def get_config() -> config_dict.ConfigDict:
     # Of the blocks' projections, on GPUs: none is compute_dtype; float8: e4m3, gradients in e5m2.
     config.model.matmul_dtype = None
     # auto: splash on TPUs, tokamax on GPUs; chunked (of queries) there for what those do not take;
-    # xla (all scores at once) on CPUs. cudnn: with a mask of all pairs.
+    # xla (all scores at once) on CPUs. cudnn: of GPUs, for rows of one document each.
     config.model.attention = "auto"
     # What a layer keeps for its backward pass beside its input; the rest is computed again. none:
     # all of it; full: nothing; attention: the results of attention; dots: those of projections;

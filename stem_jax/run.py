@@ -27,7 +27,7 @@ from stem_jax.lock import Lock
 from stem_jax.mesh import BATCH_AXES, axis_size, check_placement, make_mesh, own_batch_shards
 from stem_jax.origin import Origin, begin_from, find_origin
 from stem_jax.process_log import log, process_log
-from stem_jax.run_checks import check_first_start, check_mesh, check_tables
+from stem_jax.run_checks import check_documents, check_first_start, check_mesh, check_tables
 from stem_jax.run_saves import RunSaves, data_record, owes_validation
 from stem_jax.start_clock import StartClock
 from stem_jax.stop_signal import StopSignal
@@ -109,6 +109,7 @@ def _train(config: Config, workdir: Path, clock: StartClock, own_log: Path, lock
     if latest > config.train.steps or (latest == config.train.steps and not owed):
         log.info(f"run complete: {workdir} is at step {latest} of {config.train.steps}")
         return Ending.WAS_COMPLETE
+    check_documents(config, mesh, data)
     clock.mark("data")
     programs = TrainStep(config, mesh)
     check_placement(placed_arrays(config, programs.model), mesh, config.mesh.max_replicated_mib)

@@ -115,6 +115,26 @@ def _check_offload(config: Config, mesh: Mesh) -> None:
         )
 
 
+def check_documents(config: Config, mesh: Mesh, data: RunData) -> None:
+    """Checks the rows that a training reads against what its attention kernel knows of documents.
+
+    Raises:
+        InputError: the kernel attends over whole rows, and one holds several documents.
+    """
+    length = config.train.seq_len
+    if resolve_backend(config.model, mesh, length) != "cudnn":
+        return
+    held_out = () if data.held_out is None else data.held_out.stores
+    for store in (*data.stores, *held_out):
+        row = store.packed_row(length)
+        if row is not None:
+            raise InputError(
+                f"model.attention=cudnn attends over whole rows, and row {row} of {length} tokens "
+                f"(train.seq_len) of {store.meta.name!r} (data.sources) holds several documents; "
+                "set model.attention to auto, or train on rows of one document each"
+            )
+
+
 def check_tables(config: Config, programs: TrainStep, data: RunData, start: int) -> int | None:
     """Rows that the batches in flight need, as far as it can be known before; None if resident.
 

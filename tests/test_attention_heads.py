@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from stem_jax.config_file import config_from_json
 from stem_jax.errors import InputError
 from stem_jax.model.attention import attend, resolve_backend
 from stem_jax.planning.program import train_step_program
-from stem_jax.run_checks import check_mesh
+from stem_jax.run_checks import check_documents, check_mesh
 from stem_jax.training.schedule import make_schedule
 from stem_jax.training.state import ModelDef, init_state
 
@@ -188,3 +189,28 @@ def test_a_config_with_such_heads_is_read(tiny_config):
     """Checkpoints are read on any mesh: only a training asks for one."""
     config = heads(tiny_config, 6, 2, **{"mesh.tensor": 4, "train.seq_len": 100})
     assert config_from_json(config.to_json()) == config
+
+
+def test_cudnn_trains_on_rows_of_one_document_alone(tiny_config):
+    """Refused where a training starts, of what it validates with as well."""
+
+    def data(packed, held_out=None):
+        def store(row):
+            meta = SimpleNamespace(name=f"text of {row}")
+            return SimpleNamespace(meta=meta, packed_row=lambda length: row)
+
+        found = SimpleNamespace(stores=(store(held_out),))
+        return SimpleNamespace(stores=(store(None), store(packed)), held_out=found)
+
+    keys = {"model.compute_dtype": "bfloat16", "train.seq_len": 128}
+    cudnn, gpu = tiny_config(**keys, **{"model.attention": "cudnn"}), StandIn("gpu")
+    check_documents(cudnn, gpu, data(None))
+    check_documents(tiny_config(**keys), gpu, data(7))
+    for other in (data(7), data(None, 7)):
+        with pytest.raises(InputError) as refused:
+            check_documents(cudnn, gpu, other)
+        assert str(refused.value) == (
+            "model.attention=cudnn attends over whole rows, and row 7 of 128 tokens "
+            "(train.seq_len) of 'text of 7' (data.sources) holds several documents; set "
+            "model.attention to auto, or train on rows of one document each"
+        )

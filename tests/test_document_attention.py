@@ -93,6 +93,20 @@ def _lowered(attention, platform: str) -> str:
     return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
+def test_cudnn_is_causal_over_whole_rows(monkeypatch):
+    """Forward and backward; with a mask of documents it would read, and give, all pairs."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    text = _lowered(lambda *x: attend(*x, "cudnn", None), "cuda")
+    calls = re.findall(
+        r"custom_call @(__cudnn\$fmha\w*).*?mask_type[^A-Z]*([A-Z_]+)", text, re.DOTALL
+    )
+    kernels = ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
+    assert calls == [(kernel, "CAUSAL") for kernel in kernels]
+    assert "384x384" not in text
+
+
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_chunks_know_no_array_of_all_pairs(platform):
     assert "384x384" in _lowered(_whole, platform)

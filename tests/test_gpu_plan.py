@@ -200,7 +200,7 @@ def test_attention_is_charged_though_its_calls_are_opaque(tiny_config, attention
     assert found.kind == "kernel"
     batch, heads, length, layers = 8, 4, 128, 2
     products = 2 + (7 if attention == "tokamax" else 5)
-    pairs = length * (length + 1) // 2 if attention == "tokamax" else length * length
+    pairs = length * (length + 1) // 2
     assert found.flops == layers * 2 * products * batch * heads * pairs * 64
     expected = 0 if attention == "tokamax" else 2 * 4 * batch * length * heads * 64
     assert plan.memory.workspace == expected + (4 * batch * heads * length if expected else 0)

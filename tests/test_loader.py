@@ -229,3 +229,12 @@ def test_the_last_validation_batch_is_filled_with_rows_that_count_nothing(stores
     assert last["segment_ids"][: 16 - filling].any(axis=1).all()
     with pytest.raises(IndexError):
         validation.batch(validation.num_batches)
+
+
+@pytest.mark.parametrize("lengths", [[14] * 5, [30, 14, 46], [14, 30, 18, 14], [200], [14, 14, 3]])
+def test_the_first_row_of_several_documents_is_found(lengths, tmp_path):
+    """With bos and eos, documents of 14 tokens fill rows of 16."""
+    store = _write(tmp_path / "s", [[7] * length for length in lengths])
+    rows = range(store.num_rows(16, drop_last=False))
+    packed = [row for row in rows if store.row(row, 16)["segment_ids"].max() > 1]
+    assert store.packed_row(16) == (packed[0] if packed else None)

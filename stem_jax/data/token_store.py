@@ -178,6 +178,12 @@ class TokenStore:
         start, end = self.document_starts[index : index + 2]
         return np.asarray(self.tokens[start:end])
 
+    def packed_row(self, seq_len: int) -> int | None:
+        """The first row of `seq_len` inputs with several documents; None if each has one."""
+        rows, offsets = np.divmod(self.document_starts, seq_len)
+        packed = rows[(offsets > 0) & (self.document_starts < self.num_tokens - 1)]
+        return int(packed[0]) if len(packed) else None
+
     def num_rows(self, seq_len: int, drop_last: bool) -> int:
         """Rows of `seq_len` inputs. drop_last: leave out a last row that padding would fill.
 

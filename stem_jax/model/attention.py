@@ -159,7 +159,10 @@ def _devices_of_head(num_kv_heads: int, mesh: Mesh | None) -> int:
 
 
 def attend(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, segment_ids_BxL, backend: str, mesh: Mesh | None):
-    """Causal attention within segments, [B, L, H, Dh], by the named backend."""
+    """Causal attention within segments, [B, L, H, Dh], by the named backend.
+
+    cudnn knows no segments: for rows of one, up to padding at the end (`run_checks` sees to it).
+    """
     if backend == "splash":
         q, k, v = (x.transpose(0, 2, 3, 1) for x in (q_BxLxHxD, k_BxLxKxD, v_BxLxKxD))
         return _splash(q, k, v, None, segment_ids_BxL, mesh).transpose(0, 3, 1, 2)
@@ -171,10 +174,12 @@ def attend(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, segment_ids_BxL, backend: str, mesh:
             return _on_devices(local, 2, mesh, *arguments, segment_ids_BxL)
         if backend == "chunked":
             return chunked_attention(*arguments, segment_ids_BxL)
+        if backend == "cudnn":
+            # With documents it would want a mask of all pairs. Padding ends a row, where no other
+            # position sees it.
+            return jax.nn.dot_product_attention(*arguments, is_causal=True, implementation=backend)
         mask = document_mask(segment_ids_BxL, segment_ids_BxL, jnp.arange(q_BxLxHxD.shape[1]))
-        if backend == "xla":
-            return einsum_attention(*arguments, mask)
-        return jax.nn.dot_product_attention(*arguments, mask=mask, implementation=backend)
+        return einsum_attention(*arguments, mask)
 
 
 def _for_each_device(x: jax.Array, axis: int, mesh: Mesh | None) -> jax.Array:
