@@ -54,7 +54,7 @@ def main() -> None:
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     state = init_state(config, ModelDef(config, mesh), mesh)
     few = TableSpec.from_config(offloaded(config, args.resident, prefetch=0))
-    store = HostStore.create(few, table_key(config), mesh, slots=False)
+    store = HostStore.create(few, table_key(config), mesh, moments=False)
     sources = {
         "resident": ResidentRows(state.table.rows, TableSpec.from_config(config), mesh),
         "offloaded": OffloadedRows(store, mesh, config.tables.cache_policy),

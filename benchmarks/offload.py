@@ -153,7 +153,7 @@ def _result(args, config: Config, runs: dict[str, Run], seconds: dict) -> dict:
     result = {
         "shape": args.shape,
         "tokens_per_step": config.tokens_per_step,
-        "table_bytes_with_slots": 12 * spec.num_rows * spec.num_layers * spec.width,
+        "table_bytes_with_slots": 12 * spec.num_rows * spec.vectors * spec.width,
         "resident_share": args.resident,
         "step_seconds": {
             name: statistics.median(times) / args.steps for name, times in seconds.items()

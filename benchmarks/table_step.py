@@ -34,7 +34,7 @@ class TableStep:
         mesh = make_mesh(MeshConfig(1, 1, 1, 16.0), jax.devices()[:1])
         spec = TableSpec(
             layout=TableLayout(vocab, 256),
-            num_layers=LAYERS,
+            vectors=LAYERS,
             width=WIDTH,
             init_std=0.01,
             vocab_axes=("data", "fsdp"),

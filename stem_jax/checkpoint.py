@@ -270,7 +270,7 @@ class Checkpointer:
             format=layout["format"],
         )
         spec = TableSpec.from_config(info.config)
-        if spec.num_layers and missing:
+        if spec.vectors and missing:
             raise self._damaged(step, f"without {', '.join(missing)}")
         if (layout["num_rows"], layout["multiplier"]) != (
             spec.layout.num_rows,

@@ -26,7 +26,7 @@ from stem_jax.mesh import BATCH_AXES, axis_size, batch_sharding, divided, replic
 from stem_jax.model.cache import LayerCache, NewCache
 from stem_jax.model.transformer import Inputs
 from stem_jax.sampling import Sampling, sample
-from stem_jax.tables.row_source import RowBlock, RowSource
+from stem_jax.tables.row_source import RowSource, ServedRows
 from stem_jax.training.state import ModelDef, Params
 
 _SMALLEST_BUCKET = 16
@@ -222,7 +222,7 @@ class Generator:
     def advance(
         self,
         params: Params,
-        rows: RowBlock,
+        rows: ServedRows,
         tokens_BxL: jax.Array,
         lengths_B: jax.Array,
         caches: list[NewCache] | list[LayerCache],

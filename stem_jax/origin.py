@@ -124,7 +124,7 @@ def begin_from(origin: Origin, programs: TrainStep) -> tuple[TrainState, HostSto
     if store is not None:
         caught_up_store(store, info.updates, history)
         for block in store.blocks:
-            for name in ("mu", "nu", "last_step"):
+            for name in set(store.fields) - {"rows"}:
                 block.arrays[name][...] = np.zeros((), block.arrays[name].dtype)
         store = HostStore(programs.spec, store.blocks)
     rows = None

@@ -16,7 +16,7 @@ import tensorstore as ts
 from orbax.checkpoint import type_handlers
 from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals
 
-from stem_jax.tables.host_store import HostBlock, HostStore, field_dtype, field_shape
+from stem_jax.tables.host_store import HostBlock, HostStore
 from stem_jax.tables.store_snapshot import StoreSnapshot, chunk_rows
 
 # Pieces of an item that are read or written at a time.
@@ -40,12 +40,12 @@ class StoreField:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the whole table."""
-        return field_shape(self.store.spec, self.name)
+        return self.store.spec.shape(self.name)
 
     @property
     def dtype(self) -> np.dtype:
         """Of the field."""
-        return field_dtype(self.name)
+        return np.dtype(self.store.spec.field(self.name).dtype)
 
 
 @dataclasses.dataclass
@@ -172,7 +172,7 @@ def _parts(block: HostBlock, name: str, chunk: tuple[int, ...]) -> Iterator[tupl
     """
     row_bytes = block.arrays[name][:1].nbytes
     for rows in _cut(block.row_range, chunk[0], _READ_BYTES // row_bytes):
-        if name == "last_step":
+        if block.arrays[name].ndim == 1:
             yield (_within(rows, block.row_range),), (_within(rows),)
             continue
         narrow = len(rows) * row_bytes > _READ_BYTES
@@ -194,7 +194,8 @@ def _place(block: HostBlock, name: str, first: int, size: int) -> Index:
     """Where rows of a block lie in the whole table."""
     start = block.row_range.start + first
     rows = _within(range(start, start + size))
-    return (rows,) if name == "last_step" else (rows, slice(None), _within(block.column_range))
+    whole = rows, slice(None), _within(block.column_range)
+    return whole[: block.arrays[name].ndim]
 
 
 def _within(part: range, whole: range = range(0)) -> slice:

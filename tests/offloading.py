@@ -15,7 +15,7 @@ from logical import logical_table
 
 from stem_jax.checkpoint import Checkpointer, CheckpointInfo
 from stem_jax.config import Config
-from stem_jax.tables.host_store import FIELDS, HostStore, field_dtype, field_shape
+from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.prefetch import Prefetch
 from stem_jax.tables.spec import TableState
 from stem_jax.training.loop import Loop
@@ -23,6 +23,8 @@ from stem_jax.training.run_data import RunData
 from stem_jax.training.state import TrainState, abstract_state, init_state, table_key
 from stem_jax.training.step import TrainStep
 
+# The arrays of a table, and their dtypes.
+FIELDS = {"rows": np.float32, "mu": np.float32, "nu": np.float32, "last_step": np.int32}
 STEPS = 60
 VOCAB = 2048
 # A batch of 64 tokens asks for some 45 of the rows.
@@ -218,7 +220,7 @@ def _local(array: jax.Array) -> np.ndarray:
 
 def store_arrays(store: HostStore) -> Arrays:
     """The whole table, zero where another process has it."""
-    whole = {name: np.zeros(field_shape(store.spec, name), field_dtype(name)) for name in FIELDS}
+    whole = {name: np.zeros(store.spec.shape(name), FIELDS[name]) for name in FIELDS}
     for block in store.blocks:
         rows = slice(block.row_range.start, block.row_range.stop)
         columns = slice(block.column_range.start, block.column_range.stop)

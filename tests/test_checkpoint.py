@@ -12,12 +12,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from logical import logical_table
+from offloading import FIELDS
 
 from stem_jax import store_handler
 from stem_jax.checkpoint import Checkpointer, CheckpointInfo
 from stem_jax.errors import InputError
 from stem_jax.tables import store_snapshot
-from stem_jax.tables.host_store import FIELDS, HostStore, field_dtype, field_shape
+from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.spec import TableSpec, TableState, stored
 from stem_jax.tables.store_snapshot import StoreSnapshot
 from stem_jax.training.past_updates import PastUpdates
@@ -130,10 +131,8 @@ def test_a_truncated_file_is_refused_by_name(fresh, tmp_path):
 def fill(store: HostStore, seed: int) -> dict[str, np.ndarray]:
     """Random numbers in every field; returns the whole arrays."""
     rng = np.random.default_rng(seed)
-    whole = {
-        name: rng.integers(1, 1 << 20, field_shape(store.spec, name)).astype(field_dtype(name))
-        for name in FIELDS
-    }
+    shapes = {name: store.spec.shape(name) for name in FIELDS}
+    whole = {n: rng.integers(1, 1 << 20, shape).astype(FIELDS[n]) for n, shape in shapes.items()}
     for block in store.blocks:
         rows = np.arange(len(block.row_range))
         store.write(block, rows, {name: part(whole[name], block) for name in FIELDS})
@@ -160,11 +159,11 @@ def whole_arrays(table: TableState) -> dict[str, np.ndarray]:
 def offloaded(train_step):
     """offloaded(mesh shape, vocab_axes): a train step, its abstract state, and an empty store."""
 
-    def make(shape, vocab_axes=("data", "fsdp"), slots=True):
+    def make(shape, vocab_axes=("data", "fsdp"), moments=True):
         step = train_step(shape, **{"tables.vocab_axes": vocab_axes})
         spec = TableSpec.from_config(step.config)
         target = abstract_state(step.config, step.model, step.mesh)
-        return step, target, HostStore.allocate(spec, step.mesh, slots=slots)
+        return step, target, HostStore.allocate(spec, step.mesh, moments=moments)
 
     return make
 
@@ -204,7 +203,7 @@ def test_a_store_goes_anywhere(fresh, offloaded, small_pieces, tmp_path, shape, 
     whole = fill(store, 1)
     save_store(tmp_path, fresh, store)
     _, target, other = offloaded(shape, vocab_axes)
-    _, _, only_rows = offloaded(shape, vocab_axes, slots=False)
+    _, _, only_rows = offloaded(shape, vocab_axes, moments=False)
     with Checkpointer(tmp_path, read_only=True) as checkpoints:
         arrays = checkpoints.restore(1, target).table
         assert checkpoints.restore(1, target, store=other).table is None

@@ -8,10 +8,11 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
+from offloading import FIELDS
 
 from stem_jax.errors import InputError
 from stem_jax.tables import host_store, store_snapshot
-from stem_jax.tables.host_store import FIELDS, HostStore
+from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.spec import TableSpec, init_table, stored
 
 PLACES = [
@@ -110,7 +111,7 @@ def test_fresh_rows_are_those_of_the_devices(
 @pytest.mark.parametrize(("shape", "vocab_axes"), PLACES)
 def test_blocks_are_the_distinct_shards(table_spec, device_mesh, shape, vocab_axes):
     spec, mesh = table_spec(vocab_axes), device_mesh(shape)
-    shape = (spec.num_rows, spec.num_layers, spec.width)
+    shape = (spec.num_rows, spec.vectors, spec.width)
     shards = NamedSharding(mesh, spec.logical_spec).devices_indices_map(shape)
     store = HostStore.allocate(spec, mesh)
     found = {
@@ -137,7 +138,7 @@ def test_blocks_are_the_distinct_shards(table_spec, device_mesh, shape, vocab_ax
 def test_every_number_is_saved_once(table_spec, device_mesh, shape, vocab_axes):
     spec = table_spec(vocab_axes)
     store = HostStore.allocate(spec, device_mesh(shape))
-    times = {name: np.zeros(host_store.field_shape(spec, name), int) for name in FIELDS}
+    times = {name: np.zeros(spec.shape(name), int) for name in FIELDS}
     for block in store.blocks:
         rows = slice(block.row_range.start, block.row_range.stop)
         columns = slice(block.column_range.start, block.column_range.stop)
@@ -148,15 +149,15 @@ def test_every_number_is_saved_once(table_spec, device_mesh, shape, vocab_axes):
         assert (times[name] == 1).all(), name
 
 
-@pytest.mark.parametrize("slots", [True, False])
-def test_needed_bytes_are_known_beforehand(table_spec, device_mesh, slots):
+@pytest.mark.parametrize("moments", [True, False])
+def test_needed_bytes_are_known_beforehand(table_spec, device_mesh, moments):
     spec, mesh = table_spec(("fsdp",)), device_mesh((2, 2, 2))
-    store = HostStore.allocate(spec, mesh, slots=slots)
+    store = HostStore.allocate(spec, mesh, moments=moments)
     # 96 rows of two layers of 48, once: replicas share their blocks. Both halves of the columns
     # have a last_step.
-    assert store.num_bytes == 4 * 96 * (3 * 2 * 48 + 2 if slots else 2 * 48)
-    assert HostStore.needed_bytes(spec, mesh, slots=slots) == store.num_bytes
-    assert store.fields == (FIELDS if slots else ("rows",))
+    assert store.num_bytes == 4 * 96 * (3 * 2 * 48 + 2 if moments else 2 * 48)
+    assert HostStore.needed_bytes(spec, mesh, moments=moments) == store.num_bytes
+    assert store.fields == (tuple(FIELDS) if moments else ("rows",))
 
 
 def test_rows_come_back_as_they_were_written(table_spec, device_mesh):
@@ -330,7 +331,7 @@ def test_one_snapshot_at_a_time(table_spec, device_mesh):
     read_all(snapshot, store)
     store.snapshot().close()
     with pytest.raises(ValueError, match="needs the fields"):
-        HostStore.allocate(table_spec(), device_mesh((1, 1, 1)), slots=False).snapshot()
+        HostStore.allocate(table_spec(), device_mesh((1, 1, 1)), moments=False).snapshot()
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def test_devices_hold_the_resident_rows_alone(programs, tmp_path, layout):
     step = programs(*how)
     rows, prefetch = step.spec.num_slots, step.config.tables.prefetch
     owners = axis_size(step.mesh, step.spec.vocab_axes)
-    S, F = step.spec.num_layers, step.spec.width
+    S, F = step.spec.vectors, step.spec.width
     gc.collect()
     before = {id(array) for array in jax.live_arrays()}
     seen = []

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from offloading import row_threads, store_arrays
+from offloading import FIELDS, row_threads, store_arrays
 
 from stem_jax.mesh import axis_size
 from stem_jax.tables import prefetch as prefetch_module
 from stem_jax.tables.asked_rows import AskedRows
 from stem_jax.tables.block_sizes import BlockSizes
-from stem_jax.tables.host_store import FIELDS, HostStore, field_dtype, field_shape
+from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.prefetch import Prefetch
 from stem_jax.tables.spec import TableSpec, TableState, logical, stored
 from stem_jax.training.look_ahead import LookAhead
@@ -44,8 +44,7 @@ class Bench:
         self.store = HostStore.allocate(self.spec, mesh)
         rng = np.random.default_rng(0)
         self.expected = {
-            name: rng.integers(0, 1 << 20, field_shape(spec, name)).astype(field_dtype(name))
-            for name in FIELDS
+            name: rng.integers(0, 1 << 20, spec.shape(name)).astype(FIELDS[name]) for name in FIELDS
         }
         for block in self.store.blocks:
             rows = slice(block.row_range.start, block.row_range.stop)

@@ -26,7 +26,7 @@ def make_spec(**changes) -> TableSpec:
     return dataclasses.replace(
         TableSpec(
             layout=TableLayout(ROWS, 256),
-            num_layers=LAYERS,
+            vectors=LAYERS,
             width=WIDTH,
             init_std=0.05,
             vocab_axes=(),

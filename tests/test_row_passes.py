@@ -37,7 +37,7 @@ def _state() -> TableState:
 
 def _case(optimizer: str, rows: list[int]):
     """(a function of `RowOptimizer`s that reads and updates, its places and gradients)."""
-    spec = make_spec(num_layers=VECTORS, width=WIDTH, optimizer=optimizer)
+    spec = make_spec(vectors=VECTORS, width=WIDTH, optimizer=optimizer)
     history = jax.tree.map(jnp.asarray, make_history(spec, warmup_cosine(STEP + 1)))
     gradient = np.random.default_rng(1).normal(size=(VECTORS, len(rows), WIDTH))
 
@@ -105,7 +105,7 @@ def test_a_step_that_is_not_kept_writes_nothing():
 @pytest.mark.usefixtures("interpreted")
 def test_columns_that_are_no_whole_tiles_take_the_other_way(monkeypatch):
     monkeypatch.setattr("stem_jax.tables.row_optimizer.read_rows", None)
-    optimizer = RowOptimizer(make_spec(num_layers=VECTORS, width=100), passes=True)
+    optimizer = RowOptimizer(make_spec(vectors=VECTORS, width=100), passes=True)
     state = jax.tree.map(lambda x: x[..., :100] if x.ndim > 1 else x, _state())
     history = jax.tree.map(jnp.asarray, make_history(optimizer.spec, warmup_cosine(STEP + 1)))
     found = optimizer.read_as(state, jnp.arange(3), jnp.int32(STEP), history, jnp.float32)
@@ -120,7 +120,7 @@ def test_a_compiled_tpu_program_copies_no_rows(width):
     from stem_jax.planning.topology import Topology
 
     device = SingleDeviceSharding(Topology.parse("v5e:1x1").devices()[0])
-    spec = make_spec(num_layers=5, width=width)
+    spec = make_spec(vectors=5, width=width)
     optimizer = RowOptimizer(spec, passes=True)
     history = jax.tree.map(jnp.asarray, make_history(spec, warmup_cosine(STEP + 1)))
 

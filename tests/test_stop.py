@@ -137,7 +137,7 @@ def test_a_wish_is_heard_while_batches_are_in_flight(monkeypatch):
     programs = SimpleNamespace(
         place=lambda batch: batch,
         evaluate=evaluate,
-        spec=SimpleNamespace(num_layers=0),
+        spec=SimpleNamespace(vectors=0),
         config=SimpleNamespace(tables=SimpleNamespace(prefetch=2)),
     )
     data = SimpleNamespace(held_out=[{}] * 10)

@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 from children import child, finish, pair
 from jax.sharding import Mesh
+from offloading import FIELDS
 
 from stem_jax.checkpoint import Checkpointer, CheckpointInfo
 from stem_jax.config import Config
 from stem_jax.config_file import config_from_json
 from stem_jax.mesh import make_mesh, replicated
 from stem_jax.tables.host_memory import available_host_bytes
-from stem_jax.tables.host_store import FIELDS, HostStore, field_dtype, field_shape
+from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.spec import TableSpec
 from stem_jax.tables.store_snapshot import StoreSnapshot
 from stem_jax.training.state import TrainState
@@ -87,8 +88,8 @@ def parts(spec, block, seed) -> dict[str, np.ndarray]:
     """A block's part of a table of random numbers."""
     rng, found = np.random.default_rng(seed), {}
     for name in FIELDS:
-        shape = field_shape(spec, name)
-        whole = rng.integers(1, 1 << 20, shape).astype(field_dtype(name))
+        shape = spec.shape(name)
+        whole = rng.integers(1, 1 << 20, shape).astype(FIELDS[name])
         rows = whole[block.row_range.start : block.row_range.stop]
         columns = slice(block.column_range.start, block.column_range.stop)
         found[name] = rows if name == "last_step" else rows[..., columns]
@@ -265,7 +266,7 @@ def test_two_processes_write_and_read_one_table(on_mesh, tmp_path):
     # No number of a table is written twice, also where both processes have it.
     for number, config in enumerate(configs):
         spec = TableSpec.from_config(config)
-        whole = sum(np.prod(field_shape(spec, name)) for name in FIELDS)
+        whole = sum(np.prod(spec.shape(name)) for name in FIELDS)
         saved = [int(line.split()[-1]) for out in printed for line in out if f"at {number}" in line]
         assert len(saved) == 2 and sum(saved) == whole
     with Checkpointer(tmp_path / "pair", read_only=True, keep=9) as checkpoints:

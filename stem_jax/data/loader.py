@@ -15,7 +15,7 @@ import numpy as np
 from stem_jax.data.token_store import TokenStore
 from stem_jax.errors import InputError
 
-Batch = dict[str, np.ndarray]
+HostBatch = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,7 @@ class GlobalBatches:
             num_threads=num_threads, prefetch_buffer_size=prefetch
         )
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> HostBatch:
         """This process's share of global batch `step`; every array is [B_local, L].
 
         Keys: tokens, targets, segment_ids, positions (int32) and loss_mask (float32), as described
@@ -119,14 +119,14 @@ class GlobalBatches:
         return BatchIterator(iter(ahead))
 
 
-class BatchIterator(Iterator[Batch]):
+class BatchIterator(Iterator[HostBatch]):
     """An endless iterator of batches that owns threads: close it, or use it in a `with`."""
 
     def __init__(self, batches: grain.DatasetIterator):
         self._batches = batches
         self._closed = False
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> HostBatch:
         if self._closed:
             raise StopIteration
         return next(self._batches)
@@ -197,10 +197,10 @@ class ValidationBatches:
     def __len__(self) -> int:
         return self.num_batches
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[HostBatch]:
         return (self.batch(index) for index in range(self.num_batches))
 
-    def batch(self, index: int) -> Batch:
+    def batch(self, index: int) -> HostBatch:
         """This process's share of global batch `index`, shaped as in `GlobalBatches.batch`."""
         if not 0 <= index < self.num_batches:
             raise IndexError(f"validation batch {index} of {self.num_batches}")
@@ -227,7 +227,7 @@ class ValidationBatches:
             if rows > 0:
                 yield store, min(rows * self._seq_len + 1, store.num_tokens)
 
-    def _row(self, row: int) -> Batch:
+    def _row(self, row: int) -> HostBatch:
         if row < self.num_rows:
             store = int(np.searchsorted(self._row_starts, row, side="right")) - 1
             return self.stores[store].row(row - int(self._row_starts[store]), self._seq_len)
@@ -256,7 +256,7 @@ class _Rows:
     def __len__(self) -> int:
         return self._num_rows
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> HostBatch:
         return self._store.row(int(index), self._seq_len)
 
     def __repr__(self) -> str:
@@ -273,7 +273,7 @@ class _Shares:
     def __len__(self) -> int:
         return sys.maxsize // self._share.num_parts
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, step: int) -> HostBatch:
         first = int(step) * self._share.num_parts
         found = [self._parts[first + part] for part in self._share.parts]
         return {key: np.concatenate([part[key] for part in found]) for key in found[0]}

@@ -181,9 +181,9 @@ def _for_reading(params: Params, programs: TrainStep) -> TrainState:
 def _first_state(programs: TrainStep, params: Params, means: UpMeans) -> TrainState:
     """The STEM model with the means as its rows. The parameters that it keeps are donated."""
     spec = programs.spec
-    rows = np.zeros((spec.num_rows, spec.num_layers, spec.width), np.float32)
-    size = max(1, _PIECE_BYTES // (4 * spec.width))
-    for index in range(spec.num_layers):
+    rows = np.zeros(spec.shape("rows"), np.float32)
+    size = max(1, _PIECE_BYTES // (spec.row_bytes("rows") // spec.vectors))
+    for index in range(spec.vectors):
         for first in range(0, spec.layout.num_keys, size):
             ids = np.arange(first, min(first + size, spec.layout.num_keys))
             rows[spec.layout.row_numbers(ids), index] = means.rows(index, ids)

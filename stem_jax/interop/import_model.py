@@ -125,7 +125,7 @@ def _fill(store: HostStore, tables: list[np.ndarray]) -> None:
     """Puts tables by token id into the rows of a store; padding rows stay zero."""
     [block] = store.blocks
     layout, rows = store.spec.layout, block.arrays["rows"]
-    size = max(1, _SLICE_BYTES // (4 * store.spec.width))
+    size = max(1, _SLICE_BYTES // (store.spec.row_bytes("rows") // store.spec.vectors))
     for index, table in enumerate(tables):
         for first in range(0, layout.num_keys, size):
             ids = np.arange(first, min(first + size, layout.num_keys))

@@ -75,7 +75,7 @@ class SavedModel:
             real = keys < spec.layout.num_keys
             for left in range(0, spec.width, num_columns):
                 columns = slice(left, min(left + num_columns, spec.width))
-                for places, rows in self._rows(part, columns, catch_up):
+                for places, rows in self._rows(spec, part, columns, catch_up):
                     ids, rows = keys[places][real[places]], rows[real[places]]
                     yield ids, columns, edits.apply(ids, rows, columns)
 
@@ -90,7 +90,11 @@ class SavedModel:
         )
 
     def _rows(
-        self, part: slice, columns: slice, catch_up: Callable[[dict], jax.Array] | None
+        self,
+        spec: TableSpec,
+        part: slice,
+        columns: slice,
+        catch_up: Callable[[dict], jax.Array] | None,
     ) -> Iterator[tuple[slice, np.ndarray]]:
         """Places in the part, from 0, and their rows."""
         wanted = (part, slice(None), columns)
@@ -98,8 +102,10 @@ class SavedModel:
         if catch_up is None:
             yield slice(0, len(rows)), rows
             return
-        fields = {name: self._read("table_slots", name, wanted) for name in ("mu", "nu")}
-        fields |= {"rows": rows, "last_step": self._read("table_slots", "last_step", part)}
+        fields = {"rows": rows}
+        for field in spec.fields[1:]:
+            found = part if field.by_row else wanted
+            fields[field.name] = self._read("table_slots", field.name, found)
         size = max(1, _SLICE_BYTES // rows[0].nbytes)
         for first in range(0, len(rows), size):
             places = slice(first, first + size)
@@ -122,7 +128,8 @@ class SavedModel:
     def _piece_sizes(self, spec: TableSpec) -> tuple[int, int]:
         """Rows and columns of a piece: those of whole chunks, which are decompressed at once."""
         rows, _, columns = self._open("table_rows", "rows").chunk_layout.read_chunk.shape
-        return rows * max(1, _PIECE_BYTES // (4 * rows * spec.num_layers * columns)), columns
+        row_bytes = spec.row_bytes("rows") * columns // spec.width
+        return rows * max(1, _PIECE_BYTES // (rows * row_bytes)), columns
 
     def _open(self, item: str, name: str) -> ts.TensorStore:
         store = {"driver": "ocdbt", "base": (self.folder / item).as_uri(), "path": f"{name}/"}

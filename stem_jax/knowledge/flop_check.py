@@ -22,7 +22,7 @@ from stem_jax.model.cost import generation_flops, training_flops_per_token
 from stem_jax.planning.program import train_step_program
 from stem_jax.sampling import Sampling, sample
 from stem_jax.tables.row_source import NoRows, ResidentRows
-from stem_jax.tables.spec import TableSpec
+from stem_jax.tables.spec import TableSpec, abstract_table
 from stem_jax.training.state import ModelDef
 
 PROGRAMS = ("prefill", "decode", "training")
@@ -126,9 +126,8 @@ def _generation(config: Config, programs: Sequence[str]) -> list[FlopCheck]:
     model, length, slots = config.model, config.train.seq_len, cache_slots(config)
     spec = TableSpec.from_config(config)
     rows = NoRows()
-    if spec.num_layers:
-        stored = jax.ShapeDtypeStruct((spec.num_layers, spec.num_rows, spec.width), jnp.float32)
-        rows = ResidentRows(stored, spec, None)
+    if spec.vectors:
+        rows = ResidentRows(abstract_table(spec).rows, spec, None)
     params = ModelDef(config).shapes()
     generator = Generator(config, params, rows, None)
     tokens_1xL = jax.ShapeDtypeStruct((1, length), jnp.int32)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stem_jax.tables.row_source import RowBlock, RowSource
+from stem_jax.tables.row_source import RowSource, ServedRows
 
 
 @jax.tree_util.register_dataclass
@@ -20,18 +20,18 @@ class OverlaidBlock:
     below V a row of the table, V + e is `extra[e]`. vocab_size: V.
     """
 
-    base: RowBlock
+    base: ServedRows
     extra: jax.Array
     keys: jax.Array
     vocab_size: int = dataclasses.field(metadata={"static": True})
 
     @property
     def blocks(self) -> int:
-        """See `row_source.RowBlock`."""
+        """See `row_source.ServedRows`."""
         return self.base.blocks
 
     def block(self, keys_BxL: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
-        """See `row_source.RowBlock`; which rows are read was settled by `serve`."""
+        """See `row_source.ServedRows`; which rows are read was settled by `serve`."""
         keys_BxL = self.keys.reshape(keys_BxL.shape)
         is_extra_BxL = keys_BxL >= self.vocab_size
         rows_SxUxF, inverse_BxL = self.base.block(jnp.where(is_extra_BxL, 0, keys_BxL), dtype)
@@ -96,7 +96,7 @@ class SequenceKeys:
         self._base = base
         self._keys_BxV = jnp.asarray(keys_BxV)
 
-    def serve(self, keys: jax.Array) -> RowBlock:
+    def serve(self, keys: jax.Array) -> ServedRows:
         """See `row_source.RowSource`; the first axis of the tokens is the batch."""
         tokens_BxL = keys.reshape(keys.shape[0], -1)
         led_BxL = _led_by_sequence(self._keys_BxV, tokens_BxL)

@@ -24,7 +24,7 @@ from stem_jax.knowledge.array_file import FLOAT32, INTEGERS, check_rows, read_ar
 from stem_jax.knowledge.overlay import OverlaidRows
 from stem_jax.knowledge.swaps import RowRecipe
 from stem_jax.loading import LoadedRun
-from stem_jax.tables.row_source import RowBlock, RowSource
+from stem_jax.tables.row_source import RowSource, ServedRows
 from stem_jax.tables.spec import logical
 
 _FORMAT = "stem_jax patch 1"
@@ -320,7 +320,7 @@ def _read_piece(source: RowSource, ids_n: np.ndarray) -> np.ndarray:
 
 
 @jax.jit
-def _rows_of(block: RowBlock, keys_1xn: jax.Array) -> jax.Array:
+def _rows_of(block: ServedRows, keys_1xn: jax.Array) -> jax.Array:
     rows_SxUxF, inverse_1xn = block.block(keys_1xn, jnp.float32)
     return logical(rows_SxUxF[:, inverse_1xn[0]])
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from stem_jax.config import Config
 from stem_jax.data.formats import AS_FOUND, Reading
-from stem_jax.data.loader import Batch, GlobalBatches
+from stem_jax.data.loader import GlobalBatches, HostBatch
 from stem_jax.data.sources import OpenedSource, open_sources, parse_sources
 from stem_jax.errors import InputError
 from stem_jax.loading import LoadedRun
@@ -59,7 +59,7 @@ class TokenText:
         asked = min(tokens or DEFAULT_TOKENS, self.num_tokens)
         return max(asked // step, 1) * step
 
-    def batches(self, tokens: int | None) -> Iterator[Batch]:
+    def batches(self, tokens: int | None) -> Iterator[HostBatch]:
         """Shuffled batches of `count(tokens)` tokens in all, sources in proportion to weights."""
         batches = GlobalBatches(
             [(source.train, source.weight) for source in self.sources],

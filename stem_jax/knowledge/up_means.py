@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stem_jax.data.loader import Batch as HostBatch
+from stem_jax.data.loader import HostBatch
 from stem_jax.kernels.row_sums import order_of, sum_by_row, way_on
 from stem_jax.model.rotary import rotary_angles
 from stem_jax.model.transformer import Inputs, Transformer

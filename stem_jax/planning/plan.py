@@ -196,7 +196,7 @@ def _compile(
 
 def _table_bytes(config: Config, mesh: Mesh, program: Program) -> TableBytes | None:
     spec = TableSpec.from_config(config)
-    if not spec.num_layers:
+    if not spec.vectors:
         return None
     rows, *slots = (array.device_bytes(mesh) for array in spec.placed())
     row = spec.row_size // mesh.shape["tensor"]
@@ -204,15 +204,14 @@ def _table_bytes(config: Config, mesh: Mesh, program: Program) -> TableBytes | N
     exchange = program.exchange
     if exchange is None:
         return TableBytes(rows, sum(slots), 0, 0, 0, 0)
-    vectors = 4 * spec.num_rows * spec.row_size
     return TableBytes(
-        host=3 * vectors + 4 * spec.num_rows if spec.offloaded else 0,
+        host=spec.num_rows * spec.row_bytes() if spec.offloaded else 0,
         rows=rows,
         slots=sum(slots),
         unique_rows=exchange.unique_rows,
         owned_rows=exchange.owned_rows,
         row_block=exchange.unique_rows * row,
-        exchange=exchange.buffer_bytes(row // spec.num_layers),
+        exchange=exchange.buffer_bytes(row // spec.vectors),
     )
 
 

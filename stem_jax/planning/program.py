@@ -98,7 +98,7 @@ def naive_lookup_program(config: Config, mesh: Mesh) -> Program:
     so that the backward pass needs them, as the model's does.
     """
     spec = TableSpec.from_config(config)
-    if not spec.num_layers:
+    if not spec.vectors:
         raise InputError(
             "--naive-lookup looks rows up, and model.stem_layers=none has no table; choose a STEM "
             "configuration"
@@ -120,8 +120,7 @@ def naive_lookup_program(config: Config, mesh: Mesh) -> Program:
         block = adamw(spec, RowBlock(table, mu, nu), gradient, rate, step)
         return block.rows, block.mu, block.nu
 
-    size = (spec.num_rows, spec.num_layers, spec.width)
-    table = jax.ShapeDtypeStruct(size, jnp.float32, sharding=table_spec)
+    table = jax.ShapeDtypeStruct(spec.shape("rows"), jnp.float32, sharding=table_spec)
     shape = (config.micro_batch_size, config.train.seq_len)
     check_divides(shape[0], "sequences of a micro-batch", BATCH_AXES, mesh)
     ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=tokens_spec)

@@ -26,10 +26,16 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from stem_jax.errors import InputError
 from stem_jax.tables.host_memory import available_host_bytes, check_host_memory
-from stem_jax.tables.spec import TableSpec, initial_rows, logical, stored, table_shardings
+from stem_jax.tables.spec import (
+    TableSpec,
+    initial_rows,
+    logical,
+    stored,
+    stored_shape,
+    table_shardings,
+)
 from stem_jax.tables.store_snapshot import StoreSnapshot, kept_bytes
 
-FIELDS = ("rows", "mu", "nu", "last_step")
 # Fresh rows are made this many bytes at a time; making a piece takes about three times as much.
 _PIECE_BYTES = 2**25
 
@@ -49,7 +55,7 @@ class HostBlock:
         devices: of this process, that hold the shard on the device side.
         saves: fields that this process writes to a checkpoint; shards that several processes have
             are written by the one with the lowest device.
-        arrays: by field; rows, mu, nu [rows, S, columns] float32, last_step [rows] int32.
+        arrays: by field, [rows, S, columns] or [rows]; see `TableSpec.fields`.
     """
 
     index: int
@@ -79,30 +85,30 @@ class HostStore:
         self._snapshot: StoreSnapshot | None = None
 
     @classmethod
-    def allocate(cls, spec: TableSpec, mesh: Mesh, *, slots: bool = True) -> "HostStore":
+    def allocate(cls, spec: TableSpec, mesh: Mesh, *, moments: bool = True) -> "HostStore":
         """A store of zeros, whose memory the system provides when it is first written to.
 
         Args:
             spec: the table.
             mesh: where the device side of the table lies.
-            slots: with mu, nu and last_step, as training needs them.
+            moments: with what the optimizer keeps of rows, as training needs them.
 
         Raises:
             InputError: the host has too little memory.
         """
-        needed = cls.peak_bytes(spec, mesh) if slots else cls.needed_bytes(spec, mesh, slots=False)
-        check_host_memory(needed, available_host_bytes())
-        return cls.zeros(spec, mesh, slots=slots)
+        needed = cls.peak_bytes if moments else functools.partial(cls.needed_bytes, moments=False)
+        check_host_memory(needed(spec, mesh), available_host_bytes())
+        return cls.zeros(spec, mesh, moments=moments)
 
     @classmethod
-    def zeros(cls, spec: TableSpec, mesh: Mesh, *, slots: bool = True) -> "HostStore":
+    def zeros(cls, spec: TableSpec, mesh: Mesh, *, moments: bool = True) -> "HostStore":
         """What `allocate` gives, unchecked: for a table that only passes on its way to devices."""
         blocks = [
             dataclasses.replace(
                 block,
                 arrays={
-                    name: np.zeros(_block_shape(spec, block, name), field_dtype(name))
-                    for name in _fields(slots)
+                    name: np.zeros(_block_shape(spec, block, name), spec.field(name).dtype)
+                    for name in _fields(spec, moments)
                 },
             )
             for block in _local_blocks(spec, mesh)
@@ -128,7 +134,7 @@ class HostStore:
 
     @classmethod
     def create(
-        cls, spec: TableSpec, key: jax.Array, mesh: Mesh, *, slots: bool = True
+        cls, spec: TableSpec, key: jax.Array, mesh: Mesh, *, moments: bool = True
     ) -> "HostStore":
         """A store of fresh rows, those that `init_table` makes for the same key.
 
@@ -139,10 +145,10 @@ class HostStore:
             InputError: the host has too little memory, or JAX has no CPU backend.
         """
         cpu = _cpu_device()
-        store = cls.allocate(spec, mesh, slots=slots)
+        store = cls.allocate(spec, mesh, moments=moments)
         key = jax.device_put(key, cpu)
         make = jax.jit(functools.partial(initial_rows, spec))
-        most = max(1, _PIECE_BYTES // (4 * spec.num_layers * spec.width))
+        most = max(1, _PIECE_BYTES // spec.row_bytes("rows"))
         # The mesh that a run has set is of other devices.
         with jax.set_mesh(
             jax.make_mesh((1,), ("cpu",), axis_types=(AxisType.Auto,), devices=[cpu])
@@ -161,17 +167,17 @@ class HostStore:
         return store
 
     @staticmethod
-    def needed_bytes(spec: TableSpec, mesh: Mesh, *, slots: bool = True) -> int:
+    def needed_bytes(spec: TableSpec, mesh: Mesh, *, moments: bool = True) -> int:
         """Bytes that a store takes in this process, before there is one."""
         return sum(
-            math.prod(_block_shape(spec, block, name)) * field_dtype(name).itemsize
+            math.prod(_block_shape(spec, block, name)) * np.dtype(spec.field(name).dtype).itemsize
             for block in _local_blocks(spec, mesh)
-            for name in _fields(slots)
+            for name in _fields(spec, moments)
         )
 
     @classmethod
     def peak_bytes(cls, spec: TableSpec, mesh: Mesh) -> int:
-        """Bytes of a store with slots while it is saved and goes on changing."""
+        """Bytes of a store with moments while it is saved and goes on changing."""
         needed = cls.needed_bytes(spec, mesh)
         return needed + kept_bytes(needed)
 
@@ -183,9 +189,7 @@ class HostStore:
             for block in self.blocks:
                 array = np.ascontiguousarray(stored(block.arrays.pop(name)))
                 shards += [jax.device_put(array, device) for device in block.devices]
-            shape = field_shape(self.spec, name)
-            # The two forms of a shape, as of an array.
-            shape = (shape[1], shape[0], shape[2]) if len(shape) > 1 else shape
+            shape = stored_shape(self.spec.shape(name))
             found[name] = jax.make_array_from_single_device_arrays(shape, shardings[name], shards)
         return found
 
@@ -233,11 +237,11 @@ class HostStore:
 
         Raises:
             RuntimeError: the snapshot before is still open.
-            ValueError: a store without slots is not what a checkpoint holds.
+            ValueError: a store without moments is not what a checkpoint holds.
         """
-        if self.fields != FIELDS:
+        if self.fields != (needed := _fields(self.spec, True)):
             raise ValueError(
-                f"a checkpoint needs the fields {FIELDS}, this store has {self.fields}"
+                f"a checkpoint needs the fields {needed}, this store has {self.fields}"
             )
         with self._changed:
             if self._snapshot is not None and not self._snapshot.closed:
@@ -265,12 +269,6 @@ class HostStore:
                 self._changed.notify_all()
 
 
-def field_shape(spec: TableSpec, name: str) -> tuple[int, ...]:
-    """Shape of a field of the whole table."""
-    shape = (spec.num_rows, spec.num_layers, spec.width)
-    return shape[:1] if name == "last_step" else shape
-
-
 def shards_on(arrays: DeviceArrays, device: jax.Device) -> DeviceArrays:
     """The shard of each array that a device of this process has."""
     return {
@@ -279,23 +277,18 @@ def shards_on(arrays: DeviceArrays, device: jax.Device) -> DeviceArrays:
     }
 
 
-def field_dtype(name: str) -> np.dtype:
-    """Dtype of a field."""
-    return np.dtype(np.int32 if name == "last_step" else np.float32)
-
-
-def _fields(slots: bool) -> tuple[str, ...]:
-    return FIELDS if slots else FIELDS[:1]
+def _fields(spec: TableSpec, moments: bool) -> tuple[str, ...]:
+    names = tuple(field.name for field in spec.fields)
+    return names if moments else ("rows",)
 
 
 def _block_shape(spec: TableSpec, block: HostBlock, name: str) -> tuple[int, ...]:
-    shape = (len(block.row_range), spec.num_layers, len(block.column_range))
-    return shape[:1] if name == "last_step" else shape
+    return spec.shape(name, len(block.row_range), len(block.column_range))
 
 
 def _local_blocks(spec: TableSpec, mesh: Mesh) -> list[HostBlock]:
     """The distinct shards on this process's devices, without memory."""
-    shape = field_shape(spec, "rows")
+    shape = spec.shape("rows")
     sharding = NamedSharding(mesh, spec.logical_spec)
     holders: dict[tuple[range, range], list[jax.Device]] = {}
     for device, index in sharding.devices_indices_map(shape).items():
@@ -311,10 +304,10 @@ def _local_blocks(spec: TableSpec, mesh: Mesh) -> list[HostBlock]:
         if not local:
             continue
         ids = {device.id for device in local}
-        saves = {"rows", "mu", "nu"} if lowest[rows, columns] in ids else set()
-        # last_step has no columns: of all shards with these rows, one writes it.
-        if min(device for (r, _), device in lowest.items() if r == rows) in ids:
-            saves |= {"last_step"}
+        whole = lowest[rows, columns] in ids
+        # A number of a row has no columns: of all shards with these rows, one writes it.
+        first = min(device for (r, _), device in lowest.items() if r == rows) in ids
+        saves = {field.name for field in spec.fields if (first if field.by_row else whole)}
         shard = rows.start // len(rows)
         blocks.append(HostBlock(len(blocks), shard, rows, columns, local, frozenset(saves), {}))
     return blocks

@@ -38,7 +38,7 @@ class SlotRows:
     blocks = 1
 
     def block(self, keys_BxL: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
-        """See `row_source.RowBlock`."""
+        """See `row_source.ServedRows`."""
         rows_SxUxF = self.rows[:, self.slots]
         return rows_SxUxF.astype(dtype), self.inverse.reshape(keys_BxL.shape)
 

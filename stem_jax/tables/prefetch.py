@@ -30,7 +30,6 @@ from stem_jax.tables.host_store import (
     DeviceArrays,
     HostBlock,
     HostStore,
-    field_dtype,
     shards_on,
 )
 from stem_jax.tables.row_slots import Move, RowSlots
@@ -133,9 +132,8 @@ class Prefetch:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row with its slot variables, over all columns."""
-        row = 4 * self.spec.num_layers * self.spec.width
-        return sum(4 if name == "last_step" else row for name in self.store.fields)
+        """Bytes of one row in all fields of the store, over all columns."""
+        return self.spec.row_bytes(*self.store.fields)
 
     def load(self) -> DeviceArrays:
         """The device side with the rows that the slots hold, from the store, piece by piece."""
@@ -363,14 +361,16 @@ class Prefetch:
 
     def _empty(self) -> DeviceArrays:
         shapes = {name: self._shape(name, self.spec.num_slots) for name in self.store.fields}
-        return {name: stored(jnp.zeros(shape, field_dtype(name))) for name, shape in shapes.items()}
+        return {
+            name: stored(jnp.zeros(shape, self.spec.field(name).dtype))
+            for name, shape in shapes.items()
+        }
 
     def _shape(self, name: str, rows: int) -> tuple[int, ...]:
-        return (rows,) if name == "last_step" else (rows, self.spec.num_layers, self.spec.width)
+        return self.spec.shape(name, rows)
 
     def _sharding(self, name: str) -> NamedSharding:
-        spec = self.spec.index_spec if name == "last_step" else self.spec.logical_spec
-        return NamedSharding(self._mesh, spec)
+        return NamedSharding(self._mesh, self.spec.logical_partition(name))
 
     def _per_owner(self, numbers_PxN: np.ndarray) -> jax.Array:
         """[P * N] on the devices, each owner with its line."""

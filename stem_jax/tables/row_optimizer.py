@@ -234,7 +234,7 @@ class RowOptimizer:
             begin = jnp.minimum(first, number - self.piece)
             return one_piece(found, vector, begin, begin + jnp.arange(self.piece) >= first)
 
-        return jax.lax.fori_loop(0, self.spec.num_layers * pieces, one, found)
+        return jax.lax.fori_loop(0, self.spec.vectors * pieces, one, found)
 
 
 def _columns(coast: Coast | None, number: int, *scalars) -> jax.Array:

@@ -17,7 +17,7 @@ from stem_jax.mesh import BATCH_AXES, axis_size, divided, live_axes
 from stem_jax.tables.spec import TableSpec
 
 
-class RowBlock(Protocol):
+class ServedRows(Protocol):
     """A pytree that a compiled program reads rows from.
 
     blocks: P, shards of the batch; B is a multiple of it.
@@ -35,7 +35,7 @@ class RowBlock(Protocol):
 class RowSource(Protocol):
     """What a host loop asks before it runs a program on these keys."""
 
-    def serve(self, keys: jax.Array) -> RowBlock:
+    def serve(self, keys: jax.Array) -> ServedRows:
         """The rows for int32 keys of any shape, on the device and perhaps not computed yet."""
 
     def close(self) -> None:
@@ -74,7 +74,7 @@ class ResidentRows:
 
     @property
     def blocks(self) -> int:
-        """See `RowBlock`."""
+        """See `ServedRows`."""
         return 1 if self.mesh is None else axis_size(self.mesh, BATCH_AXES)
 
     def serve(self, keys: jax.Array) -> "ResidentRows":
@@ -84,7 +84,7 @@ class ResidentRows:
         """See `RowSource`."""
 
     def block(self, keys_BxL: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
-        """See `RowBlock`; columns follow the table's."""
+        """See `ServedRows`; columns follow the table's."""
         of_each = keys_BxL.size // self.blocks
         inverse_BxL = (jnp.arange(keys_BxL.size, dtype=jnp.int32) % of_each).reshape(keys_BxL.shape)
         rows_U = self.spec.layout.rows_of(keys_BxL.reshape(-1))

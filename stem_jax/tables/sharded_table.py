@@ -270,8 +270,7 @@ class ShardedTable:
 
     @property
     def _state_specs(self) -> TableState:
-        rows = self.spec.row_spec
-        return TableState(rows, rows, rows, self.spec.index_spec)
+        return TableState(**{f.name: self.spec.partition(f.name) for f in self.spec.fields})
 
     def _places(self, requests: Requests) -> jax.Array:
         """[O] where the asked rows lie in this device's shard; padding lands past its end."""

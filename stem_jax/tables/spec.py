@@ -9,9 +9,11 @@ the rows of a batch are gathered and scattered in place whatever S is.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stem_jax.config import Config
@@ -20,12 +22,24 @@ from stem_jax.tables.layout import TableLayout
 
 
 @dataclasses.dataclass(frozen=True)
+class Field:
+    """One array of a table, of the name that it has in `TableState`.
+
+    dtype: NumPy's name. by_row: whether it is a number for each row, [R]; else it is its vectors.
+    """
+
+    name: str
+    dtype: str
+    by_row: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class TableSpec:
-    """All STEM layers' tables as one table of rows [V_pad, S, F], stored as [S, V_pad, F].
+    """A table of rows [V_pad, S, F], stored as [S, V_pad, F].
 
     Attributes:
         layout: key <-> row.
-        num_layers: S; a row holds one vector for each STEM layer.
+        vectors: S; of STEM's tables a row holds one for each STEM layer.
         width: F.
         init_std: standard deviation of the initial rows.
         vocab_axes: mesh axes that shard the rows; the columns follow the tensor axis.
@@ -38,7 +52,7 @@ class TableSpec:
     """
 
     layout: TableLayout
-    num_layers: int
+    vectors: int
     width: int
     init_std: float
     vocab_axes: tuple[str, ...]
@@ -60,7 +74,7 @@ class TableSpec:
         resident, S = config.tables.resident_rows, config.model.num_stem_layers
         return cls(
             layout=layout,
-            num_layers=S,
+            vectors=S,
             width=config.model.ffn_dim,
             row_format=config.tables.row_format,
             init_std=config.table_init_std,
@@ -94,12 +108,44 @@ class TableSpec:
     @property
     def num_parameters(self) -> int:
         """Trained numbers, padding rows not counted."""
-        return self.layout.num_keys * self.num_layers * self.width
+        return self.layout.num_keys * self.vectors * self.width
 
     @property
     def row_size(self) -> int:
         """Numbers of a row: S * F."""
-        return self.num_layers * self.width
+        return self.vectors * self.width
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        """The rows, and what their optimizer keeps of each."""
+        moments = Field("mu", "float32"), Field("nu", "float32")
+        return Field("rows", self.row_format), *moments, Field("last_step", "int32", by_row=True)
+
+    def field(self, name: str) -> Field:
+        """The field of a name."""
+        return next(field for field in self.fields if field.name == name)
+
+    def shape(self, name: str, rows: int | None = None, columns: int | None = None):
+        """Logical shape of a field; of the whole table unless told how many rows and columns."""
+        rows = self.num_rows if rows is None else rows
+        columns = self.width if columns is None else columns
+        return (rows,) if self.field(name).by_row else (rows, self.vectors, columns)
+
+    def row_bytes(self, *names: str) -> int:
+        """Bytes of a row in these fields; in all of them if none is named."""
+        names = names or tuple(field.name for field in self.fields)
+        return sum(
+            math.prod(self.shape(name, 1)) * np.dtype(self.field(name).dtype).itemsize
+            for name in names
+        )
+
+    def partition(self, name: str) -> PartitionSpec:
+        """Partition of a field, stored; every device has the same numbers of its logical form."""
+        return self.index_spec if self.field(name).by_row else self.row_spec
+
+    def logical_partition(self, name: str) -> PartitionSpec:
+        """Partition of a field, logical."""
+        return self.index_spec if self.field(name).by_row else self.logical_spec
 
     @property
     def row_spec(self) -> PartitionSpec:
@@ -118,25 +164,27 @@ class TableSpec:
 
     def placed(self) -> list[Placed]:
         """The arrays on the devices, for the placement check and the start-up report."""
-        shape = (self.num_slots, self.num_layers, self.width)
         multiple = "tables.resident_rows" if self.offloaded else "tables.pad_multiple"
         remedy = (
             f"make {multiple} a multiple of the row shards and model.ffn_dim of "
             "mesh.tensor, or change tables.vocab_axes or the mesh"
         )
         return [
-            *(
-                Placed(f"table_{name}", shape, 4, self.logical_spec, remedy)
-                for name in ("rows", "mu", "nu")
-            ),
-            Placed("table_last_step", shape[:1], 4, self.index_spec, remedy),
+            Placed(
+                f"table_{field.name}",
+                self.shape(field.name, self.num_slots),
+                np.dtype(field.dtype).itemsize,
+                self.logical_partition(field.name),
+                remedy,
+            )
+            for field in self.fields
         ]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TableState:
-    """The rows on the devices, with their slot variables.
+    """The rows on the devices, with what their optimizer keeps; see `TableSpec.fields`.
 
     rows, mu, nu: [S, R, F] float32, stored. last_step: [R] int32, the last update whose batch
     asked for the row, from 1; 0 is never. With all rows resident R is V_pad and a row lies at its
@@ -157,6 +205,11 @@ def stored(field):
     return field.swapaxes(0, 1) if field.ndim > 1 else field
 
 
+def stored_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of `stored` of an array of this logical shape."""
+    return (shape[1], shape[0], *shape[2:]) if len(shape) > 1 else shape
+
+
 def logical(field):
     """The inverse of `stored`: [R, S, F], or [R]."""
     return field.swapaxes(0, 1) if field.ndim > 1 else field
@@ -166,7 +219,7 @@ def initial_rows(spec: TableSpec, key: jax.Array, rows: jax.Array) -> jax.Array:
     """Normal rows [len(rows), S, F] of std `init_std`; a row depends on its number alone."""
 
     def one_row(row):
-        shape = (spec.num_layers, spec.width)
+        shape = (spec.vectors, spec.width)
         return jax.random.normal(jax.random.fold_in(key, row), shape, jnp.float32)
 
     return jax.vmap(one_row)(rows) * spec.init_std
@@ -184,13 +237,28 @@ def init_table(
     def create(rows) -> TableState:
         if rows is None:
             rows = stored(initial_rows(spec, key, jnp.arange(spec.num_rows)))
-        zeros = jnp.zeros_like(rows)
-        return TableState(rows, zeros, zeros, jnp.zeros(spec.num_rows, jnp.int32))
+        shapes = dict(vars(abstract_table(spec)))
+        shapes.pop("rows")
+        zeros = {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in shapes.items()}
+        return TableState(rows=rows, **zeros)
 
     return jax.jit(create, donate_argnums=0, out_shardings=table_shardings(spec, mesh))(rows)
 
 
+def abstract_table(spec: TableSpec) -> TableState:
+    """Shapes and dtypes of what is on the devices."""
+    return TableState(
+        **{
+            field.name: jax.ShapeDtypeStruct(
+                stored_shape(spec.shape(field.name, spec.num_slots)), field.dtype
+            )
+            for field in spec.fields
+        }
+    )
+
+
 def table_shardings(spec: TableSpec, mesh: Mesh) -> TableState:
     """A TableState of shardings."""
-    rows = NamedSharding(mesh, spec.row_spec)
-    return TableState(rows, rows, rows, NamedSharding(mesh, spec.index_spec))
+    return TableState(
+        **{field.name: NamedSharding(mesh, spec.partition(field.name)) for field in spec.fields}
+    )

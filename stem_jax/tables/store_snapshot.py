@@ -109,7 +109,7 @@ class StoreSnapshot:
         self._unread = {name for block in self._tracks for name in block}
         self._changed = threading.Condition()
         total = sum(array.nbytes for block in arrays for array in block.values())
-        # A number of a row, last_step, is not worth a place on the shelf.
+        # A number of a row is not worth a place on the shelf.
         self._shelf = _Shelf(arrays[0]["rows"][0], kept_bytes(total))
         self._stalled = False
         self.closed = False

@@ -85,7 +85,7 @@ class LookAhead(Iterator[Ready]):
                 break
         while self._unread and len(self._queue) <= self._distance:
             batch = next(self._batches)
-            demand = self._programs.demand(batch) if self._programs.spec.num_layers else None
+            demand = self._programs.demand(batch) if self._programs.spec.vectors else None
             self._queue.append(Ready(batch, demand))
             self._unread -= 1
         if not self._queue:

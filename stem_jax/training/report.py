@@ -60,7 +60,7 @@ def attention_kernel(config: Config, mesh: Mesh) -> str:
 def _memory_lines(config: Config, model: ModelDef, mesh: Mesh) -> list[str]:
     backbone = sum(array.device_bytes(mesh) for array in model.placed()) * _BACKBONE_COPIES
     spec = TableSpec.from_config(config)
-    table = sum(array.device_bytes(mesh) for array in spec.placed()) if spec.num_layers else 0
+    table = sum(array.device_bytes(mesh) for array in spec.placed()) if spec.vectors else 0
     host = "0 MiB"
     if spec.offloaded:
         host = _mib(HostStore.needed_bytes(spec, mesh))
@@ -76,7 +76,7 @@ def _memory_lines(config: Config, model: ModelDef, mesh: Mesh) -> list[str]:
 
 def _table_lines(config: Config, mesh: Mesh, working_set: int | None) -> list[str]:
     spec = TableSpec.from_config(config)
-    if not spec.num_layers:
+    if not spec.vectors:
         return ["tables       none: every layer has an up projection"]
     owners = axis_size(mesh, spec.vocab_axes)
     columns = mesh.shape["tensor"]
@@ -84,13 +84,14 @@ def _table_lines(config: Config, mesh: Mesh, working_set: int | None) -> list[st
     if spec.offloaded:
         share = spec.num_slots / spec.num_rows
         where = f"in host memory, {share:.0%} of the rows resident on device"
+    vector_bytes = spec.row_bytes("rows") // spec.vectors
     lines = [
         f"table        layer {layer}: {config.model.vocab_size} x {spec.width} "
-        f"{_mib(4 * config.model.vocab_size * spec.width)}, {where}, rows over {owners} shards, "
+        f"{_mib(config.model.vocab_size * vector_bytes)}, {where}, rows over {owners} shards, "
         f"columns over {columns}"
         for layer in config.model.stem_layers
     ] + [
-        f"             {spec.optimizer}, {spec.num_rows} rows of {spec.num_layers} x {spec.width}, "
+        f"             {spec.optimizer}, {spec.num_rows} rows of {spec.vectors} x {spec.width}, "
         f"{spec.num_rows // owners} a shard"
     ]
     if spec.offloaded:
@@ -119,7 +120,7 @@ def _batch_lines(config: Config, mesh: Mesh) -> list[str]:
 def placed_arrays(config: Config, model: ModelDef) -> list[Placed]:
     """Every large array of a run."""
     spec = TableSpec.from_config(config)
-    return model.placed() + (spec.placed() if spec.num_layers else [])
+    return model.placed() + (spec.placed() if spec.vectors else [])
 
 
 def _millions(number: int) -> str:

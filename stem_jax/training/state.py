@@ -23,7 +23,13 @@ from stem_jax.model.layer_groups import (
     stacked,
 )
 from stem_jax.model.transformer import Transformer
-from stem_jax.tables.spec import TableSpec, TableState, init_table, table_shardings
+from stem_jax.tables.spec import (
+    TableSpec,
+    TableState,
+    abstract_table,
+    init_table,
+    table_shardings,
+)
 from stem_jax.training.optimizer import make_optimizer
 
 Params = dict[str, jax.Array]
@@ -174,7 +180,7 @@ def state_shardings(config: Config, model: ModelDef, mesh: Mesh) -> TrainState:
         is_leaf=lambda part: isinstance(part, dict),
     )
     spec = TableSpec.from_config(config)
-    table = table_shardings(spec, mesh) if spec.num_layers else None
+    table = table_shardings(spec, mesh) if spec.vectors else None
     return TrainState(whole, whole, whole, whole, params, opt_state, table)
 
 
@@ -204,7 +210,7 @@ def init_state(
     params = model.init(mesh) if params is None else params
     state = make(stacked(params, model.state_names, stack_and_free))
     spec = TableSpec.from_config(config)
-    if spec.num_layers and not spec.offloaded:
+    if spec.vectors and not spec.offloaded:
         table = init_table(spec, table_key(config), mesh, rows)
         state = dataclasses.replace(state, table=table)
     return state
@@ -231,11 +237,8 @@ def abstract_state(config: Config, model: ModelDef, mesh: Mesh) -> TrainState:
     opt_state = jax.eval_shape(_optimizer(config, model).init, shapes)
     table = None
     spec = TableSpec.from_config(config)
-    if spec.num_layers:
-        size = (spec.num_layers, spec.num_slots, spec.width)
-        rows = jax.ShapeDtypeStruct(size, jnp.float32)
-        last_step = jax.ShapeDtypeStruct((spec.num_slots,), jnp.int32)
-        table = TableState(rows, rows, rows, last_step)
+    if spec.vectors:
+        table = abstract_table(spec)
     state = TrainState(scalar, scalar, scalar, scalar, shapes, opt_state, table)
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

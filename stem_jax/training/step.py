@@ -8,7 +8,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stem_jax.compiler_options import compiler_options
 from stem_jax.config import Config
-from stem_jax.data.loader import Batch as HostBatch
+from stem_jax.data.loader import HostBatch
 from stem_jax.kernels.head_loss import head_loss
 from stem_jax.mesh import BATCH_AXES, axis_size
 from stem_jax.model.transformer import Inputs
@@ -78,7 +78,7 @@ class TrainStep:
 
     def table(self, tokens_AxBxL, sizes: BlockSizes | None = None) -> ShardedTable | None:
         """The table as a step exchanges it; None for a dense model."""
-        if not self.spec.num_layers:
+        if not self.spec.vectors:
             return None
         keys = tokens_AxBxL.size // axis_size(self.mesh, BATCH_AXES)
         return ShardedTable(self.spec, self.mesh, keys, sizes)

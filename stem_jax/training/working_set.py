@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Iterator
 
 from stem_jax.config import Config
-from stem_jax.data.loader import Batch
+from stem_jax.data.loader import HostBatch
 from stem_jax.tables.asked_rows import AskedRows
 from stem_jax.tables.spec import TableSpec
 from stem_jax.training.run_data import RunData
@@ -42,17 +42,17 @@ def working_set(
     return WorkingSet(one, max(one, in_flight))
 
 
-def _training_batches(config: Config, data: RunData, start: int) -> Iterator[Batch]:
+def _training_batches(config: Config, data: RunData, start: int) -> Iterator[HostBatch]:
     batches = (data.batches.batch(step) for step in range(start, config.train.steps))
     return _few(config, batches)
 
 
-def _few(config: Config, batches) -> Iterator[Batch]:
+def _few(config: Config, batches) -> Iterator[HostBatch]:
     # A full window at least, or the figure would be too small from the start.
     number = max(config.tables.prefetch + 1, _TOKENS // config.tokens_per_step)
     return (batch for _, batch in zip(range(number), batches, strict=False))
 
 
-def _asked(spec: TableSpec, num_owners: int, batch: Batch) -> AskedRows:
+def _asked(spec: TableSpec, num_owners: int, batch: HostBatch) -> AskedRows:
     rows = spec.layout.row_numbers(batch["tokens"][batch["segment_ids"] > 0])
     return AskedRows.of_tokens(rows, spec.num_rows, num_owners)
