@@ -5,12 +5,8 @@ that the file has and the dataclasses have not, or the other way round, is an er
 """
 
 import ast
-import contextlib
 import difflib
-import importlib
-import importlib.util
 import json
-import sys
 import types
 import typing
 from collections.abc import Iterator
@@ -20,18 +16,17 @@ from typing import Any
 from stem_jax.config import Config, declared_keys
 from stem_jax.config_checks import validate
 from stem_jax.config_keys import NOTHING
+from stem_jax.config_program import read_config_file
 from stem_jax.errors import InputError
 from stem_jax.layer_patterns import layer_indices
 from stem_jax.storage import local_path
-
-_PACKAGE = "configs"
 
 
 def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> Config:
     """Reads a config file, applies overrides and validates.
 
     Args:
-        path: the file, as in `--config=configs/tiny.py`.
+        path: the file, or the name of a shipped one, as in `--config=tiny`.
         overrides: {"section.key": text}, as in `--config.train.steps=5`.
 
     Raises:
@@ -121,65 +116,6 @@ def _written_types() -> dict[str, Any]:
     }
     given = {name: key.written for name, key in declared_keys().items()}
     return {name: resolved[name] if hint is NOTHING else hint for name, hint in given.items()}
-
-
-def read_config_file(path: Path) -> dict[str, dict[str, Any]]:
-    """What the file's `get_config()` returns, as plain values.
-
-    It imports its base as `configs.base`: that of its own checkout, wherever it is called from, and
-    else the one that is installed or in the working directory.
-
-    Raises:
-        InputError: no such file, not Python, or a program that fails.
-    """
-    if not path.is_file():
-        raise InputError(f"config file {path} does not exist; see configs/ for the shipped ones")
-    spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise InputError(f"config file {path} is not a Python file; its name must end in .py")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        with _beside(path):
-            spec.loader.exec_module(module)
-            return module.get_config().to_dict()
-    # A config file is the user's program and may fail in any way.
-    except Exception as error:
-        message = " ".join(str(error).split())[:300]
-        raise InputError(
-            f"config file {path}: {type(error).__name__}: {message}; every key is declared in "
-            "configs/base.py"
-        ) from error
-
-
-@contextlib.contextmanager
-def _beside(path: Path) -> Iterator[None]:
-    """Imports of `configs` find the package of the file's checkout, if it is in one."""
-    folders = path.resolve().parents[:2]
-    roots = [root for root in reversed(folders) if (root / _PACKAGE / "base.py").is_file()]
-    if not roots:
-        yield
-        return
-    before, others = list(sys.path), _modules()
-    # Another checkout's may have been imported before.
-    for name in others:
-        del sys.modules[name]
-    sys.path.insert(0, str(roots[0]))
-    importlib.invalidate_caches()
-    try:
-        yield
-    finally:
-        sys.path[:] = before
-        for name in _modules():
-            del sys.modules[name]
-        sys.modules.update(others)
-
-
-def _modules() -> dict[str, Any]:
-    return {
-        name: module
-        for name, module in sys.modules.items()
-        if name == _PACKAGE or name.startswith(f"{_PACKAGE}.")
-    }
 
 
 def _unknown_key(key: str, known: list[str]) -> str:

@@ -10,7 +10,7 @@ from stem_jax.interop.calibration import Calibration, check_overrides
 
 FORMATS = ("official", "hf", "llama")
 # Where an import finds what its model does not decide.
-BASE_CONFIG = Path(__file__).parents[2] / "configs" / "base.py"
+BASE_CONFIG = Path("base")
 
 
 def parse(
