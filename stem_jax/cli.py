@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, program: str, description: str | None):
         """program: its module, such as "stem_jax.train"."""
         super().__init__(
-            prog=f"python -m {program}", description=description, formatter_class=_HelpFormatter
+            prog=_as_started(program), description=description, formatter_class=_HelpFormatter
         )
         self._converted: dict[str, tuple[str, Callable[[str, str], Any]]] = {}
 
@@ -166,6 +166,11 @@ class _Interrupt:
             print(line, file=sys.stderr, flush=True)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def _as_started(program: str) -> str:
+    script = program.replace("_jax.", "-").replace("_", "-")
+    return script if Path(sys.argv[0]).stem == script else f"python -m {program}"
 
 
 def _paths(value: str, flag: str) -> list[Path]:

@@ -1,9 +1,6 @@
 """Reading a configuration: overrides as texts, paths among them, and the base beside a file."""
 
 import itertools
-import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -80,49 +77,52 @@ def test_a_config_without_a_base_beside_it_takes_the_one_there_is(tmp_path):
     assert load_config(tmp_path / "mine.py").model.embed_dim == 128
 
 
-INSTALLED = """
-import sys
-import stem_jax
-from stem_jax.config_file import load_config
-from stem_jax.data.facts import read_facts
-
-print(stem_jax.__file__)
-print(len(read_facts()), *(load_config(path).model.embed_dim for path in sys.argv[1:]))
-"""
+def test_a_shipped_config_is_found_by_its_name_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config("tiny") == load_config(ROOT / "configs" / "tiny.py")
+    # A name is that of a shipped one, whatever lies here.
+    (tmp_path / "tiny").mkdir()
+    assert load_config("tiny").model.embed_dim == 192
 
 
-def test_an_installed_wheel_reads_the_base_beside_a_config_too(tmp_path):
-    source, site = tmp_path / "source", tmp_path / "site"
-    for name in ("stem_jax", "configs"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "requirements.txt", "README.md"):
-        shutil.copy(ROOT / name, source)
-    build = ["--no-deps", "--no-build-isolation", "--no-index", "--target", site, source]
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *build], check=True, timeout=300)
-    # A checkout with a base of its own, and a config that stands alone.
-    checkout = tmp_path / "checkout" / "configs"
-    checkout.mkdir(parents=True)
-    (checkout / "__init__.py").touch()
+def test_a_name_that_is_none_is_told_those_that_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given in ("tinny", "tiny.py", "configs/tiny.py", "configs/tiny"):
+        said = rf"config file {given} does not exist; did you mean --config=tiny\? known by name: "
+        with pytest.raises(InputError, match=said + "base, dense_1b, .*tiny, tiny_dense"):
+            load_config(given)
+    with pytest.raises(InputError, match=r"config file zzz does not exist; known by name: base, "):
+        load_config("zzz")
+
+
+def test_another_package_named_configs_is_not_the_base(tmp_path, monkeypatch):
+    """One without a `base`, in the working directory and before all others on the path."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "__init__.py").write_text("raise RuntimeError('not this one')\n")
+    mine = tmp_path / "mine" / "deep" / "er.py"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("from configs.base import get_config\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = sys.modules["configs"]
+    assert load_config(mine).model.embed_dim == load_config("tiny_dense").model.embed_dim - 64
+    assert sys.modules["configs"] is before
+    # With one it is: that of the project that the command is called in.
     base = (ROOT / "configs" / "base.py").read_text()
-    (checkout / "base.py").write_text(base.replace("embed_dim = 128", "embed_dim = 96"))
-    alone = tmp_path / "mine.py"
-    for path in (checkout / "small.py", alone):
-        path.write_text("from configs.base import get_config\n")
-    done = subprocess.run(
-        [sys.executable, "-c", INSTALLED, checkout / "small.py", alone],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(site), "PYTHONSAFEPATH": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    where, found = done.stdout.splitlines() or (done.stderr, "")
-    assert where == str(site / "stem_jax" / "__init__.py")
-    assert found == "195 96 128"
+    (tmp_path / "configs" / "base.py").write_text(base.replace("embed_dim = 128", "embed_dim = 96"))
+    (tmp_path / "configs" / "__init__.py").write_text("")
+    assert load_config(mine).model.embed_dim == 96
+
+
+def test_a_config_without_a_base_needs_no_package(tmp_path):
+    """As one that makes its ConfigDict itself, or from a module beside the checkout."""
+    text = (ROOT / "configs" / "base.py").read_text()
+    (tmp_path / "whole.py").write_text(text.replace("embed_dim = 128", "embed_dim = 64"))
+    assert load_config(tmp_path / "whole.py").model.embed_dim == 64
 
 
 def test_files_that_are_no_configs_are_refused(tmp_path):
-    with pytest.raises(InputError, match=r"config file .*/no.py does not exist; see configs/"):
+    with pytest.raises(InputError, match=r"config file .*/no.py does not exist; known by name"):
         load_config(tmp_path / "no.py")
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(InputError, match=r"config file .*empty.py: AttributeError: .*get_config"):
