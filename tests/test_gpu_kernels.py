@@ -1,5 +1,7 @@
 """What calls of GPUs' kernels are charged with, from texts of real programs, cut short."""
 
+import dataclasses
+
 import pytest
 
 from stem_jax.hardware import Chip
@@ -96,6 +98,21 @@ def test_sums_of_rows_read_each_value_once_and_write_one_layers_rows():
     work = work_of(*_called(operands, into, attributes))
     assert (work.kind, work.flops, work.operations) == ("kernel", 0, 32768 * 2560)
     assert work.bytes == 2 * (32768 + 20480) * 2560 + 4 * (32768 + 2 * 20480)
+
+
+@pytest.mark.parametrize(("distinct", "rows"), [(0.25, 8192), (1.0, 20480)])
+def test_sums_that_are_added_pass_over_the_rows_that_have_values(distinct, rows):
+    """Each is read and written; others are left alone."""
+    into, values = "f32[16,20480,2560]{2,1,0}", "bf16[32768,2560]{1,0}"
+    operands = (into, "s32[1]{0}", values, "s32[32768]{0}", "s32[20480,2]{1,0}")
+    attributes = (
+        'custom_call_target="__gpu$xla.gpu.triton", output_to_operand_aliasing={{}: (0, {})}, '
+        'metadata={op_name="jit(f)/part.row_gradient/added_segment_sums/pallas_call"}'
+    )
+    module, call = _called(operands, into, attributes)
+    work = work_of(dataclasses.replace(module, distinct=distinct), call)
+    indices = 4 * (32768 + 2 * 20480)
+    assert work.bytes == 2 * 32768 * 2560 + 2 * 4 * rows * 2560 + indices
 
 
 def test_a_kernel_that_is_not_known_is_charged_its_bytes():

@@ -12,7 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stem_jax.kernels import row_sums
-from stem_jax.kernels.row_sums import dense_order, put_sums_by_row, spare_rows, sum_by_row
+from stem_jax.kernels.row_sums import (
+    dense_order,
+    order_of,
+    put_sums_by_row,
+    spare_rows,
+    sum_by_row,
+)
 
 WAYS = ["windows", "segments", "scatter"]
 # Below a chunk of 512, one, and several with and without a rest.
@@ -110,6 +116,25 @@ def test_a_segment_does_not_see_values_of_other_rows():
     sums = np.asarray(_sparse(values, index, 12, "segments"))
     assert np.isnan(sums[4]).all()
     np.testing.assert_array_equal(sums, _float64(values, index, 12))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_sums_are_added_to_what_lies_there(way):
+    """Rounded as the values are, and to rows that have values alone; the others keep their bits."""
+    index = (np.random.default_rng(3).integers(0, 20, 100) * 2).astype(np.int32)
+    values = jnp.asarray(np.random.default_rng(4).normal(size=(100, 5)), jnp.bfloat16)
+    before = np.random.default_rng(5).normal(size=(3, 41, 5)).astype(np.float32)
+    before[1, 1] = np.nan
+
+    @jax.jit
+    def add(into, number, values, index):
+        order = order_of(index, 41)
+        return put_sums_by_row(into, number, values, index, way, order, added=True)
+
+    after = np.asarray(add(before, 1, values, index))
+    sums = np.asarray(_sparse(values, index, 41, way, jnp.bfloat16), np.float32)
+    np.testing.assert_array_equal(after[1], before[1] + sums)
+    np.testing.assert_array_equal(after[[0, 2]], before[[0, 2]])
 
 
 @pytest.mark.parametrize("way", ["windows", "segments"])

@@ -14,6 +14,7 @@ from stem_jax.mesh import check_placement, replicated
 from stem_jax.tables import block_sizes
 from stem_jax.tables.block_sizes import sizes_at
 from stem_jax.training import loop
+from stem_jax.training import step as step_module
 from stem_jax.training.schedule import learning_rates, make_schedule
 from stem_jax.training.state import abstract_state, init_state
 from stem_jax.training.step import Batch, TrainStep
@@ -281,6 +282,29 @@ def test_sums_of_accelerators_train_alike(
     step = TrainStep(dataclasses.replace(kept.config, train=train), kept.mesh)
     _, losses = _run(step, fresh_state(step), make_batch, 20)
     np.testing.assert_allclose(losses, runs[2, 2, 2][2], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("way", "dtype"),
+    [("scatter", "bfloat16"), pytest.param("segments", "float32", marks=pytest.mark.long)],
+)
+def test_gradients_of_rows_add_up_in_place_to_the_same_bits(
+    way, dtype, tiny_config, device_mesh, fresh_state, make_batch, monkeypatch
+):
+    """Over micro-batches; on TPUs each is followed by a pass over all rows."""
+    monkeypatch.setitem(row_sums.WAYS, "cpu", way)
+    keys = {"model.num_layers": 4, "model.stem_layers": (1, 3), "model.scan_layers": True}
+    keys |= {"model.compute_dtype": dtype, "model.remat": "full", "train.micro_batches": 4}
+    ends, passes = [], []
+    for in_place in (True, False):
+        monkeypatch.setattr(step_module, "adds", lambda way, in_place=in_place: in_place)
+        step = TrainStep(tiny_config(**keys), device_mesh((2, 1, 2)))
+        batch, state = make_batch(step, ragged=True), fresh_state(step)
+        compiled = step.update.lower(state, batch, schedule(step)).compile()
+        passes.append("part.row_copies/add" in compiled.as_text())
+        ends.append(jax.device_get(step.update(state, batch, schedule(step))))
+    jax.tree.map(np.testing.assert_array_equal, *ends)
+    assert passes == [False, True]
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,11 @@ def way_on(mesh: Mesh | None) -> str:
     return WAYS[jax.default_backend() if mesh is None else mesh.devices.flat[0].platform]
 
 
+def adds(way: str) -> bool:
+    """Whether `put_sums_by_row` adds sums where others lie without a pass over all rows for it."""
+    return way not in SORTED
+
+
 def spare_rows(way: str) -> int:
     """Rows at the end that a dense index must leave free, see `RowOrder`."""
     return _CHUNK if way in SORTED else 0
@@ -147,20 +152,31 @@ def put_sums_by_row(
     index: jax.Array,
     way: str,
     order: RowOrder | None = None,
+    *,
+    added: bool = False,
 ) -> jax.Array:
-    """`into` with the sums in the place of its [number], see `sum_by_row`; the rest as it is."""
+    """`into` with the sums in the place of its [number], see `sum_by_row`; the rest as it is.
+
+    Args:
+        added: to what lies in that place, after they are rounded as the values are.
+    """
     values_NxF = values.reshape(-1, values.shape[-1])
     if way == "segments" and order is not None:
-        return _put_segments(into_SxRxF, number, values_NxF, order)
-    if way in SORTED and order is not None and order.places is None:
+        return _put_segments(into_SxRxF, number, values_NxF, order, added)
+    if way in SORTED and order is not None and order.places is None and not added:
         return _put(into_SxRxF, number, values_NxF, order, way)
     _, num_rows, _ = into_SxRxF.shape
-    sums_RxF = sum_by_row(values, index, num_rows, way, order, into_SxRxF.dtype)
+    kind = values.dtype if added else into_SxRxF.dtype
+    sums_RxF = sum_by_row(values, index, num_rows, way, order, kind).astype(into_SxRxF.dtype)
+    if added:
+        sums_RxF += jax.lax.dynamic_index_in_dim(into_SxRxF, number, keepdims=False)
     return jax.lax.dynamic_update_index_in_dim(into_SxRxF, sums_RxF, number, 0)
 
 
-def _put_segments(into_SxRxF, number, values_NxF, order: RowOrder) -> jax.Array:
-    """Sums at [number], a row of zeros for each that has no values."""
+def _put_segments(
+    into_SxRxF, number, values_NxF, order: RowOrder, added: bool = False
+) -> jax.Array:
+    """Sums at [number], a row of zeros for each that has no values; or added to what is there."""
     size = len(order.ranks)
     begins_M = jnp.diff(order.ranks, prepend=-1) > 0
     starts = jnp.full(size + 1, size, jnp.int32)
@@ -170,7 +186,7 @@ def _put_segments(into_SxRxF, number, values_NxF, order: RowOrder) -> jax.Array:
     places_R = jnp.arange(into_SxRxF.shape[1]) if order.places is None else order.places
     places_R = jnp.minimum(places_R, size)
     bounds_Rx2 = starts[jnp.stack([places_R, jnp.minimum(places_R + 1, size)], axis=1)]
-    return put_segment_sums(into_SxRxF, number, values_NxF, order.positions, bounds_Rx2)
+    return put_segment_sums(into_SxRxF, number, values_NxF, order.positions, bounds_Rx2, added)
 
 
 def _put(into_SxRxF, number, values_NxF, order: RowOrder, way: str) -> jax.Array:

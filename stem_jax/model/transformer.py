@@ -107,7 +107,9 @@ class Transformer(nnx.Module):
         # Of the layers that read rows: the number of their vectors in a row.
         self._vectors = {layer: number for number, layer in enumerate(config.stem_layers)}
 
-    def __call__(self, inputs: Inputs, rows_SxUxF: jax.Array, caches=None, collect=None):
+    def __call__(
+        self, inputs: Inputs, rows_SxUxF: jax.Array, caches=None, collect=None, row_sums=None
+    ):
         """Runs the blocks.
 
         Args:
@@ -117,6 +119,8 @@ class Transformer(nnx.Module):
             caches: None, or one `cache.NewCache` or `cache.LayerCache` per layer.
             collect: None, or a list that receives the residual stream after the embedding and
                 after every block (tests and analysis).
+            row_sums: None, or [S, U, F] float32 to which the gradients of the rows are added: their
+                gradient is the sum, and the rows have none.
 
         Returns:
             The normalised final hidden states [B, L, D] and the extended caches.
@@ -130,7 +134,7 @@ class Transformer(nnx.Module):
         # Caches and what is collected are lists of layers; only training runs groups.
         plain = caches is not None or collect is not None
         groups = None if plain or not config.scan_layers else repeating_groups(config)
-        rows = open_rows(rows_SxUxF) if config.stem_layers else None
+        rows = open_rows(rows_SxUxF, row_sums) if config.stem_layers else None
         layer = 0
         while layer < config.num_layers:
             if groups is not None and layer == groups.first:

@@ -79,7 +79,7 @@ def compile_program(
         seconds = time.perf_counter() - start
         texts = _dumped(Path(folder))
     text = compiled.as_text() if compiled else texts.get("after_optimizations", "")
-    module = hlo.parse(text, program.rounds) if text else None
+    module = hlo.parse(text, program.rounds, program.distinct) if text else None
     costs = (compiled.cost_analysis() or {}) if compiled else {}
     return Compiled(
         memory=memory_of(compiled, texts.get("after_optimizations-memory-usage-report", ""))

@@ -5,8 +5,10 @@ Three are known: attention of tokamax (Mosaic GPU) and of cuDNN, and this packag
 kernels skip what lies between documents, of which a program without its batch says nothing.
 """
 
+import math
 import re
 
+from stem_jax.kernels.row_segments import ADDED, PUT
 from stem_jax.planning.hlo import Array, Instruction, Module
 from stem_jax.planning.kernel_body import KernelWork
 
@@ -19,7 +21,6 @@ GPU_KERNELS = (_CUDNN, _TRITON, _MOSAIC)
 # makes three and one for keys and values four.
 _FORWARD = 2
 _BACKWARD = {1: 3, 2: 4, 3: 5}
-_SUMS = "segment_sums"
 _CAUSAL = re.compile(r'"mask_type": *"(?:PADDING_)?CAUSAL"')
 _FORWARD_WORKSPACE = 256
 
@@ -27,8 +28,12 @@ _FORWARD_WORKSPACE = 256
 def gpu_kernel_work(module: Module, call: Instruction) -> KernelWork | None:
     """The work of a call of `GPU_KERNELS`; None for a kernel that is not known."""
     read = module.operands(call)
-    if _SUMS in call.op_name:
-        return _sums_work(read)
+    if ADDED in call.op_name:
+        # Of each row that has values, the sum is read and written.
+        values = math.prod(read[3].shape)
+        return _sums_work(read, 2 * min(read[4].shape[0], math.ceil(module.distinct * values)))
+    if PUT in call.op_name:
+        return _sums_work(read, read[4].shape[0])
     if call.target.startswith(_CUDNN):
         causal = _CAUSAL.search(call.attributes) is not None
         return _attention_work(read, call.arrays, causal)
@@ -68,10 +73,9 @@ def _attention_work(read: list[Array], made: tuple[Array, ...], causal: bool) ->
     return KernelWork(2 * products * pairs * width, 5 * pairs, None)
 
 
-def _sums_work(read: list[Array]) -> KernelWork:
-    """Each value is read once and each sum written once, in its place of the first array."""
+def _sums_work(read: list[Array], rows: int) -> KernelWork:
+    """Each value is read once; rows: of the first array, that are read or written."""
     into, _, values, positions, bounds = read
-    rows, width = bounds.shape[0], into.shape[-1]
-    written = into.bytes // max(1, into.shape[0] * into.shape[1]) * rows
-    moved = values.bytes + positions.bytes + bounds.bytes + written
-    return KernelWork(0, positions.shape[0] * width, moved)
+    row = into.bytes // max(1, into.shape[0] * into.shape[1])
+    moved = values.bytes + positions.bytes + bounds.bytes + rows * row
+    return KernelWork(0, positions.shape[0] * into.shape[-1], moved)

@@ -106,12 +106,14 @@ class Instruction:
 @dataclasses.dataclass(frozen=True)
 class Module:
     """computations: instructions by computation. entry: the name of the one that runs first.
-    open_rounds: counted of a loop whose end only the device knows.
+    open_rounds: counted of a loop whose end only the device knows. distinct: rows that are counted
+    of the values of a sum by row, over these values.
     """
 
     computations: dict[str, tuple[Instruction, ...]]
     entry: str
     open_rounds: int = 1
+    distinct: float = 1.0
 
     @functools.cached_property
     def instructions(self) -> dict[str, Instruction]:
@@ -173,8 +175,8 @@ class Module:
                 yield from self._walk(name, times)
 
 
-def parse(text: str, open_rounds: int = 1) -> Module:
-    """Reads the text of a module; open_rounds as in `Module`."""
+def parse(text: str, open_rounds: int = 1, distinct: float = 1.0) -> Module:
+    """Reads the text of a module; the numbers as in `Module`."""
     bodies: dict[str, list[list[str]]] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -193,7 +195,7 @@ def parse(text: str, open_rounds: int = 1) -> Module:
         name: tuple(_instruction(" ".join(lines)) for lines in body)
         for name, body in bodies.items()
     }
-    return Module(computations, entry, open_rounds)
+    return Module(computations, entry, open_rounds, distinct)
 
 
 def arrays_of(text: str) -> tuple[Array, ...]:

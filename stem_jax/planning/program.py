@@ -12,7 +12,12 @@ from stem_jax.config import Config
 from stem_jax.errors import InputError
 from stem_jax.mesh import BATCH_AXES, axis_size, batch_sharding, check_divides, check_placement
 from stem_jax.model.attention import check_heads, resolve_backend
-from stem_jax.tables.block_sizes import BlockSizes, choose_sizes, expected_needs
+from stem_jax.tables.block_sizes import (
+    BlockSizes,
+    choose_sizes,
+    expected_distinct,
+    expected_needs,
+)
 from stem_jax.tables.exchange import Exchange
 from stem_jax.tables.hops import owner_hops
 from stem_jax.tables.row_coast import RowBlock
@@ -28,13 +33,15 @@ from stem_jax.training.step import Batch, TrainStep
 class Program:
     """lowered: ready to compile. argument_bytes: of one chip's share of the arguments. exchange:
     the sizes of the row exchange; None without one. rounds: of it, to be expected of loops whose
-    end only the device knows.
+    end only the device knows. distinct: how many rows the tokens of a micro-batch have on a device,
+    over these tokens.
     """
 
     lowered: jax.stages.Lowered
     argument_bytes: int
     exchange: Exchange | None
     rounds: int = 1
+    distinct: float = 1.0
 
 
 def train_step_program(config: Config, mesh: Mesh, *, all_distinct: bool = False) -> Program:
@@ -75,7 +82,12 @@ def train_step_program(config: Config, mesh: Mesh, *, all_distinct: bool = False
         size = exchange.num_owners * exchange.owned_rows
         sharding = NamedSharding(mesh, step.spec.index_spec)
         slots = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=sharding)
-    return _program(step.update, (state, batch, schedule, slots), exchange, sizes=sizes)
+    program = _program(step.update, (state, batch, schedule, slots), exchange, sizes=sizes)
+    if table is None or all_distinct:
+        return program
+    tokens = config.micro_batch_size * config.train.seq_len // axis_size(mesh, BATCH_AXES)
+    share = expected_distinct(tokens, _zipf_shares(config)) / tokens
+    return dataclasses.replace(program, distinct=share)
 
 
 def zipf_needs(config: Config, mesh: Mesh) -> BlockSizes:
@@ -86,9 +98,13 @@ def zipf_needs(config: Config, mesh: Mesh) -> BlockSizes:
     """
     hops = owner_hops(mesh, config.tables.vocab_axes)
     devices, owners = axis_size(mesh, BATCH_AXES), axis_size(mesh, config.tables.vocab_axes)
-    shares = 1 / np.arange(1, config.model.vocab_size + 1)
     tokens = config.tokens_per_step // devices
-    return expected_needs(tokens, shares / shares.sum(), hops, owners, devices // owners)
+    return expected_needs(tokens, _zipf_shares(config), hops, owners, devices // owners)
+
+
+def _zipf_shares(config: Config) -> np.ndarray:
+    shares = 1 / np.arange(1, config.model.vocab_size + 1)
+    return shares / shares.sum()
 
 
 def naive_lookup_program(config: Config, mesh: Mesh) -> Program:

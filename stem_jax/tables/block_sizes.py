@@ -93,7 +93,7 @@ def expected_needs(
     """
 
     def distinct(devices: int) -> float:
-        return float(np.sum(-np.expm1(devices * tokens * np.log1p(-shares_V))))
+        return expected_distinct(devices * tokens, shares_V)
 
     pairs, rooms, devices, behind = [], [], 1, 1
     for hop in hops:
@@ -105,6 +105,11 @@ def expected_needs(
         rooms.append(math.ceil(distinct(devices) / behind))
     owned = math.ceil(distinct(owners * copies) / owners)
     return BlockSizes(math.ceil(distinct(1)), owned, tuple(pairs), tuple(rooms[:-1]))
+
+
+def expected_distinct(tokens: int, shares_V: np.ndarray) -> float:
+    """How many keys so many independent tokens have; shares_V: probability of each key."""
+    return float(np.sum(-np.expm1(tokens * np.log1p(-shares_V))))
 
 
 def sizes_at(level: int, first: BlockSizes, largest: BlockSizes) -> BlockSizes:

@@ -27,17 +27,28 @@ class LayerRows:
 
     vectors: [S, U, F]; with several devices the blocks of the devices, concatenated along U.
     thread: these again, never read. It goes through the layers as the residual stream does, from
-    `open_rows` to `close_rows`: on the way back it is the array that gathers the gradients.
+    `open_rows` to `close_rows`: on the way back it is the array that gathers the gradients. Or sums
+    of gradients to which those of these layers are added where they lie; the gradient of the sums
+    is then the new sums.
+    added: whether the thread has sums.
     """
 
     vectors: jax.Array
     thread: jax.Array
+    added: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 @part("row_copies")
-def open_rows(vectors_SxUxF: jax.Array) -> LayerRows:
-    """From the rows of a block, or of the blocks of several devices, concatenated along U."""
-    return LayerRows(jax.lax.stop_gradient(vectors_SxUxF), vectors_SxUxF)
+def open_rows(vectors_SxUxF: jax.Array, sums_SxUxF: jax.Array | None = None) -> LayerRows:
+    """From the rows of a block, or of the blocks of several devices, concatenated along U.
+
+    Args:
+        sums_SxUxF: float32 gradients of other micro-batches; with them the vectors have none.
+    """
+    vectors = jax.lax.stop_gradient(vectors_SxUxF)
+    if sums_SxUxF is None:
+        return LayerRows(vectors, vectors_SxUxF)
+    return LayerRows(vectors, sums_SxUxF, added=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -53,6 +64,8 @@ def _close(x, rows, mesh):
 def _reopen(mesh, rows, gradient):
     # Each layer overwrites its own.
     thread = rows.thread
+    if rows.added:
+        return gradient, LayerRows(None, thread, added=True)
     if mesh is None:
         return gradient, LayerRows(None, jax.lax.empty(thread.shape, thread.dtype))
     # Partitioned automatically, every GPU would make room for the rows of all.
@@ -84,12 +97,12 @@ def lookup(
     Returns:
         [B, ..., F] in the dtype of the rows, and the rows' thread for the next layer.
     """
-    return _lookup(rows.vectors, rows.thread, jnp.int32(number), inverse, order, mesh)
+    return _lookup(rows.vectors, rows.thread, jnp.int32(number), inverse, order, mesh, rows.added)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 @part("row_lookup")
-def _lookup(vectors_SxUxF, thread_SxUxF, number, inverse, order, mesh):
+def _lookup(vectors_SxUxF, thread_SxUxF, number, inverse, order, mesh, added):
     def local(vectors_SxUxF, number, inverse):
         size, width = vectors_SxUxF.shape[1:]
         return vectors_SxUxF.reshape(-1, width)[number * size + inverse]
@@ -109,17 +122,18 @@ def _values(inverse: jax.Array) -> PartitionSpec:
     return PartitionSpec(BATCH_AXES, *(None,) * (inverse.ndim - 1), "tensor")
 
 
-def _forward(vectors_SxUxF, thread_SxUxF, number, inverse, order, mesh):
-    found = _lookup(vectors_SxUxF, thread_SxUxF, number, inverse, order, mesh)
+def _forward(vectors_SxUxF, thread_SxUxF, number, inverse, order, mesh, added):
+    found = _lookup(vectors_SxUxF, thread_SxUxF, number, inverse, order, mesh, added)
     return found, (number, inverse, order)
 
 
 @part("row_gradient")
-def _backward(mesh, kept, gradients):
+def _backward(mesh, added, kept, gradients):
     gradient, thread_SxUxF = gradients
 
     def local(thread_SxUxF, number, inverse, order, gradient):
-        return put_sums_by_row(thread_SxUxF, number, gradient, inverse, way_on(mesh), order)
+        way = way_on(mesh)
+        return put_sums_by_row(thread_SxUxF, number, gradient, inverse, way, order, added=added)
 
     if mesh is not None:
         local = jax.shard_map(

@@ -10,6 +10,7 @@ from stem_jax.compiler_options import compiler_options
 from stem_jax.config import Config
 from stem_jax.data.loader import HostBatch
 from stem_jax.kernels.head_loss import head_loss
+from stem_jax.kernels.row_sums import adds, way_on
 from stem_jax.mesh import BATCH_AXES, axis_size
 from stem_jax.model.transformer import Inputs
 from stem_jax.parts import part
@@ -231,18 +232,23 @@ class TrainStep:
         """Loss and gradients of the mean over all scored positions of all micro-batches."""
 
         def micro_batch(carry, piece):
-            values, gradients = jax.value_and_grad(self._loss, argnums=(0, 1), has_aux=True)(
-                params, rows, *piece, scored
-            )
+            # Sums of all rows are long, and a micro-batch has few of these: where that can be, its
+            # layers add to them in place.
+            row_sums = carry[1][1] if carry is not None and in_place else None
+            by = (0, 1) if row_sums is None else (0, 2)
+            values, (gradients, row_gradients) = jax.value_and_grad(
+                self._loss, argnums=by, has_aux=True
+            )(params, rows, row_sums, *piece, scored)
             if carry is None:
-                return values, gradients
+                return values, (gradients, row_gradients)
             sums, (totals, row_totals) = carry
-            gradients, row_gradients = gradients
-            with part("row_copies"):
-                row_totals = _added(row_totals, row_gradients)
-            return _added(sums, values), (_added(totals, gradients), row_totals)
+            if row_sums is None:
+                with part("row_copies"):
+                    row_gradients = _added(row_totals, row_gradients)
+            return _added(sums, values), (_added(totals, gradients), row_gradients)
 
         index = _index(batch, requests)
+        in_place = rows is not None and adds(way_on(self.mesh))
         if batch.tokens.shape[0] == 1:
             first = jax.tree.map(lambda x: x[0], (batch, index, dropped))
             total = micro_batch(None, first)
@@ -257,13 +263,17 @@ class TrainStep:
         (loss, cross_entropy), (gradients, row_gradients) = total
         return loss, cross_entropy, gradients, row_gradients
 
-    def _loss(self, params, rows, batch: Batch, index, dropped, scored):
-        """This micro-batch's part of the mean loss, and of the cross-entropy alone."""
+    def _loss(self, params, rows, row_sums, batch: Batch, index, dropped, scored):
+        """This micro-batch's part of the mean loss, and of the cross-entropy alone.
+
+        Args:
+            row_sums: of other micro-batches, or None; see `Transformer`.
+        """
         train = self.config.train
         model = self.model.bind(params)
         inverse, order = index
         inputs = Inputs(batch.tokens, inverse, batch.positions, batch.segment_ids, dropped, order)
-        hidden, _ = model(inputs, rows)
+        hidden, _ = model(inputs, rows, row_sums=row_sums)
         weights = batch.loss_mask / jnp.maximum(scored, 1).astype(jnp.float32)
         return head_loss(
             hidden,
@@ -289,7 +299,7 @@ class TrainStep:
         index = _index(batch, requests)
 
         def micro_batch(total, piece):
-            return total + self._loss(state.params, rows, *piece, None, jnp.int32(1))[1], None
+            return total + self._loss(state.params, rows, None, *piece, None, jnp.int32(1))[1], None
 
         total, _ = jax.lax.scan(micro_batch, jnp.float32(0), (batch, index))
         return total, jnp.sum(batch.loss_mask)
