@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from stem_jax.model.layer_groups import by_layer, of_layer, stack_and_free, stacked
+from stem_jax.model.layer_plan import by_layer, of_layer, stack_and_free, stacked
 
 _HOST = "pinned_host"
 

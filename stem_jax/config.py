@@ -12,6 +12,9 @@ from typing import Any
 
 from stem_jax.config_keys import Key, Role, key
 
+# A pattern, or indices.
+_LAYERS = str | tuple[int, ...]
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -24,7 +27,7 @@ class ModelConfig:
     num_kv_heads: int = key(Role.SHAPE)
     head_dim: int = key(Role.SHAPE, written=int | None)
     ffn_dim: int = key(Role.SHAPE)
-    stem_layers: tuple[int, ...] = key(Role.SHAPE, written=str | tuple[int, ...])
+    stem_layers: tuple[int, ...] = key(Role.SHAPE, written=_LAYERS, kind="stem")
     tie_embeddings: bool = key(Role.SHAPE)
     token_embedding_dropout: float = key(Role.SHAPE, before=0.0)
     norm_eps: float = key(Role.FIXED)
@@ -40,6 +43,11 @@ class ModelConfig:
     attention: str = key(Role.HARMLESS)
     remat: str = key(Role.HARMLESS)
     scan_layers: bool = key(Role.HARMLESS)
+
+    @property
+    def listed_layers(self) -> dict[str, tuple[int, ...]]:
+        """Of each kind of layer that a key lists, its layers; the others are dense."""
+        return {kind: getattr(self, field) for kind, field in layer_fields().items()}
 
     @property
     def num_stem_layers(self) -> int:
@@ -199,18 +207,37 @@ class Config:
     def to_json(self) -> str:
         """As JSON, keys sorted; `config_file.config_from_json` reads it back."""
         raw = dataclasses.asdict(self)
-        raw["model"]["stem_layers"] = self.model.stem_layers or "none"
+        for name in layer_lists():
+            section, _, field = name.partition(".")
+            raw[section][field] = self.value(name) or "none"
         return json.dumps(raw, indent=2, sort_keys=True) + "\n"
+
+
+@functools.cache
+def _section_keys(cls: type) -> dict[str, Key]:
+    return {field.name: field.metadata["key"] for field in dataclasses.fields(cls)}
 
 
 @functools.cache
 def declared_keys() -> dict[str, Key]:
     """All keys, "section.name", in their order."""
     return {
-        f"{section}.{field.name}": field.metadata["key"]
+        f"{section}.{field}": key
         for section, cls in typing.get_type_hints(Config).items()
-        for field in dataclasses.fields(cls)
+        for field, key in _section_keys(cls).items()
     }
+
+
+@functools.cache
+def layer_fields() -> dict[str, str]:
+    """Of each kind of layer that a key of the model section lists, that key's field."""
+    keys = _section_keys(ModelConfig).items()
+    return {key.kind: field for field, key in keys if key.kind is not None}
+
+
+def layer_lists() -> list[str]:
+    """The keys that list the layers of a kind."""
+    return [f"model.{field}" for field in layer_fields().values()]
 
 
 def keys_of(*roles: Role) -> list[str]:

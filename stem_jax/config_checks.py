@@ -5,7 +5,7 @@ Each check names the value, the field and the remedy.
 
 import math
 
-from stem_jax.config import Config
+from stem_jax.config import Config, layer_lists
 from stem_jax.errors import InputError
 
 _CHOICES = {
@@ -133,14 +133,28 @@ def _check_model(config: Config) -> None:
             f"model.rope_factor={model.rope_factor} does nothing with model.rope_scaling=none; set "
             "it to llama3 or yarn"
         )
-    layers = model.stem_layers
-    if any(not 0 <= layer < model.num_layers for layer in layers):
-        raise InputError(
-            f"model.stem_layers={layers} is out of range; layers count from 0 to "
-            f"{model.num_layers - 1} (model.num_layers={model.num_layers})"
-        )
-    if list(layers) != sorted(set(layers)):
-        raise InputError(f"model.stem_layers={layers} must be increasing, each layer once")
+    _check_layers(config)
+
+
+def _check_layers(config: Config) -> None:
+    """Each layer is there, and of one kind."""
+    count, listed_by = config.model.num_layers, {}
+    for key in layer_lists():
+        layers = config.value(key)
+        if any(not 0 <= layer < count for layer in layers):
+            raise InputError(
+                f"{key}={layers} is out of range; layers count from 0 to {count - 1} "
+                f"(model.num_layers={count})"
+            )
+        if list(layers) != sorted(set(layers)):
+            raise InputError(f"{key}={layers} must be increasing, each layer once")
+        for layer in layers:
+            if layer in listed_by:
+                raise InputError(
+                    f"layer {layer} is in {listed_by[layer]} and in {key}={layers}; a layer is of "
+                    "one kind, so take it out of one of them"
+                )
+        listed_by |= dict.fromkeys(layers, f"{key}={layers}")
 
 
 def _check_tables(config: Config) -> None:

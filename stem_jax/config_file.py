@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stem_jax.config import Config, declared_keys
+from stem_jax.config import Config, declared_keys, layer_lists
 from stem_jax.config_checks import validate
 from stem_jax.config_keys import NOTHING
 from stem_jax.config_program import read_config_file
@@ -91,11 +91,12 @@ def _values(section: str, raw: dict[str, dict[str, Any]]) -> Iterator[tuple[str,
 
 def _resolve(written: dict[str, Any]) -> None:
     """Puts what they stand for in the place of values that follow from others."""
-    layers, count = written["model.stem_layers"], written["model.num_layers"]
-    chosen = layer_indices("model.stem_layers", layers, count)
-    if layers != "none" and not chosen and count > 0:
-        raise InputError('model.stem_layers is empty; write "none" for a dense model')
-    written["model.stem_layers"] = chosen
+    for key in layer_lists():
+        layers, count = written[key], written["model.num_layers"]
+        chosen = layer_indices(key, layers, count)
+        if layers != "none" and not chosen and count > 0:
+            raise InputError(f'{key} is empty; write "none" for a dense model')
+        written[key] = chosen
     width, heads = written["model.embed_dim"], written["model.num_heads"]
     if written["model.head_dim"] is None:
         if heads > 0 and width % heads:

@@ -35,6 +35,8 @@ class Key:
         before: what held before it existed, for texts that lack it; NOTHING: no text does.
         formerly: the key, "section.name", whose value it takes in texts that have that one.
         path: whether it names a file or a folder.
+        kind: the kind of layer whose layers it lists.
+        of_kind: the kind of layer without which it does nothing.
     """
 
     role: Role
@@ -42,6 +44,8 @@ class Key:
     before: Any = NOTHING
     formerly: str | None = None
     path: bool = False
+    kind: str | None = None
+    of_kind: str | None = None
 
 
 def key(role: Role, **more: Any) -> Any:

@@ -239,7 +239,7 @@ class Generator:
         positions_BxL = places_BxL + caches[0].lengths[:, None] if begun else places_BxL
         segment_ids_BxL = (places_BxL < lengths_B[:, None]).astype(jnp.int32)
         inputs = Inputs(tokens_BxL, inverse_BxL, positions_BxL, segment_ids_BxL)
-        hidden_BxLxD, caches = model(inputs, rows_SxUxF, caches)
+        hidden_BxLxD, caches, _ = model(inputs, rows_SxUxF, caches)
         last_Bx1x1 = lengths_B[:, None, None] - 1
         last_Bx1xD = jnp.take_along_axis(hidden_BxLxD, last_Bx1x1, axis=1)
         return model.logits(last_Bx1xD)[:, 0], caches

@@ -110,7 +110,7 @@ def logits(run: LoadedRun, tokens_BxL: np.ndarray) -> np.ndarray:
         block, inverse = rows.block(tokens, run.config.model.compute_dtype)
         positions = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), (B, L))
         model = ModelDef(run.config).bind(params)
-        hidden, _ = model(Inputs(tokens, inverse, positions, jnp.ones_like(tokens)), block)
+        hidden, _, _ = model(Inputs(tokens, inverse, positions, jnp.ones_like(tokens)), block)
         return model.logits(hidden)
 
     return np.asarray(forward(run.params, rows))

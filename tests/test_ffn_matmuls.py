@@ -9,7 +9,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from stem_jax.mesh import BATCH_AXES, make_mesh, parameter_spec
-from stem_jax.model.ffn import GatedFFN
+from stem_jax.model.feed_forward import kinds_of
+from stem_jax.model.kind import Read
 from stem_jax.planning import hlo
 from stem_jax.planning.charges import holds_matmul
 from stem_jax.planning.topology import Topology
@@ -37,7 +38,8 @@ def test_no_matmul_makes_the_gated_values_or_their_gradients_anew(layer, tiny_co
         axes = variable.get_metadata()["logical_axes"]
         return variable.replace(described(variable.shape, variable.dtype, parameter_spec(axes)))
 
-    made = nnx.eval_shape(lambda: GatedFFN(config.model, layer, 1.0, rngs=nnx.Rngs(0)))
+    kind = kinds_of(config.model)[layer]
+    made = nnx.eval_shape(lambda: kind(config.model, 1.0, None, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(made)
     state = jax.tree.map(placed, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     batch = PartitionSpec(BATCH_AXES)
@@ -45,7 +47,9 @@ def test_no_matmul_makes_the_gated_values_or_their_gradients_anew(layer, tiny_co
     up = described((2, 2048, 2048), jnp.bfloat16, batch) if layer else None
 
     def gradients(state, x, up, gradient):
-        run = jax.checkpoint(lambda state, x, up: nnx.merge(graph, state)(x, up))
+        run = jax.checkpoint(
+            lambda state, x, up: nnx.merge(graph, state)(x, Read(None, None, up))[0]
+        )
         return jax.vjp(run, state, x, up)[1](gradient)
 
     lowered = jax.jit(gradients).lower(state, x, up, x)

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from stem_jax.checkpoint import Checkpointer, CheckpointInfo
 from stem_jax.checkpoint_files import FORMAT_VERSION
 from stem_jax.interop.saved_model import SavedModel
-from stem_jax.model.layer_groups import by_layer
+from stem_jax.model.layer_plan import by_layer
 from stem_jax.model.rotary import pairs_first
 from stem_jax.older_formats import _program, current_array
 from stem_jax.training.state import abstract_state, init_state

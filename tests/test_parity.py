@@ -145,7 +145,7 @@ def test_forward(name, train_step):
         places = []
         inputs = Inputs(tokens, tokens, batch.positions[0], batch.segment_ids[0])
         model = ModelDef(step.config).bind(params)
-        hidden, _ = model(inputs, rows, collect=places)
+        hidden, _, _ = model(inputs, rows, collect=places)
         return model.logits(hidden), places
 
     logits, places = run(params, rows)

@@ -36,7 +36,7 @@ def _gradients(tiny_config, length: int, mesh: Mesh | None = None, **model):
     inputs = Inputs(ones, ones, np.arange(length, dtype=np.int32)[None], ones)
 
     def loss(params):
-        hidden, _ = model.bind(params)(inputs, None)
+        hidden, _, _ = model.bind(params)(inputs, None)
         # Square: the forward pass cannot be left out.
         return jnp.sum(jnp.square(hidden.astype(jnp.float32)))
 

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from stem_jax.checkpoint import Checkpointer, CheckpointInfo
 from stem_jax.checkpoint_params import saved_params
-from stem_jax.model.layer_groups import (
+from stem_jax.model.layer_plan import (
     by_layer,
     layer_names,
     repeating_groups,

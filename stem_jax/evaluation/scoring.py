@@ -144,7 +144,7 @@ class Scorer:
         segment_ids_BxL = (positions_BxL < lengths_B[:, None]).astype(jnp.int32)
         rows_SxUxF, inverse_BxL = rows.block(keys_BxL, self._config.model.compute_dtype)
         inputs = Inputs(tokens_BxL, inverse_BxL, positions_BxL, segment_ids_BxL)
-        hidden_BxLxD, _ = model(inputs, rows_SxUxF)
+        hidden_BxLxD = model(inputs, rows_SxUxF).hidden
         chunk = max(1, _LOGITS_BYTES // (4 * B * self._config.model.vocab_size))
         if chunk >= L:
             return _chunk_scores(model, hidden_BxLxD, targets_BxL)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from stem_jax.config import ModelConfig
+from stem_jax.model.feed_forward import kinds_of
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -40,7 +41,7 @@ def llama_weights(config: ModelConfig) -> Iterator[Weight]:
     D, F, V = config.embed_dim, config.ffn_dim, config.vocab_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     yield Weight("embed.weight", EMBEDDING, (V, D))
-    for layer in range(config.num_layers):
+    for layer, kind in enumerate(kinds_of(config)):
         ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
         yield Weight(f"{ours}.attention_norm.scale", f"{theirs}.input_layernorm.weight", (D,))
         for name, shape in (
@@ -54,7 +55,7 @@ def llama_weights(config: ModelConfig) -> Iterator[Weight]:
             )
         yield Weight(f"{ours}.ffn_norm.scale", f"{theirs}.post_attention_layernorm.weight", (D,))
         ffn = [("gate_proj", (F, D), True), ("down_proj", (D, F), False)]
-        if layer not in config.stem_layers:
+        if "up_proj.kernel" in kind.weights(config):
             ffn.append(("up_proj", (F, D), True))
         for name, shape, turned in ffn:
             yield Weight(f"{ours}.ffn.{name}.kernel", f"{theirs}.mlp.{name}.weight", shape, turned)

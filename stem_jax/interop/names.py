@@ -26,6 +26,7 @@ import numpy as np
 
 from stem_jax.config import ModelConfig
 from stem_jax.errors import InputError
+from stem_jax.model.feed_forward import kinds_of
 from stem_jax.model.rotary import halves_first, pairs_first
 from stem_jax.tables.layout import TableLayout
 
@@ -160,7 +161,7 @@ def official_pairs(config: ModelConfig) -> Iterator[Pair]:
     D, F, V = config.embed_dim, config.ffn_dim, config.vocab_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     yield Pair("embed.weight", "tok_embeddings.weight", (V, D), False)
-    for layer in range(config.num_layers):
+    for layer, kind in enumerate(kinds_of(config)):
         linear = [
             ("attention.q_proj", "attention.wq", (D, queries), True, config.num_heads),
             ("attention.k_proj", "attention.wk", (D, keys), True, config.num_kv_heads),
@@ -169,7 +170,7 @@ def official_pairs(config: ModelConfig) -> Iterator[Pair]:
             ("ffn.gate_proj", "feed_forward.w1", (D, F), True),
             ("ffn.down_proj", "feed_forward.w2", (D, F), False),
         ]
-        if layer not in config.stem_layers:
+        if "up_proj.kernel" in kind.weights(config):
             linear.append(("ffn.up_proj", "feed_forward.w3", (D, F), True))
         for ours, official, *lies in linear:
             yield Pair(f"blocks.{layer}.{ours}.kernel", f"layers.{layer}.{official}.weight", *lies)

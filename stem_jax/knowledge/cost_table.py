@@ -13,12 +13,13 @@ from stem_jax.model.cost import (
     generation_flops,
     training_flops_per_token,
 )
+from stem_jax.model.layer_plan import layer_kinds, with_layers
 
 PATTERNS = ("none", "third", "half", "all_but_first", "all")
 
 
 def cost_table(config: Config) -> list[dict[str, Any]]:
-    """The model's cost with other STEM layers, and with its own.
+    """The model's cost with other STEM layers, of which none is of another kind, and with its own.
 
     Returns:
         A record for each of PATTERNS, and a last one, `own`, for the layers that the model has.
@@ -50,8 +51,10 @@ def check_cost(config: Config) -> list[FlopCheck]:
 
 def _with_stem_layers(config: Config, stem_layers: str | tuple[int, ...]) -> Config:
     layers = layer_indices("model.stem_layers", stem_layers, config.model.num_layers)
-    model = dataclasses.replace(config.model, stem_layers=layers)
-    return dataclasses.replace(config, model=model)
+    kinds = ["dense" if kind == "stem" else kind for kind in layer_kinds(config.model)]
+    for layer in layers:
+        kinds[layer] = "stem"
+    return dataclasses.replace(config, model=with_layers(config.model, kinds))
 
 
 def _record(config: Config, name: str) -> dict[str, Any]:

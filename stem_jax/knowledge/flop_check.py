@@ -19,6 +19,7 @@ from stem_jax.config import Config, ModelConfig
 from stem_jax.generation import Generator
 from stem_jax.mesh import make_mesh
 from stem_jax.model.cost import generation_flops, training_flops_per_token
+from stem_jax.model.layer_plan import layer_kinds, with_layers
 from stem_jax.planning.program import train_step_program
 from stem_jax.sampling import Sampling, sample
 from stem_jax.tables.row_source import NoRows, ResidentRows
@@ -70,16 +71,14 @@ def checked_config(config: Config) -> Config:
     At most four layers, of which one at least has a table if any of the whole has; in float32.
     """
     model, train = config.model, config.train
-    layers = min(model.num_layers, _MOST_LAYERS)
-    stem = tuple(layer for layer in model.stem_layers if layer < layers)
-    if model.stem_layers and not stem:
-        stem = (layers - 1,)
+    kinds = layer_kinds(model)
+    first = kinds[:_MOST_LAYERS]
+    if "stem" in kinds and "stem" not in first:
+        first = (*first[:-1], "stem")
     return dataclasses.replace(
         config,
         model=dataclasses.replace(
-            model,
-            num_layers=layers,
-            stem_layers=stem,
+            with_layers(model, first),
             param_dtype="float32",
             compute_dtype="float32",
             attention="xla",

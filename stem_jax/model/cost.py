@@ -5,24 +5,28 @@ import dataclasses
 import jax.numpy as jnp
 
 from stem_jax.config import ModelConfig
+from stem_jax.model.feed_forward import kinds_of
+from stem_jax.model.kind import LayerCost
 
 
 @dataclasses.dataclass(frozen=True)
 class ParameterCount:
     """Numbers of parameters.
 
-    active: the backbone, which every token uses. table: all rows of all STEM layers. per_token:
-    the backbone and one row, what one token touches.
+    active: of the backbone those that a token uses. table: all rows of all layers that read them.
+    per_token: active and one row, what one token touches. idle: of the backbone those that only
+    other tokens use.
     """
 
     active: int
     table: int
     per_token: int
+    idle: int = 0
 
     @property
     def total(self) -> int:
         """Everything that is trained and stored."""
-        return self.active + self.table
+        return self.active + self.idle + self.table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +46,8 @@ class PassFlops:
 class DecodeReads:
     """Numbers that decoding one token reads, a batch of one sequence.
 
-    backbone: parameters; of an embedding that is not the head one vector. row: of the tables.
+    backbone: parameters that the token uses; of an embedding that is not the head one vector. row:
+    of the tables.
     cache: keys and values of all slots. bytes: of them all, as they are stored.
     """
 
@@ -54,16 +59,27 @@ class DecodeReads:
 
 def count_parameters(model: ModelConfig) -> ParameterCount:
     """Counts from the shapes alone."""
-    D, F, Dh = model.embed_dim, model.ffn_dim, model.head_dim
-    attention = 2 * D * model.num_heads * Dh + 2 * D * model.num_kv_heads * Dh
-    up_layers = model.num_layers - model.num_stem_layers
-    ffn = (2 * model.num_layers + up_layers) * D * F
+    D, ffn = model.embed_dim, _feed_forward(model)
     norms = (2 * model.num_layers + 1) * D
     embeddings = (1 if model.tie_embeddings else 2) * model.vocab_size * D
     dropped = D if model.token_embedding_dropout > 0 else 0
-    active = model.num_layers * attention + ffn + norms + embeddings + dropped
-    row = model.num_stem_layers * F
-    return ParameterCount(active, model.vocab_size * row, active + row)
+    others = model.num_layers * _attention_weights(model) + norms + embeddings + dropped
+    active = others + ffn.reads
+    return ParameterCount(
+        active, model.vocab_size * ffn.row, active + ffn.row, ffn.parameters - ffn.reads
+    )
+
+
+def _attention_weights(model: ModelConfig) -> int:
+    """Of a layer; a token multiplies with each once."""
+    D, Dh = model.embed_dim, model.head_dim
+    return 2 * D * model.num_heads * Dh + 2 * D * model.num_kv_heads * Dh
+
+
+def _feed_forward(model: ModelConfig) -> LayerCost:
+    """Of all layers together."""
+    costs = [dataclasses.astuple(kind.cost(model)) for kind in kinds_of(model)]
+    return LayerCost(*map(sum, zip(*costs, strict=True)))
 
 
 def forward_flops_per_token(model: ModelConfig, context: int) -> int:
@@ -106,7 +122,7 @@ def decode_reads(model: ModelConfig, slots: int) -> DecodeReads:
     # Of an embedding of its own one vector is read; a tied one is the head too, and read whole.
     other_vectors = 0 if model.tie_embeddings else (model.vocab_size - 1) * model.embed_dim
     backbone = count.active - dropped - other_vectors
-    row = model.num_stem_layers * model.ffn_dim
+    row = count.per_token - count.active
     cache = 2 * model.num_layers * model.num_kv_heads * model.head_dim * slots
     parameter_bytes = jnp.dtype(model.param_dtype).itemsize
     cache_bytes = jnp.dtype(model.compute_dtype).itemsize
@@ -117,12 +133,9 @@ def decode_reads(model: ModelConfig, slots: int) -> DecodeReads:
 
 def _block_matmuls(model: ModelConfig, context: int) -> int:
     """Matmul FLOPs of a token in all blocks, attending over `context` positions."""
-    D, F, Dh = model.embed_dim, model.ffn_dim, model.head_dim
-    attention = 2 * D * model.num_heads * Dh + 2 * D * model.num_kv_heads * Dh
-    scores = 2 * context * model.num_heads * Dh
-    up_layers = model.num_layers - model.num_stem_layers
-    ffn = (2 * model.num_layers + up_layers) * D * F
-    return 2 * (model.num_layers * (attention + scores) + ffn)
+    scores = 2 * context * model.num_heads * model.head_dim
+    attention = model.num_layers * (_attention_weights(model) + scores)
+    return 2 * (attention + _feed_forward(model).matmuls)
 
 
 def _head_matmul(model: ModelConfig) -> int:
@@ -135,7 +148,6 @@ def _elementwise(model: ModelConfig, slots: int) -> int:
     norm = 4 * D  # square, sum, times 1 / rms, times scale
     rotary = 3 * (H + model.num_kv_heads) * Dh  # four products and two sums a pair
     softmax = 6 * H * slots  # scale, mask, maximum, difference, sum, quotient
-    gate = 5 * model.ffn_dim  # silu(x) = x / (1 + exp(-x)) in four, times the up value
     residuals = 2 * D
-    block = 2 * norm + rotary + softmax + gate + residuals
-    return model.num_layers * block + norm
+    block = 2 * norm + rotary + softmax + residuals
+    return model.num_layers * block + _feed_forward(model).elementwise + norm

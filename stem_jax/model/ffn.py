@@ -1,39 +1,87 @@
 """The gated FFN; dense and STEM differ in where the up values come from, and nowhere else."""
 
 import functools
+import math
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from stem_jax.config import ModelConfig
+from stem_jax.model.kind import Aux, FeedForward, LayerCost, Read
 from stem_jax.model.layers import Linear
 
 
-class GatedFFN(nnx.Module):
-    """y = W_down(silu(W_gate x) * up), up = W_up x (dense) or the token's row (STEM, eq. 3)."""
+class GatedFFN(FeedForward):
+    """y = W_down(silu(gate) * up), each of the two a projection of x or the token's vector."""
 
-    def __init__(self, config: ModelConfig, layer: int, factor: float, *, rngs: nnx.Rngs):
+    reads_rows = False
+
+    @classmethod
+    def inward(cls, config: ModelConfig) -> tuple[str, ...]:
+        """The projections of x that there are."""
+        raise NotImplementedError
+
+    def __init__(self, config: ModelConfig, factor: float, mesh: Mesh | None, *, rngs: nnx.Rngs):
         D, F = config.embed_dim, config.ffn_dim
         in_std = config.init_base_std or D**-0.5
         out_std = (config.init_base_std or F**-0.5) / factor
-        inward = ("embed", "ffn")
         make = functools.partial(Linear, rngs=rngs, float8=config.matmul_dtype == "float8")
-        self.gate_proj = make((D, F), inward, in_std, 3 * in_std)
-        dense = layer not in config.stem_layers
-        self.up_proj = make((D, F), inward, in_std, 3 * in_std) if dense else None
+        for name in ("gate_proj", "up_proj"):
+            there = name in self.inward(config)
+            made = make((D, F), ("embed", "ffn"), in_std, 3 * in_std) if there else None
+            setattr(self, name, made)
         # [D, F] like the others, so that the weight gradient turns the narrow operand and not the
         # [B, L, F] activations: on CPUs that turn cost a tenth of the step.
-        self.down_proj = make((D, F), inward, out_std, 3 * out_std, output_first=True)
+        self.down_proj = make((D, F), ("embed", "ffn"), out_std, 3 * out_std, output_first=True)
 
-    def __call__(self, x_BxLxD: jax.Array, up_BxLxF: jax.Array | None) -> jax.Array:
-        """Args: `up_BxLxF` are the rows of a STEM layer, None for a dense one."""
-        if self.up_proj is not None:
-            up_BxLxF = self.up_proj(x_BxLxD)
-        return self.down_proj(_gated(self.gate_proj(x_BxLxD), up_BxLxF))
+    @classmethod
+    def weights(cls, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """See `FeedForward`."""
+        shape = (config.embed_dim, config.ffn_dim)
+        return {f"{name}.kernel": shape for name in (*cls.inward(config), "down_proj")}
+
+    @classmethod
+    def cost(cls, config: ModelConfig) -> LayerCost:
+        """Every token multiplies with all weights once."""
+        weights = sum(map(math.prod, cls.weights(config).values()))
+        # silu(x) = x / (1 + exp(-x)) in four, times the up value.
+        gate = 5 * config.ffn_dim
+        row = config.ffn_dim if cls.reads_rows else 0
+        return LayerCost(weights, weights, weights, gate, row)
+
+
+class DenseFFN(GatedFFN):
+    """y = W_down(silu(W_gate x) * W_up x)."""
+
+    @classmethod
+    def inward(cls, config: ModelConfig) -> tuple[str, ...]:
+        """See `GatedFFN`."""
+        return "gate_proj", "up_proj"
+
+    def __call__(self, x_BxLxD: jax.Array, read: Read) -> tuple[jax.Array, Aux]:
+        """Reads nothing but x."""
+        up_BxLxF = self.up_proj(x_BxLxD)
+        return self.down_proj(gated(self.gate_proj(x_BxLxD), up_BxLxF)), Aux()
+
+
+class StemFFN(GatedFFN):
+    """y = W_down(silu(W_gate x) * U[t]): the up value is the token's row (eq. 3)."""
+
+    reads_rows = True
+
+    @classmethod
+    def inward(cls, config: ModelConfig) -> tuple[str, ...]:
+        """See `GatedFFN`."""
+        return ("gate_proj",)
+
+    def __call__(self, x_BxLxD: jax.Array, read: Read) -> tuple[jax.Array, Aux]:
+        """Reads the layer's vector of each token."""
+        return self.down_proj(gated(self.gate_proj(x_BxLxD), read.values)), Aux()
 
 
 @jax.custom_vjp
-def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
     """silu(gate) * up, made once, as its gradients are.
 
     A TPU would fuse each into the two or three matmuls that read it, which then wait for their
@@ -51,4 +99,4 @@ def _gated_backward(kept, gradient):
     return jax.lax.optimization_barrier(pull(gradient))
 
 
-_gated.defvjp(lambda gate, up: (_gated(gate, up), (gate, up)), _gated_backward)
+gated.defvjp(lambda gate, up: (gated(gate, up), (gate, up)), _gated_backward)

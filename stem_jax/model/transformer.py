@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,9 @@ from stem_jax.kernels.row_sums import RowOrder
 from stem_jax.mesh import constrain_batch
 from stem_jax.model.attention import Attention
 from stem_jax.model.embedding import Embedding
-from stem_jax.model.ffn import GatedFFN
-from stem_jax.model.layer_groups import LayerGroups, repeating_groups
+from stem_jax.model.feed_forward import kinds_of
+from stem_jax.model.kind import Aux, FeedForward, Read
+from stem_jax.model.layer_plan import LayerGroups, repeating_groups
 from stem_jax.model.layers import Linear, RMSNorm
 from stem_jax.model.rotary import rotary_angles
 from stem_jax.parts import part
@@ -41,35 +43,57 @@ class Inputs:
     order: RowOrder | None = None
 
 
-class Block(nnx.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x))."""
+class Outputs(NamedTuple):
+    """What the decoder makes of a batch.
 
-    def __init__(self, config: ModelConfig, layer: int, mesh: Mesh | None, *, rngs: nnx.Rngs):
+    hidden: the normalised final hidden states [B, L, D]. caches: the extended ones, one per layer;
+    None without caches. aux: of all layers.
+    """
+
+    hidden: jax.Array
+    caches: list | None
+    aux: Aux
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + ffn(norm(x)), the latter of one of the kinds of layers."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        kind: type[FeedForward],
+        mesh: Mesh | None,
+        *,
+        rngs: nnx.Rngs,
+    ):
         factor = residual_factor(config, layer)
         norm = functools.partial(RMSNorm, config.embed_dim, config.norm_eps)
         self.attention_norm = norm()
         self.attention = Attention(config, factor, mesh, rngs=rngs)
         self.ffn_norm = norm()
-        self.ffn = GatedFFN(config, layer, factor, rngs=rngs)
+        self.ffn = kind(config, factor, mesh, rngs=rngs)
         self.mesh = mesh
 
     @part("block_rest")
     def __call__(self, x_BxLxD, rows: LayerRows | None, vector, inputs: Inputs, angles, cache=None):
-        """`vector` is the number of the layer's vectors in the rows; None for a dense layer.
+        """`vector` is the number of the layer's vectors in the rows; None for one that reads none.
 
         Returns:
-            The residual stream, the rows' thread for the next layer (None of a dense one), and the
-            longer cache.
+            The residual stream, the layer's Aux, the rows' thread for the next layer (None of one
+            that reads none), and the longer cache.
         """
         attended, cache = self.attention(
             self.attention_norm(x_BxLxD), angles, inputs.segment_ids, cache
         )
         x_BxLxD = x_BxLxD + attended
         # In here, so that rematerialisation looks rows up again and keeps no [B, L, F].
-        up_BxLxF = thread = None
+        values_BxLxF = thread = None
         if vector is not None:
-            up_BxLxF, thread = lookup(rows, vector, inputs.inverse, inputs.order, self.mesh)
-        return x_BxLxD + self.ffn(self.ffn_norm(x_BxLxD), up_BxLxF), thread, cache
+            values_BxLxF, thread = lookup(rows, vector, inputs.inverse, inputs.order, self.mesh)
+        read = Read(inputs.tokens, inputs.segment_ids, values_BxLxF)
+        y_BxLxD, aux = self.ffn(self.ffn_norm(x_BxLxD), read)
+        return x_BxLxD + y_BxLxD, aux, thread, cache
 
 
 class Transformer(nnx.Module):
@@ -84,7 +108,10 @@ class Transformer(nnx.Module):
             rngs=rngs,
         )
         self.blocks = nnx.List(
-            [Block(config, layer, mesh, rngs=rngs) for layer in range(config.num_layers)]
+            [
+                Block(config, layer, kind, mesh, rngs=rngs)
+                for layer, kind in enumerate(kinds_of(config))
+            ]
         )
         self.norm = RMSNorm(config.embed_dim, config.norm_eps)
         std = config.embed_dim**-0.5
@@ -108,8 +135,13 @@ class Transformer(nnx.Module):
         self._vectors = {layer: number for number, layer in enumerate(config.stem_layers)}
 
     def __call__(
-        self, inputs: Inputs, rows_SxUxF: jax.Array, caches=None, collect=None, row_sums=None
-    ):
+        self,
+        inputs: Inputs,
+        rows_SxUxF: jax.Array | None,
+        caches=None,
+        collect=None,
+        row_sums=None,
+    ) -> Outputs:
         """Runs the blocks.
 
         Args:
@@ -123,14 +155,14 @@ class Transformer(nnx.Module):
                 gradient is the sum, and the rows have none.
 
         Returns:
-            The normalised final hidden states [B, L, D] and the extended caches.
+            Outputs.
         """
         config = self.config
         with part("rotary"):
             angles = rotary_angles(inputs.positions, config)
         x = self.embed(inputs.tokens, config.compute_dtype, inputs.dropped)
         x = constrain_batch(x, self.mesh)
-        seen, new_caches = [x], []
+        seen, new_caches, aux = [x], [], Aux()
         # Caches and what is collected are lists of layers; only training runs groups.
         plain = caches is not None or collect is not None
         groups = None if plain or not config.scan_layers else repeating_groups(config)
@@ -138,30 +170,32 @@ class Transformer(nnx.Module):
         layer = 0
         while layer < config.num_layers:
             if groups is not None and layer == groups.first:
-                x, rows = self._run_groups(groups, x, rows, inputs, angles)
+                x, more, rows = self._run_groups(groups, x, rows, inputs, angles)
+                aux += more
                 layer = groups.end
                 continue
             cache = None if caches is None else caches[layer]
             graph, state = nnx.split(self.blocks[layer])
             vector = self._vectors.get(layer)
-            x, rows, cache = self._run(graph, state, x, rows, vector, inputs, angles, cache)
+            x, more, rows, cache = self._run(graph, state, x, rows, vector, inputs, angles, cache)
+            aux += more
             seen.append(x)
             new_caches.append(cache)
             layer += 1
         if collect is not None:
             collect.extend(seen)
         x = x if rows is None else close_rows(x, rows, self.mesh)
-        return self.norm(x), None if caches is None else new_caches
+        return Outputs(self.norm(x), None if caches is None else new_caches, aux)
 
     def _run(self, graph, state, x_BxLxD, rows, vector, inputs: Inputs, angles, cache=None):
         """One block, given as nnx has it split, under the rematerialisation policy."""
         run = _remat(lambda state, *args: nnx.merge(graph, state)(*args), self.config.remat)
         read = None if vector is None else rows
-        x_BxLxD, thread, cache = run(state, x_BxLxD, read, vector, inputs, angles, cache)
+        x_BxLxD, aux, thread, cache = run(state, x_BxLxD, read, vector, inputs, angles, cache)
         if vector is not None:
             # Alone: vectors that had come out of a block would be kept for every group of a scan.
             rows = dataclasses.replace(rows, thread=thread)
-        return constrain_batch(x_BxLxD, self.mesh), rows, cache
+        return constrain_batch(x_BxLxD, self.mesh), aux, rows, cache
 
     def _run_groups(self, groups: LayerGroups, x_BxLxD, rows, inputs: Inputs, angles):
         """The same blocks as a scan over groups of them."""
@@ -184,14 +218,17 @@ class Transformer(nnx.Module):
             x, thread = carry
             states, vectors = group
             # What is read is the same in every group; in the carry, each would keep a copy of it.
-            rows_ = rows if rows is None else dataclasses.replace(rows, thread=thread)
+            rows_, aux = rows if rows is None else dataclasses.replace(rows, thread=thread), Aux()
             for place, graph, state in zip(places, graphs, states, strict=True):
-                x, rows_, _ = self._run(graph, state, x, rows_, vectors.get(place), inputs, angles)
-            return (x, None if rows is None else rows_.thread), None
+                vector = vectors.get(place)
+                x, more, rows_, _ = self._run(graph, state, x, rows_, vector, inputs, angles)
+                aux += more
+            return (x, None if rows is None else rows_.thread), aux
 
         thread = None if rows is None else rows.thread
-        (x, thread), _ = jax.lax.scan(one_group, (x_BxLxD, thread), (states, vectors))
-        return x, None if rows is None else dataclasses.replace(rows, thread=thread)
+        (x, thread), aux = jax.lax.scan(one_group, (x_BxLxD, thread), (states, vectors))
+        rows = None if rows is None else dataclasses.replace(rows, thread=thread)
+        return x, aux.summed(), rows
 
     def head_weight(self) -> jax.Array:
         """The output head [D, V] in the dtype of the parameters."""

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stem_jax.config import Config
 from stem_jax.mesh import Placed, parameter_spec, replicated
-from stem_jax.model.layer_groups import (
+from stem_jax.model.layer_plan import (
     LAYERS,
     by_layer,
     layer_names,
@@ -43,7 +43,7 @@ class TrainState:
     step: scalar int32, global batches consumed. updates: scalar int32, completed optimizer updates;
     lower than `step` by the batches skipped for non-finite values. bad_steps: scalar int32, skipped
     batches in a row. touched_rows: scalar int32, rows that some update had. params: backbone by
-    dotted name, stacked where layers are scanned (`model.layer_groups`). opt_state: optax state,
+    dotted name, stacked where layers are scanned (`model.layer_plan`). opt_state: optax state,
     likewise; both float32, whatever dtype a step computes in. table: None for a dense model.
     """
 

@@ -151,7 +151,7 @@ class TrainStep:
         table = self.table(batch.tokens, sizes)
         rows, requests = self._rows(state, table, batch, schedule, slots)
         dropped = self._dropped(state.step, batch.tokens)
-        loss, cross_entropy, gradients, row_gradients = self._gradients(
+        loss, cross_entropy, layer_metrics, gradients, row_gradients = self._gradients(
             self.model.copies(state.params), rows, requests, batch, dropped, scored
         )
         with part("optimizer"):
@@ -159,6 +159,7 @@ class TrainStep:
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         rate = schedule.rates[state.updates]
         metrics = {"loss": cross_entropy, "grad_norm": norm, "learning_rate": rate}
+        metrics |= layer_metrics
         if table is not None:
             # Rows travel in the compute dtype both ways; owners sum in float32.
             with part("row_copies"):
@@ -229,42 +230,41 @@ class TrainStep:
         return jax.random.bernoulli(key, rate, tokens_AxBxL.shape)
 
     def _gradients(self, params, rows, requests, batch: Batch, dropped, scored):
-        """Loss and gradients of the mean over all scored positions of all micro-batches."""
+        """Loss, layers' metrics and gradients, means over all micro-batches' scored positions."""
 
         def micro_batch(carry, piece):
             # Sums of all rows are long, and a micro-batch has few of these: where that can be, its
             # layers add to them in place.
             row_sums = carry[1][1] if carry is not None and in_place else None
             by = (0, 1) if row_sums is None else (0, 2)
-            values, (gradients, row_gradients) = jax.value_and_grad(
+            (loss, (cross_entropy, metrics)), gradients = jax.value_and_grad(
                 self._loss, argnums=by, has_aux=True
             )(params, rows, row_sums, *piece, scored)
+            values = loss, cross_entropy
             if carry is None:
-                return values, (gradients, row_gradients)
+                return (values, gradients), metrics
             sums, (totals, row_totals) = carry
+            gradients, row_gradients = gradients
             if row_sums is None:
                 with part("row_copies"):
                     row_gradients = _added(row_totals, row_gradients)
-            return _added(sums, values), (_added(totals, gradients), row_gradients)
+            return (_added(sums, values), (_added(totals, gradients), row_gradients)), metrics
 
         index = _index(batch, requests)
         in_place = rows is not None and adds(way_on(self.mesh))
         if batch.tokens.shape[0] == 1:
             first = jax.tree.map(lambda x: x[0], (batch, index, dropped))
-            total = micro_batch(None, first)
+            total, metrics = micro_batch(None, first)
         else:
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (params, rows))
             start = ((jnp.float32(0), jnp.float32(0)), zeros)
-            total, _ = jax.lax.scan(
-                lambda carry, piece: (micro_batch(carry, piece), None),
-                start,
-                (batch, index, dropped),
-            )
+            total, metrics = jax.lax.scan(micro_batch, start, (batch, index, dropped))
+            metrics = jax.tree.map(lambda pieces: pieces.sum(0), metrics)
         (loss, cross_entropy), (gradients, row_gradients) = total
-        return loss, cross_entropy, gradients, row_gradients
+        return loss, cross_entropy, metrics, gradients, row_gradients
 
     def _loss(self, params, rows, row_sums, batch: Batch, index, dropped, scored):
-        """This micro-batch's part of the mean loss, and of the cross-entropy alone.
+        """This micro-batch's part of the mean loss, of the cross-entropy alone, and of metrics.
 
         Args:
             row_sums: of other micro-batches, or None; see `Transformer`.
@@ -273,9 +273,10 @@ class TrainStep:
         model = self.model.bind(params)
         inverse, order = index
         inputs = Inputs(batch.tokens, inverse, batch.positions, batch.segment_ids, dropped, order)
-        hidden, _ = model(inputs, rows, row_sums=row_sums)
+        hidden, _, aux = model(inputs, rows, row_sums=row_sums)
+        aux /= train.micro_batches
         weights = batch.loss_mask / jnp.maximum(scored, 1).astype(jnp.float32)
-        return head_loss(
+        loss, cross_entropy = head_loss(
             hidden,
             model.head_weight(),
             batch.targets,
@@ -284,6 +285,9 @@ class TrainStep:
             train.loss_chunk,
             self.mesh,
         )
+        # An Aux of nothing adds no operation.
+        loss = loss if aux.loss is None else loss + aux.loss
+        return loss, (cross_entropy, aux.metrics)
 
     def _evaluate(
         self,
@@ -299,7 +303,9 @@ class TrainStep:
         index = _index(batch, requests)
 
         def micro_batch(total, piece):
-            return total + self._loss(state.params, rows, None, *piece, None, jnp.int32(1))[1], None
+            loss = self._loss(state.params, rows, None, *piece, None, jnp.int32(1))
+            _, (cross_entropy, _) = loss
+            return total + cross_entropy, None
 
         total, _ = jax.lax.scan(micro_batch, jnp.float32(0), (batch, index))
         return total, jnp.sum(batch.loss_mask)

@@ -1,4 +1,4 @@
-"""Layers as a repeating group, so that a compiler sees the group once.
+"""Which kind each layer is, and how kinds repeat, so that a compiler sees a group of them once.
 
 Compilation of unrolled layers grows with their number. A model repeats itself: with STEM layers 1,
 4, 7, ... of 16 the kinds are `d s d` five times and a last `d`, so a scan over the five groups
@@ -12,19 +12,38 @@ all weights each time. Elsewhere parameters go by layer. A stack is called as Py
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from stem_jax.config import ModelConfig
+from stem_jax.config import ModelConfig, layer_fields
 
 # The logical axis that a stack has before those of a layer.
 LAYERS = "layers"
 _OF_LAYER = re.compile(r"blocks\.(\d+)\.(.+)")
 _STACK = re.compile(r"blocks\.(\d+):(\d+):(\d+)\.(.+)")
+
+
+# Of layers that no key lists.
+_UNLISTED = "dense"
+
+
+def layer_kinds(config: ModelConfig) -> tuple[str, ...]:
+    """The name of each layer's kind."""
+    kinds = {layer: kind for kind, layers in config.listed_layers.items() for layer in layers}
+    return tuple(kinds.get(layer, _UNLISTED) for layer in range(config.num_layers))
+
+
+def with_layers(config: ModelConfig, kinds: Sequence[str]) -> ModelConfig:
+    """The model with as many layers as there are names, of these kinds."""
+    listed = {
+        field: tuple(layer for layer, name in enumerate(kinds) if name == kind)
+        for kind, field in layer_fields().items()
+    }
+    return dataclasses.replace(config, num_layers=len(kinds), **listed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,19 +75,19 @@ class LayerGroups:
 
 def repeating_groups(config: ModelConfig) -> LayerGroups | None:
     """The groups that leave the fewest layers to compile; None if no layer can be saved."""
-    stem = [layer in config.stem_layers for layer in range(config.num_layers)]
+    kinds = layer_kinds(config)
     found = [
         LayerGroups(first, period, repeats)
-        for period in range(1, len(stem) // 2 + 1)
-        for first in range(len(stem) - 2 * period + 1)
-        if (repeats := _repeats(stem, first, period)) > 1
+        for period in range(1, len(kinds) // 2 + 1)
+        for first in range(len(kinds) - 2 * period + 1)
+        if (repeats := _repeats(kinds, first, period)) > 1
     ]
-    return min(found, key=lambda g: len(stem) - g.period * (g.repeats - 1), default=None)
+    return min(found, key=lambda g: len(kinds) - g.period * (g.repeats - 1), default=None)
 
 
-def _repeats(stem: list[bool], first: int, period: int) -> int:
+def _repeats(kinds: tuple[str, ...], first: int, period: int) -> int:
     end = first + period
-    while end + period <= len(stem) and stem[end : end + period] == stem[first : first + period]:
+    while end + period <= len(kinds) and kinds[end : end + period] == kinds[first : first + period]:
         end += period
     return (end - first) // period
 

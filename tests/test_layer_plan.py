@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stem_jax.model.layer_groups import LayerGroups, by_layer, repeating_groups
+from stem_jax.model.layer_plan import LayerGroups, by_layer, repeating_groups
 from stem_jax.model.transformer import Inputs
 from stem_jax.training.schedule import make_schedule
 from stem_jax.training.state import ModelDef, init_state
