@@ -16,7 +16,7 @@ _under_way: set[threading.Thread] = set()
 
 def begin(work: Callable[[], object], name: str) -> concurrent.futures.Future:
     """Calls `work` on a thread of its own; the result has what it returns, or raises."""
-    result = concurrent.futures.Future()
+    result: concurrent.futures.Future = concurrent.futures.Future()
 
     def run():
         try:
@@ -46,7 +46,7 @@ def leave(error: BaseException | None) -> None:
 
     What is registered for the exit is done; what is under way is left as it is.
     """
-    status = 0
+    status: str | int | None = 0
     if isinstance(error, SystemExit):
         status = error.code
         if status is not None and not isinstance(status, int):

@@ -13,7 +13,7 @@ _MARK_BYTES = MARK.encode()
 _AT_LINE_STARTS = re.compile(rf"(?:\A|(?<=[\n\r])){MARK}+")
 
 
-def after_marks(raw: bytes) -> int:
+def after_marks(raw: bytes | bytearray) -> int:
     """How many bytes of marks some UTF-8 begins with."""
     end = 0
     while raw.startswith(_MARK_BYTES, end):

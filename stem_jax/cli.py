@@ -206,9 +206,10 @@ def split_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
             continue
         key, equals, value = argument.removeprefix("--config.").partition("=")
         if not equals:
-            value = next(remaining, None)
-            if value is None or value.startswith("--"):
-                seen = "" if value is None else f", and {value} is a flag"
+            following = next(remaining, None)
+            if following is None or following.startswith("--"):
+                seen = "" if following is None else f", and {following} is a flag"
                 raise InputError(f"--config.{key} needs a value{seen}: --config.{key}=VALUE")
+            value = following
         overrides[key] = value
     return rest, overrides

@@ -34,7 +34,7 @@ def hide_cuda_plugin() -> None:
         return
     # JAX takes a module that is None for one not installed.
     for name in _LIBRARIES:
-        sys.modules.setdefault(name, None)
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # as the import system has it
     for name in _PLUGINS:
         sys.modules.setdefault(name, _NoPlugin(name))
 

@@ -19,6 +19,7 @@ import threading
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 RENEW_SECONDS = 10
 DEAD_SECONDS = 60
@@ -183,13 +184,14 @@ class _Record:
         now: what the clock of the file system shows, in seconds.
         """
         self.path = path
-        self.facts, self.held, self.lives, self.by_age, self.renewed = None, False, False, False, 0
-        self.hidden = False
+        self.facts: dict[str, Any] | None = None
+        self.held = self.lives = self.by_age = self.hidden = False
+        self.renewed = 0.0
         try:
             with path.open("rb") as file:
                 self.facts, self.held = _parsed(file.read())
                 self.renewed = os.fstat(file.fileno()).st_mtime
-                known = None if self.facts is None else self._asked(file.fileno())
+                known = None if self.facts is None else self._asked(self.facts, file.fileno())
         except FileNotFoundError:
             # Released since it was listed.
             return
@@ -204,9 +206,9 @@ class _Record:
         """Whether its process may be dead: not if its record changed since it was first seen."""
         return self.by_age and last_renewed.setdefault(self.path, self.renewed) == self.renewed
 
-    def _asked(self, file: int) -> bool | None:
+    def _asked(self, facts: dict[str, Any], file: int) -> bool | None:
         """Whether its process lives; None if neither a lock nor its number tells."""
-        locked = self.facts["locked"]
+        locked = facts["locked"]
         if locked:
             try:
                 free = _try_lock(file, fcntl.LOCK_SH)
@@ -214,8 +216,8 @@ class _Record:
                 return True
             if free:
                 return False
-        if all(self.facts[name] == value for name, value in _this_machine().items()):
-            return _runs(self.facts["pid"], self.facts["since"])
+        if all(facts[name] == value for name, value in _this_machine().items()):
+            return _runs(facts["pid"], facts["since"])
         # One who has the lock of the file system, which there is none of here, renews no record.
         return True if locked else None
 

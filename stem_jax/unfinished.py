@@ -36,7 +36,7 @@ def unfinished(target: Path, where: str, make: Callable[[Path], None]) -> Iterat
             with refused_writes(where, _FULL):
                 yield made
         finally:
-            if lock is not None:
+            if made is not None and lock is not None:
                 with _undisturbed():
                     remove(made)
                     lock.release()

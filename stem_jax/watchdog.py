@@ -26,7 +26,9 @@ class Watchdog:
         self._log = log
         self._progress = ["start"]
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread = threading.Thread(
+            target=self._watch, args=(timeout,), name="watchdog", daemon=True
+        )
 
     def __enter__(self) -> "Watchdog":
         self.beat("start")
@@ -41,13 +43,13 @@ class Watchdog:
         """Tells that work got to `place`."""
         self._progress = [place]
 
-    def _watch(self) -> None:
-        pause = min(self._timeout / 4, 5.0)
+    def _watch(self, timeout: float) -> None:
+        pause = min(timeout / 4, 5.0)
         seen, idle = self._progress, 0.0
         while not self._ended.wait(pause):
             # Pauses are counted, not the clock: a process that was suspended is not stuck.
             seen, idle = self._progress, idle + pause if self._progress is seen else 0.0
-            if idle >= self._timeout:
+            if idle >= timeout:
                 self._abort(seen[0])
 
     def _abort(self, place: str) -> None:

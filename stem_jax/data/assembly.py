@@ -38,7 +38,7 @@ class Assembly:
     ):
         """Goes on where the preparation was."""
         self._folder, self._record = place.pieces, place.progress
-        written = self._read_record(splits)
+        self._recorded, self._bad, self._coverage, written = self._read_record(splits)
         # The first piece that is not in the stores, and that is not recorded to be.
         self._next = self._recorded
         self._recorded_at = time.monotonic()
@@ -143,17 +143,20 @@ class Assembly:
             self._file(index).unlink()
         self._recorded, self._recorded_at = self._next, time.monotonic()
 
-    def _read_record(self, splits: tuple[str, ...]) -> dict[str, StoreSize]:
+    def _read_record(
+        self, splits: tuple[str, ...]
+    ) -> tuple[int, list[tuple], Coverage, dict[str, StoreSize]]:
+        """Pieces in the stores, bad records, coverage and sizes of the stores."""
         try:
             record = read_json(self._record)
         except InputError:
             # There is none before the first pieces are in the stores.
             record = {"pieces": 0, "stores": {split: {} for split in splits}, "bad": []}
-        self._recorded = record["pieces"]
-        self._bad = [tuple(entry) for entry in record["bad"]]
+        bad = [tuple(entry) for entry in record["bad"]]
         # An earlier version recorded none.
-        self._coverage = Coverage(**record.get("coverage", {}))
-        return {split: StoreSize(**record["stores"][split]) for split in splits}
+        coverage = Coverage(**record.get("coverage", {}))
+        sizes = {split: StoreSize(**record["stores"][split]) for split in splits}
+        return record["pieces"], bad, coverage, sizes
 
     def _remove_damaged(self) -> None:
         """What a kill has cut, or a power failure left without its content."""

@@ -3,7 +3,7 @@
 import json
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Self
+from typing import IO, Self
 
 from stem_jax.errors import BadRecord, InputError
 
@@ -31,7 +31,7 @@ class BadRecords:
         if file is not None:
             file.unlink(missing_ok=True)  # of an earlier attempt
         self._files = ExitStack()
-        self._file = None
+        self._file: IO[str] | None = None
 
     def __enter__(self) -> Self:
         return self

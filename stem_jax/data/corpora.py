@@ -23,6 +23,7 @@ _SKIPPED_FOLDERS = frozenset(
 )
 # Characters. Over a hundred generated codec modules say one and the same line.
 _MIN_DOCUMENTATION = 200
+_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def read_corpus(name: str) -> Iterator[str]:
@@ -107,7 +108,7 @@ def _module_documentation(path: Path, source: str) -> str | None:
 
 
 def _docstrings(node: ast.AST, prefix: str) -> Iterator[str]:
-    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+    if isinstance(node, _Documented):
         docstring = ast.get_docstring(node)
         if docstring:
             header = _signature(node, prefix)
@@ -118,7 +119,7 @@ def _docstrings(node: ast.AST, prefix: str) -> Iterator[str]:
             yield from _docstrings(child, prefix)
 
 
-def _signature(node: ast.AST, prefix: str) -> str:
+def _signature(node: _Documented, prefix: str) -> str:
     if isinstance(node, ast.Module):
         return ""
     if isinstance(node, ast.ClassDef):

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import unicodedata
 from collections import Counter
-from typing import Any, Self
+from typing import Any
 
 from stem_jax.data.spelling import SPACE_MARK
 from stem_jax.data.tokenizer_kinds import Tokenizer
@@ -31,7 +31,7 @@ class Coverage:
     changed: int = 0
     example: str = ""
 
-    def __add__(self, other: Self) -> Self:
+    def __add__(self, other: "Coverage") -> "Coverage":
         return Coverage(
             self.text + other.text,
             self.left_out + other.left_out,

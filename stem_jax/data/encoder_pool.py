@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any, Self
 
 from stem_jax.data.documents import Document
@@ -33,7 +33,7 @@ Piece = tuple[int, list[Document]]
 
 def encode_pieces(
     pieces: Iterable[Piece], encoder: PieceEncoder, processes: int
-) -> Iterator[tuple[int, bytes]]:
+) -> Generator[tuple[int, bytes]]:
     """(index, content of its EncodedPiece) of each piece, as they are done.
 
     A single piece is not worth a process. Raises InputError as `PieceEncoder.encode` does, and
@@ -108,12 +108,14 @@ class _Pool:
     def _feed(self, worker: subprocess.Popen, encoder: PieceEncoder) -> None:
         """One thread's life: a piece to its worker, the result back."""
         index = -1
+        assert worker.stdin is not None and worker.stdout is not None
+        to_worker, from_worker = worker.stdin, worker.stdout
         try:
-            send(worker.stdin, encoder)
+            send(to_worker, encoder)
             while (task := self._tasks.get()) is not None:
                 index = task[0]
-                send(worker.stdin, task)
-                self._results.put(receive(worker.stdout))
+                send(to_worker, task)
+                self._results.put(receive(from_worker))
         except (EOFError, OSError):
             self._results.put((index, "ended", _end_of(worker)))
         # Whoever waits for the result would wait for ever.

@@ -139,6 +139,7 @@ def _check_end(path: Path, rest: bytes, chunks: Iterator[bytes]) -> None:
                 f"input file {path} goes on after its JSON array: set --format (data.format) to"
                 " jsonl if it has a value on each line"
             )
-        rest = next(chunks, None)
-        if rest is None:
+        following = next(chunks, None)
+        if following is None:
             return
+        rest = following

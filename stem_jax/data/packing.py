@@ -7,9 +7,10 @@ import importlib
 import lzma
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
 from types import ModuleType
+from typing import Any
 
 from stem_jax.errors import InputError
 
@@ -54,7 +55,9 @@ def read_chunks(path: Path) -> Iterator[bytes]:
         if packing == "zstd":
             yield from _unpack_zstd(path)
             return
-        opener = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}.get(packing, open)
+        openers: dict[str | None, Callable[..., Any]]
+        openers = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
+        opener = openers.get(packing, open)
         with opener(path, "rb") as file:
             while chunk := file.read(_CHUNK_BYTES):
                 yield chunk

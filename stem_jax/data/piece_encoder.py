@@ -7,7 +7,7 @@ import struct
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -86,7 +86,7 @@ class PieceEncoder:
         )
 
 
-def send(file: BinaryIO, message: Any) -> None:
+def send(file: IO[bytes], message: Any) -> None:
     """Writes a message that `receive` reads."""
     content = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
     file.write(_LENGTH.pack(len(content)))
@@ -94,7 +94,7 @@ def send(file: BinaryIO, message: Any) -> None:
     file.flush()
 
 
-def receive(file: BinaryIO) -> Any:
+def receive(file: IO[bytes]) -> Any:
     """The next message; raises EOFError where the other side has gone."""
     header = file.read(_LENGTH.size)
     length = _LENGTH.unpack(header)[0] if len(header) == _LENGTH.size else 0

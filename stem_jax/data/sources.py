@@ -184,14 +184,15 @@ def open_sources(
         if is_store_folder(spec.source):
             target = _path(spec.source)
         else:
-            target = None
+            found = None
             settings = settings_record(tokenizer, validation_fraction, seed)
             if keep:
-                target = find_prepared(Path(folder), spec.source, settings, reading, checksums)
-            if target is None:
+                found = find_prepared(Path(folder), spec.source, settings, reading, checksums)
+            if found is None:
                 record = {"source": spec.source, **settings}
                 record |= text_record([spec.source], reading)
-                target = _prepared(record, tokenizer, Path(folder), reading, progress)
+                found = _prepared(record, tokenizer, Path(folder), reading, progress)
+            target = found
         stores = open_stores(target, tokenizer, vocab_size)
         opened.append(
             OpenedSource(spec.source, spec.weight, stores["train"], stores.get("validation"))

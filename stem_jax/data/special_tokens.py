@@ -74,8 +74,14 @@ class SpecialTokens:
     @property
     def ids(self) -> frozenset[int]:
         """All of them."""
-        one = {self.bos_id, self.eos_id, self.pad_id} - {None}
-        return frozenset({*one, *self.stop_ids})
+        one = (self.bos_id, self.eos_id, self.pad_id)
+        return frozenset({*(id for id in one if id is not None), *self.stop_ids})
+
+    @property
+    def begin_ids(self) -> tuple[int, ...]:
+        """What a prompt begins with: `prompt_ids`, which are none but as an argument."""
+        assert self.prompt_ids is not None
+        return self.prompt_ids
 
     def for_documents(self) -> Self:
         """The same, with prompts that begin as documents do."""
@@ -83,7 +89,7 @@ class SpecialTokens:
 
     def record(self) -> dict[str, Any]:
         """As JSON; `from_record` reads it."""
-        lists = {"stop_ids": list(self.stop_ids), "prompt_ids": list(self.prompt_ids)}
+        lists = {"stop_ids": list(self.stop_ids), "prompt_ids": list(self.begin_ids)}
         return {**dataclasses.asdict(self), **lists}
 
     @classmethod
@@ -92,7 +98,7 @@ class SpecialTokens:
 
         where: the record is from, for messages. Raises InputError for values that are no ids.
         """
-        values = {}
+        values: dict[str, Any] = {}
         for field in dataclasses.fields(cls):
             value = record.get(field.name)
             many = field.name in ("stop_ids", "prompt_ids")
@@ -175,11 +181,11 @@ def find_special_tokens(
         text = shipped.token("pad_token")
         pad = vocabulary.find(text) if text else None
     if flags.stop:
-        stops = [_of_flag(vocabulary, "--stop", text) for text in flags.stop]
+        stops = tuple(_of_flag(vocabulary, "--stop", text) for text in flags.stop)
     else:
-        stops = shipped.ids("eos_token_id") if recorded is None else recorded.stop_ids
+        stops = tuple(shipped.ids("eos_token_id") if recorded is None else recorded.stop_ids)
     prompt = None if recorded is None or flags != SpecialFlags() else recorded.prompt_ids
-    return SpecialTokens(bos, eos, pad, tuple(stops), prompt), notes
+    return SpecialTokens(bos, eos, pad, stops, prompt), notes
 
 
 def _find_eos(

@@ -66,9 +66,12 @@ def sentencepiece_spelling(
     size, unknown = processor.get_piece_size(), processor.unk_id()
     pieces = (processor.id_to_piece(number) for number in range(size))
     example = next((piece for piece in pieces if len(piece) > 1 and piece[0] == SPACE_MARK), None)
-    strips = example is not None and not processor.decode([example]).startswith(" ")
-    # A model that removes extra spaces leaves out all those at the start.
-    greedy = strips and processor.decode([SPACE_MARK, example]) == processor.decode([example])
+    strips = greedy = False
+    if example is not None:
+        alone = processor.decode([example])
+        strips = not alone.startswith(" ")
+        # A model that removes extra spaces leaves out all those at the start.
+        greedy = strips and processor.decode([SPACE_MARK, example]) == alone
 
     def spell(token: int) -> tuple[bytes, bytes]:
         if not 0 <= token < size:

@@ -134,9 +134,10 @@ class TokenStore:
         return store
 
     def _verify(self) -> None:
-        checked = ((self.meta.checksum, ("tokens.bin", "documents.bin")),)
+        checked: list[tuple[str, tuple[str, ...]]]
+        checked = [(self.meta.checksum, ("tokens.bin", "documents.bin"))]
         if self.meta.bytes_checksum:
-            checked += ((self.meta.bytes_checksum, ("bytes.bin",)),)
+            checked.append((self.meta.bytes_checksum, ("bytes.bin",)))
         for checksum, names in checked:
             if checksum_of(self.folder, names) != checksum:
                 raise InputError(

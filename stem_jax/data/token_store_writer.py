@@ -114,9 +114,9 @@ class TokenStoreWriter:
         ids: of its text, without bos and eos. num_bytes: UTF-8 bytes of its text.
         Raises InputError for an id outside the vocabulary.
         """
-        ids = np.concatenate([[self._bos_id], np.asarray(ids, np.int64), [self._eos_id]])
-        check_ids(ids, self._vocab_size, f"document {self.num_documents}")
-        self.extend(ids.astype(self.dtype), np.array([len(ids)]), np.array([num_bytes]))
+        whole_T = np.concatenate([[self._bos_id], np.asarray(ids, np.int64), [self._eos_id]])
+        check_ids(whole_T, self._vocab_size, f"document {self.num_documents}")
+        self.extend(whole_T.astype(self.dtype), np.array([len(whole_T)]), np.array([num_bytes]))
 
     def extend(self, tokens_T: np.ndarray, lengths_n: np.ndarray, bytes_n: np.ndarray) -> None:
         """Appends documents.
@@ -189,9 +189,8 @@ def _open(path: Path, size: int) -> io.BufferedWriter:
     zero = path.name == _DOCUMENTS and size == 8
     if there < size and not zero:
         raise InputError(f"{path} has {there} bytes, not the {size} that were written: begin anew")
-    raw = io.FileIO(path, "ab")
-    raw.truncate(0 if zero else size)
-    file = io.BufferedWriter(raw)
+    file = path.open("ab")
+    file.truncate(0 if zero else size)
     if zero:
         file.write(bytes(8))
     return file

@@ -114,7 +114,7 @@ class Tokenizer(abc.ABC):
         special: the texts of special tokens in it are these tokens; one that begins as every prompt
         does (chat templates write bos) gets nothing more before it.
         """
-        first = list(self.special.prompt_ids)
+        first = list(self.special.begin_ids)
         if not special:
             return first + self.encode(text)
         ids = self.encode_special(text)

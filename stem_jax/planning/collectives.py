@@ -58,7 +58,7 @@ def collectives_of(module: Module, slices: list[int]) -> list[Collective]:
         kind = instruction.opcode.removesuffix("-start")
         read = [array.bytes for array in module.operands(instruction)]
         # A ragged exchange is told where to write and how much, beside what it sends.
-        read = sum(read[:1] if kind.startswith("ragged") else read)
+        total = sum(read[:1] if kind.startswith("ragged") else read)
         if kind == "send" and (between := _BETWEEN_SLICES.search(instruction.attributes)):
             kind, crossing = between.group(1).lower().replace("_", "-"), 1.0
             # Only the data axis spans slices, so that every transfer joins all of them.
@@ -71,7 +71,7 @@ def collectives_of(module: Module, slices: list[int]) -> list[Collective]:
             )
         else:
             continue
-        if sent := sent_bytes(kind, read, size):
+        if sent := sent_bytes(kind, total, size):
             names = instruction.name, instruction.op_name
             found.append(Collective(kind, *names, sent, times, size, crossing, scheduled.name))
     return found

@@ -42,7 +42,8 @@ def device_groups(attributes: str, devices: int) -> list[list[int]]:
 def _mesh_groups(axes: str, iota: str, order: str, listed: str, joined: str) -> list[list[int]]:
     # Axes in parts, so that what is joined is always whole dimensions.
     cuts = {name: (int(before), int(size)) for name, before, size in _AXIS.findall(joined) if size}
-    sizes, parts = [], {}
+    sizes: list[int] = []
+    parts: dict[str, int] = {}
     for name, size in re.findall(r"'([^']+)'=(\d+)", axes):
         before, taken = cuts.get(name, (1, int(size)))
         parts[name] = len(sizes) + 1

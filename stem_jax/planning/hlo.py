@@ -102,6 +102,11 @@ class Instruction:
         """The computation named by an attribute such as `body`."""
         return next((name for key, name in _CALLED.findall(self.attributes) if key == role), None)
 
+    @property
+    def body(self) -> str:
+        """Of a loop, the computation of a round."""
+        return self.called("body") or ""
+
 
 @dataclasses.dataclass(frozen=True)
 class Module:
@@ -159,12 +164,12 @@ class Module:
             yield instruction, times
             if instruction.opcode == "while":
                 rounds = self.rounds(instruction)
-                yield from self._walk(instruction.called("body"), times * rounds)
+                yield from self._walk(instruction.body, times * rounds)
             elif instruction.opcode == "conditional":
                 yield from self._walk_branches(instruction, times)
             elif instruction.opcode in ("call", "async-start"):
                 called = instruction.called("to_apply") or instruction.called("calls")
-                yield from self._walk(called, times)
+                yield from self._walk(called or "", times)
 
     def _walk_branches(self, instruction: Instruction, times: int):
         branches = _BRANCHES.search(instruction.attributes)
@@ -204,7 +209,10 @@ def arrays_of(text: str) -> tuple[Array, ...]:
 
 
 def _instruction(line: str) -> Instruction:
-    root, name, rest = _INSTRUCTION.match(line).groups()
+    found = _INSTRUCTION.match(line)
+    if found is None:
+        raise ValueError(f"no instruction: {line}")
+    root, name, rest = found.groups()
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     kind, rest = rest[:end], rest[end:].strip()
     opening = rest.index("(")

@@ -88,7 +88,7 @@ class ValueFlow:
             elif user.opcode == "while":
                 # What goes in at a place is read there inside, and comes out there.
                 yield user.name, index
-                if parameter := self._parameters.get(user.called("body")):
+                if parameter := self._parameters.get(user.body):
                     yield parameter, index
             else:
                 yield user.name, None
@@ -106,7 +106,7 @@ class ValueFlow:
                 yield loop.operands[0], index
                 yield self._roots[self._computation_of[name]].name, index
         elif instruction.opcode == "while" and not first:
-            yield self._roots[instruction.called("body")].name, index
+            yield self._roots[instruction.body].name, index
         elif instruction.opcode == "get-tuple-element":
             yield instruction.operands[0], _place(instruction)
         elif instruction.opcode == "tuple" and index is not None:
