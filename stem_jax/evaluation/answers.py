@@ -58,7 +58,7 @@ def answer_all(
     for question in questions:
         if not question.answer.strip():
             raise InputError(f"the answer to {question.prompt!r} is empty; give one")
-        prompt = [*tokenizer.special.prompt_ids, *tokenizer.encode(question.prompt)]
+        prompt = [*tokenizer.special.begin_ids, *tokenizer.encode(question.prompt)]
         answer = tokenizer.encode_behind(f" {question.answer}{question.end}")
         ids = prompt + answer
         if len(ids) > scorer.context + 1:

@@ -110,7 +110,7 @@ class HarnessModel(TemplateLM):
         """
         if add_special_tokens is None:
             return self._tokenizer.encode_prompt(string, special=True)
-        first = self._tokenizer.special.prompt_ids if add_special_tokens else ()
+        first = self._tokenizer.special.begin_ids if add_special_tokens else ()
         return [*first, *self._tokenizer.encode_special(string)]
 
     def loglikelihood(
@@ -136,7 +136,7 @@ class HarnessModel(TemplateLM):
         with self._bar("scoring", len(sequences), disable_tqdm) as bar:
             scores = self._scorer.score(sequences, bar.update)
         answers = []
-        for (texts, _, continuation), score in zip(requests, scores, strict=True):
+        for (texts, _context, continuation), score in zip(requests, scores, strict=True):
             n = len(continuation)
             answer = float(score.log_likelihoods[-n:].sum()), bool(score.greedy[-n:].all())
             answers.append(answer)

@@ -64,7 +64,7 @@ def draw_grid(
             )
     grid = Grid(count, [], [])
     for length in sorted(set(lengths or (context // 8, context // 4, context // 2, context))):
-        cells = []
+        cells: list[list[Sample]] = []
         try:
             for depth in depths:
                 cells.append([])

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 VERSION = "0.4.13"
 # What the papers call a task, where the harness has another name for it.
 ALIASES = {"siqa": "social_iqa"}
-_KEPT = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "configs")
-_KEPT += ("higher_is_better", "samples")
+_KEPT = """
+    results groups group_subtasks versions n-shot n-samples configs higher_is_better samples
+    """.split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,8 @@ def evaluate_tasks(
     if max_gen_toks < 1:
         raise InputError(f"--max-gen-toks={max_gen_toks} must be at least 1")
     model = HarnessModel(run, batch_size, max_gen_toks, progress)
-    options = {"limit": limit, "num_fewshot": num_fewshot, "log_samples": log_samples}
+    options: dict[str, Any] = {"limit": limit, "num_fewshot": num_fewshot}
+    options["log_samples"] = log_samples
     results = run_tasks(model, tasks, **options, on_loaded=model.expect)
     return {**results, "truncated": model.truncated}
 
@@ -170,7 +172,7 @@ def _find(tasks: Sequence[str]) -> tuple["TaskManager", list[_Wanted]]:
 
 def _check_yaml(folder: Path) -> None:
     """The harness leaves files that it cannot read out without a word."""
-    import yaml
+    import yaml  # type: ignore[import-untyped]  # its stubs are a package of their own
 
     for path in sorted(folder.glob("**/*.yaml")):
         try:

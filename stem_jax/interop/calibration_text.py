@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from stem_jax.config import Config
 from stem_jax.data.documents import Document
@@ -56,7 +56,10 @@ class CalibrationText:
                 f"the token stores in {config.data.sources} have no validation split to measure "
                 "the loss of a conversion on; prepare one with --validation-fraction above 0"
             )
-        sizes = {"seq_len": train.seq_len, "global_batch_size": train.global_batch_size}
+        sizes: dict[str, Any] = {
+            "seq_len": train.seq_len,
+            "global_batch_size": train.global_batch_size,
+        }
         limit = config.eval.max_batches or _HELD_OUT_BATCHES
         return cls(
             GlobalBatches(stores, seed=train.seed, **sizes),

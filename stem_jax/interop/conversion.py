@@ -187,7 +187,9 @@ def _first_state(programs: TrainStep, params: Params, means: UpMeans) -> TrainSt
         for first in range(0, spec.layout.num_keys, size):
             ids = np.arange(first, min(first + size, spec.layout.num_keys))
             rows[spec.layout.row_numbers(ids), index] = means.rows(index, ids)
-    placed = jax.device_put(stored(rows), programs.shardings.table.rows)
+    places = programs.shardings.table
+    assert places is not None
+    placed = jax.device_put(stored(rows), places.rows)
     kept = {name: params[name] for name in programs.model.shapes()}
     return init_state(programs.config, programs.model, programs.mesh, kept, placed)
 

@@ -86,7 +86,11 @@ def hf_config(config: Config, tokenizer: Tokenizer, dtype: str) -> dict[str, Any
             f"model.embed_dim={model.embed_dim} does not divide by model.num_heads="
             f"{model.num_heads}, which LlamaForCausalLM asks for; use --format=official"
         )
-    kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
+    kind: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+    }
     if model.stem_layers:
         module = MODELING_FILE.removesuffix(".py")
         kind = {
@@ -155,7 +159,7 @@ def _fill_id(tokenizer: Tokenizer) -> int:
     That may be nothing that begins a prompt, and would be masked.
     """
     padding = padding_id(tokenizer)
-    begins = padding in (tokenizer.special.bos_id, *tokenizer.special.prompt_ids)
+    begins = padding in (tokenizer.special.bos_id, *tokenizer.special.begin_ids)
     return tokenizer.special.eos_id if padding is None or begins else padding
 
 

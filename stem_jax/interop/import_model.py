@@ -109,8 +109,9 @@ def write_checkpoint(
         opt_state = jax.jit(optimizer.init)(params)
         state = TrainState(zero, zero, zero, zero, params, opt_state, None)
         data = {"seed": config.train.seed, "sources": config.data.sources, "checksums": []}
-        special = {"special": tokenizer.special}
-        info = CheckpointInfo(0, 0, 0, 0, tokenizer.fingerprint, data, config, **special)
+        info = CheckpointInfo(
+            0, 0, 0, 0, tokenizer.fingerprint, data, config, special=tokenizer.special
+        )
         with Checkpointer(folder) as checkpoints:
             checkpoints.save(state, info, None, store)
             checkpoints.wait()

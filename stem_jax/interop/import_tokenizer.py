@@ -52,7 +52,7 @@ def find_tokenizer(
             nothing says what ends its texts.
     """
     if choice.kind is not None:
-        return _given(kind, path, choice)
+        return _given(kind, path, choice.kind, choice)
     native, file = path / NATIVE_FOLDER, path / "tokenizer.json"
     if kind == "official":
         found = official_tokenizer(read_params(path), path)
@@ -66,17 +66,17 @@ def find_tokenizer(
     else:
         for name, file_kind in _FILES.items():
             if (path / name).is_file():
-                found = load_tokenizer(file_kind, path / name, choice.special, as_shipped=True)
-                return _with_stops_told(found, path, choice.special)
+                own = load_tokenizer(file_kind, path / name, choice.special, as_shipped=True)
+                return _with_stops_told(own, path, choice.special)
     raise InputError(
         f"--path={path} has no tokenizer; give the one that the model was trained with by "
         "--tokenizer-path=FILE (and --tokenizer=sentencepiece or hf), or --tokenizer=bytes"
     )
 
 
-def _given(kind: str, path: Path, choice: TokenizerChoice) -> Tokenizer:
-    """A tokenizer from elsewhere, with what the model's folder says."""
-    tokenizer = load_tokenizer(choice.kind, choice.path, choice.special, as_shipped=True)
+def _given(kind: str, path: Path, given: str, choice: TokenizerChoice) -> Tokenizer:
+    """A tokenizer of the kind `given` from elsewhere, with what the model's folder says."""
+    tokenizer = load_tokenizer(given, choice.path, choice.special, as_shipped=True)
     if not (path / NATIVE_FOLDER).is_dir():
         tokenizer = _compared(tokenizer, list(_own_files(kind, path)), choice)
     if kind == "official":

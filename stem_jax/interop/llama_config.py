@@ -18,7 +18,7 @@ _ONLY = {
     # Another file than the one that is read here.
     "transformers_weights": None,
 }
-_ROPE_ONLY = {
+_ROPE_ONLY: dict[str, dict[str, float | None]] = {
     "default": {},
     "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
     "yarn": {

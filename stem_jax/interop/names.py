@@ -127,6 +127,7 @@ def params_to_official(
     if config.tie_embeddings:
         tensors[prefix + TIED_HEAD] = params["embed.weight"]
     for index, name in enumerate(official_table_names(config)):
+        assert table_VxSxF is not None
         tensors[name] = np.ascontiguousarray(table_VxSxF[:, index])
     return tensors
 
@@ -163,17 +164,18 @@ def official_pairs(config: ModelConfig) -> Iterator[Pair]:
     yield Pair("embed.weight", "tok_embeddings.weight", (V, D), False)
     for layer, kind in enumerate(kinds_of(config)):
         linear = [
-            ("attention.q_proj", "attention.wq", (D, queries), True, config.num_heads),
-            ("attention.k_proj", "attention.wk", (D, keys), True, config.num_kv_heads),
-            ("attention.v_proj", "attention.wv", (D, keys), True),
-            ("attention.o_proj", "attention.wo", (queries, D), True),
-            ("ffn.gate_proj", "feed_forward.w1", (D, F), True),
-            ("ffn.down_proj", "feed_forward.w2", (D, F), False),
+            Pair("attention.q_proj", "attention.wq", (D, queries), True, config.num_heads),
+            Pair("attention.k_proj", "attention.wk", (D, keys), True, config.num_kv_heads),
+            Pair("attention.v_proj", "attention.wv", (D, keys), True),
+            Pair("attention.o_proj", "attention.wo", (queries, D), True),
+            Pair("ffn.gate_proj", "feed_forward.w1", (D, F), True),
+            Pair("ffn.down_proj", "feed_forward.w2", (D, F), False),
         ]
         if "up_proj.kernel" in kind.weights(config):
-            linear.append(("ffn.up_proj", "feed_forward.w3", (D, F), True))
-        for ours, official, *lies in linear:
-            yield Pair(f"blocks.{layer}.{ours}.kernel", f"layers.{layer}.{official}.weight", *lies)
+            linear.append(Pair("ffn.up_proj", "feed_forward.w3", (D, F), True))
+        for pair in linear:
+            ours, official = f"blocks.{layer}.{pair.ours}", f"layers.{layer}.{pair.official}"
+            yield pair._replace(ours=f"{ours}.kernel", official=f"{official}.weight")
         for norm in ("attention_norm", "ffn_norm"):
             yield Pair(f"blocks.{layer}.{norm}.scale", f"layers.{layer}.{norm}.weight", (D,), False)
     yield Pair("norm.scale", "norm.weight", (D,), False)
@@ -189,7 +191,8 @@ def same_values(one: np.ndarray, other: np.ndarray) -> bool:
     size = max(1, _PIECE_BYTES // max(1, one[:1].nbytes))
     return all(
         np.array_equal(
-            *(np.asarray(part[first : first + size], np.float32) for part in (one, other)),
+            np.asarray(one[first : first + size], np.float32),
+            np.asarray(other[first : first + size], np.float32),
             equal_nan=True,
         )
         for first in range(0, len(one), size)

@@ -16,6 +16,7 @@ import struct
 import sys
 from collections.abc import Mapping
 from pathlib import Path, PurePath
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -107,7 +108,8 @@ class SafetensorsWriter:
         self._missing[name] -= rows.size
 
     def _create(self, path: Path, names: list[str]) -> None:
-        header, end = {"__metadata__": {"format": "pt"}}, 0
+        header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+        end = 0
         for name in names:
             start, end = end, end + self._missing[name] * self._dtype.itemsize
             header[name] = {
@@ -214,8 +216,8 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
 def _read_index(path: Path) -> dict[str, str]:
     """File names by tensor, all of them within the folder."""
     remedy = "restore the files of one export"
-    where = Fields(read_json(path, "the index", remedy), f"the index {path}", remedy)
-    where = where.inner("weight_map").values
+    index = Fields(read_json(path, "the index", remedy), f"the index {path}", remedy)
+    where = index.inner("weight_map").values
     for tensor, name in where.items():
         inside = isinstance(name, str) and name.endswith(_SUFFIX) and "\0" not in name
         if not inside or PurePath(name).is_absolute() or ".." in PurePath(name).parts:

@@ -127,7 +127,8 @@ class SavedModel:
 
     def _piece_sizes(self, spec: TableSpec) -> tuple[int, int]:
         """Rows and columns of a piece: those of whole chunks, which are decompressed at once."""
-        rows, _, columns = self._open("table_rows", "rows").chunk_layout.read_chunk.shape
+        shape = self._open("table_rows", "rows").chunk_layout.read_chunk.shape
+        rows, _, columns = (int(size) for size in shape or () if size is not None)
         row_bytes = spec.row_bytes("rows") * columns // spec.width
         return rows * max(1, _PIECE_BYTES // (rows * row_bytes)), columns
 

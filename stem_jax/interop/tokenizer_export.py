@@ -85,7 +85,7 @@ def _check(tokenizer: Tokenizer, written: Any) -> None:
     special = marked_special(written)
     texts = [f"a{name} {name}\n{name}b" for name in special]
     for text in (*probe_texts(), *texts):
-        ours = [*tokenizer.special.prompt_ids, *tokenizer.encode(text)]
+        ours = [*tokenizer.special.begin_ids, *tokenizer.encode(text)]
         # Training takes the text of a special token as text; that is `split_special_tokens` here.
         for as_text in (True, False):
             written.encode_special_tokens = as_text
@@ -184,7 +184,7 @@ def _description(tokenizer: Tokenizer) -> dict[str, Any]:
             f"tokenizer kind {tokenizer.kind!r} has no form in transformers; give --no-tokenizer"
         )
     # Prompts begin with these here, too.
-    begin = {text_of(number): number for number in tokenizer.special.prompt_ids}
+    begin = {text_of(number): number for number in tokenizer.special.begin_ids}
     first = [{"SpecialToken": {"id": text, "type_id": 0}} for text in begin]
     text, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     description["post_processor"] = {

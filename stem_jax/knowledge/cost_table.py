@@ -28,11 +28,8 @@ def cost_table(config: Config) -> list[dict[str, Any]]:
         `decode_flops` a token whose cache is as long. `read_parameters` and `read_bytes`: what
         decoding it reads, the latter with `cache_bytes`. `active` and `table`: parameters.
     """
-    own = ("own", config.model.stem_layers)
-    return [
-        _record(_with_stem_layers(config, layers), name)
-        for name, layers in [*zip(PATTERNS, PATTERNS), own]
-    ]
+    own = _record(config, "own")
+    return [*(_record(_with_stem_layers(config, name), name) for name in PATTERNS), own]
 
 
 def check_cost(config: Config) -> list[FlopCheck]:

@@ -128,7 +128,7 @@ def _counterfact(record: dict[str, Any]) -> EditCase:
 
 def _zsre(record: dict[str, Any]) -> EditCase:
     prompt, old = _text(record["src"]), _text(record["answers"][0])
-    locality = ()
+    locality: tuple[Probe, ...] = ()
     if "loc" in record:
         question = f"{prompt} {old}. {_text(record['loc'])}"
         locality = (Probe(question, _text(record["loc_ans"])),)

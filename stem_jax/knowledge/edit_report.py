@@ -8,10 +8,9 @@ from typing import Any
 from stem_jax.knowledge.edit_measurement import NOT_READ, EditOutcome
 from stem_jax.knowledge.fluency import Fluency
 
-COLUMNS = ("relation", "edits", "right before", "new", "old", "other", "preferred")
-COLUMNS += ("paraphrase", "locality", "specificity", NOT_READ)
-_CSV = ("relation", "subject", "donor", "prompt", "old", "new", "right_before", "answer")
-_CSV += ("preferred", "paraphrase", "locality", "specificity")
+_SHARED = ("preferred", "paraphrase", "locality", "specificity")
+COLUMNS = ("relation", "edits", "right before", "new", "old", "other", *_SHARED, NOT_READ)
+_CSV = ("relation", "subject", "donor", "prompt", "old", "new", "right_before", "answer", *_SHARED)
 
 
 def summarize(outcomes: Sequence[EditOutcome]) -> list[list[Any]]:
@@ -80,6 +79,6 @@ def _line(outcome: EditOutcome) -> list[Any]:
     return [*named, int(outcome.base), outcome.answer, preferred, *shares]
 
 
-def _percent(found: Iterable[bool]) -> float | None:
-    values = list(found)
+def _percent(found: Iterable[bool | None]) -> float | None:
+    values = [bool(value) for value in found]
     return round(100 * sum(values) / len(values), 2) if values else None

@@ -145,14 +145,25 @@ def try_edits(
     """
     left_out = unfit = 0
     if trial.source == FACTS:
-        choice = {"pairs": trial.pairs, "tokens": trial.tokens, "seed": trial.seed}
-        cases = fact_cases(run.tokenizer, strategy=trial.strategy, **choice)
+        cases = fact_cases(
+            run.tokenizer,
+            pairs=trial.pairs,
+            tokens=trial.tokens,
+            strategy=trial.strategy,
+            seed=trial.seed,
+        )
     else:
         dataset = read_edit_dataset(trial.source)
         cases = dataset.swappable(run.tokenizer, trial.strategy)
         left_out, unfit = dataset.without_donor, len(dataset.cases) - len(cases)
-    options = {"strategy": trial.strategy, "layers": trial.layers, "written": trial.written}
-    outcomes = measure_edits(run, cases, **options, progress=progress)
+    outcomes = measure_edits(
+        run,
+        cases,
+        strategy=trial.strategy,
+        layers=trial.layers,
+        written=trial.written,
+        progress=progress,
+    )
     found = None
     if with_fluency and trial.written == "rows":
         read = [outcome.case for outcome in outcomes if outcome.answer != NOT_READ]

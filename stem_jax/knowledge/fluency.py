@@ -50,7 +50,8 @@ def fluency(
     laid = lay_edits(run, recipes, layers)
     run = laid.run
     # One batch, so that one program serves for both: without edits, then with them.
-    keys = [{} for _ in chosen] + laid.keys
+    keys: list[dict[int, int]] = [{} for _ in chosen]
+    keys += laid.keys
     rows = SequenceKeys(run.rows, run.config.model.vocab_size, keys)
     generator = Generator(run.config, run.params, rows, run.tokenizer, run.mesh)
     prompts = 2 * [case.prompt for case in chosen]

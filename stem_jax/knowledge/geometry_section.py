@@ -68,14 +68,14 @@ def _lead(found: Analysis) -> str:
             "This model has no rows. Its up projections, averaged over the places of each token, "
             f"have a mean |cos| of {mean:.3f}."
         )
-    verdict = found.verdict("plain")
-    if verdict is None:
+    verdict, centred = found.verdict("plain"), found.verdict("centred")
+    if verdict is None or centred is None:
         mean = np.mean([g.plain.mean_abs_cosine for g in found.rows if g.plain])
         return (
             f"Rows have a mean |cos| of {mean:.3f}. Whether that is wider than a dense model's up "
             "values takes a dense twin (--dense-workdir)."
         )
-    centred, chance = found.verdict("centred"), random_mean_abs_cosine(found.rows[0].width)
+    chance = random_mean_abs_cosine(found.rows[0].width)
     lead = (
         f"Wider angular spread of rows than of the dense twin's up values: {verdict.word}. Mean "
         f"|cos| {verdict.rows:.3f} against {verdict.dense:.3f}; with the mean vector taken away, "
@@ -96,15 +96,16 @@ def _verdicts(found: Analysis) -> list[Block]:
         f"as they are, tokens seen {FREQUENT} times or more": found.verdict("frequent"),
     }
     rows = [_verdict_row(name, v) for name, v in verdicts.items() if v is not None]
-    if not rows:
+    reached = _reached(found)
+    if not rows or reached is None:
         return []
     note = (
         "Confirmed: the mean |cos| of rows is lower than the twin's by more than two standard "
         "errors in every layer that both have. Rows are random before training and keep wide "
         "angles where it moved them little, so frequent tokens are the stricter comparison. What "
         "a projection gives lies in at most D directions, which alone narrows the twin's angles: "
-        f"drawn at random in D {_reached(found)}, mean |cos| is "
-        f"{random_mean_abs_cosine(_reached(found)):.4f}, in F {found.rows[0].width} it is "
+        f"drawn at random in D {reached}, mean |cos| is "
+        f"{random_mean_abs_cosine(reached):.4f}, in F {found.rows[0].width} it is "
         f"{random_mean_abs_cosine(found.rows[0].width):.4f}."
     )
     columns = ["vectors", "verdict", "rows", "dense", "layers wider", "layers narrower"]
@@ -166,7 +167,7 @@ def _norms(found: Analysis) -> list[Block]:
         if shown:
             png = plots.norms_by_frequency(shown, what)
             pictures.append(Picture(name, png, _norm_caption(shown, what)))
-    table = _norm_table(pictures and (found.rows or found.means))
+    table = _norm_table(found.rows or found.means)
     if len(pictures) == 2:
         return [Beside(*pictures), table]
     return [Beside(pictures[0], table)]

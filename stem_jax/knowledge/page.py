@@ -109,10 +109,13 @@ class Section:
 
     def pictures(self) -> list[Picture]:
         """All of them, in order."""
-        found = []
+        found: list[Picture] = []
         for block in self.blocks:
-            parts = [block.left, block.right] if isinstance(block, Beside) else [block]
-            parts = block.pictures if isinstance(block, Row) else parts
+            parts: Sequence[object] = [block]
+            if isinstance(block, Beside):
+                parts = [block.left, block.right]
+            elif isinstance(block, Row):
+                parts = block.pictures
             found += [part for part in parts if isinstance(part, Picture)]
         return found
 

@@ -9,6 +9,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +96,8 @@ def read_patch(path: str | Path) -> Patch:
             )
         check_rows(arrays[name], f"patch {path}: {name} has", "make the patch again")
     described = {name: metadata.get(name, "") for name in ("run", "tokenizer", "description")}
-    return Patch(name=path.name, **arrays, **described)
+    values: dict[str, Any] = {**arrays, **described}
+    return Patch(name=path.name, **values)
 
 
 def _distinct(numbers: np.ndarray, where: str) -> np.ndarray:

@@ -3,6 +3,7 @@
 import io
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -17,7 +18,7 @@ from stem_jax.knowledge.stability import Stability
 
 # Two colours that stay apart for every kind of colour vision (Okabe and Ito), and a grey.
 ROWS, DENSE, GREY = "#0072B2", "#D55E00", "#6B7280"
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.titlesize": 12,
     "axes.titleweight": "bold",
@@ -36,7 +37,7 @@ _WIDE, _SMALL = (6.0, 3.9), (4.6, 3.2)
 
 def layer_cosines(rows: LayerGeometry | None, dense: LayerGeometry | None) -> bytes:
     """Histogram of the cosines of all pairs in one layer."""
-    layer = (rows or dense).layer
+    layer = next(geometry.layer for geometry in (rows, dense) if geometry is not None)
     edges = np.linspace(-1, 1, HISTOGRAM_BINS + 1)
 
     def draw(axes: Axes) -> None:
@@ -69,12 +70,12 @@ def angular_spread(
     def draw(axes: Axes) -> None:
         for kind, style, fill in (("plain", "-", "full"), ("centred", "--", "none")):
             for found, color, name in ((rows, ROWS, "rows"), (dense, DENSE, "dense up values")):
-                spreads = [(g.layer, getattr(g, kind)) for g in found if getattr(g, kind)]
+                shown = [g for g in found if getattr(g, kind)]
+                spreads = [getattr(g, kind) for g in shown]
                 if not spreads:
                     continue
-                layers, spreads = zip(*spreads)
                 axes.errorbar(
-                    layers,
+                    [g.layer for g in shown],
                     [spread.mean_abs_cosine for spread in spreads],
                     [2 * spread.standard_error for spread in spreads],
                     color=color,
@@ -138,7 +139,7 @@ def norms_by_frequency(found: Sequence[LayerGeometry], what: str) -> bytes:
             axes.plot(x, mean, marker="o", color=color, label=f"layer {geometry.layer}")
             axes.fill_between(x, low, high, color=color, alpha=0.12, lw=0)
         axes.set_xscale("log", base=2)
-        last = max(bin["last"] for geometry in found for bin in geometry.norms)
+        last = max(int(bin["last"]) for geometry in found for bin in geometry.norms)
         ticks = [0.35] if any(g.norms and g.norms[0]["first"] == 0 for g in found) else []
         powers = [1 << n for n in range(0, last.bit_length(), 2 if last < 4096 else 4)]
         axes.set_xticks([*ticks, *powers], ["never"] * len(ticks) + [f"{p:,}" for p in powers])

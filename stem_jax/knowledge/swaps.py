@@ -156,7 +156,7 @@ def _parts(
     if strategy not in STRATEGIES:
         raise InputError(f"--strategy={strategy} must be one of {', '.join(STRATEGIES)}")
     n, m = len(source), len(target)
-    whole = [((1.0, token),) for token in target]
+    whole: list[tuple[tuple[float, int], ...]] = [((1.0, token),) for token in target]
     if n == m:
         return whole
     if strategy == "average":
@@ -177,7 +177,7 @@ def _parts(
         )
     if strategy == "copy":
         return [whole[place % m] for place in range(n)]
-    zeros = [()] * (n - m)
+    zeros: list[tuple[tuple[float, int], ...]] = [()] * (n - m)
     return zeros + whole if strategy == "pad_left" else whole + zeros
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -123,7 +124,10 @@ def _open(
     run: LoadedRun, workdir: Path, text: str | None, folder: Path, reading: Reading
 ) -> tuple[OpenedSource, ...]:
     data = run.config.data
-    options = {"seed": run.config.train.seed, "vocab_size": run.config.model.vocab_size}
+    options: dict[str, Any] = {
+        "seed": run.config.train.seed,
+        "vocab_size": run.config.model.vocab_size,
+    }
     if text is not None:
         specs = parse_sources(text, "--text")
         options |= {"validation_fraction": 0, "reading": reading}

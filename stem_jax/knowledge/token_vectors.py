@@ -6,7 +6,7 @@ can be compared with. Both are taken for the same tokens.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -83,7 +83,7 @@ def mean_geometry(
     text: TokenText,
     tokens: int | None,
     layers: tuple[int, ...],
-    bar: Callable[[Iterator], Iterator] = iter,
+    bar: Callable[[Iterable], Iterable] = iter,
 ) -> list[LayerGeometry]:
     """Geometry of the mean up values of some layers of a dense model.
 

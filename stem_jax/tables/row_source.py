@@ -7,7 +7,7 @@ the keys in `serve` and returns the rows it has transferred.
 """
 
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +26,10 @@ class ServedRows(Protocol):
     @property
     def blocks(self) -> int: ...
 
-    def block(self, keys_BxL: jax.Array, dtype) -> tuple[jax.Array | None, jax.Array]:
+    def block(self, keys_BxL: jax.Array, dtype) -> tuple[Any, jax.Array]:
         """Rows [S, P * U, F] in `dtype`, the block of each shard of the batch after the other, and
-        the index [B, L] of each key's row in the block of its shard.
+        the index [B, L] of each key's row in the block of its shard. Of a dense model there are no
+        rows: None.
         """
 
 

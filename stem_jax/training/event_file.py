@@ -46,7 +46,7 @@ def _without(module: str):
     if module in sys.modules:
         yield
         return
-    sys.modules[module] = None
+    sys.modules[module] = None  # type: ignore[assignment]  # as the import system has it
     try:
         yield
     finally:
