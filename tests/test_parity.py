@@ -21,7 +21,6 @@ from stem_jax.interop.names import (
 )
 from stem_jax.model.transformer import Inputs
 from stem_jax.tables.spec import TableState, logical, stored
-from stem_jax.training.optimizer import make_optimizer
 from stem_jax.training.schedule import make_schedule, multiplier
 from stem_jax.training.state import ModelDef, TrainState
 from stem_jax.training.step import Batch, TrainStep
@@ -109,7 +108,7 @@ def _initial_state(step: TrainStep, name: str) -> TrainState:
     """A state before the first update, with the stored parameters."""
     params, table = official_to_params(_state_dict(name), step.config.model)
     zero = np.int32(0)
-    opt_state = make_optimizer(step.config.optimizer, step.model.is_matrix).init(params)
+    opt_state = step.model.optimizer.init(params)
     state = TrainState(zero, zero, zero, zero, params, opt_state, None)
     if table is not None:
         rows = stored(table_to_rows(table, step.spec.layout))

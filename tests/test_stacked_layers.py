@@ -106,7 +106,7 @@ def test_the_same_parameters_decay(tiny_config, decay_mask):
         config = tiny_config(**SIZES | {"model.scan_layers": scan})
         model = ModelDef(config)
         optimizer = dataclasses.replace(config.optimizer, decay_mask=decay_mask)
-        optimizer = make_optimizer(optimizer, model.is_matrix)
+        optimizer = make_optimizer(optimizer, model.axes_of)
         shapes = model.state_shapes()
         ones, zeros = ({n: np.full(p.shape, k, "f4") for n, p in shapes.items()} for k in (1, 0))
         # The way that gradients of zero move parameters is their decay alone.

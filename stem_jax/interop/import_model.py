@@ -23,7 +23,6 @@ from stem_jax.files import new_folder
 from stem_jax.mesh import make_mesh, replicated
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.spec import TableSpec
-from stem_jax.training.optimizer import make_optimizer
 from stem_jax.training.run_data import TOKENIZER_FOLDER
 from stem_jax.training.state import ModelDef, TrainState
 
@@ -104,9 +103,8 @@ def write_checkpoint(
         if imported.tables:
             store = HostStore.allocate(TableSpec.from_config(config), mesh)
             _fill(store, imported.tables)
-        optimizer = make_optimizer(config.optimizer, ModelDef(config).is_matrix)
         zero = jax.device_put(np.int32(0), whole)
-        opt_state = jax.jit(optimizer.init)(params)
+        opt_state = jax.jit(ModelDef(config).optimizer.init)(params)
         state = TrainState(zero, zero, zero, zero, params, opt_state, None)
         data = {"seed": config.train.seed, "sources": config.data.sources, "checksums": []}
         info = CheckpointInfo(

@@ -117,19 +117,25 @@ def stacked(tree: Any, names: Iterable[str], stack: Callable = jnp.stack) -> Any
     """A tree that has its parameters by layer, as a state has it that calls them so.
 
     Args:
-        tree: every dictionary in it has the same parameters (optimizers have some of them).
+        tree: a dictionary in it has all parameters or none. In place of one may stand a tree with
+            that of each layer in the same places (optimizers mask what they leave alone).
         names: of the state.
         stack: makes one of the list of some layers'.
     """
-    names = list(names)
+    layers_of = {name: layer_names(name) for name in names}
+    every = {layer for layers in layers_of.values() for layer in layers}
 
-    def stacks(params: dict) -> dict:
-        found = {name: [params[layer] for layer in layer_names(name)] for name in names}
+    def stacks(part: dict) -> dict:
+        if every.isdisjoint(part):
+            return {key: _map_dicts(stacks, value) for key, value in part.items()}
         return {
-            name: stack(layers) if len(layers) > 1 else layers[0] for name, layers in found.items()
+            name: jax.tree.map(lambda *each: stack(list(each)), *(part[layer] for layer in layers))
+            if len(layers) > 1
+            else part[layers[0]]
+            for name, layers in layers_of.items()
         }
 
-    return _map_params(stacks, tree)
+    return _map_dicts(stacks, tree)
 
 
 def _taken(stack: jax.Array, index: int) -> jax.Array:
@@ -144,20 +150,24 @@ def by_layer(tree: Any, take: Callable = _taken) -> Any:
         take: makes a layer's of (stack, index).
     """
 
-    def layers(params: dict) -> dict:
+    def layers(part: dict) -> dict:
         found = {}
-        for name, value in params.items():
+        for name, value in part.items():
             names = layer_names(name)
             if len(names) == 1:
-                found[name] = value
+                found[name] = _map_dicts(layers, value)
             else:
-                found |= {layer: take(value, index) for index, layer in enumerate(names)}
+                found |= {
+                    layer: jax.tree.map(lambda stack, index=index: take(stack, index), value)
+                    for index, layer in enumerate(names)
+                }
         return found
 
-    return _map_params(layers, tree)
+    return _map_dicts(layers, tree)
 
 
-def _map_params(change: Callable[[dict], dict], tree: Any) -> Any:
+def _map_dicts(change: Callable[[dict], dict], tree: Any) -> Any:
+    """The tree with each of its outermost dictionaries changed."""
     return jax.tree.map(
         lambda part: change(part) if isinstance(part, dict) else part,
         tree,

@@ -7,25 +7,33 @@ import jax.numpy as jnp
 import optax
 
 from stem_jax.config import OptimizerConfig
+from stem_jax.model.layer_plan import LAYERS
+
+Axes = tuple[str, ...]
 
 
 def make_optimizer(
-    config: OptimizerConfig, is_matrix: Callable[[str], bool]
+    config: OptimizerConfig, axes_of: Callable[[str], Axes]
 ) -> optax.GradientTransformation:
     """AdamW without the learning rate, which the train step passes by `apply_update`.
 
     Args:
-        is_matrix: of a parameter's name, see `ModelDef.is_matrix`.
+        axes_of: the logical axes of a parameter by its name, see `ModelDef.axes_of`.
     """
 
     def decays(params):
         # Norm scales are the only vectors; the published recipe decays them too.
-        return {name: config.decay_mask == "all" or is_matrix(name) for name in params}
+        return {name: config.decay_mask == "all" or _is_matrix(axes_of(name)) for name in params}
 
     return optax.chain(
         optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
         optax.add_decayed_weights(config.weight_decay, mask=decays),
     )
+
+
+def _is_matrix(axes: Axes) -> bool:
+    """Whether a parameter of each layer is one, and not a vector."""
+    return sum(axis != LAYERS for axis in axes) > 1
 
 
 def apply_update(optimizer, params, opt_state, gradients, learning_rate):

@@ -1,5 +1,8 @@
 """What a run says before its first step: sizes, bytes, placement, batch arithmetic."""
 
+import math
+
+import jax
 from jax.sharding import Mesh
 
 from stem_jax.config import Config
@@ -9,11 +12,9 @@ from stem_jax.model.cost import count_parameters, training_flops_per_token
 from stem_jax.tables.host_memory import available_host_bytes
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.spec import TableSpec
-from stem_jax.training.state import ModelDef
+from stem_jax.training.state import ModelDef, abstract_state
 
 _MIB = 2**20
-# Adam keeps two slot variables beside each backbone parameter.
-_BACKBONE_COPIES = 3
 
 
 def describe_run(
@@ -58,7 +59,7 @@ def attention_kernel(config: Config, mesh: Mesh) -> str:
 
 
 def _memory_lines(config: Config, model: ModelDef, mesh: Mesh) -> list[str]:
-    backbone = sum(array.device_bytes(mesh) for array in model.placed()) * _BACKBONE_COPIES
+    backbone = _backbone_bytes(config, model, mesh)
     spec = TableSpec.from_config(config)
     table = sum(array.device_bytes(mesh) for array in spec.placed()) if spec.vectors else 0
     host = "0 MiB"
@@ -72,6 +73,15 @@ def _memory_lines(config: Config, model: ModelDef, mesh: Mesh) -> list[str]:
         f"memory       per device {_mib(backbone + table)}: backbone with optimizer "
         f"{_mib(backbone)}, tables with slots {_mib(table)}; host memory {host}",
     ]
+
+
+def _backbone_bytes(config: Config, model: ModelDef, mesh: Mesh) -> int:
+    """Bytes on each device of the parameters and what their optimizer keeps."""
+    state = abstract_state(config, model, mesh)
+    return sum(
+        math.prod(kept.sharding.shard_shape(kept.shape)) * kept.dtype.itemsize
+        for kept in jax.tree.leaves((state.params, state.opt_state))
+    )
 
 
 def _table_lines(config: Config, mesh: Mesh, working_set: int | None) -> list[str]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -73,6 +72,7 @@ class ModelDef:
         self._groups = repeating_groups(config.model) if config.model.scan_layers else None
         # What a state calls its parameters.
         self.state_names = stack_names(self._axes, self._groups)
+        self.optimizer = make_optimizer(config.optimizer, self.axes_of)
 
     def copies(self, params: Params) -> Params:
         """The parameters as a step reads them, in `model.param_dtype`.
@@ -125,17 +125,13 @@ class ModelDef:
 
     def state_specs(self) -> dict[str, PartitionSpec]:
         """Partition of each parameter as a state has it."""
-        return {name: parameter_spec(self._axes_of(name)) for name in self.state_names}
+        return {name: parameter_spec(self.axes_of(name)) for name in self.state_names}
 
     def state_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape and dtype of each parameter as a state has it."""
         return jax.eval_shape(lambda params: stacked(params, self.state_names), self.shapes())
 
-    def is_matrix(self, name: str) -> bool:
-        """Whether a parameter, by layer or of a state, is one of each layer, and not a vector."""
-        return sum(axis != LAYERS for axis in self._axes_of(name)) > 1
-
-    def _axes_of(self, name: str) -> tuple[str, ...]:
+    def axes_of(self, name: str) -> tuple[str, ...]:
         """The logical axes of a parameter, by layer or of a state."""
         layer, *others = layer_names(name)
         return (LAYERS, *self._axes[layer]) if others else self._axes[layer]
@@ -170,15 +166,24 @@ def _filled(abstract: nnx.State, params: Params, *prefix: str) -> nnx.State:
 
 
 def state_shardings(config: Config, model: ModelDef, mesh: Mesh) -> TrainState:
-    """A TrainState of shardings; slot variables lie where their parameters lie."""
+    """A TrainState of shardings.
+
+    What an optimizer keeps of a parameter in the parameter's own shape lies as it does; all else,
+    such as counts, and sums over rows or columns, every device has whole.
+    """
     whole = replicated(mesh)
     params = {name: NamedSharding(mesh, spec) for name, spec in model.state_specs().items()}
-    abstract = jax.eval_shape(_optimizer(config, model).init, model.state_shapes())
-    opt_state = jax.tree.map(
-        lambda part: params if isinstance(part, dict) else whole,
-        abstract,
-        is_leaf=lambda part: isinstance(part, dict),
-    )
+    shapes = model.state_shapes()
+
+    def place(path, kept: jax.ShapeDtypeStruct) -> NamedSharding:
+        # Not by optax.tree_map_params: optimizers that choose parameters by name cannot begin with
+        # the placeholder that it gives them in place of parameters.
+        names = [key for step in path if (key := getattr(step, "key", None)) in params]
+        same_shape = bool(names) and kept.shape == shapes[names[-1]].shape
+        return params[names[-1]] if same_shape else whole
+
+    abstract = jax.eval_shape(model.optimizer.init, shapes)
+    opt_state = jax.tree_util.tree_map_with_path(place, abstract)
     spec = TableSpec.from_config(config)
     table = table_shardings(spec, mesh) if spec.vectors else None
     return TrainState(whole, whole, whole, whole, params, opt_state, table)
@@ -198,11 +203,10 @@ def init_state(
         rows: stored, [S, V_pad, F], likewise.
     """
     shardings = state_shardings(config, model, mesh)
-    optimizer = _optimizer(config, model)
 
     def backbone(params):
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, zero, zero, zero, params, optimizer.init(params), None)
+        return TrainState(zero, zero, zero, zero, params, model.optimizer.init(params), None)
 
     make = jax.jit(
         backbone, donate_argnums=0, out_shardings=dataclasses.replace(shardings, table=None)
@@ -214,10 +218,6 @@ def init_state(
         table = init_table(spec, table_key(config), mesh, rows)
         state = dataclasses.replace(state, table=table)
     return state
-
-
-def _optimizer(config: Config, model: ModelDef) -> optax.GradientTransformation:
-    return make_optimizer(config.optimizer, model.is_matrix)
 
 
 def table_key(config: Config) -> jax.Array:
@@ -234,7 +234,7 @@ def abstract_state(config: Config, model: ModelDef, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, with no memory behind them."""
     shapes = model.state_shapes()
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
-    opt_state = jax.eval_shape(_optimizer(config, model).init, shapes)
+    opt_state = jax.eval_shape(model.optimizer.init, shapes)
     table = None
     spec = TableSpec.from_config(config)
     if spec.vectors:

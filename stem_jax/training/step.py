@@ -19,7 +19,7 @@ from stem_jax.tables.block_sizes import BlockSizes, choose_sizes, levels_above, 
 from stem_jax.tables.requests import Requests
 from stem_jax.tables.sharded_table import Demand, ShardedTable
 from stem_jax.tables.spec import TableSpec
-from stem_jax.training.optimizer import apply_update, clip_factor, make_optimizer
+from stem_jax.training.optimizer import apply_update, clip_factor
 from stem_jax.training.schedule import Schedule
 from stem_jax.training.state import ModelDef, TrainState, dropout_key, state_shardings
 
@@ -49,7 +49,6 @@ class TrainStep:
         self.spec = TableSpec.from_config(config)
         self.shardings = state_shardings(config, self.model, mesh)
         self.batch_sharding = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
-        self._optimizer = make_optimizer(config.optimizer, self.model.is_matrix)
         # Whoever compiles what is lowered from these gets the options with it.
         options = compiler_options(mesh.devices.flat[0])
         self.update = jax.jit(
@@ -190,7 +189,9 @@ class TrainStep:
         with part("optimizer"):
             factor = clip_factor(norm, config.optimizer.clip_norm)
             gradients = jax.tree.map(lambda g: g.astype(jnp.float32) * factor, gradients)
-            updated = apply_update(self._optimizer, state.params, state.opt_state, gradients, rate)
+            updated = apply_update(
+                self.model.optimizer, state.params, state.opt_state, gradients, rate
+            )
             params, opt_state = jax.tree.map(
                 lambda new, old: jnp.where(finite, new, old),
                 updated,
