@@ -98,6 +98,9 @@ def get_config() -> config_dict.ConfigDict:
     config.mesh.max_replicated_mib = 16.0
 
     config.optimizer = config_dict.ConfigDict()
+    # Of the backbone: adamw, or muon for the blocks' matrices with adamw for embeddings, head and
+    # norms, at the same learning rate. Rows have their own, see tables.optimizer.
+    config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 1e-3
     config.optimizer.schedule = "cosine"  # constant, linear, inv_sqrt, cosine, wsd
     config.optimizer.schedule_steps = None  # length of the schedule; None: train.steps

@@ -98,8 +98,9 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its learning-rate schedule."""
+    """The backbone's optimizer and its learning-rate schedule."""
 
+    name: str = key(Role.FIXED, before="adamw")
     learning_rate: float = key(Role.SCHEDULE)
     schedule: str = key(Role.SCHEDULE)
     schedule_steps: int | None = key(Role.SCHEDULE)

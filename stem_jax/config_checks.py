@@ -20,6 +20,7 @@ _CHOICES = {
     "tables.optimizer": ("deferred_adamw", "lazy_adamw", "dense_adamw"),
     "data.tokenizer": ("sentencepiece", "hf", "bytes"),
     "data.format": ("auto", "text", "jsonl", "json", "parquet"),
+    "optimizer.name": ("adamw", "muon"),
     "optimizer.schedule": ("constant", "linear", "inv_sqrt", "cosine", "wsd"),
     "optimizer.decay_mask": ("all", "matrices"),
 }

@@ -1,4 +1,4 @@
-"""The backbone's optimizers: where their state lies."""
+"""The backbone's optimizers: where their state lies, what Muon moves."""
 
 import dataclasses
 import functools
@@ -10,12 +10,20 @@ import optax
 import optax.contrib
 import pytest
 
-from stem_jax.training.optimizer import apply_update, make_optimizer
+from stem_jax.checkpoint import Checkpointer, CheckpointInfo
+from stem_jax.config_checks import _CHOICES
+from stem_jax.config_file import load_config
+from stem_jax.errors import InputError
+from stem_jax.model.layer_plan import by_layer, layer_names
+from stem_jax.training.optimizer import _DIRECTIONS, apply_update, make_optimizer
+from stem_jax.training.report import describe_run
+from stem_jax.training.resume import check_continuable, check_resumable
 from stem_jax.training.schedule import make_schedule
 from stem_jax.training.state import ModelDef, abstract_state, init_state, state_shardings
 from stem_jax.training.step import TrainStep
 
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2)]
+MUON = {"optimizer.name": "muon", "optimizer.weight_decay": 0.3}
 SMALL = {"model.num_layers": 2, "model.stem_layers": (1,)}
 # Layers that are scanned as one group.
 DENSE = {"model.num_layers": 2, "model.stem_layers": "none"}
@@ -44,11 +52,12 @@ def _numbers(shapes, seed: int, shardings=None) -> dict[str, jax.Array]:
 
 
 @pytest.mark.parametrize("shape", MESHES)
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "muon"])
 def test_state_lies_as_its_parameters_do(tiny_config, device_mesh, monkeypatch, name, shape):
     """It starts and makes a step, on every mesh, and stays where it is."""
-    monkeypatch.setattr("stem_jax.training.state.make_optimizer", OPTIMIZERS[name])
-    config = tiny_config(**SMALL)
+    if name in OPTIMIZERS:
+        monkeypatch.setattr("stem_jax.training.state.make_optimizer", OPTIMIZERS[name])
+    config = tiny_config(**SMALL, **{"optimizer.name": "muon" if name == "muon" else "adamw"})
     mesh = device_mesh(shape)
     model = ModelDef(config, mesh)
     places = state_shardings(config, model, mesh)
@@ -79,15 +88,209 @@ def test_state_lies_as_its_parameters_do(tiny_config, device_mesh, monkeypatch, 
 
 @pytest.mark.long
 @pytest.mark.parametrize("shape", MESHES)
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "muon"])
 def test_runs_of_any_optimizer_start(
     tiny_config, device_mesh, make_batch, monkeypatch, name, shape
 ):
-    monkeypatch.setattr("stem_jax.training.state.make_optimizer", OPTIMIZERS[name])
-    config = tiny_config()
+    if name in OPTIMIZERS:
+        monkeypatch.setattr("stem_jax.training.state.make_optimizer", OPTIMIZERS[name])
+    config = tiny_config(**{"optimizer.name": "muon" if name == "muon" else "adamw"})
     step = TrainStep(config, device_mesh(shape))
     state = init_state(step.config, step.model, step.mesh)
     before = jax.device_get(state.params)
     state, metrics = step.update(state, make_batch(step), make_schedule(config, 2))
     assert (state.updates, metrics["bad_steps"]) == (1, 0)
     assert not any(np.array_equal(before[name], value) for name, value in state.params.items())
+
+
+def _direction(config, shapes, axes_of, gradients, params):
+    """Of two updates, with the gradients and with their halves."""
+    optimizer = make_optimizer(config.optimizer, axes_of)
+    state = optimizer.init(params)
+    update = jax.jit(optimizer.update)
+    found = []
+    for factor in (1.0, 0.5):
+        moved, state = update({n: factor * g for n, g in gradients.items()}, state, params)
+        found.append(moved)
+    return found
+
+
+def test_muon_moves_the_matrices_of_blocks_and_adamw_the_others(tiny_config):
+    config = tiny_config(**MUON | SMALL)
+    model = ModelDef(config)
+    shapes = model.state_shapes()
+    params, gradients = (_numbers(shapes, seed) for seed in (0, 1))
+    of_blocks = {n for n, s in shapes.items() if n.startswith("blocks.") and len(s.shape) == 2}
+    assert len(of_blocks) == 2 * 4 + 2 * 2 + 1
+    adamw = dataclasses.replace(
+        config, optimizer=dataclasses.replace(config.optimizer, name="adamw")
+    )
+    theirs = optax.contrib.muon(-1.0, weight_decay=0.3, consistent_rms=0.2, eps=1e-8)
+    state = theirs.init(params)
+    ours, plain = (_direction(c, shapes, model.axes_of, gradients, params) for c in (config, adamw))
+    for moved, adam, factor in zip(ours, plain, (1.0, 0.5), strict=True):
+        scaled = {n: factor * g for n, g in gradients.items()}
+        expected, state = jax.jit(theirs.update)(scaled, state, params)
+        for name in shapes:
+            if name in of_blocks:
+                np.testing.assert_allclose(moved[name], expected[name], rtol=2e-5, atol=2e-6)
+                assert not np.allclose(moved[name], adam[name], atol=0.01)
+            else:
+                np.testing.assert_array_equal(moved[name], adam[name], err_msg=name)
+
+
+def _orthogonal(gradient_MxN: np.ndarray) -> np.ndarray:
+    """Newton-Schulz as published, with entries of the same size for all shapes."""
+    x = gradient_MxN.astype(np.float64)
+    x = x / np.linalg.norm(x)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return 0.2 * max(x.shape) ** 0.5 * x
+
+
+def test_each_layer_and_each_expert_is_a_matrix_of_its_own(tiny_config):
+    config = tiny_config(**MUON | {"optimizer.weight_decay": 0.0})
+    axes = {
+        "one": ("embed", "ffn"),
+        "layers": ("layers", "embed", "ffn"),
+        "experts": ("experts", "embed", "ffn"),
+        "both": ("layers", "experts", "ffn", "embed"),
+    }
+    shapes = {
+        "one": (24, 16),
+        "layers": (4, 16, 24),
+        "experts": (4, 24, 16),
+        "both": (2, 3, 24, 16),
+    }
+    rng = np.random.default_rng(0)
+    gradients = {
+        name: rng.normal(size=shape) * rng.uniform(0.1, 10, (*shape[:-2], 1, 1))
+        for name, shape in shapes.items()
+    }
+    gradients = jax.tree.map(np.float32, gradients)
+    optimizer = make_optimizer(config.optimizer, axes.get)
+    update = jax.jit(lambda g: optimizer.update(g, optimizer.init(g), g)[0])
+    for name, moved in update(gradients).items():
+        size = shapes[name][-2:]
+        for found, gradient in zip(
+            moved.reshape(-1, *size), gradients[name].reshape(-1, *size), strict=True
+        ):
+            np.testing.assert_allclose(found, _orthogonal(gradient), atol=2e-4, err_msg=name)
+
+
+def test_muon_is_the_same_for_scanned_layers(tiny_config):
+    config = tiny_config(**MUON | DENSE)
+    scanned = tiny_config(**MUON | DENSE | {"model.scan_layers": True})
+    model, stacks = ModelDef(config), ModelDef(scanned)
+    shapes = model.state_shapes()
+    params, gradients = (_numbers(shapes, seed) for seed in (0, 1))
+
+    def stacked(by_name):
+        return {
+            name: np.stack([by_name[layer] for layer in layers])
+            if len(layers) > 1
+            else by_name[name]
+            for name in stacks.state_names
+            for layers in [layer_names(name)]
+        }
+
+    expected = _direction(config, shapes, model.axes_of, gradients, params)
+    found = _direction(scanned, shapes, stacks.axes_of, stacked(gradients), stacked(params))
+    for one, other in zip(found, expected, strict=True):
+        one = by_layer(one)
+        for name, value in other.items():
+            np.testing.assert_allclose(one[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def _steps(step, state, make_batch, first: int, last: int):
+    for number in range(first, last):
+        batch = make_batch(step, seed=number)
+        state, metrics = step.update(state, batch, make_schedule(step.config, 8))
+    return state, metrics
+
+
+def _save(folder, step, state) -> None:
+    counts = map(int, (state.step, state.updates, state.bad_steps, state.touched_rows))
+    info = CheckpointInfo(*counts, "none", {}, step.config)
+    with Checkpointer(folder) as checkpoints:
+        checkpoints.save(state, info, None)
+        checkpoints.wait()
+
+
+def _restored(folder, number, step):
+    with Checkpointer(folder, read_only=True) as checkpoints:
+        return checkpoints.restore(number, abstract_state(step.config, step.model, step.mesh))
+
+
+def _assert_same(found, expected) -> None:
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for (path, value), other in zip(
+        jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_array_equal(value, other, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_muon_resumes_bit_for_bit(train_step, make_batch, tmp_path, scan):
+    """Its checkpoint is by layer, whatever the state stacks."""
+    step = train_step(**MUON | DENSE | {"model.scan_layers": scan})
+    state = init_state(step.config, step.model, step.mesh)
+    state, _ = _steps(step, state, make_batch, 0, 2)
+    _save(tmp_path, step, state)
+    again = _restored(tmp_path, 2, step)
+    _assert_same(again, state)
+    state, _ = _steps(step, state, make_batch, 2, 4)
+    again, _ = _steps(step, again, make_batch, 2, 4)
+    _assert_same(again, state)
+    other = train_step(**MUON | DENSE | {"model.scan_layers": not scan})
+    found = _restored(tmp_path, 2, other)
+    _assert_same(by_layer(found.opt_state), by_layer(_restored(tmp_path, 2, step).opt_state))
+
+
+def test_the_report_counts_what_the_optimizer_keeps(tiny_config, device_mesh):
+    keys = {"model.embed_dim": 256, "model.ffn_dim": 512}
+    mesh = device_mesh((1, 1, 1))
+
+    def mebibytes(**overrides) -> float:
+        config = tiny_config(**keys | overrides)
+        report = describe_run(config, ModelDef(config, mesh), mesh)
+        [line] = [line for line in report.splitlines() if line.startswith("memory ")]
+        return float(line.partition("backbone with optimizer ")[2].split()[0])
+
+    shapes = ModelDef(tiny_config(**keys)).shapes()
+    size = {name: 4 * np.prod(s.shape) / 2**20 for name, s in shapes.items()}
+    whole = sum(size.values())
+    matrices = sum(
+        size[name] for name, s in shapes.items() if "blocks" in name and len(s.shape) > 1
+    )
+    assert mebibytes() == pytest.approx(3 * whole, abs=0.06)
+    found = mebibytes(**{"optimizer.name": "muon"})
+    assert found == pytest.approx(3 * whole - matrices, abs=0.06)
+
+
+@pytest.mark.parametrize(("key", "value"), [("optimizer.name", "muon")])
+def test_a_run_keeps_its_optimizer(tiny_config, tmp_path, key, value):
+    before, now = tiny_config(), tiny_config(**{key: value})
+    for check in (
+        lambda: check_resumable(before, now, 1),
+        lambda: check_continuable(tmp_path, 1, before, now),
+    ):
+        with pytest.raises(InputError, match=rf"{key}: '.*' -> '{value}'.*--config\.{key}="):
+            check()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"optimizer.name": "lion"}, "optimizer.name='lion' is unknown; choose one of adamw, muon"),
+    ],
+)
+def test_unknown_values_are_named(overrides, message):
+    with pytest.raises(InputError) as refused:
+        load_config("configs/tiny.py", overrides)
+    assert message in str(refused.value)
+
+
+def test_every_name_that_is_offered_is_an_optimizer():
+    assert set(_CHOICES["optimizer.name"]) == set(_DIRECTIONS)
