@@ -98,9 +98,10 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """The backbone's optimizer and its learning-rate schedule."""
+    """The backbone's optimizer, its learning-rate schedule, and what of the model trains."""
 
     name: str = key(Role.FIXED, before="adamw")
+    train: str = key(Role.FIXED, before="all")
     learning_rate: float = key(Role.SCHEDULE)
     schedule: str = key(Role.SCHEDULE)
     schedule_steps: int | None = key(Role.SCHEDULE)
@@ -116,6 +117,16 @@ class OptimizerConfig:
     weight_decay: float = key(Role.FIXED)
     decay_mask: str = key(Role.FIXED)
     clip_norm: float = key(Role.CONTINUED)
+
+    @property
+    def trains_backbone(self) -> bool:
+        """Whether steps change the parameters beside the tables."""
+        return self.train != "tables"
+
+    @property
+    def trains_tables(self) -> bool:
+        """Whether steps change the rows of the tables, if there are any."""
+        return self.train != "backbone"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ _CHOICES = {
     "data.tokenizer": ("sentencepiece", "hf", "bytes"),
     "data.format": ("auto", "text", "jsonl", "json", "parquet"),
     "optimizer.name": ("adamw", "muon"),
+    "optimizer.train": ("all", "tables", "backbone"),
     "optimizer.schedule": ("constant", "linear", "inv_sqrt", "cosine", "wsd"),
     "optimizer.decay_mask": ("all", "matrices"),
 }

@@ -34,8 +34,14 @@ def check_first_start(config: Config) -> None:
     """Checks of a run that has made no update yet; a run under way goes on as it began.
 
     Raises:
-        InputError: a schedule whose rates jump, or betas with which rows coast for too long.
+        InputError: nothing to train, a schedule whose rates jump, or betas with which rows coast
+            for too long.
     """
+    if not config.optimizer.trains_backbone and not config.model.stem_layers:
+        raise InputError(
+            f"optimizer.train={config.optimizer.train} trains nothing: with model.stem_layers=none "
+            "there are no tables; set it to all, or choose STEM layers"
+        )
     _check_schedule(config)
     beta1, beta2 = config.optimizer.beta1, config.optimizer.beta2
     deferred = config.model.stem_layers and config.tables.optimizer == "deferred_adamw"

@@ -1,4 +1,4 @@
-"""The backbone's optimizers: where their state lies, what Muon moves."""
+"""The backbone's optimizers: where their state lies, what Muon moves, what is frozen."""
 
 import dataclasses
 import functools
@@ -15,6 +15,7 @@ from stem_jax.config_checks import _CHOICES
 from stem_jax.config_file import load_config
 from stem_jax.errors import InputError
 from stem_jax.model.layer_plan import by_layer, layer_names
+from stem_jax.run_checks import check_first_start
 from stem_jax.training.optimizer import _DIRECTIONS, apply_update, make_optimizer
 from stem_jax.training.report import describe_run
 from stem_jax.training.resume import check_continuable, check_resumable
@@ -248,6 +249,54 @@ def test_muon_resumes_bit_for_bit(train_step, make_batch, tmp_path, scan):
     _assert_same(by_layer(found.opt_state), by_layer(_restored(tmp_path, 2, step).opt_state))
 
 
+@pytest.mark.parametrize(
+    ("trained", "micro_batches"),
+    [
+        ("tables", 2),
+        ("backbone", 1),
+        pytest.param("tables", 1, marks=pytest.mark.long),
+        pytest.param("backbone", 2, marks=pytest.mark.long),
+    ],
+)
+def test_the_rest_keeps_its_bits(train_step, make_batch, tmp_path, trained, micro_batches):
+    keys = {"train.micro_batches": micro_batches, "optimizer.weight_decay": 0.3}
+    keys |= SMALL
+    step = train_step(**keys | {"optimizer.train": trained})
+    whole = train_step(**keys)
+    state = init_state(step.config, step.model, step.mesh)
+    before = jax.device_get(state)
+    first, metrics = _steps(step, state, make_batch, 0, 1)
+    first = jax.device_get(first)
+    state = init_state(whole.config, whole.model, whole.mesh)
+    reference, of_all = _steps(whole, state, make_batch, 0, 1)
+    # The part that trains moves as it would with the other; each is clipped by its own norm.
+    norms = {"tables": "table_grad_norm", "backbone": "grad_norm"}
+    np.testing.assert_allclose(metrics[norms[trained]], of_all[norms[trained]], rtol=1e-5)
+    assert not norms.keys() - {trained} & {k for k in norms if norms[k] in metrics}
+    if trained == "tables":
+        _assert_same(first.params, before.params)
+        np.testing.assert_allclose(first.table.rows, reference.table.rows, atol=1e-5)
+        # A count alone.
+        assert [kept.shape for kept in jax.tree.leaves(first.opt_state)] == [()]
+    else:
+        _assert_same(first.table, before.table)
+        for name, value in reference.params.items():
+            np.testing.assert_allclose(first.params[name], value, atol=1e-5, err_msg=name)
+    state = jax.device_put(first, step.shardings)
+    _save(tmp_path, step, state)
+    again = _restored(tmp_path, 1, step)
+    _assert_same(again, state)
+    state, _ = _steps(step, state, make_batch, 1, 4)
+    again, _ = _steps(step, again, make_batch, 1, 4)
+    _assert_same(again, state)
+    frozen = "params" if trained == "tables" else "table"
+    _assert_same(getattr(state, frozen), getattr(before, frozen))
+    # What all readers of a run have.
+    if trained == "backbone":
+        rows = step.caught_up_rows(state, make_schedule(step.config, 8))
+        np.testing.assert_array_equal(rows, before.table.rows)
+
+
 def test_the_report_counts_what_the_optimizer_keeps(tiny_config, device_mesh):
     keys = {"model.embed_dim": 256, "model.ffn_dim": 512}
     mesh = device_mesh((1, 1, 1))
@@ -267,9 +316,13 @@ def test_the_report_counts_what_the_optimizer_keeps(tiny_config, device_mesh):
     assert mebibytes() == pytest.approx(3 * whole, abs=0.06)
     found = mebibytes(**{"optimizer.name": "muon"})
     assert found == pytest.approx(3 * whole - matrices, abs=0.06)
+    found = mebibytes(**{"optimizer.train": "tables"})
+    assert found == pytest.approx(whole, abs=0.06)
 
 
-@pytest.mark.parametrize(("key", "value"), [("optimizer.name", "muon")])
+@pytest.mark.parametrize(
+    ("key", "value"), [("optimizer.name", "muon"), ("optimizer.train", "tables")]
+)
 def test_a_run_keeps_its_optimizer(tiny_config, tmp_path, key, value):
     before, now = tiny_config(), tiny_config(**{key: value})
     for check in (
@@ -284,12 +337,23 @@ def test_a_run_keeps_its_optimizer(tiny_config, tmp_path, key, value):
     ("overrides", "message"),
     [
         ({"optimizer.name": "lion"}, "optimizer.name='lion' is unknown; choose one of adamw, muon"),
+        ({"optimizer.train": "rows"}, "choose one of all, tables, backbone"),
     ],
 )
 def test_unknown_values_are_named(overrides, message):
     with pytest.raises(InputError) as refused:
         load_config("configs/tiny.py", overrides)
     assert message in str(refused.value)
+
+
+def test_a_training_of_nothing_is_refused(tiny_config):
+    """Where it starts: a dense model may be configured so before its layers become tables."""
+    keys = {"optimizer.train": "tables"}
+    check_first_start(tiny_config(**keys))
+    with pytest.raises(
+        InputError, match=r"optimizer\.train=tables trains nothing.*stem_layers=none"
+    ):
+        check_first_start(tiny_config(**keys, **{"model.stem_layers": "none"}))
 
 
 def test_every_name_that_is_offered_is_an_optimizer():

@@ -2,8 +2,8 @@
 
 The up projection of each chosen layer becomes a table, whose rows begin as what the projection gave
 on average for their tokens (`up_means`). Then the tables are trained alone, by the train step that
-every run has: with a learning rate of zero for the backbone. The loss on held-out text is taken
-before, in between and after.
+every run has (`optimizer.train=tables`). The loss on held-out text is taken before, in between and
+after.
 """
 
 import dataclasses
@@ -157,7 +157,8 @@ def _stem_config(config: Config, stem_layers: str) -> Config:
             "model"
         )
     model = dataclasses.replace(config.model, stem_layers=layers)
-    stem = dataclasses.replace(config, model=model)
+    optimizer = dataclasses.replace(config.optimizer, train="tables")
+    stem = dataclasses.replace(config, model=model, optimizer=optimizer)
     validate(stem)
     return stem
 
@@ -198,12 +199,10 @@ def _train_tables(
     programs: TrainStep, state: TrainState, schedule: Schedule, text: CalibrationText
 ) -> TrainState:
     train = programs.config.train
-    # p - 0 * direction is p: the backbone stays as it is, bit for bit.
-    frozen = dataclasses.replace(schedule, rates=jnp.zeros_like(schedule.rates))
     with tqdm(range(train.steps), desc="training the tables", unit="step") as steps:
         for step in steps:
             batch = programs.place(text.batches.batch(step))
-            state, metrics = programs.update(state, batch, frozen)
+            state, metrics = programs.update(state, batch, schedule)
             steps.set_postfix_str(f"loss {float(metrics['loss']):.3f}", refresh=False)
             if int(metrics["bad_steps"]) >= train.max_bad_steps:
                 raise TrainingError(

@@ -118,7 +118,9 @@ def _training(found: Analysis) -> Section:
         ),
     )
     series = [
-        (f"{name}, backbone", color, s.steps, s.backbone_norms) for name, color, s in runs
+        (f"{name}, backbone", color, s.steps, s.backbone_norms)
+        for name, color, s in runs
+        if s.backbone
     ] + [(f"{name}, tables", "#009E73", s.steps, s.table_norms) for name, _, s in runs if s.tables]
     norms = Picture(
         "gradient_norms",

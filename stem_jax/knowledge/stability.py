@@ -34,8 +34,8 @@ class Stability:
     steps: [n] logged ones. losses: [n] nats per token, nan where not finite. held_out: (step, loss)
     of validations. spikes: steps whose loss is one, see `SpikeCounter`. skipped: batches that
     changed nothing, as loss or gradients were not finite. last_loss: mean over the last LAST
-    steps, as far as they are logged. backbone_norms, table_norms: [n]; the latter is empty without
-    tables. backbone, tables: their summaries.
+    steps, as far as they are logged. backbone_norms, table_norms: [n]; empty where that part was
+    not trained. backbone, tables: their summaries.
     """
 
     steps: list[int]
@@ -73,9 +73,10 @@ def read_stability(
         if record.get("eval/loss") is not None
     ]
     losses = _column(trained, "train/loss")
-    backbone_norms = _column(trained, "train/grad_norm")
-    has_tables = "train/table_grad_norm" in trained[-1]
-    table_norms = _column(trained, "train/table_grad_norm") if has_tables else []
+    backbone_norms, table_norms = (
+        _column(trained, key) if key in trained[-1] else []
+        for key in ("train/grad_norm", "train/table_grad_norm")
+    )
     finite = [
         loss for at, loss in zip(steps, losses) if at > steps[-1] - LAST and math.isfinite(loss)
     ]

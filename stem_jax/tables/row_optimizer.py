@@ -8,6 +8,8 @@ lazy_adamw      only the rows of a batch move; the others neither decay nor coas
                 is another optimizer.
 deferred_adamw  only the rows of a batch are touched, and each first catches up on the k updates it
                 missed (`row_coast`), so that it stands where dense AdamW would have brought it.
+
+Rows of a table that is `FROZEN` are read as they are, and never updated.
 """
 
 import dataclasses

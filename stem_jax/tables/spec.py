@@ -20,6 +20,9 @@ from stem_jax.config import Config
 from stem_jax.mesh import Placed
 from stem_jax.tables.layout import TableLayout
 
+# The row optimizer of a run that trains the backbone alone.
+FROZEN = "frozen"
+
 
 @dataclasses.dataclass(frozen=True)
 class Field:
@@ -43,7 +46,7 @@ class TableSpec:
         width: F.
         init_std: standard deviation of the initial rows.
         vocab_axes: mesh axes that shard the rows; the columns follow the tensor axis.
-        optimizer: name of the row optimizer.
+        optimizer: name of the row optimizer; `FROZEN` for rows that stay as they are.
         lr_multiplier: rows learn at this multiple of the backbone's rate.
         weight_decay, beta1, beta2, epsilon, clip_norm: AdamW of the rows.
         capacity: rows per pair of devices and round of the exchange; None chooses.
@@ -72,6 +75,7 @@ class TableSpec:
         """The table of a run; S is 0 for a dense model."""
         layout = TableLayout(config.model.vocab_size, config.tables.pad_multiple)
         resident, S = config.tables.resident_rows, config.model.num_stem_layers
+        trains = config.optimizer.trains_tables
         return cls(
             layout=layout,
             vectors=S,
@@ -79,9 +83,9 @@ class TableSpec:
             row_format=config.tables.row_format,
             init_std=config.table_init_std,
             vocab_axes=config.tables.vocab_axes,
-            optimizer=config.tables.optimizer,
+            optimizer=config.tables.optimizer if trains else FROZEN,
             lr_multiplier=config.tables.lr_multiplier,
-            weight_decay=config.table_weight_decay,
+            weight_decay=config.table_weight_decay if trains else 0.0,
             beta1=config.optimizer.beta1,
             beta2=config.optimizer.beta2,
             epsilon=config.optimizer.epsilon,

@@ -24,11 +24,15 @@ _MUON_RMS = 0.2
 def make_optimizer(
     config: OptimizerConfig, axes_of: Callable[[str], Axes]
 ) -> optax.GradientTransformation:
-    """The configured optimizer.
+    """The configured optimizer; of a backbone that is frozen it keeps no moments.
 
     Args:
         axes_of: the logical axes of a parameter by its name, see `ModelDef.axes_of`.
     """
+    if not config.trains_backbone:
+        # A count, which a checkpoint has something to hold by.
+        nothing = optax.scale_by_adam()
+        return optax.masked(nothing, lambda params: dict.fromkeys(params, False))
 
     def decays(params):
         # Norm scales are the only vectors; the published recipe decays them too.

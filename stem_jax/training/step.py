@@ -49,6 +49,8 @@ class TrainStep:
         self.spec = TableSpec.from_config(config)
         self.shardings = state_shardings(config, self.model, mesh)
         self.batch_sharding = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
+        # The first arguments of `_loss`: parameters and rows.
+        self._trains = config.optimizer.trains_backbone, config.optimizer.trains_tables
         # Whoever compiles what is lowered from these gets the options with it.
         options = compiler_options(mesh.devices.flat[0])
         self.update = jax.jit(
@@ -153,13 +155,17 @@ class TrainStep:
         loss, cross_entropy, layer_metrics, gradients, row_gradients = self._gradients(
             self.model.copies(state.params), rows, requests, batch, dropped, scored
         )
-        with part("optimizer"):
-            norm = global_norm(gradients)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        finite = jnp.isfinite(loss)
         rate = schedule.rates[state.updates]
-        metrics = {"loss": cross_entropy, "grad_norm": norm, "learning_rate": rate}
-        metrics |= layer_metrics
+        metrics = {"loss": cross_entropy, "learning_rate": rate} | layer_metrics
+        if gradients is not None:
+            with part("optimizer"):
+                norm = global_norm(gradients)
+            finite &= jnp.isfinite(norm)
+            metrics |= {"grad_norm": norm}
         if table is not None:
+            metrics |= self._table_metrics(table, requests)
+        if row_gradients is not None:
             # Rows travel in the compute dtype both ways; owners sum in float32.
             with part("row_copies"):
                 row_gradients = row_gradients.astype(config.model.compute_dtype)
@@ -178,25 +184,22 @@ class TrainStep:
                 row_factor,
             )
             metrics |= {"table_grad_norm": row_norm}
-            metrics |= self._table_metrics(table, requests)
             # Counted as they come: rows in host memory are not here to be counted.
             touched_rows = state.touched_rows + (
                 jnp.sum(new_table.last_step > 0) - jnp.sum(state.table.last_step > 0)
             )
             metrics |= {"never_touched_rows": self.spec.layout.num_keys - touched_rows}
         else:
-            new_table, touched_rows = None, state.touched_rows
-        with part("optimizer"):
-            factor = clip_factor(norm, config.optimizer.clip_norm)
-            gradients = jax.tree.map(lambda g: g.astype(jnp.float32) * factor, gradients)
-            updated = apply_update(
-                self.model.optimizer, state.params, state.opt_state, gradients, rate
-            )
-            params, opt_state = jax.tree.map(
-                lambda new, old: jnp.where(finite, new, old),
-                updated,
-                (state.params, state.opt_state),
-            )
+            new_table, touched_rows = state.table, state.touched_rows
+        params, opt_state = state.params, state.opt_state
+        if gradients is not None:
+            with part("optimizer"):
+                factor = clip_factor(norm, config.optimizer.clip_norm)
+                gradients = jax.tree.map(lambda g: g.astype(jnp.float32) * factor, gradients)
+                updated = apply_update(self.model.optimizer, params, opt_state, gradients, rate)
+                params, opt_state = jax.tree.map(
+                    lambda new, old: jnp.where(finite, new, old), updated, (params, opt_state)
+                )
         new_state = TrainState(
             step=state.step + 1,
             updates=state.updates + finite,
@@ -231,33 +234,42 @@ class TrainStep:
         return jax.random.bernoulli(key, rate, tokens_AxBxL.shape)
 
     def _gradients(self, params, rows, requests, batch: Batch, dropped, scored):
-        """Loss, layers' metrics and gradients, means over all micro-batches' scored positions."""
+        """Loss, layers' metrics and gradients, means over all micro-batches' scored positions.
+
+        Gradients of what does not train are None.
+        """
 
         def micro_batch(carry, piece):
             # Sums of all rows are long, and a micro-batch has few of these: where that can be, its
             # layers add to them in place.
             row_sums = carry[1][1] if carry is not None and in_place else None
-            by = (0, 1) if row_sums is None else (0, 2)
-            (loss, (cross_entropy, metrics)), gradients = jax.value_and_grad(
+            places = 0, 1 if row_sums is None else 2
+            by = tuple(place for place, trains in zip(places, self._trains) if trains)
+            (loss, (cross_entropy, metrics)), found = jax.value_and_grad(
                 self._loss, argnums=by, has_aux=True
             )(params, rows, row_sums, *piece, scored)
             values = loss, cross_entropy
+            found = dict(zip(by, found))
+            gradients, row_gradients = map(found.get, places)
             if carry is None:
-                return (values, gradients), metrics
+                return (values, (gradients, row_gradients)), metrics
             sums, (totals, row_totals) = carry
-            gradients, row_gradients = gradients
             if row_sums is None:
                 with part("row_copies"):
                     row_gradients = _added(row_totals, row_gradients)
             return (_added(sums, values), (_added(totals, gradients), row_gradients)), metrics
 
         index = _index(batch, requests)
-        in_place = rows is not None and adds(way_on(self.mesh))
+        in_place = rows is not None and self._trains[1] and adds(way_on(self.mesh))
         if batch.tokens.shape[0] == 1:
             first = jax.tree.map(lambda x: x[0], (batch, index, dropped))
             total, metrics = micro_batch(None, first)
         else:
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (params, rows))
+            begun = [
+                part if trains else None
+                for part, trains in zip((params, rows), self._trains, strict=True)
+            ]
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), tuple(begun))
             start = ((jnp.float32(0), jnp.float32(0)), zeros)
             total, metrics = jax.lax.scan(micro_batch, start, (batch, index, dropped))
             metrics = jax.tree.map(lambda pieces: pieces.sum(0), metrics)
