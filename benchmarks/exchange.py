@@ -30,7 +30,7 @@ def simulated_mesh(owners: int, slices: int) -> SimpleNamespace:
         SimpleNamespace(platform="tpu", slice_index=number * slices // owners)
         for number in range(owners)
     ]
-    shape = {"data": slices, "fsdp": owners // slices, "tensor": 1}
+    shape = {"data": slices, "fsdp": owners // slices, "context": 1, "tensor": 1}
     return SimpleNamespace(shape=shape, devices=np.array(devices, object))
 
 

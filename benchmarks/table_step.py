@@ -31,7 +31,7 @@ class TableStep:
     """One optimizer step of a table alone; calling it makes one update and waits for it."""
 
     def __init__(self, vocab: int, rows: int, optimizer: str = "deferred_adamw"):
-        mesh = make_mesh(MeshConfig(1, 1, 1, 16.0), jax.devices()[:1])
+        mesh = make_mesh(MeshConfig(1, 1, 1, 1, 16.0), jax.devices()[:1])
         spec = TableSpec(
             layout=TableLayout(vocab, 256),
             vectors=LAYERS,

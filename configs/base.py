@@ -66,7 +66,8 @@ def get_config() -> config_dict.ConfigDict:
     config.tables.weight_decay = None  # None: optimizer.weight_decay
     config.tables.clip_norm = 1.0  # global norm over all tables, apart from the backbone's
     config.tables.init_std = None  # None: Xavier over [V, F], sqrt(2 / (V + F))
-    config.tables.vocab_axes = ("data", "fsdp")  # mesh axes that shard the rows
+    # Mesh axes that shard the rows, of data, fsdp, context; along the others lie copies.
+    config.tables.vocab_axes = ("data", "fsdp")
     # Rows per owner and exchange round; None: 1.25 x the even share, at most 256 MiB a round.
     config.tables.capacity = None
     config.tables.pad_multiple = 256  # rows are padded to a multiple; shards must divide it
@@ -93,6 +94,9 @@ def get_config() -> config_dict.ConfigDict:
     config.mesh = config_dict.ConfigDict()
     config.mesh.data = -1  # devices; -1: all that the other axes leave
     config.mesh.fsdp = 1
+    # Devices over which the positions of a sequence lie: each attends from its own to those of all.
+    # Twice their number divides train.seq_len.
+    config.mesh.context = 1
     config.mesh.tensor = 1
     # A parameter larger than this must not be replicated over fsdp or tensor when those axes exist.
     config.mesh.max_replicated_mib = 16.0

@@ -92,8 +92,13 @@ class MeshConfig:
 
     data: int = key(Role.HARMLESS)
     fsdp: int = key(Role.HARMLESS)
+    context: int = key(Role.HARMLESS, before=1)
     tensor: int = key(Role.HARMLESS)
     max_replicated_mib: float = key(Role.HARMLESS)
+
+    def on_one_device(self) -> "MeshConfig":
+        """The same for a program of a single device."""
+        return dataclasses.replace(self, data=1, fsdp=1, context=1, tensor=1)
 
 
 @dataclasses.dataclass(frozen=True)

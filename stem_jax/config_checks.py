@@ -161,10 +161,11 @@ def _check_layers(config: Config) -> None:
 
 def _check_tables(config: Config) -> None:
     axes = config.tables.vocab_axes
-    if any(axis not in ("data", "fsdp") for axis in axes) or len(set(axes)) != len(axes):
+    allowed = ("data", "fsdp", "context")
+    if any(axis not in allowed for axis in axes) or len(set(axes)) != len(axes):
         raise InputError(
-            f"tables.vocab_axes={axes} must be a selection of data, fsdp; the columns of the "
-            "tables follow the tensor axis"
+            f"tables.vocab_axes={axes} must be a selection of {', '.join(allowed)}; the columns of "
+            "the tables follow the tensor axis"
         )
 
     if config.tables.row_format != "float32":
@@ -219,9 +220,10 @@ def _check_batch(config: Config) -> None:
         raise InputError(
             f"data.validation_fraction={config.data.validation_fraction} must be in [0, 1)"
         )
-    sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = config.mesh
+    sizes = (mesh.data, mesh.fsdp, mesh.context, mesh.tensor)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise InputError(
-            f"mesh.data, mesh.fsdp, mesh.tensor={sizes}: each must be at least 1, and at most one "
-            "of them -1 (all remaining devices)"
+            f"mesh.data, mesh.fsdp, mesh.context, mesh.tensor={sizes}: each must be at least 1, "
+            "and at most one of them -1 (all remaining devices)"
         )

@@ -34,7 +34,8 @@ def inference_mesh(config: Config, devices: int = 1) -> tuple[Config, Mesh]:
     for tensor in range(devices, 0, -1):
         if devices % tensor:
             continue
-        sizes = dataclasses.replace(config.mesh, data=1, fsdp=devices // tensor, tensor=tensor)
+        one = config.mesh.on_one_device()
+        sizes = dataclasses.replace(one, fsdp=devices // tensor, tensor=tensor)
         placed = dataclasses.replace(config, mesh=sizes)
         mesh = make_mesh(sizes, own[:devices])
         try:

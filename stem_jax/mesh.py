@@ -10,9 +10,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from stem_jax.config import MeshConfig
 from stem_jax.errors import InputError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
 # A global batch is split over these axes; a device's share of it is one block of sequences.
 BATCH_AXES = ("data", "fsdp")
+# The positions of a sequence are split over this one, in the order of `context_order`.
+CONTEXT = "context"
+# So a device's tokens are its positions of its sequences.
+TOKEN_AXES = (*BATCH_AXES, CONTEXT)
 
 # Logical axis of a backbone parameter -> mesh axis. Tables have their own rule in tables/spec.
 LOGICAL_TO_MESH = {
@@ -30,7 +34,7 @@ LOGICAL_TO_MESH = {
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """Builds the (data, fsdp, tensor) mesh over `devices` (default: all).
+    """Builds the (data, fsdp, context, tensor) mesh over `devices` (default: all).
 
     Several TPU slices follow each other along `data`: their network is slower than the links
     within a slice, and gradients of the backbone are all that crosses it.
@@ -60,7 +64,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
             + "; change one of them, or set one to -1"
         )
     axis_types = (AxisType.Auto,) * len(AXES)
-    inside = (sizes["data"] // len(slices), sizes["fsdp"], sizes["tensor"])
+    inside = tuple((sizes | {"data": sizes["data"] // len(slices)}).values())
     # jax.make_mesh knows how to lay one slice out along its links.
     parts = [
         jax.make_mesh(
@@ -103,6 +107,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def token_spec(*others: str | None) -> PartitionSpec:
+    """The partition spec of an array [B, L, ...]; `others` are the axes of its other dimensions."""
+    return PartitionSpec(BATCH_AXES, CONTEXT, *others)
+
+
 def own_batch_shards(mesh: Mesh) -> tuple[int, ...]:
     """Which shards of the batch, in their order, lie on devices of this process."""
     groups = mesh.devices.reshape(axis_size(mesh, BATCH_AXES), -1)
@@ -122,11 +131,11 @@ def divided(mesh: Mesh | None) -> Mesh | None:
     return None if mesh is None or mesh.size == 1 else mesh
 
 
-def constrain_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """Pins the leading dimension of an activation to the batch axes, the others unsharded."""
+def constrain_tokens(x_BxLxD: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Pins an activation to the axes of its tokens, its width unsharded."""
     if mesh is None:
-        return x
-    return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
+        return x_BxLxD
+    return jax.lax.with_sharding_constraint(x_BxLxD, NamedSharding(mesh, token_spec()))
 
 
 def live_axes(mesh: Mesh | None, *axes: str) -> tuple[str, ...]:
@@ -142,13 +151,14 @@ def gather(x: jax.Array, axis: str, dimension: int, mesh: Mesh | None) -> jax.Ar
 
 
 def sum_and_scatter(
-    x: jax.Array, sum_axis: str, scatter_axis: str, dimension: int, mesh: Mesh | None
+    x: jax.Array, scatter_axis: str, dimension: int, mesh: Mesh | None
 ) -> jax.Array:
-    """Inside `shard_map`: sums over both axes, leaving `dimension` sharded over `scatter_axis`."""
+    """Inside `shard_map`: the sum over all devices' tokens, `dimension` sharded over one axis."""
     if live_axes(mesh, scatter_axis):
-        # First, so that the other axis sums a shard and not the whole.
+        # First, so that the other axes sum a shard and not the whole.
         x = jax.lax.psum_scatter(x, scatter_axis, scatter_dimension=dimension, tiled=True)
-    return jax.lax.psum(x, live_axes(mesh, sum_axis))
+    others = (axis for axis in TOKEN_AXES if axis != scatter_axis)
+    return jax.lax.psum(x, live_axes(mesh, *others))
 
 
 def check_divides(
@@ -165,6 +175,16 @@ def check_divides(
         raise InputError(
             f"{what}={size} does not divide over the {shards} devices of mesh axis {names}; "
             f"{remedy}"
+        )
+
+
+def check_context(seq_len: int, mesh: Mesh) -> None:
+    """Raises InputError for sequences that cannot be cut into two chunks for each device."""
+    devices = mesh.shape[CONTEXT]
+    if devices > 1 and seq_len % (2 * devices):
+        raise InputError(
+            f"train.seq_len={seq_len} does not divide into {2 * devices} chunks, two for each of "
+            f"the {devices} devices of mesh axis {CONTEXT}; change it, or mesh.{CONTEXT}"
         )
 
 

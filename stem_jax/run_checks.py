@@ -15,7 +15,7 @@ from stem_jax.agreement import exchange
 from stem_jax.config import Config
 from stem_jax.errors import InputError
 from stem_jax.kernels import float8
-from stem_jax.mesh import BATCH_AXES, axis_size
+from stem_jax.mesh import BATCH_AXES, axis_size, check_context
 from stem_jax.model.attention import check_heads, resolve_backend
 from stem_jax.tables.coast_groups import MOST_TERMS, num_terms
 from stem_jax.tables.host_memory import available_host_bytes, check_host_memory
@@ -94,6 +94,7 @@ def check_mesh(config: Config, mesh: Mesh, under_way: bool = False) -> None:
     backend = resolve_backend(config.model, mesh, config.train.seq_len)
     if not (under_way and backend in ("xla", "chunked")):
         check_heads(config.model, mesh)
+    check_context(config.train.seq_len, mesh)
     devices = axis_size(mesh, BATCH_AXES)
     if config.micro_batch_size % devices:
         raise InputError(

@@ -37,7 +37,7 @@ import pytest
 from configs.base import get_config as base_config
 from stem_jax.config import Config
 from stem_jax.config_file import build
-from stem_jax.mesh import make_mesh
+from stem_jax.mesh import AXES, make_mesh
 from stem_jax.training.step import Batch, TrainStep
 
 # Their fixtures.
@@ -130,14 +130,15 @@ def _config(**overrides) -> Config:
 
 
 @functools.cache
-def _mesh(shape: tuple[int, int, int]) -> jax.sharding.Mesh:
-    sizes = dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
+def _mesh(shape: tuple[int, ...]) -> jax.sharding.Mesh:
+    axes = AXES if len(shape) == len(AXES) else ("data", "fsdp", "tensor")
+    sizes = dict(zip(axes, shape, strict=True))
     config = _config(**{f"mesh.{axis}": size for axis, size in sizes.items()}).mesh
     return make_mesh(config, jax.devices()[: int(np.prod(shape))])
 
 
 @functools.cache
-def _train_step(shape: tuple[int, int, int], overrides: tuple, little: str) -> TrainStep:
+def _train_step(shape: tuple[int, ...], overrides: tuple, little: str) -> TrainStep:
     return TrainStep(_config(**dict(overrides)), _mesh(shape))
 
 
@@ -158,7 +159,7 @@ def tiny_config():
 
 @pytest.fixture(scope="session")
 def device_mesh():
-    """device_mesh((data, fsdp, tensor)): a mesh over the first devices."""
+    """device_mesh((data, fsdp, tensor)), or all of AXES: a mesh over the first devices."""
     return _mesh
 
 
@@ -197,12 +198,6 @@ def make_batch():
             "segment_ids": np.where(real_BxL, 1 + second_BxL, 0).astype(np.int32),
             "loss_mask": real_BxL,
         }
-        micro = (train.micro_batches, B // train.micro_batches, L)
-        return Batch(
-            **{
-                name: jax.device_put(value.reshape(micro), step.batch_sharding)
-                for name, value in fields.items()
-            }
-        )
+        return step.place(fields)
 
     return make

@@ -21,8 +21,8 @@ from stem_jax.training.state import ModelDef, init_state
 class StandIn:
     """A mesh as far as it is asked here: of a platform that this machine has not."""
 
-    def __init__(self, platform: str, tensor: int = 1, capability: str = "9.0"):
-        self.shape = {"data": 1, "fsdp": 1, "tensor": tensor}
+    def __init__(self, platform: str, tensor: int = 1, capability: str = "9.0", context: int = 1):
+        self.shape = {"data": 1, "fsdp": 1, "context": context, "tensor": tensor}
         found = {"platform": platform, "compute_capability": capability}
         self.devices = np.array([type("Device", (), found)()])
 

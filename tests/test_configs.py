@@ -153,7 +153,7 @@ def test_every_key_is_read():
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     }
     # mesh.make_mesh reads the axes by name.
-    read |= {"data", "fsdp", "tensor"}
+    read |= {"data", "fsdp", "context", "tensor"}
     assert [key for key in KEYS if key.partition(".")[2] not in read] == []
 
 
@@ -290,7 +290,10 @@ REFUSED = [
         "train.global_batch_size=16 does not divide by train.micro_batches=3; choose a divisor",
     ),
     ({"data.validation_fraction": 1.0}, "data.validation_fraction=1.0 must be in [0, 1)"),
-    ({"mesh.fsdp": -1}, "mesh.data, mesh.fsdp, mesh.tensor=(-1, -1, 1): each must be at least 1"),
+    (
+        {"mesh.fsdp": -1},
+        "mesh.fsdp, mesh.context, mesh.tensor=(-1, -1, 1, 1): each must be at least 1",
+    ),
     ({"mesh.tensor": 0}, "at most one of them -1 (all remaining devices)"),
 ]
 # Bounds: value refused, and the rule that the message names.

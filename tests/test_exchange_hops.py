@@ -214,7 +214,7 @@ def test_sums_by_matrix_products(name, place, monkeypatch):
 def test_few_fetched_rows_are_masked():
     """A mask costs a TPU three times what its rows cost: where all rows are real there is none."""
     sizes = {"unique_rows": 1100, "owned_rows": 8, "capacities": (1100,), "relayed": ()}
-    some = Exchange(96, (), 1, (Hop(1, 1),), **sizes, buffer_rows=2000, way="windows")
+    some = Exchange(96, (), (), 1, (Hop(1, 1),), **sizes, buffer_rows=2000, way="windows")
     requests = SimpleNamespace(rows=jnp.zeros(1100, jnp.int32))
     pick = jnp.zeros(1100, jnp.int32)
 

@@ -43,7 +43,7 @@ LEVELS = [
         "watchdog",
         "work_folder",
     ],
-    ["mesh"],
+    ["mesh", "context_order"],
     ["kernels"],
     ["data"],
     ["tables"],

@@ -146,7 +146,7 @@ def test_a_plan_for_cpu_devices(capsys):
     _main("--topology=cpu:8", "--json")
     found = json.loads(capsys.readouterr().out)
     assert (found["program"], found["chips"], found["fits"]) == ("train step", 8, True)
-    assert found["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert found["mesh"] == {"data": 8, "fsdp": 1, "context": 1, "tensor": 1}
     # One STEM layer: 512 rows of 128 floats over 8 devices, mu, nu and last_step beside them.
     assert found["table"]["rows"] == 512 * 128 * 4 // 8
     assert found["table"]["slots"] == 2 * found["table"]["rows"] + 512 * 4 // 8
@@ -211,7 +211,7 @@ def test_a_plan_for_tpus(name, slices, tiny_config):
     config = tiny_config(**{"model.head_dim": 64, "train.seq_len": 128})
     found = plans.make_plan(config, Topology.parse(name, slices))
     assert (found.chips, found.fits, found.refused) == (4 * slices, True, "")
-    assert found.mesh == {"data": 4 * slices, "fsdp": 1, "tensor": 1}
+    assert found.mesh == {"data": 4 * slices, "fsdp": 1, "context": 1, "tensor": 1}
     assert found.roofline.step > 0
     assert found.collectives["all-to-all"].bytes > 0
     between = found.collectives["all-reduce"].bytes_between_slices

@@ -145,7 +145,7 @@ def _calibration_config(config: Config, calibration: Calibration) -> Config:
             config.optimizer, learning_rate=calibration.learning_rate, schedule_steps=None
         ),
         tables=dataclasses.replace(config.tables, lr_multiplier=1.0, resident_rows=None),
-        mesh=dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1),
+        mesh=config.mesh.on_one_device(),
     )
 
 

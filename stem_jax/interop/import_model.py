@@ -88,7 +88,7 @@ def write_checkpoint(
     Raises:
         InputError: the folder exists, or a parameter is not finite.
     """
-    mesh = make_mesh(dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1), jax.devices()[:1])
+    mesh = make_mesh(config.mesh.on_one_device(), jax.devices()[:1])
     whole = replicated(mesh)
     check_outside(workdir, "--workdir")
     with new_folder(Path(workdir), "--workdir") as folder:

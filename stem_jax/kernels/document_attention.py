@@ -38,29 +38,41 @@ def document_starts(segments_BxL: jax.Array) -> jax.Array:
     return jax.lax.cummax(places_BxL, axis=1).astype(jnp.int32)
 
 
-def document_attention(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, segments_BxL) -> jax.Array:
-    """[B, L, H, Dh] in bfloat16 as the arguments; a document's positions lie side by side."""
-    return _attention(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, document_starts(segments_BxL)[:, None])
+def document_attention(
+    q_BxLxHxD, k_BxTxKxD, v_BxTxKxD, segments_BxT: jax.Array, slots_L: jax.Array | None = None
+) -> jax.Array:
+    """[B, L, H, Dh] in bfloat16 as the arguments; a document's positions lie side by side.
+
+    Args:
+        segments_BxT: of the keys.
+        slots_L: which of the T positions the queries are; None: all, in their order. With them the
+            way back skips no blocks.
+    """
+    first_keys_BxL, ends_Bx1xL = document_starts(segments_BxT), None
+    if slots_L is not None:
+        first_keys_BxL = first_keys_BxL[:, slots_L]
+        ends_Bx1xL = jnp.broadcast_to(slots_L + 1, first_keys_BxL.shape)[:, None]
+    return _attention(q_BxLxHxD, k_BxTxKxD, v_BxTxKxD, (first_keys_BxL[:, None], ends_Bx1xL))
 
 
 @jax.custom_vjp
-def _attention(q, k, v, first_keys_Bx1xL):
-    return _forward(q, k, v, first_keys_Bx1xL)[0]
+def _attention(q, k, v, keys):
+    return _forward(q, k, v, keys)[0]
 
 
-def _forward(q, k, v, first_keys_Bx1xL):
-    kernel, mask = _kernel(), _mask(first_keys_Bx1xL)
+def _forward(q, k, v, keys):
+    kernel, mask = _kernel(), _mask(*keys)
     out, sums = kernel(q, k, v, mask=mask, return_residuals=True)
     # With both kept, the way back does not need this kernel once more. The library's own gradient
     # hides them from whoever asks for them by name.
     out, sums = jax.tree.map(kept_names.attention, (out, sums))
-    return out, (q, k, v, first_keys_Bx1xL, out, sums)
+    return out, (q, k, v, keys, out, sums)
 
 
 def _backward(kept, gradient):
-    *heads, first_keys_Bx1xL, out, sums = kept
+    *heads, keys, out, sums = kept
     kernel = _kernel()
-    bound = kernel.bind(*heads, mask=_mask(first_keys_Bx1xL))
+    bound = kernel.bind(*heads, mask=_mask(*keys))
     options = {name: v for name, v in bound.kwargs.items() if name != "return_residuals"}
     found = kernel.vjp(sums, out, gradient, *bound.args, **options)
     return found["q"], found["k"], found["v"], None
@@ -69,10 +81,10 @@ def _backward(kept, gradient):
 _attention.defvjp(_forward, _backward)
 
 
-def _mask(first_keys_Bx1xL):
+def _mask(first_keys_Bx1xL, ends_Bx1xL):
     from tokamax._src.ops.attention.base import Mask
 
-    return Mask(k_start=first_keys_Bx1xL, is_causal=True)
+    return Mask(k_start=first_keys_Bx1xL, k_end=ends_Bx1xL, is_causal=ends_Bx1xL is None)
 
 
 def _kernel():

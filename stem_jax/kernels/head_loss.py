@@ -15,11 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from stem_jax.mesh import BATCH_AXES, gather, live_axes, sum_and_scatter
+from stem_jax.mesh import TOKEN_AXES, gather, live_axes, sum_and_scatter, token_spec
 from stem_jax.parts import part
 
-_HIDDEN = PartitionSpec(BATCH_AXES, None, None)
-_TOKENS = PartitionSpec(BATCH_AXES, None)
+_TOKENS = token_spec()
 _HEAD = PartitionSpec("fsdp", "tensor")
 # Tokens whose logits exist at a time unless told otherwise. Each chunk reads and writes the whole
 # gradient of the head: with 1024 of them a TPU waits for that, from 2048 on its matmuls cover it.
@@ -82,24 +81,24 @@ def _sums(hidden, head, targets, weights, z_loss, chunk, mesh, with_gradient):
     if mesh is None:
         return local(hidden, head, targets, weights)
     scalars = (PartitionSpec(), PartitionSpec())
-    gradients = (_HIDDEN, _HEAD) if with_gradient else None
+    gradients = (_TOKENS, _HEAD) if with_gradient else None
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(_HIDDEN, _HEAD, _TOKENS, _TOKENS),
+        in_specs=(_TOKENS, _HEAD, _TOKENS, _TOKENS),
         out_specs=(scalars, gradients),
         check_vma=False,
     )(hidden, head, targets, weights)
 
 
 def _local_sums(hidden_BxLxD, head_DxV, targets_BxL, weights_BxL, *, z_loss, chunk, mesh, grad):
-    """One device's share: all tokens of its sequences, its slice of the vocabulary."""
+    """One device's share: its positions of its sequences, its slice of the vocabulary."""
     B, L, D = hidden_BxLxD.shape
     full_dtype = head_DxV.dtype
     head_DxV = gather(head_DxV.astype(hidden_BxLxD.dtype), "fsdp", 0, mesh)
     num_local = head_DxV.shape[1]
     tokens = tokens_at_a_time(B * L, num_local) if chunk is None else min(chunk, L) * B
-    over_vocab, over_batch = live_axes(mesh, "tensor"), live_axes(mesh, *BATCH_AXES)
+    over_vocab, over_tokens = live_axes(mesh, "tensor"), live_axes(mesh, *TOKEN_AXES)
     first = jax.lax.axis_index(over_vocab) * num_local if over_vocab else 0
 
     def one_chunk(hidden_CxD, targets_C, weights_C):
@@ -143,11 +142,11 @@ def _local_sums(hidden_BxLxD, head_DxV, targets_BxL, weights_BxL, *, z_loss, chu
     scalars, gradients = _over_chunks(
         one_chunk, tokens, hidden_BxLxD.reshape(-1, D), targets_BxL.ravel(), weights_BxL.ravel()
     )
-    scalars = jax.lax.psum(scalars, over_batch)
+    scalars = jax.lax.psum(scalars, over_tokens)
     if not grad:
         return scalars, None
     d_hidden_NxD, d_head_DxV = gradients
-    d_head_DxV = sum_and_scatter(d_head_DxV, "data", "fsdp", 0, mesh)
+    d_head_DxV = sum_and_scatter(d_head_DxV, "fsdp", 0, mesh)
     return scalars, (d_hidden_NxD.reshape(B, L, D), d_head_DxV.astype(full_dtype))
 
 

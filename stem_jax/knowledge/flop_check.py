@@ -92,7 +92,7 @@ def checked_config(config: Config) -> Config:
             loss_chunk=train.seq_len,
         ),
         tables=dataclasses.replace(config.tables, resident_rows=None),
-        mesh=dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1),
+        mesh=config.mesh.on_one_device(),
     )
 
 

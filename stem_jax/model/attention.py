@@ -8,11 +8,13 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from stem_jax.config import ModelConfig
+from stem_jax.context_order import in_sequence_order
+from stem_jax.context_order import slots as context_slots
 from stem_jax.errors import InputError
 from stem_jax.kernels import document_attention, kept_names
 from stem_jax.kernels.heads import to_heads
-from stem_jax.kernels.splash import BLOCK, splash
-from stem_jax.mesh import BATCH_AXES
+from stem_jax.kernels.splash import BLOCK, causal_masks, splash
+from stem_jax.mesh import BATCH_AXES, CONTEXT, gather, token_spec
 from stem_jax.model.cache import NewCache
 from stem_jax.model.einsum_attention import (
     cached_attention,
@@ -109,30 +111,39 @@ def resolve_backend(config: ModelConfig, mesh: Mesh | None, length: int = 0) -> 
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     if config.attention == "auto":
         kernels = _KERNELS.get(device.platform, ("xla",))
-        return next(name for name in kernels if not refusal(name, config, device, length))
+        return next(name for name in kernels if not refusal(name, config, mesh, length))
     if config.attention in _OF_GPUS and device.platform != "gpu":
         raise InputError(
             f"model.attention={config.attention} needs a GPU, this is {device.platform}; use auto"
         )
-    if reason := refusal(config.attention, config, device, length):
+    if reason := refusal(config.attention, config, mesh, length):
         raise InputError(f"model.attention={config.attention} {reason}; change it, or use auto")
     return config.attention
 
 
-def refusal(kernel: str, config: ModelConfig, device: jax.Device, length: int) -> str | None:
-    """Why a kernel of the device's platform does not take this model; None if it does."""
-    if kernel == "splash" and length % BLOCK:
-        return f"takes no sequences of {length} tokens (train.seq_len), only multiples of {BLOCK}"
+def refusal(kernel: str, config: ModelConfig, mesh: Mesh | None, length: int) -> str | None:
+    """Why a kernel of the mesh's platform does not take this model; None if it does."""
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    devices = _context_devices(mesh)
+    over = f" over mesh.context={devices}" if devices > 1 else ""
+    if kernel == "splash" and length % (BLOCK * devices):
+        return (
+            f"takes no sequences of {length} tokens (train.seq_len){over}, only multiples of "
+            f"{BLOCK * devices}"
+        )
+    if kernel == "cudnn" and devices > 1:
+        return f"takes no mesh.context={devices}, only 1: its queries begin where its keys do"
     if kernel not in _OF_GPUS:
         return None
     if config.compute_dtype != "bfloat16":
         return f"takes no model.compute_dtype={config.compute_dtype}, only bfloat16"
     if config.head_dim > 256 or config.head_dim % 8:
         return f"takes no model.head_dim={config.head_dim}, only multiples of 8 up to 256"
-    multiple = 2 if kernel == "cudnn" else document_attention.BLOCK
+    multiple = 2 if kernel == "cudnn" else document_attention.BLOCK * devices
     if length % multiple:
         return (
-            f"takes no sequences of {length} tokens (train.seq_len), only multiples of {multiple}"
+            f"takes no sequences of {length} tokens (train.seq_len){over}, only multiples of "
+            f"{multiple}"
         )
     return document_attention.missing(device) if kernel == "tokamax" else None
 
@@ -168,18 +179,44 @@ def attend(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, segment_ids_BxL, backend: str, mesh:
         return _splash(q, k, v, None, segment_ids_BxL, mesh).transpose(0, 3, 1, 2)
     k_BxLxKxD, v_BxLxKxD = (_for_each_device(x, 2, mesh) for x in (k_BxLxKxD, v_BxLxKxD))
     arguments = q_BxLxHxD, k_BxLxKxD, v_BxLxKxD
+    L, devices = q_BxLxHxD.shape[1], _context_devices(mesh)
     with part("attention"):
-        if backend == "tokamax":
-            local = document_attention.document_attention
-            return _on_devices(local, 2, mesh, *arguments, segment_ids_BxL)
+        if backend == "tokamax" or devices > 1:
+            slots_L = jnp.asarray(context_slots(L, devices)) if devices > 1 else None
+            local = functools.partial(_attend_from_own, backend, mesh)
+            specs = (*(token_spec("tensor"),) * 3, token_spec(), PartitionSpec(CONTEXT))
+            return _on_devices(local, mesh, specs, *arguments, segment_ids_BxL, slots_L)
         if backend == "chunked":
             return chunked_attention(*arguments, segment_ids_BxL)
         if backend == "cudnn":
             # With documents it would want a mask of all pairs. Padding ends a row, where no other
             # position sees it.
             return jax.nn.dot_product_attention(*arguments, is_causal=True, implementation=backend)
-        mask = document_mask(segment_ids_BxL, segment_ids_BxL, jnp.arange(q_BxLxHxD.shape[1]))
+        mask = document_mask(segment_ids_BxL, segment_ids_BxL, jnp.arange(L))
         return einsum_attention(*arguments, mask)
+
+
+def _attend_from_own(backend: str, mesh: Mesh | None, q, k, v, segments_BxL, slots_L):
+    """Inside `shard_map`: a device's own queries on the keys and values of whole sequences.
+
+    Args:
+        slots_L: which positions of the sequences the queries are; None: all.
+    """
+    k, v, all_segments = (_of_sequence(x, 1, mesh) for x in (k, v, segments_BxL))
+    if backend == "tokamax":
+        return document_attention.document_attention(q, k, v, all_segments, slots_L)
+    if backend == "chunked":
+        return chunked_attention(q, k, v, segments_BxL, all_segments, slots_L)
+    return einsum_attention(q, k, v, document_mask(segments_BxL, all_segments, slots_L))
+
+
+def _of_sequence(x: jax.Array, axis: int, mesh: Mesh | None) -> jax.Array:
+    """Inside `shard_map`: all positions of the sequences, in their order; own ones come in."""
+    return in_sequence_order(gather(x, CONTEXT, axis, mesh), axis, _context_devices(mesh))
+
+
+def _context_devices(mesh: Mesh | None) -> int:
+    return 1 if mesh is None else mesh.shape[CONTEXT]
 
 
 def _for_each_device(x: jax.Array, axis: int, mesh: Mesh | None) -> jax.Array:
@@ -193,7 +230,11 @@ def _splash(q_BxHxDxL, k_BxKxDxL, v_BxKxDxL, angles, segment_ids_BxL, mesh: Mesh
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     interpret = device.platform != "tpu"
 
-    def local(q, k, v, angles, segments):
+    Dh, L = q_BxHxDxL.shape[2:]
+    devices = _context_devices(mesh)
+    masks = causal_masks(context_slots(L, devices), devices, Dh) if devices > 1 else None
+
+    def local(q, k, v, segments, angles, masks):
         scale, of_queries = q.shape[2] ** -0.5, None
         if angles is None:
             q = q * scale
@@ -203,23 +244,23 @@ def _splash(q_BxHxDxL, k_BxKxDxL, v_BxKxDxL, angles, segment_ids_BxL, mesh: Mesh
             to_heads(x, turned, interpret)
             for x, turned in ((q, of_queries), (k, angles), (v, None))
         )
-        return splash(q, k, v, segments, interpret)
+        k, v = (_of_sequence(x, 2, mesh) for x in (k, v))
+        return splash(q, k, v, segments, interpret, _of_sequence(segments, 1, mesh), masks)
 
     k_BxKxDxL, v_BxKxDxL = (_for_each_device(x, 1, mesh) for x in (k_BxKxDxL, v_BxKxDxL))
-    return _on_devices(local, 1, mesh, q_BxHxDxL, k_BxKxDxL, v_BxKxDxL, angles, segment_ids_BxL)
+    heads = PartitionSpec(BATCH_AXES, "tensor", None, CONTEXT)
+    of_angles = PartitionSpec(BATCH_AXES, None, CONTEXT)
+    # Of a single device there are none; else queries are in the order of the devices.
+    of_masks = jax.tree.map(lambda x: PartitionSpec(*(None,) * (x.ndim > 1), CONTEXT), masks)
+    specs = (*(heads,) * 3, token_spec(), of_angles, of_masks)
+    arguments = q_BxHxDxL, k_BxKxDxL, v_BxKxDxL, segment_ids_BxL, angles, masks
+    return _on_devices(local, mesh, specs, *arguments)
 
 
-def _on_devices(local, heads_axis: int, mesh: Mesh | None, q, k, v, *others):
-    """A kernel of each device on its own sequences and heads."""
+def _on_devices(local, mesh: Mesh | None, specs: tuple, *arguments):
+    """A kernel of each device on its own sequences, positions and heads."""
     if mesh is None:
-        return local(q, k, v, *others)
-    axes = [BATCH_AXES, None, None, None]
-    axes[heads_axis] = "tensor"
-    heads, batch = PartitionSpec(*axes), PartitionSpec(BATCH_AXES)
-    return jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(heads,) * 3 + (batch,) * len(others),
-        out_specs=heads,
-        check_vma=False,
-    )(q, k, v, *others)
+        return local(*arguments)
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(
+        *arguments
+    )

@@ -44,15 +44,21 @@ def cached_attention(q_BxLxHxD, k_BxTxKxD, v_BxTxKxD, before_B):
     return einsum_attention(q_BxLxHxD, k_BxTxKxD, v_BxTxKxD, seen_BxLxT[:, None])
 
 
-def chunked_attention(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, segments_BxL):
-    """The same in memory that grows with L alone, forward and backward.
+def chunked_attention(
+    q_BxLxHxD, k_BxTxKxD, v_BxTxKxD, segments_BxL, all_segments_BxT=None, slots_L=None
+):
+    """The same in memory that grows with L and T alone, forward and backward.
+
+    Queries are at `slots_L` of the T positions; without those two they are all of them.
 
     Each chunk's scores are computed anew for the backward pass, where the gradients of keys and
     values sum over chunks in float32.
     """
     B, L, H, Dh = q_BxLxHxD.shape
+    if slots_L is None:
+        all_segments_BxT, slots_L = segments_BxL, jnp.arange(L)
     dtype, missing = q_BxLxHxD.dtype, -L % _CHUNK
-    k_BxLxKxD, v_BxLxKxD = (x.astype(jnp.float32) for x in (k_BxLxKxD, v_BxLxKxD))
+    k_BxTxKxD, v_BxTxKxD = (x.astype(jnp.float32) for x in (k_BxTxKxD, v_BxTxKxD))
 
     def pieces(x):
         x = jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2)))
@@ -60,11 +66,11 @@ def chunked_attention(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, segments_BxL):
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def one_chunk(chunk):
-        q_BxCxHxD, segments_BxC, first = chunk
-        mask_Bx1xCxL = document_mask(segments_BxC, segments_BxL, first + jnp.arange(_CHUNK))
-        k, v = (x.astype(dtype) for x in (k_BxLxKxD, v_BxLxKxD))
-        return einsum_attention(q_BxCxHxD, k, v, mask_Bx1xCxL)
+        q_BxCxHxD, segments_BxC, slots_C = chunk
+        mask_Bx1xCxT = document_mask(segments_BxC, all_segments_BxT, slots_C)
+        k, v = (x.astype(dtype) for x in (k_BxTxKxD, v_BxTxKxD))
+        return einsum_attention(q_BxCxHxD, k, v, mask_Bx1xCxT)
 
-    firsts_N = jnp.arange(0, L + missing, _CHUNK)
-    out_NxBxCxHxD = jax.lax.map(one_chunk, (pieces(q_BxLxHxD), pieces(segments_BxL), firsts_N))
+    slots_NxC = jnp.pad(slots_L, (0, missing)).reshape(-1, _CHUNK)
+    out_NxBxCxHxD = jax.lax.map(one_chunk, (pieces(q_BxLxHxD), pieces(segments_BxL), slots_NxC))
     return out_NxBxCxHxD.swapaxes(0, 1).reshape(B, -1, H, Dh)[:, :L]

@@ -13,13 +13,12 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from stem_jax.kernels.row_sums import sum_by_row, way_on
-from stem_jax.mesh import BATCH_AXES, gather, live_axes, sum_and_scatter
+from stem_jax.mesh import gather, live_axes, sum_and_scatter, token_spec
 from stem_jax.model.layers import truncated_normal
 from stem_jax.parts import part
 
 _WEIGHT = PartitionSpec("tensor", "fsdp")
-_TOKENS = PartitionSpec(BATCH_AXES, None)
-_VECTORS = PartitionSpec(BATCH_AXES, None, None)
+_TOKENS = token_spec()
 
 
 class Embedding(nnx.Module):
@@ -68,7 +67,7 @@ def embed(weight_VxD: jax.Array, tokens_BxL: jax.Array, dtype, mesh: Mesh | None
         return jax.lax.psum(jnp.where(here[..., None], vectors, 0), "tensor")
 
     return jax.shard_map(
-        local, mesh=mesh, in_specs=(_WEIGHT, _TOKENS), out_specs=_VECTORS, check_vma=False
+        local, mesh=mesh, in_specs=(_WEIGHT, _TOKENS), out_specs=_TOKENS, check_vma=False
     )(weight_VxD, tokens_BxL)
 
 
@@ -88,12 +87,12 @@ def _backward(dtype, mesh, residuals, gradient_BxLxD):
         if live_axes(mesh, "tensor"):
             tokens = tokens - jax.lax.axis_index("tensor") * size
         sums = sum_by_row(gradient, tokens, size, way_on(mesh))
-        sums = sum_and_scatter(sums, "data", "fsdp", 1, mesh)
+        sums = sum_and_scatter(sums, "fsdp", 1, mesh)
         return sums.astype(weight_dtype)
 
     if mesh is not None:
         local = jax.shard_map(
-            local, mesh=mesh, in_specs=(_TOKENS, _VECTORS), out_specs=_WEIGHT, check_vma=False
+            local, mesh=mesh, in_specs=(_TOKENS, _TOKENS), out_specs=_WEIGHT, check_vma=False
         )
     return local(tokens_BxL, gradient_BxLxD), None
 

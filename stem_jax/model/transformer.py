@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from stem_jax.config import ModelConfig
 from stem_jax.kernels.kept_names import ATTENTION, PROJECTION
 from stem_jax.kernels.row_sums import RowOrder
-from stem_jax.mesh import constrain_batch
+from stem_jax.mesh import constrain_tokens
 from stem_jax.model.attention import Attention
 from stem_jax.model.embedding import Embedding
 from stem_jax.model.feed_forward import kinds_of
@@ -145,7 +145,7 @@ class Transformer(nnx.Module):
         """Runs the blocks.
 
         Args:
-            inputs: the batch, leading dimension over the batch axes of the mesh.
+            inputs: the batch, B over the batch axes of the mesh and L over context.
             rows_SxUxF: the row block; with several devices the concatenation of each device's
                 block of U rows, which its `inverse` indexes.
             caches: None, or one `cache.NewCache` or `cache.LayerCache` per layer.
@@ -161,7 +161,7 @@ class Transformer(nnx.Module):
         with part("rotary"):
             angles = rotary_angles(inputs.positions, config)
         x = self.embed(inputs.tokens, config.compute_dtype, inputs.dropped)
-        x = constrain_batch(x, self.mesh)
+        x = constrain_tokens(x, self.mesh)
         seen, new_caches, aux = [x], [], Aux()
         # Caches and what is collected are lists of layers; only training runs groups.
         plain = caches is not None or collect is not None
@@ -195,7 +195,7 @@ class Transformer(nnx.Module):
         if vector is not None:
             # Alone: vectors that had come out of a block would be kept for every group of a scan.
             rows = dataclasses.replace(rows, thread=thread)
-        return constrain_batch(x_BxLxD, self.mesh), aux, rows, cache
+        return constrain_tokens(x_BxLxD, self.mesh), aux, rows, cache
 
     def _run_groups(self, groups: LayerGroups, x_BxLxD, rows, inputs: Inputs, angles):
         """The same blocks as a scan over groups of them."""

@@ -9,7 +9,7 @@ from stem_jax.config import Config
 from stem_jax.errors import InputError
 from stem_jax.hardware import Chip, chip_of
 from stem_jax.kernels.head_loss import tokens_at_a_time
-from stem_jax.mesh import AXES, BATCH_AXES, axis_size, make_mesh
+from stem_jax.mesh import AXES, BATCH_AXES, CONTEXT, axis_size, make_mesh
 from stem_jax.planning import gpus
 from stem_jax.planning.account import Account, make_account
 from stem_jax.planning.collectives import KINDS, Collective, collectives_of
@@ -247,10 +247,13 @@ def _remedies(config: Config, mesh: Mesh, compiled: Compiled, limit: int | None)
     if config.micro_batch_size > batch_devices:
         found.append(f"train.micro_batches={2 * config.train.micro_batches}")
     sequences = config.micro_batch_size // batch_devices
-    tokens = tokens_at_a_time(sequences * config.train.seq_len, vocab)
+    context = mesh.shape[CONTEXT]
+    tokens = tokens_at_a_time(sequences * config.train.seq_len // context, vocab)
     positions = config.train.loss_chunk or tokens // sequences
     if limit and wide > limit / 16 and positions > 64:
         found.append(f"train.loss_chunk={positions // 2}")
+    if sequences == 1 and config.train.seq_len % (4 * context) == 0:
+        found.append(f"mesh.context={2 * context}")
     if config.train.global_batch_size > batch_devices:
         found.append(f"train.global_batch_size={config.train.global_batch_size // 2}")
     found.append("a larger topology")

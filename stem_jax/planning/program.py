@@ -6,11 +6,19 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from stem_jax.config import Config
 from stem_jax.errors import InputError
-from stem_jax.mesh import BATCH_AXES, axis_size, batch_sharding, check_divides, check_placement
+from stem_jax.mesh import (
+    BATCH_AXES,
+    TOKEN_AXES,
+    axis_size,
+    check_context,
+    check_divides,
+    check_placement,
+    token_spec,
+)
 from stem_jax.model.attention import check_heads, resolve_backend
 from stem_jax.tables.block_sizes import (
     BlockSizes,
@@ -60,6 +68,7 @@ def train_step_program(config: Config, mesh: Mesh, *, all_distinct: bool = False
         BATCH_AXES,
         mesh,
     )
+    check_context(config.train.seq_len, mesh)
     check_heads(config.model, mesh)
     resolve_backend(config.model, mesh, config.train.seq_len)
     step = TrainStep(config, mesh)
@@ -85,7 +94,7 @@ def train_step_program(config: Config, mesh: Mesh, *, all_distinct: bool = False
     program = _program(step.update, (state, batch, schedule, slots), exchange, sizes=sizes)
     if table is None or all_distinct:
         return program
-    tokens = config.micro_batch_size * config.train.seq_len // axis_size(mesh, BATCH_AXES)
+    tokens = config.micro_batch_size * config.train.seq_len // axis_size(mesh, TOKEN_AXES)
     share = expected_distinct(tokens, _zipf_shares(config)) / tokens
     return dataclasses.replace(program, distinct=share)
 
@@ -97,7 +106,7 @@ def zipf_needs(config: Config, mesh: Mesh) -> BlockSizes:
     more and has fewer distinct ones.
     """
     hops = owner_hops(mesh, config.tables.vocab_axes)
-    devices, owners = axis_size(mesh, BATCH_AXES), axis_size(mesh, config.tables.vocab_axes)
+    devices, owners = axis_size(mesh, TOKEN_AXES), axis_size(mesh, config.tables.vocab_axes)
     tokens = config.tokens_per_step // devices
     return expected_needs(tokens, _zipf_shares(config), hops, owners, devices // owners)
 
@@ -121,8 +130,8 @@ def naive_lookup_program(config: Config, mesh: Mesh) -> Program:
         )
     check_divides(spec.num_rows, "padded vocabulary", spec.vocab_axes, mesh)
     dtype = config.model.compute_dtype
-    tokens_spec = batch_sharding(mesh)
-    rows_spec = NamedSharding(mesh, PartitionSpec(BATCH_AXES, None, None, "tensor"))
+    tokens_spec = NamedSharding(mesh, token_spec())
+    rows_spec = NamedSharding(mesh, token_spec(None, "tensor"))
     table_spec = NamedSharding(mesh, spec.logical_spec)
 
     def loss(table_VxSxF, ids_BxL, scale_BxL):
@@ -139,6 +148,7 @@ def naive_lookup_program(config: Config, mesh: Mesh) -> Program:
     table = jax.ShapeDtypeStruct(spec.shape("rows"), jnp.float32, sharding=table_spec)
     shape = (config.micro_batch_size, config.train.seq_len)
     check_divides(shape[0], "sequences of a micro-batch", BATCH_AXES, mesh)
+    check_context(config.train.seq_len, mesh)
     ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=tokens_spec)
     scale = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=tokens_spec)
     scalars = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)

@@ -28,7 +28,6 @@ from stem_jax.kernels.row_sums import (
     spare_rows,
     sum_by_row,
 )
-from stem_jax.mesh import BATCH_AXES
 from stem_jax.tables.hops import Hop
 from stem_jax.tables.requests import Found, HopRequests, Requests
 
@@ -43,7 +42,8 @@ class Exchange:
 
     Attributes:
         num_rows: V_pad.
-        vocab_axes: mesh axes that shard the rows; the other batch axes hold copies.
+        vocab_axes: mesh axes that shard the rows.
+        copy_axes: those along which other devices have copies of this owner's rows.
         num_owners: P, devices along `vocab_axes`.
         hops: from a device to an owner.
         unique_rows: U, room for the distinct rows of a device.
@@ -56,6 +56,7 @@ class Exchange:
 
     num_rows: int
     vocab_axes: tuple[str, ...]
+    copy_axes: tuple[str, ...]
     num_owners: int
     hops: tuple[Hop, ...]
     unique_rows: int
@@ -157,7 +158,7 @@ class Exchange:
                 vectors, _, width = sums_SxUxF.shape
                 empty = jnp.zeros((vectors, self.owned_rows, width), jnp.float32)
                 sums_SxOxF = empty.at[:, requests.home].set(sums_SxUxF, mode="drop")
-        axes = self._copy_axes()
+        axes = self.copy_axes
         return jax.lax.psum(sums_SxOxF, axes) if axes else sums_SxOxF
 
     def _search(self, rows: jax.Array, counted: bool) -> tuple[Requests, Found]:
@@ -186,9 +187,9 @@ class Exchange:
             hops.append(HopRequests(sent, slot, index, arrivals))
             counts.append(self._count(listed))
         asked, home = self._count(asked), None
-        if self._copy_axes():
+        if self.copy_axes:
             listed, home, tokens = self._united(listed, tokens)
-            asked = jax.lax.psum(asked, self._copy_axes())
+            asked = jax.lax.psum(asked, self.copy_axes)
             if hops:
                 index = _taken(home, hops[-1].arrived, self.owned_rows)
                 arrivals = order_of(index, self.owned_rows)
@@ -213,7 +214,7 @@ class Exchange:
         """The rows [O] that all copies of this owner are asked for, where [N] they have this one's,
         and their tokens [O] if those are given.
         """
-        axes, size = self._copy_axes(), listed_N.shape[0]
+        axes, size = self.copy_axes, listed_N.shape[0]
         gathered = jax.lax.all_gather(listed_N, axes, tiled=True)
         united_O, index, _ = self._distinct(gathered, self.owned_rows)
         tokens_O = None
@@ -315,9 +316,6 @@ class Exchange:
             ranks = jnp.minimum(order.ranks, self.unique_rows - 1)
             order = RowOrder(order.positions[None], ranks[None])
         return distinct_U, inverse, order
-
-    def _copy_axes(self) -> tuple[str, ...]:
-        return tuple(axis for axis in BATCH_AXES if axis not in self.vocab_axes)
 
     def _way(self, rows: jax.Array) -> jax.Array:
         """Rows numbered by the digits of their owners, those of the first hop first; V_pad stays.

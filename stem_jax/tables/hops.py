@@ -52,8 +52,14 @@ def owner_hops(mesh: Mesh, vocab_axes: tuple[str, ...]) -> tuple[Hop, ...]:
     if vocab_axes[0] == "data":
         stride = owners // slices
         return (*_contiguous(stride, MOST_HOPS - 1), Hop(slices, stride))
-    rest = owners // mesh.shape["data"]
-    found = (Hop(inside, 1), Hop(rest, mesh.shape["data"]), Hop(slices, inside))
+    stride = axis_size(mesh, vocab_axes[vocab_axes.index("data") + 1 :])
+    data = stride * mesh.shape["data"]
+    found = (
+        Hop(stride, 1),
+        Hop(inside, stride),
+        Hop(owners // data, data),
+        Hop(slices, stride * inside),
+    )
     return tuple(hop for hop in found if hop.peers > 1)
 
 

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stem_jax.kernels.row_sums import RowOrder, put_sums_by_row, way_on
-from stem_jax.mesh import BATCH_AXES
+from stem_jax.mesh import TOKEN_AXES, token_spec
 from stem_jax.parts import part
 
-_VECTORS = PartitionSpec(None, BATCH_AXES, "tensor")
-_BATCH = PartitionSpec(BATCH_AXES)
+_VECTORS = PartitionSpec(None, TOKEN_AXES, "tensor")
+_TOKENS = token_spec()
+_ORDER = PartitionSpec(TOKEN_AXES)
 
 
 @jax.tree_util.register_dataclass
@@ -89,13 +90,13 @@ def lookup(
 
     Args:
         number: which of the S vectors.
-        inverse: [B, ...] int32, index into the own device's block.
+        inverse: [B, L, ...] int32, index into the own device's block.
         order: of each device's part of the index, its arrays concatenated likewise, for the way
             back; None sorts there.
         mesh: None on a single device without a mesh.
 
     Returns:
-        [B, ..., F] in the dtype of the rows, and the rows' thread for the next layer.
+        [B, L, ..., F] in the dtype of the rows, and the rows' thread for the next layer.
     """
     return _lookup(rows.vectors, rows.thread, jnp.int32(number), inverse, order, mesh, rows.added)
 
@@ -111,7 +112,7 @@ def _lookup(vectors_SxUxF, thread_SxUxF, number, inverse, order, mesh, added):
         local = jax.shard_map(
             local,
             mesh=mesh,
-            in_specs=(_VECTORS, PartitionSpec(), _BATCH),
+            in_specs=(_VECTORS, PartitionSpec(), _TOKENS),
             out_specs=_values(inverse),
             check_vma=False,
         )
@@ -119,7 +120,7 @@ def _lookup(vectors_SxUxF, thread_SxUxF, number, inverse, order, mesh, added):
 
 
 def _values(inverse: jax.Array) -> PartitionSpec:
-    return PartitionSpec(BATCH_AXES, *(None,) * (inverse.ndim - 1), "tensor")
+    return token_spec(*(None,) * (inverse.ndim - 2), "tensor")
 
 
 def _forward(vectors_SxUxF, thread_SxUxF, number, inverse, order, mesh, added):
@@ -139,7 +140,7 @@ def _backward(mesh, added, kept, gradients):
         local = jax.shard_map(
             local,
             mesh=mesh,
-            in_specs=(_VECTORS, PartitionSpec(), _BATCH, _BATCH, _values(kept[1])),
+            in_specs=(_VECTORS, PartitionSpec(), _TOKENS, _ORDER, _values(kept[1])),
             out_specs=_VECTORS,
             check_vma=False,
         )

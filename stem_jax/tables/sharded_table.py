@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from stem_jax.kernels.row_sums import SORTED, spare_rows, way_on
-from stem_jax.mesh import BATCH_AXES, axis_size
+from stem_jax.mesh import BATCH_AXES, CONTEXT, TOKEN_AXES, axis_size, live_axes
 from stem_jax.parts import part
 from stem_jax.tables.asked_rows import AskedRows
 from stem_jax.tables.block_sizes import BlockSizes, largest_sizes
@@ -20,6 +20,7 @@ from stem_jax.tables.row_optimizer import RowOptimizer
 from stem_jax.tables.spec import TableSpec, TableState
 from stem_jax.tables.update_history import UpdateHistory
 
+_KEYS = PartitionSpec(None, BATCH_AXES, CONTEXT)
 # What a buffer of the exchange may take at float32 whatever the batch; a larger one holds so many
 # times the rows of a device. More rounds cost little time, larger buffers memory.
 _ROUND_BYTES = 2**28
@@ -72,7 +73,7 @@ class ShardedTable:
         """Sizes that always suffice."""
         owners = axis_size(self.mesh, self.spec.vocab_axes)
         hops = owner_hops(self.mesh, self.spec.vocab_axes)
-        copies = axis_size(self.mesh, BATCH_AXES) // owners
+        copies = axis_size(self.mesh, TOKEN_AXES) // owners
         return largest_sizes(self.keys_per_device, self.spec.num_rows, hops, owners, copies)
 
     @property
@@ -87,6 +88,7 @@ class ShardedTable:
         return Exchange(
             num_rows=self.spec.num_rows,
             vocab_axes=self.spec.vocab_axes,
+            copy_axes=self._copy_axes,
             num_owners=axis_size(self.mesh, self.spec.vocab_axes),
             hops=hops,
             unique_rows=sizes.unique + spare_rows(way),
@@ -105,13 +107,13 @@ class ShardedTable:
         """
         largest, axes = self.largest_sizes, self.spec.vocab_axes
         exchange = dataclasses.replace(self, sizes=None).exchange
-        copies = axis_size(self.mesh, BATCH_AXES) // exchange.num_owners
+        copies = axis_size(self.mesh, TOKEN_AXES) // exchange.num_owners
         size = largest.owned if whole else min(largest.owned, 2 * copies * self.keys_per_device)
 
         def local(keys, valid):
             requests, found = exchange.find(self._rows_of(keys, valid))
             needed = (found.unique, found.owned, *found.pairs, *found.relayed)
-            needed = jax.lax.pmax(jnp.stack(needed).astype(jnp.int32), BATCH_AXES)
+            needed = jax.lax.pmax(jnp.stack(needed).astype(jnp.int32), TOKEN_AXES)
             if not self.spec.offloaded:
                 return Demand(needed, None, None)
             lists = requests.owned[:size], found.tokens[:size]
@@ -119,7 +121,7 @@ class ShardedTable:
                 return Demand(needed, *(jax.lax.all_gather(line, axes) for line in lists))
             return Demand(needed, *(line[None] for line in lists))
 
-        keys_spec, replicated = PartitionSpec(None, BATCH_AXES), PartitionSpec()
+        keys_spec, replicated = _KEYS, PartitionSpec()
         lists_spec = replicated if self.spec.offloaded else None
         specs = Demand(replicated, lists_spec, lists_spec)
         return self._sharded(local, (keys_spec, keys_spec), specs)(keys_AxBxL, valid_AxBxL)
@@ -141,15 +143,15 @@ class ShardedTable:
     @property
     def request_specs(self) -> Requests:
         """Partition of each field of `Requests`."""
-        batch, hops = PartitionSpec(BATCH_AXES), self.exchange.hops
+        each, hops = PartitionSpec(TOKEN_AXES), self.exchange.hops
         return Requests(
-            rows=batch,
-            inverse=PartitionSpec(None, BATCH_AXES),
-            order=PartitionSpec(None, BATCH_AXES),
+            rows=each,
+            inverse=_KEYS,
+            order=PartitionSpec(None, TOKEN_AXES),
             owned=self.spec.index_spec,
-            home=batch if self._copied and not hops else None,
-            hops=tuple(HopRequests(*(batch,) * 4) for _ in hops),
-            distinct=batch,
+            home=each if self._copy_axes and not hops else None,
+            hops=tuple(HopRequests(*(each,) * 4) for _ in hops),
+            distinct=each,
             asked=self.spec.index_spec,
             slots=self.spec.index_spec if self.spec.offloaded else None,
         )
@@ -157,7 +159,7 @@ class ShardedTable:
     @property
     def block_spec(self) -> PartitionSpec:
         """Partition of row blocks [S, devices * U, F]."""
-        return PartitionSpec(None, BATCH_AXES, "tensor")
+        return PartitionSpec(None, TOKEN_AXES, "tensor")
 
     @part("exchange")
     def request(
@@ -166,7 +168,7 @@ class ShardedTable:
         """Distinct rows of a whole step, all its micro-batches together.
 
         Args:
-            keys_AxBxL: int32 keys, B over the batch axes.
+            keys_AxBxL: int32 keys, B over the batch axes and L over context.
             valid_AxBxL: bool; padding asks for no row and sends no gradient.
             slots: [owners * O] int32, where an offloaded table's rows lie, in the order in which
                 the owners are asked for them.
@@ -177,8 +179,7 @@ class ShardedTable:
             numbers = {"distinct": found.distinct[None], "asked": found.asked[None]}
             return dataclasses.replace(found, **numbers, slots=slots)
 
-        keys_spec = PartitionSpec(None, BATCH_AXES)
-        specs = (keys_spec, keys_spec, self.request_specs.slots)
+        specs = (_KEYS, _KEYS, self.request_specs.slots)
         return self._sharded(local, specs, self.request_specs)(keys_AxBxL, valid_AxBxL, slots)
 
     @part("exchange")
@@ -256,8 +257,9 @@ class ShardedTable:
         return jnp.where(valid, self.spec.layout.rows_of(keys), self.spec.num_rows)
 
     @property
-    def _copied(self) -> bool:
-        return axis_size(self.mesh, BATCH_AXES) > axis_size(self.mesh, self.spec.vocab_axes)
+    def _copy_axes(self) -> tuple[str, ...]:
+        others = (axis for axis in TOKEN_AXES if axis not in self.spec.vocab_axes)
+        return live_axes(self.mesh, *others)
 
     @property
     def _optimizer(self) -> RowOptimizer:

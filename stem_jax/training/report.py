@@ -6,7 +6,7 @@ import jax
 from jax.sharding import Mesh
 
 from stem_jax.config import Config
-from stem_jax.mesh import AXES, BATCH_AXES, Placed, axis_size
+from stem_jax.mesh import AXES, BATCH_AXES, CONTEXT, Placed, axis_size
 from stem_jax.model.attention import refusal, resolve_backend
 from stem_jax.model.cost import count_parameters, training_flops_per_token
 from stem_jax.tables.host_memory import available_host_bytes
@@ -53,7 +53,7 @@ def attention_kernel(config: Config, mesh: Mesh) -> str:
     length, device = config.train.seq_len, mesh.devices.flat[0]
     kernel = resolve_backend(config.model, mesh, length)
     if device.platform == "gpu" and config.model.attention == "auto" and kernel != "tokamax":
-        reason = refusal("tokamax", config.model, device, length)
+        reason = refusal("tokamax", config.model, mesh, length)
         return f"{kernel}: tokamax, which is faster, {reason}"
     return kernel
 
@@ -118,10 +118,12 @@ def _batch_lines(config: Config, mesh: Mesh) -> list[str]:
     train = config.train
     devices = axis_size(mesh, BATCH_AXES)
     flops = training_flops_per_token(config.model, train.seq_len) * config.tokens_per_step
+    context = mesh.shape[CONTEXT]
+    each = f", {train.seq_len // context} of them on a device" if context > 1 else ""
     return [
         f"batch        {train.global_batch_size} sequences = {train.micro_batches} micro-batches x "
         f"{devices} device groups x {config.micro_batch_size // devices}; x {train.seq_len} "
-        f"tokens = {config.tokens_per_step:,} tokens per step",
+        f"tokens{each} = {config.tokens_per_step:,} tokens per step",
         f"length       {train.steps:,} steps = {train.steps * config.tokens_per_step:,} tokens, "
         f"{flops / 1e9:,.1f} matmul GFLOP per step",
     ]

@@ -8,10 +8,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stem_jax.compiler_options import compiler_options
 from stem_jax.config import Config
+from stem_jax.context_order import slots as context_slots
 from stem_jax.data.loader import HostBatch
 from stem_jax.kernels.head_loss import head_loss
 from stem_jax.kernels.row_sums import adds, way_on
-from stem_jax.mesh import BATCH_AXES, axis_size
+from stem_jax.mesh import BATCH_AXES, CONTEXT, TOKEN_AXES, axis_size
 from stem_jax.model.transformer import Inputs
 from stem_jax.parts import part
 from stem_jax.tables.asked_rows import AskedRows
@@ -27,8 +28,9 @@ from stem_jax.training.state import ModelDef, TrainState, dropout_key, state_sha
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """A global batch as micro-batches, each array [A, B, L] with B over the batch axes.
+    """A global batch as micro-batches, each array [A, B, L].
 
+    B lies over the batch axes, and L over context in the order of `context_order`.
     tokens, targets, positions, segment_ids: int32. loss_mask: bool, the positions that are scored.
     """
 
@@ -48,7 +50,7 @@ class TrainStep:
         self.model = ModelDef(config, mesh)
         self.spec = TableSpec.from_config(config)
         self.shardings = state_shardings(config, self.model, mesh)
-        self.batch_sharding = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
+        self.batch_sharding = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES, CONTEXT))
         # The first arguments of `_loss`: parameters and rows.
         self._trains = config.optimizer.trains_backbone, config.optimizer.trains_tables
         # Whoever compiles what is lowered from these gets the options with it.
@@ -72,17 +74,22 @@ class TrainStep:
         shape = (train.micro_batches, self.config.micro_batch_size, train.seq_len)
 
         def whole(share_BxL) -> jax.Array:
-            share_AxBxL = share_BxL.reshape(train.micro_batches, -1, train.seq_len)
+            share_AxBxL = self._in_context_order(share_BxL).reshape(shape[0], -1, shape[2])
             return jax.make_array_from_process_local_data(self.batch_sharding, share_AxBxL, shape)
 
         scored = {"loss_mask": batch["loss_mask"] > 0}
         return Batch(**{name: whole(array) for name, array in (batch | scored).items()})
 
+    def _in_context_order(self, x):
+        """An array [..., L], each position in its place along `context`."""
+        devices = self.mesh.shape[CONTEXT]
+        return x if devices == 1 else x[..., context_slots(x.shape[-1], devices)]
+
     def table(self, tokens_AxBxL, sizes: BlockSizes | None = None) -> ShardedTable | None:
         """The table as a step exchanges it; None for a dense model."""
         if not self.spec.vectors:
             return None
-        keys = tokens_AxBxL.size // axis_size(self.mesh, BATCH_AXES)
+        keys = tokens_AxBxL.size // axis_size(self.mesh, TOKEN_AXES)
         return ShardedTable(self.spec, self.mesh, keys, sizes)
 
     def _caught_up_rows(self, state: TrainState, schedule: Schedule) -> jax.Array:
@@ -231,7 +238,7 @@ class TrainStep:
         if rate == 0:
             return None
         key = jax.random.fold_in(dropout_key(self.config), step)
-        return jax.random.bernoulli(key, rate, tokens_AxBxL.shape)
+        return self._in_context_order(jax.random.bernoulli(key, rate, tokens_AxBxL.shape))
 
     def _gradients(self, params, rows, requests, batch: Batch, dropped, scored):
         """Loss, layers' metrics and gradients, means over all micro-batches' scored positions.
