@@ -10,7 +10,7 @@ import json
 import typing
 from typing import Any
 
-from stem_jax.config_keys import Key, Role, key
+from stem_jax.config_keys import NOTHING, Key, Role, key
 
 # A pattern, or indices.
 _LAYERS = str | tuple[int, ...]
@@ -48,6 +48,10 @@ class ModelConfig:
     def listed_layers(self) -> dict[str, tuple[int, ...]]:
         """Of each kind of layer that a key lists, its layers; the others are dense."""
         return {kind: getattr(self, field) for kind, field in layer_fields().items()}
+
+    def is_as_before(self, field: str) -> bool:
+        """Whether a field is what held before there was one; not, if there always was."""
+        return before(field) is not NOTHING and getattr(self, field) == before(field)
 
     @property
     def num_stem_layers(self) -> int:
@@ -245,11 +249,21 @@ def declared_keys() -> dict[str, Key]:
     }
 
 
+def model_keys() -> dict[str, Key]:
+    """Those of the model section, by field."""
+    return _section_keys(ModelConfig)
+
+
+def before(field: str) -> Any:
+    """What held before there was this field of the model section, resolved; NOTHING: never."""
+    key = model_keys()[field]
+    return () if key.kind is not None and key.before == "none" else key.before
+
+
 @functools.cache
 def layer_fields() -> dict[str, str]:
     """Of each kind of layer that a key of the model section lists, that key's field."""
-    keys = _section_keys(ModelConfig).items()
-    return {key.kind: field for field, key in keys if key.kind is not None}
+    return {key.kind: field for field, key in model_keys().items() if key.kind is not None}
 
 
 def layer_lists() -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from stem_jax.checkpoint import FOLDER, Checkpointer, CheckpointInfo
-from stem_jax.config import Config
+from stem_jax.config import Config, model_keys
 from stem_jax.config_checks import validate
 from stem_jax.data.tokenizer import Tokenizer, load_tokenizer_folder
 from stem_jax.errors import InputError
@@ -58,8 +58,11 @@ def checkpoint_fingerprint(
     """sha256 (hex) that tells checkpoints apart: by step, tokenizer, model and final norm."""
     # The kernel is this machine's, not the checkpoint's.
     model = dataclasses.asdict(dataclasses.replace(config.model, attention="auto"))
-    # Fingerprints of before this key stay what they were.
+    # Fingerprints of before these keys stay what they were.
     model.pop("matmul_dtype")
+    for field, key in model_keys().items():
+        if (key.kind or key.of_kind) and config.model.is_as_before(field):
+            model.pop(field)
     facts = [step, tokenizer.fingerprint, model]
     digest = hashlib.sha256(json.dumps(facts, default=list).encode())
     digest.update(norm_D.astype(np.float32).tobytes())

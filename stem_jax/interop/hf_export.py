@@ -18,6 +18,7 @@ from stem_jax.errors import InputError
 from stem_jax.files import new_folder
 from stem_jax.interop.llama_names import llama_shapes, llama_weights, table_names
 from stem_jax.interop.safetensors_files import BFLOAT16, SafetensorsWriter
+from stem_jax.interop.said_keys import check_format
 from stem_jax.interop.saved_model import SavedModel
 from stem_jax.interop.tokenizer_export import padding_id, write_tokenizer
 
@@ -78,9 +79,10 @@ def hf_config(config: Config, tokenizer: Tokenizer, dtype: str) -> dict[str, Any
     """The content of config.json.
 
     Raises:
-        InputError: a shape that Llama has not.
+        InputError: a shape that Llama has not, or a key that `said_keys` does not list.
     """
     model = config.model
+    check_format(model, "hf")
     if not model.stem_layers and model.embed_dim % model.num_heads:
         raise InputError(
             f"model.embed_dim={model.embed_dim} does not divide by model.num_heads="

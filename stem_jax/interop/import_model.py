@@ -15,11 +15,13 @@ import numpy as np
 
 from stem_jax.checkpoint import Checkpointer, CheckpointInfo
 from stem_jax.checkpoint_files import check_outside
-from stem_jax.config import Config
+from stem_jax.config import Config, ModelConfig, before, model_keys
 from stem_jax.config_file import config_from_json, load_config
+from stem_jax.config_keys import Role
 from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
 from stem_jax.files import new_folder
+from stem_jax.interop.said_keys import unsaid_keys
 from stem_jax.mesh import make_mesh, replicated
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.spec import TableSpec
@@ -53,10 +55,13 @@ def import_config(
         overrides: as of `load_config`; those of what the model decides are refused.
 
     Raises:
-        InputError: such an override, or a model or a tokenizer that does not fit.
+        InputError: such an override, a config file with a kind of model that was not found, or a
+            model or a tokenizer that does not fit.
     """
-    # Neither code has the vector that training learns in place of dropped embeddings.
-    decided = {"token_embedding_dropout": 0.0, **imported.model}
+    # What no other code has, such as the vector in place of dropped embeddings.
+    shaping = [field for field, key in model_keys().items() if key.role is Role.SHAPE]
+    unsaid = {field: before(field) for field in shaping if field not in imported.model}
+    decided = {**unsaid, **imported.model}
     for name, value in decided.items():
         if f"model.{name}" in overrides:
             raise InputError(
@@ -64,6 +69,11 @@ def import_config(
                 f"{value}; leave the flag out"
             )
     config = load_config(path, overrides)
+    for field in unsaid_keys(config.model, frozenset(ModelConfig.__dataclass_fields__) - {*unsaid}):
+        raise InputError(
+            f"{path} has model.{field}={getattr(config.model, field)}, which the imported model is "
+            "not; take it out of the file, or give another --config"
+        )
     train, data = config.train, config.data
     if "train.seq_len" not in overrides:
         train = dataclasses.replace(train, seq_len=imported.context)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from stem_jax.config import ModelConfig
+from stem_jax.config import ModelConfig, before, model_keys
 from stem_jax.errors import InputError
 from stem_jax.files import read_json
 from stem_jax.interop.import_model import Imported
@@ -142,5 +142,5 @@ def _model(values: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> ModelCo
             f"the configuration beside the tensors gives {values['num_layers']} layers, there are "
             f"{len(tensors)} tensors; {_REMEDY}"
         )
-    others = dict.fromkeys(ModelConfig.__dataclass_fields__)
+    others = {field: before(field) for field in model_keys()}
     return ModelConfig(**{**others, **values})

@@ -31,6 +31,7 @@ from stem_jax.interop.names import (
     same_values,
 )
 from stem_jax.interop.safetensors_files import BFLOAT16, SINGLE_FILE, SafetensorsWriter, read_file
+from stem_jax.interop.said_keys import check_format
 from stem_jax.interop.saved_model import SavedModel
 from stem_jax.json_fields import Fields
 
@@ -83,14 +84,10 @@ def official_params(config: Config, dtype: str) -> dict[str, Any]:
     """params.json without its tokenizer.
 
     Raises:
-        InputError: the model has rotary scaling, which the official code has not.
+        InputError: the model has what the official code has not, see `said_keys`.
     """
     model = config.model
-    if model.rope_scaling != "none":
-        raise InputError(
-            f"model.rope_scaling={model.rope_scaling} has no counterpart in the official code; "
-            "use --format=hf"
-        )
+    check_format(model, "official")
     sizes = {
         "dim": model.embed_dim,
         "n_layers": model.num_layers,
