@@ -23,9 +23,13 @@ def get_config() -> config_dict.ConfigDict:
     config.model.num_kv_heads = 4  # K; divides num_heads
     config.model.head_dim = None  # Dh; None: embed_dim / num_heads
     config.model.ffn_dim = 384  # F, also the width of a STEM table
-    # Layers whose up projection is a table: "none", "third" (1, 4, 7, ...), "half" (1, 3, 5, ...),
-    # "all_but_first" (the official default), "all", or indices such as "1,3" or (1, 3).
+    # Layers that read rows of a table, see stem_site: "none", "third" (1, 4, 7, ...), "half" (1, 3,
+    # 5, ...), "all_but_first" (the official default), "all", or indices such as "1,3" or (1, 3).
     config.model.stem_layers = config_dict.FieldReference("third", field_type=object)
+    # Where a STEM layer's row U[t] stands. up (as published): silu(W_gate x) * U[t]; gate:
+    # silu(U[t]) * W_up x, which begins near zero with rows of Xavier's std, see tables.init_std;
+    # up_add: silu(W_gate x) * (W_up x + U[t]).
+    config.model.stem_site = "up"
     config.model.tie_embeddings = False  # the output head is the token embedding
     # Probability that training replaces a token's embedding by one learned vector, while its rows
     # stay: then what the model knows of a token is in the rows, where an edit finds it.

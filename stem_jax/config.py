@@ -28,6 +28,7 @@ class ModelConfig:
     head_dim: int = key(Role.SHAPE, written=int | None)
     ffn_dim: int = key(Role.SHAPE)
     stem_layers: tuple[int, ...] = key(Role.SHAPE, written=_LAYERS, kind="stem")
+    stem_site: str = key(Role.SHAPE, before="up", of_kind="stem")
     tie_embeddings: bool = key(Role.SHAPE)
     token_embedding_dropout: float = key(Role.SHAPE, before=0.0)
     norm_eps: float = key(Role.FIXED)

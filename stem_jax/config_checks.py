@@ -9,6 +9,7 @@ from stem_jax.config import Config, layer_lists
 from stem_jax.errors import InputError
 
 _CHOICES = {
+    "model.stem_site": ("up", "gate", "up_add"),
     "model.init_std_factor": ("disabled", "current_depth", "global_depth", "dim_ratio"),
     "model.param_dtype": ("float32", "bfloat16"),
     "model.compute_dtype": ("float32", "bfloat16"),

@@ -17,6 +17,7 @@ from stem_jax.interop.said_keys import FORMATS, check_format
 BYTES = load_tokenizer("bytes")
 # Each key with a value off its default; a new key needs one here, and the formats' word on it.
 OTHERS = {
+    "stem_site": "gate",
     "tie_embeddings": True,
     "token_embedding_dropout": 0.1,
     "norm_eps": 1e-3,
@@ -34,7 +35,7 @@ OTHERS = {
     "scan_layers": True,
 }
 # Of these, what an export of a model with them says, or refuses.
-REFUSED = {"hf": set(), "official": {"rope_scaling"}}
+REFUSED = {"hf": {"stem_site"}, "official": {"stem_site", "rope_scaling"}}
 
 
 def _export(name: str, config):

@@ -227,6 +227,10 @@ def test_bad_llamas(spoil, message, tmp_path, monkeypatch, capsys):
             ["--tokenizer=bytes", "--config.model.token_embedding_dropout=0.3"],
             "the model has 0.0; leave the flag out",
         ),
+        (
+            ["--tokenizer=bytes", "--config.model.stem_site=gate"],
+            "the model has up; leave the flag out",
+        ),
         (["--tokenizer=bytes", "--path=nowhere"], "--path=nowhere is not a folder"),
         (["--tokenizer=bytes", "--workdir=."], "--workdir=. exists; choose a new folder"),
         (["--tokenizer=bytes", "--config.model.ffn=9"], "unknown config key model.ffn"),
@@ -236,6 +240,19 @@ def test_bad_flags(flags, message, tmp_path, monkeypatch, capsys):
     folder = write_llama(tmp_path / "llama", "gqa")
     flags = ["--from=llama", f"--path={folder}", f"--workdir={tmp_path / 'run'}", *flags]
     assert message in _refusal(import_torch.main, flags, monkeypatch, capsys)
+
+
+def test_a_config_file_of_another_kind_of_model(tmp_path, monkeypatch, capsys):
+    config = tmp_path / "gate.py"
+    config.write_text(
+        "from configs.base import get_config as base\n\n\ndef get_config():\n"
+        "    config = base()\n    config.model.stem_site = 'gate'\n    return config\n"
+    )
+    folder = write_llama(tmp_path / "llama", "gqa")
+    flags = ["--from=llama", f"--path={folder}", f"--workdir={tmp_path / 'run'}"]
+    flags += ["--tokenizer=bytes", f"--config={config}"]
+    error = _refusal(import_torch.main, flags, monkeypatch, capsys)
+    assert f"{config} has model.stem_site=gate, which the imported model is not" in error
 
 
 def test_a_tokenizer_with_too_many_ids(tmp_path, few_ids, monkeypatch, capsys):

@@ -120,7 +120,7 @@ class Talking(DenseFFN):
         return y_BxLxD, Aux(loss, {"talking/layers": jnp.float32(1)})
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [pytest.param(False, marks=pytest.mark.long), True])
 def test_aux_of_layers_reaches_loss_and_metrics(tiny_config, device_mesh, make_batch, scan):
     """Under rematerialisation, in scanned layers and over micro-batches."""
     keys = {"model.num_layers": 2, "model.stem_layers": "none", "train.micro_batches": 2}

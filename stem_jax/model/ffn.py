@@ -1,5 +1,6 @@
-"""The gated FFN; dense and STEM differ in where the up values come from, and nowhere else."""
+"""The gated FFN; dense and STEM differ in where its gate and up values come from."""
 
+import dataclasses
 import functools
 import math
 
@@ -14,8 +15,6 @@ from stem_jax.model.layers import Linear
 
 class GatedFFN(FeedForward):
     """y = W_down(silu(gate) * up), each of the two a projection of x or the token's vector."""
-
-    reads_rows = False
 
     @classmethod
     def inward(cls, config: ModelConfig) -> tuple[str, ...]:
@@ -46,9 +45,7 @@ class GatedFFN(FeedForward):
         """Every token multiplies with all weights once."""
         weights = sum(map(math.prod, cls.weights(config).values()))
         # silu(x) = x / (1 + exp(-x)) in four, times the up value.
-        gate = 5 * config.ffn_dim
-        row = config.ffn_dim if cls.reads_rows else 0
-        return LayerCost(weights, weights, weights, gate, row)
+        return LayerCost(weights, weights, weights, elementwise=5 * config.ffn_dim)
 
 
 class DenseFFN(GatedFFN):
@@ -65,19 +62,43 @@ class DenseFFN(GatedFFN):
         return self.down_proj(gated(self.gate_proj(x_BxLxD), up_BxLxF)), Aux()
 
 
-class StemFFN(GatedFFN):
-    """y = W_down(silu(W_gate x) * U[t]): the up value is the token's row (eq. 3)."""
+# Of each `model.stem_site`, the projections of x beside the row.
+SITES = {"up": ("gate_proj",), "gate": ("up_proj",), "up_add": ("gate_proj", "up_proj")}
 
-    reads_rows = True
+
+class StemFFN(GatedFFN):
+    """The token's row U[t] at a site; the first is the published one (eq. 3).
+
+    up: y = W_down(silu(W_gate x) * U[t]). gate: y = W_down(silu(U[t]) * W_up x). up_add:
+    y = W_down(silu(W_gate x) * (W_up x + U[t])).
+    """
+
+    def __init__(self, config: ModelConfig, factor: float, mesh: Mesh | None, *, rngs: nnx.Rngs):
+        super().__init__(config, factor, mesh, rngs=rngs)
+        self.site = config.stem_site
 
     @classmethod
     def inward(cls, config: ModelConfig) -> tuple[str, ...]:
         """See `GatedFFN`."""
-        return ("gate_proj",)
+        return SITES[config.stem_site]
+
+    @classmethod
+    def cost(cls, config: ModelConfig) -> LayerCost:
+        """That of the weights that there are, and a row."""
+        cost, F = super().cost(config), config.ffn_dim
+        added = F if config.stem_site == "up_add" else 0
+        return dataclasses.replace(cost, elementwise=cost.elementwise + added, row=F)
 
     def __call__(self, x_BxLxD: jax.Array, read: Read) -> tuple[jax.Array, Aux]:
         """Reads the layer's vector of each token."""
-        return self.down_proj(gated(self.gate_proj(x_BxLxD), read.values)), Aux()
+        gate_BxLxF = up_BxLxF = read.values
+        if self.site == "gate":
+            up_BxLxF = self.up_proj(x_BxLxD)
+        else:
+            gate_BxLxF = self.gate_proj(x_BxLxD)
+        if self.site == "up_add":
+            up_BxLxF = self.up_proj(x_BxLxD) + up_BxLxF
+        return self.down_proj(gated(gate_BxLxF, up_BxLxF)), Aux()
 
 
 @jax.custom_vjp
