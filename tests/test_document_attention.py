@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from stem_jax.kernels.document_attention import document_attention, document_starts
 from stem_jax.model.attention import attend
 from stem_jax.model.einsum_attention import chunked_attention
+from stem_jax.planning import gpus
+from stem_jax.planning.topology import Topology
 
 
 def _inputs(L: int, H: int, K: int, Dh: int, dtype=jnp.float32):
@@ -40,16 +43,18 @@ def _whole(q, k, v, segments):
     return attend(q, k, v, segments, "xla", None)
 
 
-# Less than a chunk of 64, one, and several with and without a rest.
+# Less than a chunk of 32, one, and several with and without a rest.
 @pytest.mark.parametrize(
-    ("L", "H", "K", "Dh"), [(40, 4, 2, 8), (64, 2, 2, 8), (150, 4, 1, 8), (192, 2, 1, 64)]
+    ("L", "H", "K", "Dh"), [(20, 4, 2, 8), (32, 2, 2, 8), (150, 4, 1, 8), (192, 2, 1, 64)]
 )
 def test_chunks_equal_the_whole(L, H, K, Dh):
     inputs = _inputs(L, H, K, Dh)
-    # Products on CPUs do not depend on how many rows they have, up to their rounding.
+    # Products on CPUs do not depend on how many rows they have, up to their rounding. The gradient
+    # of a first key has parts of 130 queries of 4 heads, of which each chunk makes a sum: their
+    # order moves it by some of its parts' last bits.
     whole = _both_ways(_whole, *inputs)
     for found, expected in zip(_both_ways(chunked_attention, *inputs), whole, strict=True):
-        np.testing.assert_allclose(found, expected, atol=2e-6)
+        np.testing.assert_allclose(found, expected, atol=4e-6)
 
 
 def test_gradients_of_keys_sum_over_chunks_in_float32():
@@ -81,6 +86,23 @@ def test_memory_grows_with_the_length_alone():
         for attention in (chunked_attention, _whole)
     )
     assert chunks[1] <= 2.1 * chunks[0] and whole[1] > 3.5 * whole[0]
+
+
+@pytest.mark.long
+@pytest.mark.skipif(gpus.missing() is not None, reason=f"{gpus.missing()}: {gpus.INSTALL_CUDA}")
+@pytest.mark.parametrize(("batch", "length", "heads", "before"), [(16, 2048, (15, 5), 499.8)])
+def test_a_layer_on_a_gpu_needs_less_than_with_all_pairs(batch, length, heads, before):
+    """MiB that cuDNN took for the same with a bias of all pairs, its workspace included."""
+    device = Topology.parse("h100:1").devices()[0]
+
+    def shape(*sizes, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=SingleDeviceSharding(device))
+
+    wide, narrow = (shape(batch, length, number, 64) for number in heads)
+    segments = shape(batch, length, dtype=jnp.int32)
+    lowered = _both_ways.lower(chunked_attention, wide, narrow, narrow, segments, wide)
+    compiled = lowered.compile(compiler_options=gpus.OPTIONS)
+    assert compiled.memory_analysis().temp_size_in_bytes / 2**20 < 0.85 * before
 
 
 def test_a_document_starts_where_the_segment_id_changes():

@@ -5,8 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-# Queries of a chunk: float32 scores [B, H, 64, L] are the largest array that there is then.
-_CHUNK = 64
+# Queries of a chunk: float32 scores [B, H, 32, L] are the largest array that there is then. Of 64
+# they and their gradients took more than all pairs in bfloat16, as cuDNN wants them.
+_CHUNK = 32
 
 
 def document_mask(q_segments_BxL, kv_segments_BxT, q_slots_L) -> jax.Array:
@@ -54,23 +55,68 @@ def chunked_attention(
     Each chunk's scores are computed anew for the backward pass, where the gradients of keys and
     values sum over chunks in float32.
     """
-    B, L, H, Dh = q_BxLxHxD.shape
+    L, missing = q_BxLxHxD.shape[1], -q_BxLxHxD.shape[1] % _CHUNK
     if slots_L is None:
         all_segments_BxT, slots_L = segments_BxL, jnp.arange(L)
-    dtype, missing = q_BxLxHxD.dtype, -L % _CHUNK
-    k_BxTxKxD, v_BxTxKxD = (x.astype(jnp.float32) for x in (k_BxTxKxD, v_BxTxKxD))
+    if missing:
+        q_BxLxHxD, segments_BxL = (
+            jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2)))
+            for x in (q_BxLxHxD, segments_BxL)
+        )
+        slots_L = jnp.pad(slots_L, (0, missing))
+    segments = segments_BxL, all_segments_BxT
+    return _in_chunks(q_BxLxHxD, k_BxTxKxD, v_BxTxKxD, *segments, slots_L)[:, :L]
 
-    def pieces(x):
-        x = jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2)))
-        return x.reshape(B, -1, _CHUNK, *x.shape[2:]).swapaxes(0, 1)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def one_chunk(chunk):
-        q_BxCxHxD, segments_BxC, slots_C = chunk
-        mask_Bx1xCxT = document_mask(segments_BxC, all_segments_BxT, slots_C)
-        k, v = (x.astype(dtype) for x in (k_BxTxKxD, v_BxTxKxD))
-        return einsum_attention(q_BxCxHxD, k, v, mask_Bx1xCxT)
+# Chunks are cut out of the arrays, and put into them, where these lie: a scan would want, and give,
+# copies in another order, and its gradient float32 copies of keys and values.
+@jax.custom_vjp
+def _in_chunks(q_BxLxHxD, k_BxTxKxD, v_BxTxKxD, *places):
+    def one_chunk(number, out_BxLxHxD):
+        q_BxCxHxD, attend = _chunk(number, q_BxLxHxD, *places)
+        return _put(out_BxLxHxD, attend(q_BxCxHxD, k_BxTxKxD, v_BxTxKxD), number)
 
-    slots_NxC = jnp.pad(slots_L, (0, missing)).reshape(-1, _CHUNK)
-    out_NxBxCxHxD = jax.lax.map(one_chunk, (pieces(q_BxLxHxD), pieces(segments_BxL), slots_NxC))
-    return out_NxBxCxHxD.swapaxes(0, 1).reshape(B, -1, H, Dh)[:, :L]
+    chunks = q_BxLxHxD.shape[1] // _CHUNK
+    return jax.lax.fori_loop(0, chunks, one_chunk, jnp.zeros_like(q_BxLxHxD))
+
+
+def _forward(*inputs):
+    return _in_chunks(*inputs), inputs
+
+
+def _backward(inputs, gradient_BxLxHxD):
+    q_BxLxHxD, k_BxTxKxD, v_BxTxKxD, *places = inputs
+    chunks = q_BxLxHxD.shape[1] // _CHUNK
+
+    def one_chunk(turn, carry):
+        dq_BxLxHxD, *sums = carry
+        # From the last to the first: bits of the sums depend on it.
+        number = chunks - 1 - turn
+        q_BxCxHxD, attend = _chunk(number, q_BxLxHxD, *places)
+        _, pull = jax.vjp(attend, q_BxCxHxD, k_BxTxKxD, v_BxTxKxD)
+        dq_BxCxHxD, *fresh = pull(_cut(gradient_BxLxHxD, number, axis=1))
+        sums = (total + x.astype(jnp.float32) for total, x in zip(sums, fresh, strict=True))
+        return _put(dq_BxLxHxD, dq_BxCxHxD, number), *sums
+
+    sums = (jnp.zeros(x.shape, jnp.float32) for x in (k_BxTxKxD, v_BxTxKxD))
+    start = (jnp.zeros_like(q_BxLxHxD), *sums)
+    dq_BxLxHxD, *sums = jax.lax.fori_loop(0, chunks, one_chunk, start)
+    return dq_BxLxHxD, *(x.astype(k_BxTxKxD.dtype) for x in sums), *(None,) * len(places)
+
+
+_in_chunks.defvjp(_forward, _backward)
+
+
+def _chunk(number, q_BxLxHxD, segments_BxL, all_segments_BxT, slots_L):
+    """The queries of a chunk, and the attention of queries that stand there."""
+    places = _cut(segments_BxL, number, axis=1), all_segments_BxT, _cut(slots_L, number, axis=0)
+    attend = functools.partial(einsum_attention, mask_Bx1xLxT=document_mask(*places))
+    return _cut(q_BxLxHxD, number, axis=1), attend
+
+
+def _cut(x, number, axis: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, number * _CHUNK, _CHUNK, axis)
+
+
+def _put(x_BxLx, chunk_BxCx, number) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(x_BxLx, chunk_BxCx, number * _CHUNK, axis=1)
