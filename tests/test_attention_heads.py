@@ -116,6 +116,32 @@ def test_auto_takes_a_kernel_that_takes_the_length(platform, length, dtype, kern
     assert resolve_backend(config.model, StandIn(platform), length) == kernel
 
 
+@pytest.mark.parametrize(
+    ("platform", "length", "kernel"),
+    [
+        ("tpu", 512, "splash"),
+        ("tpu", 384, "chunked"),
+        ("gpu", 512, "tokamax"),
+        ("gpu", 384, "chunked"),
+        ("cpu", 384, "xla"),
+    ],
+)
+def test_each_device_along_context_has_whole_blocks(platform, length, kernel, tiny_config):
+    config = tiny_config(**{"model.compute_dtype": "bfloat16", "train.seq_len": length})
+    mesh = StandIn(platform, context=4)
+    check_mesh(config, mesh)
+    assert resolve_backend(config.model, mesh, length) == kernel
+
+
+def test_cudnn_knows_no_queries_in_the_midst_of_a_sequence(tiny_config):
+    config = tiny_config(**{"model.compute_dtype": "bfloat16", "model.attention": "cudnn"})
+    with pytest.raises(
+        InputError,
+        match=r"attention=cudnn takes no mesh\.context=2, only 1.*; change it, or use auto",
+    ):
+        check_mesh(config, StandIn("gpu", context=2))
+
+
 def test_a_gpu_without_the_kernels_goes_in_chunks(tiny_config, monkeypatch):
     keys = {"model.compute_dtype": "bfloat16", "train.seq_len": 256}
     auto, named = tiny_config(**keys), tiny_config(**keys, **{"model.attention": "tokamax"})

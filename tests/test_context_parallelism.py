@@ -224,9 +224,10 @@ def test_rows_in_host_memory_change_no_bit(shape, train_step, tmp_path):
 def test_a_device_needs_less_memory_the_more_there_are(tiny_config, device_mesh):
     temporaries = []
     for context in (1, 2, 4):
-        keys = {"train.seq_len": 2048, "train.global_batch_size": 1, "model.attention": "chunked"}
-        config = tiny_config(**keys, **{"model.remat": "full"})
+        keys = {"train.seq_len": 4096, "train.global_batch_size": 1, "model.attention": "chunked"}
+        config = tiny_config(**keys, **{"model.num_layers": 2, "model.stem_layers": (1,)})
         program = train_step_program(config, device_mesh((1, 1, context, 1)))
         analysis = program.lowered.compile().memory_analysis()
         temporaries.append(analysis.temp_size_in_bytes)
-    assert temporaries[2] < 0.75 * temporaries[1] < 0.75**2 * temporaries[0]
+    # Keys and values of the whole sequence and gradients of all weights stay.
+    assert temporaries[2] < 0.8 * temporaries[1] < 0.8**2 * temporaries[0], temporaries

@@ -9,9 +9,15 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from stem_jax.kernels.document_attention import document_attention, document_starts
+from stem_jax.context_order import slots
+from stem_jax.kernels.document_attention import (
+    _mask,
+    document_attention,
+    document_starts,
+    keys_of,
+)
 from stem_jax.model.attention import attend
-from stem_jax.model.einsum_attention import chunked_attention
+from stem_jax.model.einsum_attention import chunked_attention, document_mask
 from stem_jax.planning import gpus
 from stem_jax.planning.topology import Topology
 
@@ -135,8 +141,12 @@ def test_chunks_know_no_array_of_all_pairs(platform):
     assert "384x384" not in _lowered(chunked_attention, platform)
 
 
-def test_gpus_get_kernels(monkeypatch):
-    """As far as a machine without one can tell: both passes, without an array of all pairs."""
+@pytest.mark.parametrize("device", [None, 1])
+def test_gpus_get_kernels(device, monkeypatch):
+    """As far as a machine without one can tell: both passes, without an array of all pairs.
+
+    Of whole sequences, or of the queries of one of three devices.
+    """
     pytest.importorskip("tokamax")
     from tokamax._src import gpu_utils
     from tokamax._src.ops import op
@@ -144,7 +154,26 @@ def test_gpus_get_kernels(monkeypatch):
     monkeypatch.setattr(gpu_utils, "_compute_capability", lambda device=None: 9.0)
     monkeypatch.setattr(gpu_utils, "has_mosaic_gpu_support", lambda device=None: True)
     monkeypatch.setattr(op.Op, "supported_on", lambda self, device: True)
-    text = _lowered(document_attention, "cuda")
+
+    def attention(q, k, v, segments):
+        if device is None:
+            return document_attention(q, k, v, segments)
+        own = slots(384, 3).reshape(3, -1)[device]
+        out = document_attention(q[:, own], k, v, segments, jnp.asarray(own))
+        return jnp.tile(out, (1, 3, 1, 1))
+
+    text = _lowered(attention, "cuda")
     kernels = re.findall(r"custom_call @(mosaic_gpu\w*)", text)
     # Forward, and the gradients of queries and of keys and values.
-    assert len(kernels) >= 2 and "384x384" not in text
+    assert len(kernels) >= 2 and "384x384" not in text and "128x384" not in text
+
+
+def test_the_keys_of_a_query_in_a_sequence():
+    """The range that the kernels of GPUs get is the mask of documents, for every device's part."""
+    pytest.importorskip("tokamax")
+    segments = _inputs(96, 1, 1, 8)[3]
+    for own in slots(96, 4).reshape(4, -1):
+        first_keys, ends = keys_of(segments, jnp.asarray(own))
+        found = _mask(first_keys, ends).as_array(len(own), 96)
+        expected = document_mask(segments[:, own], segments, jnp.asarray(own))
+        np.testing.assert_array_equal(np.broadcast_to(found, expected.shape), expected)

@@ -48,11 +48,19 @@ def document_attention(
         slots_L: which of the T positions the queries are; None: all, in their order. With them the
             way back skips no blocks.
     """
-    first_keys_BxL, ends_Bx1xL = document_starts(segments_BxT), None
-    if slots_L is not None:
-        first_keys_BxL = first_keys_BxL[:, slots_L]
-        ends_Bx1xL = jnp.broadcast_to(slots_L + 1, first_keys_BxL.shape)[:, None]
-    return _attention(q_BxLxHxD, k_BxTxKxD, v_BxTxKxD, (first_keys_BxL[:, None], ends_Bx1xL))
+    return _attention(q_BxLxHxD, k_BxTxKxD, v_BxTxKxD, keys_of(segments_BxT, slots_L))
+
+
+def keys_of(segments_BxT: jax.Array, slots_L: jax.Array | None):
+    """[B, 1, L] the first key of each query, and likewise what is behind its last.
+
+    The latter is None where the queries are at all positions: then it is the next.
+    """
+    first_keys_BxL = document_starts(segments_BxT)
+    if slots_L is None:
+        return first_keys_BxL[:, None], None
+    first_keys_BxL = first_keys_BxL[:, slots_L]
+    return first_keys_BxL[:, None], jnp.broadcast_to(slots_L + 1, first_keys_BxL.shape)[:, None]
 
 
 @jax.custom_vjp
