@@ -1,6 +1,7 @@
 """What layers keep for their backward pass, in programs: what attention gave, on device or host."""
 
 import importlib.util
+import json
 import re
 
 import jax
@@ -16,6 +17,9 @@ from stem_jax.kernels.document_attention import document_attention
 from stem_jax.kernels.kept_names import attention
 from stem_jax.mesh import make_mesh, replicated
 from stem_jax.model.transformer import Inputs
+from stem_jax.planning import gpus
+from stem_jax.planning.plan import make_plan
+from stem_jax.planning.report import as_json, as_text
 from stem_jax.planning.topology import Topology
 from stem_jax.run_checks import check_mesh
 from stem_jax.training.schedule import make_schedule
@@ -127,6 +131,31 @@ def test_offloaded_results_go_to_the_hosts_memory(tiny_config):
     assert len(re.findall(r'_xla_buffer_placement = "pinned_host"', text)) == 7
     function, params = _gradients(tiny_config, 16, remat="dots")
     assert "pinned_host" not in function.trace(params).lower(lowering_platforms=("tpu",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("topology", "compiler"),
+    [
+        ("v5e:2x2", importlib.util.find_spec("libtpu") is not None),
+        pytest.param("h100:1", gpus.missing() is None, marks=pytest.mark.long),
+    ],
+)
+def test_a_plan_has_the_bytes_that_go_to_the_hosts_memory(topology, compiler, tiny_config):
+    """Two dense layers."""
+    if not compiler:
+        pytest.skip(f"nothing here compiles for {topology}")
+    keys = {"num_layers": 2, "stem_layers": "none", "head_dim": 64, "remat": "offload"}
+    keys |= {"compute_dtype": "bfloat16", "attention": "chunked"}
+    config = tiny_config(
+        **{f"model.{key}": value for key, value in keys.items()},
+        **{"train.seq_len": 128, "mesh.data": -1},
+    )
+    plan = make_plan(config, Topology.parse(topology))
+    # At least what attention gave in one layer: 4 heads of 64 for each position of a device.
+    sequences = config.micro_batch_size // plan.chips
+    assert plan.memory.host >= 2 * sequences * 128 * 4 * 64
+    assert f"host {plan.memory.host / 2**20:,.1f} MiB" in as_text(plan)
+    assert json.loads(as_json(plan))["memory"]["host"] == plan.memory.host
 
 
 @pytest.mark.long
