@@ -109,7 +109,7 @@ def get_config() -> config_dict.ConfigDict:
     # Of the backbone: adamw, or muon for the blocks' matrices with adamw for embeddings, head and
     # norms, at the same learning rate. Rows have their own, see tables.optimizer.
     config.optimizer.name = "adamw"
-    # all, tables or backbone; what is not named stays as it is, bit for bit, and has no moments.
+    # all, tables or backbone; what is not named stays as it is, bit for bit.
     config.optimizer.train = "all"
     config.optimizer.learning_rate = 1e-3
     config.optimizer.schedule = "cosine"  # constant, linear, inv_sqrt, cosine, wsd
