@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 import jax
 import numpy as np
@@ -80,7 +81,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     return Mesh(np.concatenate([p.devices for p in parts]), AXES, axis_types=axis_types)
 
 
-def slice_of(devices: list[jax.Device]) -> list[int]:
+def slice_of(devices: Iterable[jax.Device]) -> list[int]:
     """The TPU slice of each device; 0 for all where there is but one."""
     # GPUs number their hosts in the same field, and parameters may well be split over hosts.
     return [

@@ -87,7 +87,7 @@ def _cost(values_NxF: jax.Array, into_SxRxF: jax.Array) -> pl.CostEstimate:
     )
 
 
-def _add(lasts, number, ranks, values, _, into, base, sums, rows, done, *, width: int):
+def _add(lasts, number, ranks, values, _before, into, base, sums, rows, done, *, width: int):
     """One turn: values in groups; see `put_row_blocks`."""
     column, turn = pl.program_id(0), pl.program_id(1)
 

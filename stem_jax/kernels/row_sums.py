@@ -133,16 +133,17 @@ def sum_by_row(
     if way == "segments":
         nothing = jax.lax.empty((1, num_rows, values_NxF.shape[1]), dtype)
         return _put_segments(nothing, 0, values_NxF, order)[0]
-    dense = order.places is None
+    places_N = order.places
+    dense = places_N is None
     room = num_rows if dense else min(len(index_N), num_rows) + _CHUNK + 1
     nothing = jax.lax.empty((1, room, values_NxF.shape[1]), dtype)
     sums_UxF = _put(nothing, jnp.int32(0), values_NxF, order, way)[0]
-    if dense:
+    if places_N is None:
         return sums_UxF
     # A row of zeros to read costs less than a pass that masks what was read.
     room -= 1
     sums_UxF = sums_UxF.at[room].set(0)
-    return sums_UxF.at[jnp.minimum(order.places, room)].get(mode="promise_in_bounds")
+    return sums_UxF.at[jnp.minimum(places_N, room)].get(mode="promise_in_bounds")
 
 
 def put_sums_by_row(

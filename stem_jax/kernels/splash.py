@@ -10,6 +10,7 @@ gradient is turned.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -91,11 +92,12 @@ def causal_masks(slots_T: np.ndarray, devices: int, head_dim: int) -> Masks:
     sizes = block_sizes(length, head_dim, whole)
     mask = splash_attention_mask.MultiHeadMask([_Queries(slots_T)])
     made = library.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=devices)
-    infos = (
+    infos: list[Any] = [
         MaskInfo(info.data_next, None, info.block_mask, None, info.q_sequence)
         for info in (made.fwd_mask_info, made.dq_mask_info, made.dkv_mask_info)
-    )
-    return Masks(*infos, block=sizes.block_q)
+    ]
+    forward, by_query, by_key = infos
+    return Masks(forward, by_query, by_key, block=sizes.block_q)
 
 
 def block_sizes(length: int, head_dim: int, divided: int | None = None) -> library.BlockSizes:
@@ -107,8 +109,9 @@ def block_sizes(length: int, head_dim: int, divided: int | None = None) -> libra
     most = 1024 if length >= 8192 and head_dim <= 128 else 512
     divided = length if divided is None else divided
     block = next(size for size in _BLOCKS if size <= most and divided % size == 0)
-    layouts = dict.fromkeys(("q_layout", "k_layout", "v_layout"), _LAYOUT)
-    of_backward = dict.fromkeys(("block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"), block)
+    layouts: dict[str, Any] = dict.fromkeys(("q_layout", "k_layout", "v_layout"), _LAYOUT)
+    backward = ("block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+    of_backward: dict[str, Any] = dict.fromkeys(backward, block)
     return library.BlockSizes(block, block, **of_backward, **layouts)
 
 
@@ -196,6 +199,7 @@ def _attend(
 ):
     """Output [H, Dh, L] and logsumexp [H, L] of a sequence."""
     H, L, Dh = q_HxLxD.shape
+    assert mask.data_next is not None and mask.q_sequence is not None
     of_kv_head, steps = H // len(k_KxTxD), mask.data_next.shape[-1]
 
     def kv_place(h, i, j, *prefetched):
@@ -261,13 +265,11 @@ def _attend(
 def _body(*refs, steps: int, block: int, head_dim: int):
     *inputs, q_sequence_ref, out_ref, log_sum_ref = refs[:11]
     out_LxD, log_sum_Lx128 = refs[-2:]
-    library.flash_attention_kernel(
-        *inputs,
-        # Neither sinks nor blocks of a mask.
-        None,
-        None,
-        q_sequence_ref,
-        *refs[11:],
+    # Neither sinks nor blocks of a mask.
+    places: list[Any] = [*inputs, None, None, q_sequence_ref, *refs[11:]]
+    kernel: Any = library.flash_attention_kernel
+    kernel(
+        *places,
         mask_value=_MASK_VALUE,
         grid_width=steps,
         bq=block,

@@ -16,6 +16,10 @@ from stem_jax.model.layers import Linear
 class GatedFFN(FeedForward):
     """y = W_down(silu(gate) * up), each of the two a projection of x or the token's vector."""
 
+    # Those of `inward`; the other is None.
+    gate_proj: Linear
+    up_proj: Linear
+
     @classmethod
     def inward(cls, config: ModelConfig) -> tuple[str, ...]:
         """The projections of x that there are."""

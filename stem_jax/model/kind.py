@@ -11,6 +11,7 @@ their names within the layer, and `cost`.
 
 import dataclasses
 import operator
+from typing import Any
 
 import jax
 from flax import nnx
@@ -46,7 +47,7 @@ class Aux:
     def __add__(self, other: "Aux") -> "Aux":
         losses = [aux.loss for aux in (self, other) if aux.loss is not None]
         names = self.metrics | other.metrics
-        metrics = {
+        metrics: dict[str, Any] = {
             name: sum(aux.metrics[name] for aux in (self, other) if name in aux.metrics)
             for name in names
         }

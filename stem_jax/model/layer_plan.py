@@ -39,7 +39,7 @@ def layer_kinds(config: ModelConfig) -> tuple[str, ...]:
 
 def with_layers(config: ModelConfig, kinds: Sequence[str]) -> ModelConfig:
     """The model with as many layers as there are names, of these kinds."""
-    listed = {
+    listed: dict[str, Any] = {
         field: tuple(layer for layer, name in enumerate(kinds) if name == kind)
         for kind, field in layer_fields().items()
     }

@@ -71,6 +71,7 @@ def _turned(kernel, columns: tuple[int, int, int]):
 
 def _kept_llama3(config: ModelConfig, plain: np.ndarray) -> np.ndarray:
     """Share of each frequency that stays as trained, linear in the number of its turns."""
+    assert config.rope_original_len is not None
     turns = config.rope_original_len * plain / (2 * math.pi)
     low, high = _LLAMA3_STRETCHED_TURNS, _LLAMA3_KEPT_TURNS
     return np.clip((turns - low) / (high - low), 0, 1)
@@ -78,10 +79,12 @@ def _kept_llama3(config: ModelConfig, plain: np.ndarray) -> np.ndarray:
 
 def _kept_yarn(config: ModelConfig, plain: np.ndarray) -> np.ndarray:
     """The same, linear in the index of the pair between the two bounds."""
+    original = config.rope_original_len
+    assert original is not None
 
     def index_of(turns: float) -> float:
         # The (fractional) index of the pair that turns so often within the trained context.
-        ratio = config.rope_original_len / (turns * 2 * math.pi)
+        ratio = original / (turns * 2 * math.pi)
         return config.head_dim * math.log(ratio) / (2 * math.log(config.rope_theta))
 
     first = max(math.floor(index_of(_YARN_KEPT_TURNS)), 0)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -72,7 +73,9 @@ class Block(nnx.Module):
         self.attention_norm = norm()
         self.attention = Attention(config, factor, mesh, rngs=rngs)
         self.ffn_norm = norm()
-        self.ffn = kind(config, factor, mesh, rngs=rngs)
+        # Each kind is made alike; the base itself is none.
+        make: Callable[..., FeedForward] = kind
+        self.ffn = make(config, factor, mesh, rngs=rngs)
         self.mesh = mesh
 
     @part("block_rest")
@@ -90,6 +93,7 @@ class Block(nnx.Module):
         # In here, so that rematerialisation looks rows up again and keeps no [B, L, F].
         values_BxLxF = thread = None
         if vector is not None:
+            assert rows is not None
             values_BxLxF, thread = lookup(rows, vector, inputs.inverse, inputs.order, self.mesh)
         read = Read(inputs.tokens, inputs.segment_ids, values_BxLxF)
         y_BxLxD, aux = self.ffn(self.ffn_norm(x_BxLxD), read)

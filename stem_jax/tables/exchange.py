@@ -165,7 +165,7 @@ class Exchange:
         """Requests, and what they need room for; tokens are counted on the way if so asked."""
         way = self._way(rows)
         listed, inverse, order = self._sorted(way)
-        tokens = None
+        tokens: jax.Array | None = None
         if counted:
             real = (way < self.num_rows).astype(jnp.int32)
             tokens = _sums(real.reshape(-1), inverse.reshape(-1), self.unique_rows)
@@ -182,7 +182,7 @@ class Exchange:
             asked = self._swap(_taken(listed, sent, self.num_rows), hop)
             listed, index, arrivals = self._distinct(asked, room)
             index = jnp.where(asked < self.num_rows, index, room)
-            if counted:
+            if tokens is not None:
                 tokens = _sums(self._swap(_taken(tokens, sent, 0), hop), index, room)
             hops.append(HopRequests(sent, slot, index, arrivals))
             counts.append(self._count(listed))
@@ -196,7 +196,7 @@ class Exchange:
                 hops[-1] = dataclasses.replace(hops[-1], arrived=index, order=arrivals)
         elif not hops:
             listed = _resized(listed, self.owned_rows, self.num_rows)
-            tokens = _resized(tokens, self.owned_rows) if counted else None
+            tokens = None if tokens is None else _resized(tokens, self.owned_rows)
         requests = Requests(
             rows=mine,
             inverse=inverse,
@@ -273,6 +273,7 @@ class Exchange:
             # What a relay's sums have behind its rows is nobody's.
             room += spare_rows(self.way)
             sums = sum_by_row(arrived, record.arrived, room, self.way, record.order)
+        assert sums is not None
         if self.way == "scatter":
             return sums[: self.owned_rows]
         real_O = requests.owned < self.num_rows

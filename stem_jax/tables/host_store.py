@@ -128,8 +128,8 @@ class HostStore:
         for block, shards in zip(store.blocks, saved, strict=True):
             for name, array in shards.items():
                 # On CPUs that may be the device's own memory, which the next step writes to.
-                array = np.array(array, copy=_is_cpu(mesh) or None)
-                block.arrays[name] = logical(array)
+                own = np.array(array, copy=_is_cpu(mesh) or None)
+                block.arrays[name] = logical(own)
         return store
 
     @classmethod
@@ -183,7 +183,8 @@ class HostStore:
 
     def on_devices(self, mesh: Mesh) -> DeviceArrays:
         """The whole table on the devices, field by field; the store is empty after that."""
-        shardings, found = vars(table_shardings(self.spec, mesh)), {}
+        shardings = vars(table_shardings(self.spec, mesh))
+        found: DeviceArrays = {}
         for name in self.fields:
             shards = []
             for block in self.blocks:
@@ -297,7 +298,7 @@ def _local_blocks(spec: TableSpec, mesh: Mesh) -> list[HostBlock]:
         )
         holders.setdefault((rows, columns), []).append(device)
     lowest = {ranges: min(device.id for device in found) for ranges, found in holders.items()}
-    blocks = []
+    blocks: list[HostBlock] = []
     for rows, columns in sorted(holders, key=lambda ranges: (ranges[0].start, ranges[1].start)):
         devices = holders[rows, columns]
         local = tuple(d for d in devices if d.process_index == jax.process_index())

@@ -16,6 +16,7 @@ import os
 import time
 from collections import deque
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -196,14 +197,14 @@ class Prefetch:
         what went wrong in the threads since the last call, as it was.
         """
         self._raise_failures()
-        if not ticket.move.size:
+        if ticket.staged is None:
             return arrays
         staged = self._wait_for(ticket.staged, arrays)
         # Whoever keeps the ticket through the step must not keep the buffers on the device.
         self._waiting.popleft().staged = None
         places = self._per_owner(ticket.move.places(self._slots_per_owner))
         # Two programs: in one, the compiler would copy the whole table between reading and writing.
-        left = None if self._read_only else self._read_slots(arrays, places)
+        left: DeviceArrays = {} if self._read_only else self._read_slots(arrays, places)
         arrays = self._write_slots(arrays, staged, places)
         for shard, held in self._held.items():
             assignment = ticket.move.assignments[shard]
@@ -255,7 +256,8 @@ class Prefetch:
         """
         idle_since = None
         while not staged.done():
-            if idle_since is None and all(array.is_ready() for array in arrays.values()):
+            concrete: list[Any] = list(arrays.values())
+            if idle_since is None and all(array.is_ready() for array in concrete):
                 idle_since = time.perf_counter()
             wait([staged], timeout=_POLL_SECONDS)
         if idle_since is not None:
@@ -267,7 +269,7 @@ class Prefetch:
             self._returning.popleft().result()
         # Those of later tickets too: they would be noticed some steps from now.
         for ticket in self._waiting:
-            if ticket.staged.done():
+            if ticket.staged is not None and ticket.staged.done():
                 ticket.staged.result()
 
     def _stage(self, ticket: Ticket, waits: list[Future]) -> DeviceArrays:

@@ -61,11 +61,12 @@ class Found:
 
     unique, owned: scalars, distinct rows of this device and of it as an owner. pairs: in each hop,
     the most rows that it asks a peer for. relayed: after each hop but the last, its distinct rows
-    as a relay. tokens: [O], tokens of each row of `Requests.owned`, over all devices.
+    as a relay. tokens: [O], tokens of each row of `Requests.owned`, over all devices; None where
+    they were not counted.
     """
 
     unique: jax.Array
     owned: jax.Array
     pairs: tuple[jax.Array, ...]
     relayed: tuple[jax.Array, ...]
-    tokens: jax.Array
+    tokens: jax.Array | None

@@ -13,6 +13,8 @@ Rows of a table that is `FROZEN` are read as they are, and never updated.
 """
 
 import dataclasses
+from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -147,7 +149,7 @@ class RowOptimizer:
                 block = _adamw(self.spec, block, gradient * factor, *others)
                 return block.rows, block.mu, block.nu
 
-            arrays = update_rows(
+            passed = update_rows(
                 updated,
                 arrays,
                 jnp.minimum(rows_O, size - 1),
@@ -155,16 +157,16 @@ class RowOptimizer:
                 _columns(coast, len(rows_O), *scalars),
                 gradient_SxOxF,
             )
-            return TableState(*arrays, last_step)
+            return _state(passed, last_step)
         if self._whole(rows_O):
             block = self.read(state, rows_O, step, history)
             block = adamw(self.spec, block, gradient_SxOxF * scale, rate, step + 1)
             written = (block.rows, block.mu, block.nu)
-            arrays = (
+            moved = (
                 whole.at[:, touched].set(part, mode="drop", unique_indices=True)
                 for whole, part in zip(arrays, written, strict=True)
             )
-            return TableState(*arrays, last_step)
+            return _state(moved, last_step)
         rows_O = jnp.minimum(rows_O, size - 1)
         coast = self._coast(state, rows_O, step, history)
 
@@ -182,7 +184,7 @@ class RowOptimizer:
                 for whole, part in zip(arrays, (block.rows, block.mu, block.nu), strict=True)
             )
 
-        return TableState(*self._by_piece(one_piece, arrays, len(rows_O)), last_step)
+        return _state(self._by_piece(one_piece, arrays, len(rows_O)), last_step)
 
     def _whole(self, rows_O: jax.Array) -> bool:
         return self.piece is None or len(rows_O) <= self.piece
@@ -209,7 +211,9 @@ class RowOptimizer:
         if not groups:
             return None
         weight, over, rest = numbers[:groups], numbers[groups : 2 * groups], numbers[2 * groups :]
-        return Coast(weight, over, *rest[:3])
+        # Of one piece the groups are a list, of columns.
+        groups_of: Any = (weight, over)
+        return Coast(*groups_of, *rest[:3])
 
     def _now(self, block: RowBlock, coast: Coast | None) -> RowBlock:
         return block if coast is None else coasted(self.spec, block, coast)
@@ -229,14 +233,21 @@ class RowOptimizer:
 
         new: [piece], whether a row was in no piece before this one.
         """
-        pieces = -(-number // self.piece)
+        piece = self.piece
+        assert piece is not None
+        pieces = -(-number // piece)
 
         def one(turn, found):
-            vector, first = turn // pieces, turn % pieces * self.piece
-            begin = jnp.minimum(first, number - self.piece)
-            return one_piece(found, vector, begin, begin + jnp.arange(self.piece) >= first)
+            vector, first = turn // pieces, turn % pieces * piece
+            begin = jnp.minimum(first, number - piece)
+            return one_piece(found, vector, begin, begin + jnp.arange(piece) >= first)
 
         return jax.lax.fori_loop(0, self.spec.vectors * pieces, one, found)
+
+
+def _state(arrays: Iterable[jax.Array], last_step: jax.Array) -> TableState:
+    rows, mu, nu = arrays
+    return TableState(rows, mu, nu, last_step)
 
 
 def _columns(coast: Coast | None, number: int, *scalars) -> jax.Array:

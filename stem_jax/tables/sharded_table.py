@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -116,12 +117,15 @@ class ShardedTable:
             needed = jax.lax.pmax(jnp.stack(needed).astype(jnp.int32), TOKEN_AXES)
             if not self.spec.offloaded:
                 return Demand(needed, None, None)
+            assert found.tokens is not None
             lists = requests.owned[:size], found.tokens[:size]
             if axes:
                 return Demand(needed, *(jax.lax.all_gather(line, axes) for line in lists))
             return Demand(needed, *(line[None] for line in lists))
 
-        keys_spec, replicated = _KEYS, PartitionSpec()
+        keys_spec = _KEYS
+        # A demand with partitions for arrays.
+        replicated: Any = PartitionSpec()
         lists_spec = replicated if self.spec.offloaded else None
         specs = Demand(replicated, lists_spec, lists_spec)
         return self._sharded(local, (keys_spec, keys_spec), specs)(keys_AxBxL, valid_AxBxL)
@@ -132,7 +136,8 @@ class ShardedTable:
 
     def asked_by(self, demand: Demand) -> AskedRows | None:
         """The rows of a batch whose demand has come to the host; None if not all are listed."""
-        owners, rows_PxN = len(demand.rows), np.asarray(demand.rows)
+        rows_PxN = np.asarray(demand.rows)
+        owners = len(rows_PxN)
         if self.needed_by(demand).owned > rows_PxN.shape[1]:
             return None
         firsts = np.arange(owners)[:, None] * (self.spec.num_rows // owners)
@@ -143,17 +148,22 @@ class ShardedTable:
     @property
     def request_specs(self) -> Requests:
         """Partition of each field of `Requests`."""
-        each, hops = PartitionSpec(TOKEN_AXES), self.exchange.hops
+        # Requests with partitions for arrays.
+        each: Any = PartitionSpec(TOKEN_AXES)
+        keys: Any = _KEYS
+        order: Any = PartitionSpec(None, TOKEN_AXES)
+        index: Any = self.spec.index_spec
+        hops = self.exchange.hops
         return Requests(
             rows=each,
-            inverse=_KEYS,
-            order=PartitionSpec(None, TOKEN_AXES),
-            owned=self.spec.index_spec,
+            inverse=keys,
+            order=order,
+            owned=index,
             home=each if self._copy_axes and not hops else None,
             hops=tuple(HopRequests(*(each,) * 4) for _ in hops),
             distinct=each,
-            asked=self.spec.index_spec,
-            slots=self.spec.index_spec if self.spec.offloaded else None,
+            asked=index,
+            slots=index if self.spec.offloaded else None,
         )
 
     @property
@@ -272,7 +282,8 @@ class ShardedTable:
 
     @property
     def _state_specs(self) -> TableState:
-        return TableState(**{f.name: self.spec.partition(f.name) for f in self.spec.fields})
+        partitions: dict[str, Any] = {f.name: self.spec.partition(f.name) for f in self.spec.fields}
+        return TableState(**partitions)
 
     def _places(self, requests: Requests) -> jax.Array:
         """[O] where the asked rows lie in this device's shard; padding lands past its end."""

@@ -10,6 +10,7 @@ the rows of a batch are gathered and scattered in place whatever S is.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -251,18 +252,18 @@ def init_table(
 
 def abstract_table(spec: TableSpec) -> TableState:
     """Shapes and dtypes of what is on the devices."""
-    return TableState(
-        **{
-            field.name: jax.ShapeDtypeStruct(
-                stored_shape(spec.shape(field.name, spec.num_slots)), field.dtype
-            )
-            for field in spec.fields
-        }
-    )
+    shapes: dict[str, Any] = {
+        field.name: jax.ShapeDtypeStruct(
+            stored_shape(spec.shape(field.name, spec.num_slots)), field.dtype
+        )
+        for field in spec.fields
+    }
+    return TableState(**shapes)
 
 
 def table_shardings(spec: TableSpec, mesh: Mesh) -> TableState:
     """A TableState of shardings."""
-    return TableState(
-        **{field.name: NamedSharding(mesh, spec.partition(field.name)) for field in spec.fields}
-    )
+    shardings: dict[str, Any] = {
+        field.name: NamedSharding(mesh, spec.partition(field.name)) for field in spec.fields
+    }
+    return TableState(**shardings)

@@ -110,7 +110,8 @@ class StoreSnapshot:
         self._changed = threading.Condition()
         total = sum(array.nbytes for block in arrays for array in block.values())
         # A number of a row is not worth a place on the shelf.
-        self._shelf = _Shelf(arrays[0]["rows"][0], kept_bytes(total))
+        # None once nothing is kept any more.
+        self._kept_rows: _Shelf | None = _Shelf(arrays[0]["rows"][0], kept_bytes(total))
         self._stalled = False
         self.closed = False
 
@@ -121,8 +122,14 @@ class StoreSnapshot:
             RuntimeError: the snapshot was closed.
         """
         track = self._tracks[block].get(name)
-        for piece in range(track.num_pieces if track else 0):
-            yield self._read(track, piece)
+        if track is not None:
+            for piece in range(track.num_pieces):
+                yield self._read(track, piece)
+
+    @property
+    def _shelf(self) -> "_Shelf":
+        assert self._kept_rows is not None
+        return self._kept_rows
 
     def finish(self, name: str) -> None:
         """Says that a field will not be read any further; the last one closes the snapshot."""
@@ -135,8 +142,8 @@ class StoreSnapshot:
             self._unread.discard(name)
             if not self._unread:
                 self.closed = True
-                # Nothing is kept any more; the last reference to the snapshot may stay for long.
-                self._shelf = None
+                # The last reference to the snapshot may stay for long.
+                self._kept_rows = None
             self._changed.notify_all()
 
     def close(self) -> None:

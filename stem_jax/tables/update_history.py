@@ -19,9 +19,9 @@ class UpdateHistory:
         log(1 - rate * weight_decay), in two parts because differences of long sums are taken.
     """
 
-    rates: jax.Array
-    log_decay: jax.Array
-    log_decay_rest: jax.Array
+    rates: jax.Array | np.ndarray
+    log_decay: jax.Array | np.ndarray
+    log_decay_rest: jax.Array | np.ndarray
 
     def decay_between(self, start: jax.Array, end: jax.Array) -> jax.Array:
         """Product of (1 - rate * weight_decay) over the updates start + 1 .. end."""
