@@ -46,11 +46,12 @@ def leave(error: BaseException | None) -> None:
 
     What is registered for the exit is done; what is under way is left as it is.
     """
-    status: str | int | None = 0
+    status = 0
     if isinstance(error, SystemExit):
-        status = error.code
-        if status is not None and not isinstance(status, int):
-            print(status, file=sys.stderr)
+        code = error.code
+        status = code if isinstance(code, int) else 0
+        if code is not None and not isinstance(code, int):
+            print(code, file=sys.stderr)
             status = 1
     elif error is not None:
         sys.excepthook(type(error), error, error.__traceback__)
@@ -62,4 +63,4 @@ def leave(error: BaseException | None) -> None:
         except (OSError, ValueError):
             # Nobody reads it any more.
             continue
-    os._exit(status or 0)
+    os._exit(status)

@@ -306,21 +306,12 @@ class Checkpointer:
         del found
         tree = current_tree(tree, info.format, info.config.model)
         params, opt_state = restored_params(tree, abstract.params)
-        counters = [
-            jax.device_put(np.int32(value), target.sharding)
-            for value, target in (
-                (info.step, abstract.step),
-                (info.updates, abstract.updates),
-                (info.bad_steps, abstract.bad_steps),
-                (info.touched_rows, abstract.touched_rows),
-            )
-        ]
-        return TrainState(
-            *counters,
-            params=params,
-            opt_state=opt_state,
-            table=None if passing is None else table_on_devices(passing, abstract.table),
-        )
+        counters: dict[str, Any] = {
+            name: jax.device_put(np.int32(getattr(info, name)), getattr(abstract, name).sharding)
+            for name in ("step", "updates", "bad_steps", "touched_rows")
+        }
+        table = table_on_devices(passing, abstract.table)
+        return TrainState(**counters, params=params, opt_state=opt_state, table=table)
 
     def restore_model(
         self, step: int, abstract: TrainState, store: HostStore | None = None
@@ -334,10 +325,11 @@ class Checkpointer:
         items = {"params": ocp.args.StandardRestore(param_targets(abstract.params))}
         found = self._restore(step, items | table_targets(store or passing))
         params = current_tree(found["params"], info.format, info.config.model)
-        return params, None if passing is None else table_on_devices(passing, abstract.table)
+        return params, table_on_devices(passing, abstract.table)
 
     def _list_files(self) -> None:
         """Called when all files of a step are written, before its folder gets its final name."""
+        assert self._saving is not None
         step, loss = self._saving
         [folder] = [path for path in self.folder.glob(f"{step}.*") if path.is_dir()]
         if loss is not None:

@@ -6,7 +6,9 @@ Items are logical, so that nothing in them depends on the devices: arrays pass t
 import dataclasses
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stem_jax.config import Config
 from stem_jax.store_handler import StoreField, store_args
@@ -17,7 +19,8 @@ from stem_jax.tables.store_snapshot import StoreSnapshot
 
 def copy_of_table(config: Config, table: TableState) -> HostStore:
     """What this process saves of arrays; they may change as soon as this returns."""
-    return HostStore.copy_of(*_placed_as(config, table), vars(table))
+    spec, mesh = _placed_as(config, table)
+    return HostStore.copy_of(spec, mesh, vars(table))
 
 
 def room_for_table(config: Config, table: TableState | None) -> HostStore | None:
@@ -25,9 +28,11 @@ def room_for_table(config: Config, table: TableState | None) -> HostStore | None
     return None if table is None else HostStore.zeros(*_placed_as(config, table))
 
 
-def table_on_devices(store: HostStore, table: TableState) -> TableState:
+def table_on_devices(store: HostStore | None, table: TableState | None) -> TableState | None:
     """Arrays with the contents of a store, which is empty after that, placed as abstract ones."""
-    return TableState(**store.on_devices(table.rows.sharding.mesh))
+    if store is None or table is None:
+        return None
+    return TableState(**store.on_devices(_placed(table.rows)[1]))
 
 
 def saved_store(store: HostStore, snapshot: StoreSnapshot) -> dict[str, Any]:
@@ -49,10 +54,17 @@ def table_targets(store: HostStore | None) -> dict[str, Any]:
     return items if slots else {"table_rows": items["table_rows"]}
 
 
-def _placed_as(config: Config, table: TableState):
+def _placed(array: jax.Array) -> tuple[PartitionSpec, Mesh]:
+    # Tables lie on a mesh of devices, always.
+    sharding = array.sharding
+    assert isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh), sharding
+    return sharding.spec, sharding.mesh
+
+
+def _placed_as(config: Config, table: TableState) -> tuple[TableSpec, Mesh]:
     """The table of a configuration, on the devices that these arrays are meant for."""
-    sharding = table.last_step.sharding
-    axes = sharding.spec[0] or ()
+    partition, mesh = _placed(table.last_step)
+    axes = partition[0] or ()
     axes = (axes,) if isinstance(axes, str) else tuple(axes)
     spec = TableSpec.from_config(config)
-    return dataclasses.replace(spec, vocab_axes=axes, resident_rows=None), sharding.mesh
+    return dataclasses.replace(spec, vocab_axes=axes, resident_rows=None), mesh

@@ -45,7 +45,8 @@ class Gang:
         """What JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say."""
         address, count, index = (os.environ.get(name) or None for name in _ROUTES)
         try:
-            return cls(address, *(None if text is None else int(text) for text in (count, index)))
+            number, place = (None if text is None else int(text) for text in (count, index))
+            return cls(address, number, place)
         except ValueError:
             raise InputError(
                 f"{_ROUTES[1]}={count!r} and {_ROUTES[2]}={index!r} must be whole numbers"

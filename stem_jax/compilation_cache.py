@@ -50,7 +50,10 @@ def keep_programs(enabled: bool = True, folder: Path | None = None) -> None:
         _use(folder)
     elif not enabled:
         jax.config.update("jax_enable_compilation_cache", False)
-    elif jax.config.jax_enable_compilation_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    elif (
+        jax.config.values["jax_enable_compilation_cache"]
+        and "JAX_COMPILATION_CACHE_DIR" not in os.environ
+    ):
         folder = _user_folder()
         if folder is not None:
             _use(folder)

@@ -141,7 +141,8 @@ def _check_model(config: Config) -> None:
 
 def _check_layers(config: Config) -> None:
     """Each layer is there, and of one kind."""
-    count, listed_by = config.model.num_layers, {}
+    count = config.model.num_layers
+    listed_by: dict[int, str] = {}
     for key in layer_lists():
         layers = config.value(key)
         if any(not 0 <= layer < count for layer in layers):

@@ -171,7 +171,7 @@ def _coerce(key: str, value: Any, hint: Any) -> Any:
         elif (
             option is str
             and type(value) in (int, float)
-            and tuple not in map(typing.get_origin, options)
+            and not any(typing.get_origin(other) is tuple for other in options)
         ):
             # An override such as --config.train.sample_prompt=42 is a text all the same.
             return str(value)

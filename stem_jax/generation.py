@@ -12,6 +12,7 @@ import dataclasses
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +94,7 @@ class Generator:
 
     def encode(self, prompt: str, special: bool = False) -> list[int]:
         """See `Tokenizer.encode_prompt`."""
+        assert self.tokenizer is not None
         return self.tokenizer.encode_prompt(prompt, special)
 
     def steps(
@@ -153,11 +155,12 @@ class Generator:
         ids = [self.encode(prompt, special) for prompt in prompts]
         self._check(ids, max_new_tokens)
         seeds = sequence_seeds(seed, ids)
-        completions = []
+        tokenizer, completions = self.tokenizer, []
+        assert tokenizer is not None
         for first in range(0, len(prompts), batch_size):
             part = slice(first, first + batch_size)
             batch = [
-                Progress(self.tokenizer, prompt, prompt_ids, max_new_tokens, self.context)
+                Progress(tokenizer, prompt, prompt_ids, max_new_tokens, self.context)
                 for prompt, prompt_ids in zip(prompts[part], ids[part])
             ]
             for tokens in self.steps(ids[part], max_new_tokens, sampling, seeds[part]):
@@ -184,6 +187,7 @@ class Generator:
             scalars,
             slots=_bucket(length + last),
         )
+        stops = () if self.tokenizer is None else self.tokenizer.special.stop_ids
         ended = [False] * len(prompts)
         for step in range(last + 1):
             next_B = None
@@ -193,7 +197,7 @@ class Generator:
             read = np.asarray(token_B).tolist()[: len(prompts)]
             yield [None if end else token for end, token in zip(ended, read)]
             ended = [
-                end or token in self.tokenizer.special.stop_ids or step + 1 == limit
+                end or token in stops or step + 1 == limit
                 for end, token, limit in zip(ended, read, limits)
             ]
             if all(ended):
@@ -202,8 +206,8 @@ class Generator:
 
     def _prefill(self, params, rows, tokens_BxL, lengths_B, seeds_B, scalars, *, slots: int):
         """The first new token [B], and the state after the prompts."""
-        caches = [NewCache(slots)] * self.config.model.num_layers
-        logits_BxV, caches = self.advance(params, rows, tokens_BxL, lengths_B, caches)
+        begun = [NewCache(slots)] * self.config.model.num_layers
+        logits_BxV, caches = self.advance(params, rows, tokens_BxL, lengths_B, begun)
         first = DecodeState(caches, seeds_B, jnp.int32(1))
         return self._draw(logits_BxV, seeds_B, jnp.int32(0), scalars), first
 
@@ -235,14 +239,16 @@ class Generator:
         model = self._model.bind(params)
         rows_SxUxF, inverse_BxL = rows.block(tokens_BxL, self.config.model.compute_dtype)
         places_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
-        begun = isinstance(caches[0], LayerCache)
-        positions_BxL = places_BxL + caches[0].lengths[:, None] if begun else places_BxL
+        first, positions_BxL = caches[0], places_BxL
+        if isinstance(first, LayerCache):
+            positions_BxL = places_BxL + first.lengths[:, None]
         segment_ids_BxL = (places_BxL < lengths_B[:, None]).astype(jnp.int32)
         inputs = Inputs(tokens_BxL, inverse_BxL, positions_BxL, segment_ids_BxL)
-        hidden_BxLxD, caches, _ = model(inputs, rows_SxUxF, caches)
+        hidden_BxLxD, longer, _ = model(inputs, rows_SxUxF, caches)
+        assert longer is not None
         last_Bx1x1 = lengths_B[:, None, None] - 1
         last_Bx1xD = jnp.take_along_axis(hidden_BxLxD, last_Bx1x1, axis=1)
-        return model.logits(last_Bx1xD)[:, 0], caches
+        return model.logits(last_Bx1xD)[:, 0], longer
 
     def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         if not prompts:
@@ -267,9 +273,12 @@ class Generator:
 def _state_places(model: ModelConfig, mesh: Mesh) -> DecodeState:
     # Of heads that several devices share, each has all.
     heads = "tensor" if model.num_kv_heads % mesh.shape["tensor"] == 0 else None
-    slots = NamedSharding(mesh, PartitionSpec(BATCH_AXES, None, heads, None))
-    cache = LayerCache(slots, slots, batch_sharding(mesh))
-    return DecodeState([cache] * model.num_layers, replicated(mesh), replicated(mesh))
+    # A state with shardings for arrays.
+    slots: Any = NamedSharding(mesh, PartitionSpec(BATCH_AXES, None, heads, None))
+    batch: Any = batch_sharding(mesh)
+    whole: Any = replicated(mesh)
+    cache = LayerCache(slots, slots, batch)
+    return DecodeState([cache] * model.num_layers, whole, whole)
 
 
 def sequence_seeds(seed: int, prompts: Sequence[Sequence[int]]) -> list[int]:

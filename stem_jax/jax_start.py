@@ -21,7 +21,7 @@ def start_jax(cache: bool = True, cache_folder: Path | None = None) -> None:
     if "jax" not in sys.modules and not _tpu_expected():
         # libtpu comes with `jax[tpu]`, for plans; on a machine without a TPU each start would
         # begin with its error messages. JAX takes a module that is None for one not installed.
-        sys.modules.setdefault("libtpu", None)
+        sys.modules.setdefault("libtpu", None)  # type: ignore[arg-type]  # as the import system has it
     hide_cuda_plugin()
     keep_programs(cache, cache_folder)
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -158,7 +159,7 @@ def load_run(
         abstract = abstract_state(config, model, mesh)
         # Nothing is updated here: the copies that training reads are enough.
         # Where they lie is said, too: else they would go to the first device of process 0.
-        copies = {
+        copies: Any = {
             name: jax.ShapeDtypeStruct(p.shape, config.model.param_dtype, sharding=p.sharding)
             for name, p in abstract.params.items()
         }
@@ -186,12 +187,14 @@ def _rows(
     if table is None:
         return NoRows()
 
-    def caught_up(rows, others: TableState) -> jax.Array:
+    def caught_up(rows, others) -> jax.Array:
         table = dataclasses.replace(others, rows=rows)
         return ShardedTable(spec, mesh, 1).caught_up_rows(table, updates, history)
 
     # Beside rows and slot variables, nothing of their size.
-    rows = jax.jit(caught_up, donate_argnums=0)(table.rows, dataclasses.replace(table, rows=None))
+    nothing: Any = None
+    others = dataclasses.replace(table, rows=nothing)
+    rows = jax.jit(caught_up, donate_argnums=0)(table.rows, others)
     return ResidentRows(rows, spec, mesh)
 
 

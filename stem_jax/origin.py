@@ -75,8 +75,8 @@ def find_origin(config: Config) -> Origin | None:
     if len(given) > 1:
         both = " and ".join(f"{key}={folder}" for key, folder in given.items())
         raise InputError(f"{both}: a run begins with one checkpoint; set one of them to none")
-    [(key, folder)] = given.items()
-    folder = local_path(folder, key)
+    [(key, text)] = given.items()
+    folder = local_path(text, key)
     if not (folder / FOLDER).is_dir():
         raise InputError(
             f"{key}={folder} has no {FOLDER} folder; give the work folder of a run, or of an import"
@@ -136,6 +136,9 @@ def begin_from(origin: Origin, programs: TrainStep) -> tuple[TrainState, HostSto
 
 def _spec_there(there: Config, here: Config) -> TableSpec:
     """The origin's table and its optimizer, placed as here."""
-    placement = {"vocab_axes": here.tables.vocab_axes, "resident_rows": here.tables.resident_rows}
-    tables = dataclasses.replace(there.tables, **placement)
+    tables = dataclasses.replace(
+        there.tables,
+        vocab_axes=here.tables.vocab_axes,
+        resident_rows=here.tables.resident_rows,
+    )
     return TableSpec.from_config(dataclasses.replace(there, tables=tables))

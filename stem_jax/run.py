@@ -6,6 +6,7 @@ import enum
 import errno
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -175,7 +176,7 @@ def _open_data(
     share = Share.of_devices(shards, num_shards, config.train.micro_batches)
     # A shared data.folder may hold the text as it was and as it is now.
     checksums = () if info is None else info.data["checksums"]
-    reading = {"checksums": checksums, "share": share, "first_step": first_step}
+    reading: dict[str, Any] = {"checksums": checksums, "share": share, "first_step": first_step}
     data = None
     with unanimous(PREPARING_SECONDS):
         if is_first():
@@ -257,7 +258,7 @@ def _latest(workdir: Path) -> CheckpointInfo | None:
 
 def _verdict(config: Config, data: RunData, validation: Validation) -> str:
     lines = [f"held-out text: {validation.bits_per_byte:.3f} bits per byte{validation.caution}"]
-    if not config.eval.baselines:
+    if not config.eval.baselines or data.held_out is None:
         return lines[0]
     unigrams = token_unigrams(list(data.stores), data.held_out, config.model.vocab_size)
     for baseline in (unigrams, xz(data.held_out, data.tokenizer)):

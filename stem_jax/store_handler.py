@@ -106,7 +106,7 @@ class _StoreFieldHandler(type_handlers.TypeHandler):
         infos: Sequence[type_handlers.ParamInfo],
         args: Sequence[StoreRestoreArgs] | None = None,
     ) -> Sequence[StoreField]:
-        fields = [arg.field for arg in args]
+        fields = [arg.field for arg in args or () if arg.field is not None]
         for field, info in zip(fields, infos, strict=True):
             await _read(field, info)
         return fields
@@ -134,6 +134,7 @@ async def _write(field: StoreField, info: type_handlers.ParamInfo) -> None:
         # No copy: the piece belongs to this write alone.
         await target[place].write(rows, can_reference_source_data_indefinitely=True)
 
+    assert field.snapshot is not None
     await _a_few_at_a_time(
         write(rows, _place(block, field.name, first, len(rows)))
         for block in field.store.blocks
@@ -153,7 +154,8 @@ async def _read(field: StoreField, info: type_handlers.ParamInfo) -> None:
         raise ValueError(
             f"{info.name} is {source.dtype.name} {source.shape}, not {field.dtype} {field.shape}"
         )
-    chunk = source.chunk_layout.read_chunk.shape
+    shape = source.chunk_layout.read_chunk.shape or ()
+    chunk = tuple(int(size) for size in shape if size is not None)
 
     async def read(array: np.ndarray, place: Index) -> None:
         await ts.array(array).write(source[place])

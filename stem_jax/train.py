@@ -28,8 +28,8 @@ def main(argv: list[str]) -> None:
     workdir = args.workdir or Path("runs") / args.config.stem
     gang = Gang.from_flags(args)
     folder = config.train.compilation_cache
-    folder = None if folder is None else local_path(folder, "train.compilation_cache")
-    start_jax(args.compilation_cache, folder)
+    kept = None if folder is None else local_path(folder, "train.compilation_cache")
+    start_jax(args.compilation_cache, kept)
     from stem_jax.agreement import is_first
     from stem_jax.final_sample import show_sample
     from stem_jax.run import Ending, train

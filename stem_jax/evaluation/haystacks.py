@@ -131,6 +131,7 @@ def draw_sample(
 
 def answer_tokens(generator: Generator, value: str) -> int:
     """Tokens of a completion that shows where the value ends: with a full stop, or another."""
+    assert generator.tokenizer is not None
     with_stop, alone = (generator.tokenizer.encode_behind(f" {value}{end}") for end in (".", ""))
     return max(len(with_stop), len(alone) + 1)
 

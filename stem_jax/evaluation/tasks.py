@@ -204,7 +204,7 @@ def _with_data_beside(entry: Any) -> dict[str, Any]:
 
 def _load(manager: "TaskManager", wanted: Sequence[_Wanted]) -> list[Any]:
     """The tasks with their data. A group stays one: its score is an average over its tasks."""
-    from datasets.exceptions import DatasetsError
+    from datasets.exceptions import DatasetsError  # type: ignore[import-untyped]  # it has none
     from jinja2 import TemplateError
 
     built: list[Any] = []

@@ -53,10 +53,12 @@ class LaidEdits:
     """The rows of many edits beside a run's table.
 
     run: reads row V + e as the e-th of them. keys: for each edit, the key read for a token id.
+    rows: of the run; None where there are no such rows.
     """
 
     run: LoadedRun
     keys: list[dict[int, int]]
+    rows: OverlaidRows | None = None
 
 
 def measure_edits(
@@ -155,7 +157,7 @@ def lay_edits(
         number += len(recipes)
     # No token id is led anywhere for all questions alike.
     rows = OverlaidRows(run.rows, V, rows_ExSxF, np.full(len(flat), -1))
-    return LaidEdits(dataclasses.replace(run, rows=rows), keys)
+    return LaidEdits(dataclasses.replace(run, rows=rows), keys, rows)
 
 
 def _embedded(case: EditCase, recipes: Sequence[RowRecipe]) -> dict[int, int]:

@@ -127,7 +127,7 @@ def _generation(config: Config, programs: Sequence[str]) -> list[FlopCheck]:
     rows: RowSource = NoRows()
     if spec.vectors:
         rows = ResidentRows(abstract_table(spec).rows, spec, None)
-    params = ModelDef(config).shapes()
+    params: Any = ModelDef(config).shapes()
     generator = Generator(config, params, rows, None)
     tokens_1xL = jax.ShapeDtypeStruct((1, length), jnp.int32)
     token_1 = jax.ShapeDtypeStruct((1,), jnp.int32)

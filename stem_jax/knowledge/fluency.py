@@ -52,7 +52,8 @@ def fluency(
     # One batch, so that one program serves for both: without edits, then with them.
     keys: list[dict[int, int]] = [{} for _ in chosen]
     keys += laid.keys
-    rows = SequenceKeys(run.rows, run.config.model.vocab_size, keys)
+    assert laid.rows is not None
+    rows = SequenceKeys(laid.rows, run.config.model.vocab_size, keys)
     generator = Generator(run.config, run.params, rows, run.tokenizer, run.mesh)
     prompts = 2 * [case.prompt for case in chosen]
     completions = generator.complete(prompts, max_new_tokens, _SAMPLING, batch_size=len(prompts))

@@ -15,6 +15,7 @@ import numpy as np
 
 from stem_jax.data.loader import HostBatch
 from stem_jax.kernels.row_sums import order_of, sum_by_row, way_on
+from stem_jax.model.ffn import DenseFFN
 from stem_jax.model.rotary import rotary_angles
 from stem_jax.model.transformer import Inputs, Transformer
 from stem_jax.training.state import Params
@@ -72,6 +73,7 @@ class UpMeans:
         block, counts_nx1 = model.blocks[layer], counts_n[:, None]
         [alone_nxD] = block.ffn_norm(model.embed(ids_n[None], jnp.float32))
         mean_nxD = sums_VxD[ids_n] / jnp.maximum(counts_nx1, 1)
+        assert isinstance(block.ffn, DenseFFN)
         return block.ffn.up_proj(jnp.where(counts_nx1 > 0, mean_nxD, alone_nxD))
 
 

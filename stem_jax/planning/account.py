@@ -62,35 +62,38 @@ def make_account(
 ) -> Account:
     """The account of a program that was compiled with full effort."""
     part_of = parts_by_instruction(module)
-    cycles, charged = collections.Counter(), collections.Counter()
-    counts = collections.Counter()
+    cycles: collections.Counter[str] = collections.Counter()
+    charged: collections.defaultdict[tuple[str, str], float] = collections.defaultdict(float)
+    counts: collections.Counter[tuple[str, str]] = collections.Counter()
     for instruction, times in module.scheduled():
         part = part_of[instruction.name]
         cycles[part] += times * (instruction.estimated_cycles or 0)
         if found := charge(module, instruction, chip):
             charged[part, found.kind] += times * found.cycles
             counts[part, found.kind] += times
-    wires, runs = collections.Counter(), {}
+    wires: dict[str, float] = {}
+    runs: dict[str, int] = {}
     for collective in collectives:
         seconds = ici_seconds(collective, topology, chip) + network_seconds(collective, chip)
-        wires[collective.scheduled] += seconds / max(1, collective.times)
+        before = wires.get(collective.scheduled, 0.0)
+        wires[collective.scheduled] = before + seconds / max(1, collective.times)
         runs[collective.scheduled] = collective.times
     starts = _wrapped_in(module)
 
     def estimated(instruction: Instruction) -> float:
         return (instruction.estimated_cycles or 0) / chip.clock
 
-    covered = collections.Counter()
+    covered: collections.defaultdict[str, float] = collections.defaultdict(float)
     for name, seconds in covered_seconds(module, wires, estimated).items():
         covered[part_of[starts.get(name, name)]] += seconds
-    sent = collections.Counter()
+    sent: collections.defaultdict[str, float] = collections.defaultdict(float)
     for name, seconds in wires.items():
         sent[part_of[name]] += seconds * runs[name]
     charges = sorted(
-        (Charged(*key, counts[key], round(total)) for key, total in charged.items()),
+        (Charged(p, k, counts[p, k], round(total)) for (p, k), total in charged.items()),
         key=lambda c: -c.cycles,
     )
-    by_part = collections.Counter()
+    by_part: collections.Counter[str] = collections.Counter()
     for entry in charges:
         by_part[entry.part] += entry.cycles
     names = [*STEP, *sorted(set(part_of.values()) - set(STEP))]

@@ -53,11 +53,11 @@ def parts_by_instruction(module: Module) -> dict[str, str]:
 
 def _in_loops(module: Module, marked: dict[str, str | None]) -> dict[str, str]:
     """Of what runs in loops with a mark, the part of the innermost."""
-    found = {}
+    found: dict[str, str] = {}
     # An outer loop is scheduled before those inside it.
     for name, part in marked.items():
         if part is not None and module.instructions[name].opcode == "while":
-            body = module.instructions[name].called("body")
+            body = module.instructions[name].body
             found |= dict.fromkeys((i.name for i, _ in module.scheduled(body)), part)
     return found
 
@@ -78,7 +78,7 @@ def _moved_for(parts: set[str]) -> str | None:
 def _kernel_parts(module: Module, scheduled) -> set[str]:
     """Parts of kernels that this program computes by kernels, not by plain operations."""
     calls = [i for i in scheduled if is_kernel(i)]
-    return KERNELS & {part for call in calls for part in parts_of(call.op_name)[-1:]}
+    return {part for call in calls for part in parts_of(call.op_name)[-1:] if part in KERNELS}
 
 
 def _marked(module: Module, instruction: Instruction, by_kernel: set[str]) -> str | None:
@@ -88,7 +88,7 @@ def _marked(module: Module, instruction: Instruction, by_kernel: set[str]) -> st
         if part := _innermost(candidate, instruction, by_kernel):
             return part
     # The largest results say most of what a fusion does.
-    sizes = collections.Counter()
+    sizes: collections.Counter[str] = collections.Counter()
     for inner in inside:
         if part := _innermost(inner, instruction, by_kernel):
             sizes[part] += inner.bytes

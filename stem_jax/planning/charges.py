@@ -127,16 +127,25 @@ def _kind(inside: list[Instruction]) -> str:
     return next((kind for kind in ("scatter", "gather", "sort") if kind in opcodes), "other")
 
 
+def _found(pattern: re.Pattern[str], instruction: Instruction) -> re.Match[str]:
+    found = pattern.search(instruction.attributes)
+    if found is None:
+        raise ValueError(
+            f"{instruction.opcode} without {pattern.pattern}: {instruction.attributes}"
+        )
+    return found
+
+
 def _matmul_flops(module: Module, instruction: Instruction) -> int:
     if instruction.opcode not in MATMULS:
         return 0
     left, right = module.operands(instruction)[:2]
     result = math.prod(instruction.arrays[0].shape)
     if instruction.opcode == "dot":
-        places = _CONTRACTED.search(instruction.attributes).group(1)
+        places = _found(_CONTRACTED, instruction).group(1)
         return 2 * result * math.prod(left.shape[int(p)] for p in places.split(",") if p)
     # Of a kernel [.., i, o] each result takes everything but the outputs.
-    outputs = right.shape[_LABELS.search(instruction.attributes).group(2).index("o")]
+    outputs = right.shape[_found(_LABELS, instruction).group(2).index("o")]
     return 2 * result * math.prod(right.shape) // outputs
 
 

@@ -174,5 +174,6 @@ def _elements(kind) -> int:
 
 def _bytes(kind) -> int:
     found = _SHAPED.search(str(kind))
+    assert found is not None, kind
     bits = int(re.sub(r"\D", "", found.group(2)))
     return math.prod(_shape(kind)) * max(bits // 8, 1)

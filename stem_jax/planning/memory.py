@@ -39,6 +39,7 @@ class Memory:
 def memory_of(compiled: jax.stages.Compiled, report: str) -> Memory:
     """By kind, from the executable, and from the compiler's report where there is one."""
     stats = compiled.memory_analysis()
+    assert stats is not None, "this backend has no account of memory"
     outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
     account = _ACCOUNT.search(report)
     # Where a program has loops, libtpu's statistics count some temporaries twice: a program that

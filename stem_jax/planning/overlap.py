@@ -64,12 +64,11 @@ def _matmuls(module: Module, instruction: Instruction, times, wires, seconds_of,
     opcode = instruction.opcode
     if opcode == "while":
         rounds = module.rounds(instruction)
-        inner = _cover(
-            module, instruction.called("body"), times * rounds, wires, seconds_of, covered
-        )
+        inner = _cover(module, instruction.body, times * rounds, wires, seconds_of, covered)
         return [(seconds, runs * rounds) for seconds, runs in inner]
     if opcode == "call":
-        return _cover(module, instruction.called("to_apply"), times, wires, seconds_of, covered)
+        called = instruction.called("to_apply") or ""
+        return _cover(module, called, times, wires, seconds_of, covered)
     if holds_matmul(module, instruction) and (seconds := seconds_of(instruction)):
         return [(seconds, 1)]
     return []
@@ -98,7 +97,8 @@ def _ends(module: Module, body: tuple[Instruction, ...]) -> dict[str, int]:
 
 
 def _end(module: Module, body, users, start: Instruction, wrapped: bool) -> int | None:
-    pending, seen = [start.name], set()
+    pending = [start.name]
+    seen: set[int] = set()
     while pending:
         places = sorted({place for name in pending for place in users.get(name, ())} - seen)
         seen.update(places)

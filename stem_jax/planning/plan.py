@@ -135,12 +135,16 @@ def make_plan(
     slices = topology.slices_of(mesh.devices.flat)
     collectives = [] if module is None else collectives_of(module, slices)
     work = None
-    if topology.switched and module is not None:
+    if topology.switched and module is not None and chip is not None:
         work = make_work_account(module, collectives, topology, chip)
     # Of GPUs' kernels more is known than that they read and write whole arrays.
     traffic = work.traffic if work else None if module is None else hbm_bytes(module)
     model_flops, all_flops = step_flops(config)
-    bounded = chip is not None and module is not None and not naive_lookup
+    bound, cycles = None, None
+    if chip is not None and module is not None and traffic is not None:
+        if not naive_lookup:
+            bound = roofline(config, topology, chip, collectives, traffic)
+        cycles = make_account(module, collectives, topology, chip) if account else None
     return Plan(
         program="naive lookup" if naive_lookup else "train step",
         topology=str(topology),
@@ -164,7 +168,7 @@ def make_plan(
         collectives=None if module is None else _totals(collectives),
         open_ended_loops=0 if module is None else _open_ended(module),
         open_ended_rounds=program.rounds,
-        roofline=roofline(config, topology, chip, collectives, traffic) if bounded else None,
+        roofline=bound,
         peaks=chip,
         compile_seconds=compiled.seconds,
         remedies=()
@@ -172,7 +176,7 @@ def make_plan(
         else _NAIVE
         if naive_lookup
         else _remedies(config, mesh, compiled, limit),
-        account=make_account(module, collectives, topology, chip) if account and module else None,
+        account=cycles,
         work=work,
     )
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,8 +76,8 @@ def train_step_program(config: Config, mesh: Mesh, *, all_distinct: bool = False
     check_placement(placed_arrays(config, step.model), mesh, config.mesh.max_replicated_mib)
     state = abstract_state(config, step.model, mesh)
     shape = (config.train.micro_batches, config.micro_batch_size, config.train.seq_len)
-    ints = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=step.batch_sharding)
-    mask = jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=step.batch_sharding)
+    ints: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=step.batch_sharding)
+    mask: Any = jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=step.batch_sharding)
     batch = Batch(ints, ints, ints, ints, mask)
     schedule = jax.eval_shape(lambda: make_schedule(config, config.train.steps))
     table = step.table(ints)
@@ -84,14 +85,14 @@ def train_step_program(config: Config, mesh: Mesh, *, all_distinct: bool = False
         needed = zipf_needs(config, mesh)
         sizes = choose_sizes(needed, needed, table.largest_sizes)
         table = dataclasses.replace(table, sizes=sizes)
-    sizes = None if table is None else table.sizes
+    taken = None if table is None else table.sizes
     exchange = None if table is None else table.exchange
     slots = None
-    if step.spec.offloaded:
+    if step.spec.offloaded and exchange is not None:
         size = exchange.num_owners * exchange.owned_rows
         sharding = NamedSharding(mesh, step.spec.index_spec)
         slots = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=sharding)
-    program = _program(step.update, (state, batch, schedule, slots), exchange, sizes=sizes)
+    program = _program(step.update, (state, batch, schedule, slots), exchange, sizes=taken)
     if table is None or all_distinct:
         return program
     tokens = config.micro_batch_size * config.train.seq_len // axis_size(mesh, TOKEN_AXES)

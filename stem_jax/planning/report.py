@@ -51,7 +51,7 @@ def verdict(plan: Plan) -> str:
 
 def _reserve(plan: Plan) -> str:
     share = 1.0 if plan.peaks is None else plan.peaks.reserved
-    if share == 1:
+    if share == 1 or plan.limit is None:
         return ""
     return f", the {share:g} of {_bytes(plan.limit / share)} that a run reserves"
 
@@ -181,8 +181,8 @@ def _account_lines(plan: Plan) -> list[str]:
             charged = f"{entry.count:>9,} {entry.cycles / 1e6:>9,.1f}"
             lines.append(f"             {entry.part:<20}{entry.kind:<16}{charged}")
     rest = [entry for entry in account.charges if entry.cycles < _LISTED_CYCLES]
-    cycles, count = sum(e.cycles for e in rest) / 1e6, sum(e.count for e in rest)
-    lines.append(f"             {'all others':<36}{count:>9,} {cycles:>9,.1f}")
+    total, count = sum(e.cycles for e in rest) / 1e6, sum(e.count for e in rest)
+    lines.append(f"             {'all others':<36}{count:>9,} {total:>9,.1f}")
     return lines
 
 

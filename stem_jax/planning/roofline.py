@@ -76,7 +76,7 @@ def roofline(
         "interconnect": sum(ici_seconds(c, topology, chip) for c in collectives),
         "network": sum(network_seconds(c, chip) for c in collectives),
     }
-    binds = max(seconds, key=seconds.get)
+    binds = max(seconds, key=seconds.__getitem__)
     step = seconds[binds]
     return Roofline(
         **seconds,

@@ -7,6 +7,8 @@ import functools
 import importlib.util
 import math
 import os
+from collections.abc import Iterable
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -90,7 +92,7 @@ class Topology:
             return gpus.gpu_devices(self.kind, self.chips_per_slice, self.slices)
         return _cpu_devices(self) if self.kind == "cpu" else _tpu_devices(self)
 
-    def slices_of(self, devices: list[jax.Device]) -> list[int]:
+    def slices_of(self, devices: Iterable[jax.Device]) -> list[int]:
         """The slice, or the host of GPUs, of each device."""
         if self.switched:
             return [device.process_index for device in devices]
@@ -129,7 +131,7 @@ def _tpu_devices(topology: Topology) -> list[jax.Device]:
     }
     for name, value in described.items():
         os.environ.setdefault(name, value)
-    options = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
     if topology.kind in ("v4", "v5p"):
         # One device per chip, as JAX has it on the real ones; the default for v4 is two.
         options["chip_config_name"] = "megacore"

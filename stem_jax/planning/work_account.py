@@ -8,6 +8,7 @@ matmuls scheduled meanwhile cover some (`overlap`).
 
 import collections
 import dataclasses
+from typing import Any
 
 from stem_jax.hardware import Chip
 from stem_jax.parts import STEP
@@ -70,7 +71,10 @@ def make_work_account(
     """The account of a program compiled for GPUs."""
     part_of = parts_by_instruction(module)
     works = {i.name: work_of(module, i) for i, _ in module.scheduled()}
-    sums, kernels = collections.defaultdict(collections.Counter), {}
+    sums: collections.defaultdict[str, dict[str, Any]] = collections.defaultdict(
+        collections.Counter
+    )
+    kernels: dict[tuple[str, str], list[int]] = {}
     wired = 0
     for instruction, times in module.scheduled():
         work = works[instruction.name]
@@ -91,21 +95,22 @@ def make_work_account(
         work = works[instruction.name]
         return 0.0 if work is None else least_seconds(work, chip)
 
-    wires = collections.Counter()
+    wires: dict[str, float] = {}
     for collective in collectives:
         seconds = ici_seconds(collective, topology, chip) + network_seconds(collective, chip)
         sums[part_of[collective.scheduled]]["wire_seconds"] += seconds
-        wires[collective.scheduled] += seconds / max(1, collective.times)
+        before = wires.get(collective.scheduled, 0.0)
+        wires[collective.scheduled] = before + seconds / max(1, collective.times)
     for name, seconds in covered_seconds(module, wires, seconds_of).items():
         sums[part_of[name]]["covered_seconds"] += seconds
     fields = [field.name for field in dataclasses.fields(PartWork)[1:]]
     parts = tuple(
-        PartWork(name, *(sums[name][field] for field in fields))
+        PartWork(name, **{field: sums[name][field] for field in fields})
         for name in (*STEP, *sorted(set(part_of.values()) - set(STEP)))
     )
     return WorkAccount(
         parts=parts,
-        kernels=tuple(KernelCalls(*key, *calls) for key, calls in sorted(kernels.items())),
+        kernels=tuple(KernelCalls(p, kind, *calls) for (p, kind), calls in sorted(kernels.items())),
         flops=sum(part.flops for part in parts),
         bytes=sum(part.bytes for part in parts),
         traffic=wired + sum(part.bytes for part in parts),

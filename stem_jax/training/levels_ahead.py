@@ -55,7 +55,10 @@ class LevelsAhead:
             self._waiting += [
                 sizes
                 for sizes in self._programs.larger_sizes(
-                    ready.batch, ready.demand, ready.sizes, near=self._near
+                    ready.batch,
+                    ready.demand,  # type: ignore[arg-type]  # by which its sizes were chosen
+                    ready.sizes,
+                    near=self._near,
                 )
                 if sizes not in self._known
             ]
@@ -64,9 +67,11 @@ class LevelsAhead:
             return
         sizes = self._waiting.pop(0)
         # Arrays would be kept as long as that takes.
-        described = jax.tree.map(_described, (state, ready.batch, schedule, ready.slots))
+        arrays = (state, ready.batch, schedule, ready.slots)
+        of_state, batch, of_schedule, slots = jax.tree.map(_described, arrays)
         result = background.begin(
-            lambda: self._programs.compile_update(*described, sizes), "levels-ahead"
+            lambda: self._programs.compile_update(of_state, batch, of_schedule, slots, sizes),
+            "levels-ahead",
         )
         self._compiling = (sizes, result)
 

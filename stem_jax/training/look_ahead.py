@@ -92,6 +92,7 @@ class LookAhead(Iterator[Ready]):
             raise StopIteration
         ready = self._queue.popleft()
         if not self._choose(ready):
+            assert self._prefetch is not None and ready.asked is not None
             raise self._prefetch.too_few(ready.asked)
         return ready
 
@@ -122,38 +123,42 @@ class LookAhead(Iterator[Ready]):
             return True
         if ready.sizes is None:
             ready.sizes = self._programs.sizes_for(ready.batch, ready.demand)
-        if self._prefetch is None or ready.ticket is not None:
+        prefetch = self._prefetch
+        if prefetch is None or ready.ticket is not None:
             return True
         if ready.asked is None:
             ready.asked = self._programs.asked_by(ready.batch, ready.demand)
-        if not self._prefetch.fits(ready.asked):
+        if not prefetch.fits(ready.asked):
             return False
         # The caches know of a batch that chose before.
         record = self._training and not ready.settled
-        pinned = self._pinned(ready.asked)
-        ready.ticket = self._prefetch.ticket(ready.asked, pinned, record=record)
+        pinned = self._pinned(prefetch, ready.asked)
+        ready.ticket = prefetch.ticket(ready.asked, pinned, record=record)
         table = self._programs.table(ready.batch.tokens, ready.sizes)
-        ready.slots = self._prefetch.slots(ready.ticket, table.exchange.owned_rows)
+        assert table is not None
+        ready.slots = prefetch.slots(ready.ticket, table.exchange.owned_rows)
         self._window.append(ready.asked)
         return True
 
-    def _pinned(self, asked: AskedRows) -> AskedRows | None:
+    def _pinned(self, prefetch: Prefetch, asked: AskedRows) -> AskedRows | None:
         """Rows of the batches before this one that stay: of the latest, if there is room."""
         kept = list(self._window)
         while kept:
-            if self._prefetch.fits(asked.united(kept)):
+            if prefetch.fits(asked.united(kept)):
                 return kept[0].united(kept[1:])
             # Those of the earliest are the first that are used no more.
             kept.pop(0)
         return None
 
     def _apply(self, state: TrainState, ticket: Ticket) -> TrainState:
+        assert self._prefetch is not None
         arrays = self._prefetch.apply(dict(vars(state.table)), ticket)
         return dataclasses.replace(state, table=TableState(**arrays))
 
     def _measured(self, tickets: list[Ticket]) -> dict[str, np.float64]:
         """Hit rates by row and by token; what had to come, how long it took and who waited."""
         asked, tokens = max(tickets[-1].move.asked, 1), max(tickets[-1].move.tokens, 1)
+        assert self._prefetch is not None
         missing = sum(ticket.move.missing for ticket in tickets)
         missing_tokens = sum(ticket.move.missing_tokens for ticket in tickets)
         values = {

@@ -170,6 +170,7 @@ class Loop:
         owed: the checkpoint of the step is there, without it.
         """
         held_out, sums = self.data.held_out, []
+        assert held_out is not None
         ahead = self._look_ahead(held_out, len(held_out), training=False)
         for _ in range(len(held_out)):
             try:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from stem_jax.config import Config, DataConfig
 from stem_jax.data.formats import Reading
@@ -72,7 +73,7 @@ def open_run_data(
             note = source.train.meta.coverage_note
             if note:
                 log.info(f"note: {source.source}: {note}")
-    slices = {
+    slices: dict[str, Any] = {
         "seq_len": train.seq_len,
         "global_batch_size": train.global_batch_size,
         "share": share,
@@ -149,9 +150,9 @@ def _first_tokenizer(config: Config, workdir: Path) -> Tokenizer:
     data = config.data
     specs = parse_sources(data.sources)
     if data.tokenizer_path is not None or data.tokenizer == "bytes":
-        path = data.tokenizer_path
-        path = None if path is None else local_path(path, "data.tokenizer_path")
-        return load_tokenizer(data.tokenizer, path)
+        given = data.tokenizer_path
+        file = None if given is None else local_path(given, "data.tokenizer_path")
+        return load_tokenizer(data.tokenizer, file)
     for key, folder in config.origins.items():
         return load_tokenizer_folder(local_path(folder, key) / TOKENIZER_FOLDER)
     for spec in specs:

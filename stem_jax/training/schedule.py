@@ -27,7 +27,7 @@ ENDING = ("linear", "cosine", "wsd")
 class Schedule:
     """Learning rates of every update of a run: [T] float32, and what rows look back with."""
 
-    rates: jax.Array
+    rates: jax.Array | np.ndarray
     table: UpdateHistory
 
 

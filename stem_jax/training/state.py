@@ -171,8 +171,11 @@ def state_shardings(config: Config, model: ModelDef, mesh: Mesh) -> TrainState:
     What an optimizer keeps of a parameter in the parameter's own shape lies as it does; all else,
     such as counts, and sums over rows or columns, every device has whole.
     """
-    whole = replicated(mesh)
-    params = {name: NamedSharding(mesh, spec) for name, spec in model.state_specs().items()}
+    # A state with shardings for arrays.
+    whole: Any = replicated(mesh)
+    params: dict[str, Any] = {
+        name: NamedSharding(mesh, spec) for name, spec in model.state_specs().items()
+    }
     shapes = model.state_shapes()
 
     def place(path, kept: jax.ShapeDtypeStruct) -> NamedSharding:
@@ -232,8 +235,8 @@ def dropout_key(config: Config) -> jax.Array:
 
 def abstract_state(config: Config, model: ModelDef, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, with no memory behind them."""
-    shapes = model.state_shapes()
-    scalar = jax.ShapeDtypeStruct((), jnp.int32)
+    shapes: dict[str, Any] = dict(model.state_shapes())
+    scalar: Any = jax.ShapeDtypeStruct((), jnp.int32)
     opt_state = jax.eval_shape(model.optimizer.init, shapes)
     table = None
     spec = TableSpec.from_config(config)

@@ -92,18 +92,25 @@ class TrainStep:
         keys = tokens_AxBxL.size // axis_size(self.mesh, TOKEN_AXES)
         return ShardedTable(self.spec, self.mesh, keys, sizes)
 
+    def _table(self, batch: Batch, sizes: BlockSizes | None = None) -> ShardedTable:
+        """Of a model that has one."""
+        table = self.table(batch.tokens, sizes)
+        assert table is not None, "a dense model has no table"
+        return table
+
     def _caught_up_rows(self, state: TrainState, schedule: Schedule) -> jax.Array:
         """All rows as the next forward would see them, stored: [S, V_pad, F]."""
         table = ShardedTable(self.spec, self.mesh, 1)
+        assert state.table is not None
         return table.caught_up_rows(state.table, state.updates, schedule.table)
 
     def _demand(self, batch: Batch, whole: bool = False) -> Demand:
         """What a batch asks of the table."""
-        return self.table(batch.tokens).demand(batch.tokens, batch.segment_ids > 0, whole=whole)
+        return self._table(batch).demand(batch.tokens, batch.segment_ids > 0, whole=whole)
 
     def sizes_for(self, batch: Batch, demand: Demand) -> BlockSizes:
         """One of a few levels, for a batch whose demand has come to the host."""
-        table = self.table(batch.tokens)
+        table = self._table(batch)
         needed = table.needed_by(demand)
         first = self._first_needs.setdefault(table.keys_per_device, needed)
         return choose_sizes(needed, first, table.largest_sizes)
@@ -112,7 +119,7 @@ class TrainStep:
         self, batch: Batch, demand: Demand, sizes: BlockSizes, *, near: bool
     ) -> list[BlockSizes]:
         """Levels above the one of a batch; with `near` the next, if this batch nearly needs it."""
-        table = self.table(batch.tokens)
+        table = self._table(batch)
         first = self._first_needs[table.keys_per_device]
         above = levels_above(sizes, first, table.largest_sizes)
         if not near:
@@ -124,21 +131,23 @@ class TrainStep:
         state: TrainState,
         batch: Batch,
         schedule: Schedule,
-        slots: jax.Array | None,
+        slots: jax.Array | jax.ShapeDtypeStruct | None,
         sizes: BlockSizes,
     ) -> None:
         """Compiles the step of other sizes than that of these arguments, or what describes them."""
         if slots is not None:
-            room = self.table(batch.tokens, sizes).exchange.owned_rows
+            room = self._table(batch, sizes).exchange.owned_rows
             size = axis_size(self.mesh, self.spec.vocab_axes) * room
             slots = jax.ShapeDtypeStruct((size,), slots.dtype, sharding=slots.sharding)
         self.update.lower(state, batch, schedule, slots, sizes).compile()
 
     def asked_by(self, batch: Batch, demand: Demand) -> AskedRows:
         """The rows of an offloaded table that a batch asks for."""
-        table = self.table(batch.tokens)
+        table = self._table(batch)
         # Lists have room for twice the keys of a device; one owner may be asked for more.
-        return table.asked_by(demand) or table.asked_by(self.demand(batch, whole=True))
+        asked = table.asked_by(demand) or table.asked_by(self.demand(batch, whole=True))
+        assert asked is not None, "whole lists have every row"
+        return asked
 
     def _update(
         self,
@@ -172,7 +181,7 @@ class TrainStep:
             metrics |= {"grad_norm": norm}
         if table is not None:
             metrics |= self._table_metrics(table, requests)
-        if row_gradients is not None:
+        if row_gradients is not None and table is not None and state.table is not None:
             # Rows travel in the compute dtype both ways; owners sum in float32.
             with part("row_copies"):
                 row_gradients = row_gradients.astype(config.model.compute_dtype)
