@@ -60,7 +60,8 @@ def config_from_json(text: str) -> Config:
             if old in raw.get(old_section, {}):
                 values.setdefault(field, raw[old_section].pop(old))
         if key.before is not NOTHING:
-            values.setdefault(field, key.before)
+            # Lists of layers are written so.
+            values.setdefault(field, "none" if key.before == () else key.before)
     return build(raw)
 
 

@@ -6,7 +6,7 @@ export is refused by name. So a new key is refused everywhere until a format say
 
 from collections.abc import Iterator
 
-from stem_jax.config import ModelConfig, model_keys
+from stem_jax.config import ModelConfig, before, model_keys
 from stem_jax.config_keys import Role
 from stem_jax.errors import InputError
 
@@ -37,7 +37,7 @@ def check_format(model: ModelConfig, name: str) -> None:
             f"use --format={others[0]}"
             if others
             else "no other format says it; generate, evaluate and edit such a run where it is, or "
-            f"export one that was trained with model.{field}={model_keys()[field].before}"
+            f"export one that was trained with model.{field}={before(field) or 'none'}"
         )
         raise InputError(
             f"model.{field}={getattr(model, field)} has no counterpart in {_CALLED[name]}; {remedy}"
