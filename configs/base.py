@@ -30,6 +30,10 @@ def get_config() -> config_dict.ConfigDict:
     # silu(U[t]) * W_up x, which begins near zero with rows of Xavier's std, see tables.init_std;
     # up_add: silu(W_gate x) * (W_up x + U[t]).
     config.model.stem_site = "up"
+    # Layers with several FFNs, of which a hash of the token chooses one; as stem_layers, of which
+    # none is among them.
+    config.model.hash_moe_layers = config_dict.FieldReference("none", field_type=object)
+    config.model.hash_moe_experts = 16  # of each such layer; its weights are so many times as many
     config.model.tie_embeddings = False  # the output head is the token embedding
     # Probability that training replaces a token's embedding by one learned vector, while its rows
     # stay: then what the model knows of a token is in the rows, where an edit finds it.

@@ -29,6 +29,8 @@ class ModelConfig:
     ffn_dim: int = key(Role.SHAPE)
     stem_layers: tuple[int, ...] = key(Role.SHAPE, written=_LAYERS, kind="stem")
     stem_site: str = key(Role.SHAPE, before="up", of_kind="stem")
+    hash_moe_layers: tuple[int, ...] = key(Role.SHAPE, written=_LAYERS, before=(), kind="hash_moe")
+    hash_moe_experts: int = key(Role.SHAPE, before=16, of_kind="hash_moe")
     tie_embeddings: bool = key(Role.SHAPE)
     token_embedding_dropout: float = key(Role.SHAPE, before=0.0)
     norm_eps: float = key(Role.FIXED)
@@ -256,9 +258,8 @@ def model_keys() -> dict[str, Key]:
 
 
 def before(field: str) -> Any:
-    """What held before there was this field of the model section, resolved; NOTHING: never."""
-    key = model_keys()[field]
-    return () if key.kind is not None and key.before == "none" else key.before
+    """What held before there was this field of the model section; NOTHING: there always was."""
+    return model_keys()[field].before
 
 
 @functools.cache

@@ -33,6 +33,7 @@ _AT_LEAST_ONE = [
     "model.num_heads",
     "model.num_kv_heads",
     "model.ffn_dim",
+    "model.hash_moe_experts",
     "tables.pad_multiple",
     "train.steps",
     "train.global_batch_size",
@@ -159,6 +160,17 @@ def _check_layers(config: Config) -> None:
                     "one kind, so take it out of one of them"
                 )
         listed_by |= dict.fromkeys(layers, f"{key}={layers}")
+    model = config.model
+    if model.hash_moe_layers and model.hash_moe_experts > model.vocab_size:
+        raise InputError(
+            f"model.hash_moe_experts={model.hash_moe_experts} is more than the "
+            f"{model.vocab_size} ids of model.vocab_size that choose among them; lower it"
+        )
+    if model.hash_moe_layers and model.matmul_dtype == "float8":
+        raise InputError(
+            "model.matmul_dtype=float8 is not for the experts of model.hash_moe_layers="
+            f"{model.hash_moe_layers}; leave one of the two unset"
+        )
 
 
 def _check_tables(config: Config) -> None:

@@ -23,6 +23,8 @@ TOKEN_AXES = (*BATCH_AXES, CONTEXT)
 LOGICAL_TO_MESH = {
     "embed": "fsdp",
     "ffn": "tensor",
+    # Each device has its share of every expert.
+    "experts": None,
     "heads": "tensor",
     "kv_heads": "tensor",
     # Fewer than the devices of `tensor`: each device has all of them, and reads one.

@@ -18,6 +18,9 @@ BYTES = load_tokenizer("bytes")
 # Each key with a value off its default; a new key needs one here, and the formats' word on it.
 OTHERS = {
     "stem_site": "gate",
+    "hash_moe_layers": (0,),
+    # Of a model without such layers it says nothing.
+    "hash_moe_experts": 8,
     "tie_embeddings": True,
     "token_embedding_dropout": 0.1,
     "norm_eps": 1e-3,
@@ -35,7 +38,8 @@ OTHERS = {
     "scan_layers": True,
 }
 # Of these, what an export of a model with them says, or refuses.
-REFUSED = {"hf": {"stem_site"}, "official": {"stem_site", "rope_scaling"}}
+REFUSED = {"hf": {"stem_site", "hash_moe_layers"}}
+REFUSED["official"] = REFUSED["hf"] | {"rope_scaling"}
 
 
 def _export(name: str, config):

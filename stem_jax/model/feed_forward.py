@@ -6,12 +6,14 @@ layers (`config_keys.Key.kind`).
 
 from stem_jax.config import ModelConfig
 from stem_jax.model.ffn import DenseFFN, StemFFN
+from stem_jax.model.hash_moe import HashExperts
 from stem_jax.model.kind import FeedForward
 from stem_jax.model.layer_plan import layer_kinds
 
 KINDS: dict[str, type[FeedForward]] = {
     "dense": DenseFFN,
     "stem": StemFFN,
+    "hash_moe": HashExperts,
 }
 
 
