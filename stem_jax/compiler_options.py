@@ -2,14 +2,23 @@
 
 import jax
 
-# By kind of device. Only what this package's programs have been compiled with.
+# By kind of device, or its maker. Only what this package's programs have been compiled with.
 _OPTIONS = {
     # All-to-alls start and end apart, as other collectives do, so that matmuls may stand between.
     # On v5e that "is not supported on limited ICI": there nothing larger than 4x4 compiles with it.
-    "TPU v5": {"xla_tpu_enable_async_all_to_all": True},
+    ("TPU v5", "TPU v5p"): {"xla_tpu_enable_async_all_to_all": True},
+    # Collectives start early and end late, as other matmuls allow: by itself in jaxlib 0.10.2, said
+    # so that no version leaves it off. Pipelining of gathers over the turns of a loop hides more of
+    # them, for a fifth more memory (benchmarks/RESULTS.md).
+    ("NVIDIA",): {"xla_gpu_enable_latency_hiding_scheduler": True},
 }
 
 
 def compiler_options(device: jax.Device) -> dict[str, bool]:
     """Options for `jax.jit` or `Lowered.compile`, for programs of devices like this one."""
-    return dict(_OPTIONS.get(device.device_kind.removesuffix("p"), {}))
+    kind = device.device_kind
+    # "TPU v5 lite" is another than "TPU v5".
+    for kinds, options in _OPTIONS.items():
+        if kind in kinds or kind.partition(" ")[0] in kinds:
+            return dict(options)
+    return {}
