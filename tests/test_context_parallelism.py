@@ -12,9 +12,11 @@ from stem_jax.checkpoint import Checkpointer, CheckpointInfo
 from stem_jax.context_order import in_sequence_order, slots
 from stem_jax.errors import InputError
 from stem_jax.inference_mesh import inference_mesh
-from stem_jax.mesh import axis_size
+from stem_jax.mesh import axis_size, make_mesh
 from stem_jax.model.attention import attend
+from stem_jax.planning.compiled import compile_program
 from stem_jax.planning.program import train_step_program
+from stem_jax.planning.topology import Topology
 from stem_jax.run_checks import check_mesh
 from stem_jax.tables.spec import logical
 from stem_jax.training.schedule import make_schedule
@@ -77,7 +79,7 @@ def _copies(state) -> dict[str, list[np.ndarray]]:
 
 
 # The first of these compiles the step of one device too.
-@pytest.mark.parametrize("shape", [TWO, FOUR, ROWS_TOO])
+@pytest.mark.parametrize("shape", [TWO, FOUR, pytest.param(ROWS_TOO, marks=pytest.mark.long)])
 def test_losses_and_gradients_do_not_depend_on_context(shape, updates):
     _, alone, _, losses = updates(ALONE)
     _, found, copies, found_losses = updates(shape)
@@ -96,6 +98,7 @@ def test_losses_and_gradients_do_not_depend_on_context(shape, updates):
             np.testing.assert_array_equal(other, same[0], err_msg=name)
 
 
+@pytest.mark.long
 def test_rows_lie_in_copies_unless_context_is_asked_to_share_them(updates):
     for shape, shards, copies in ((FOUR, 2, 4), (ROWS_TOO, 8, 1)):
         step, _, found, _ = updates(shape)
@@ -130,7 +133,7 @@ def _inputs(L: int, Dh: int):
     [
         ("xla", (1, 2, 4, 1), 24, 8),
         ("chunked", (2, 1, 2, 2), 200, 8),
-        ("splash", (1, 1, 2, 2), 256, 64),
+        ("splash", (1, 1, 2, 1), 256, 64),
         pytest.param("splash", (1, 2, 4, 1), 1024, 64, marks=pytest.mark.long),
     ],
 )
@@ -221,13 +224,18 @@ def test_rows_in_host_memory_change_no_bit(shape, train_step, tmp_path):
 
 
 @pytest.mark.long
-def test_a_device_needs_less_memory_the_more_there_are(tiny_config, device_mesh):
+def test_a_device_needs_less_memory_the_more_there_are(tiny_config):
+    """On four chips, as many tokens an update: a sequence on each, or a quarter at a time."""
+    pytest.importorskip("libtpu")
+    sizes = {"embed_dim": 256, "head_dim": 64, "ffn_dim": 512, "num_layers": 2, "stem_layers": (1,)}
+    keys = {f"model.{name}": value for name, value in sizes.items()}
+    keys |= {"model.compute_dtype": "bfloat16", "train.seq_len": 4096, "train.global_batch_size": 4}
     temporaries = []
-    for context in (1, 2, 4):
-        keys = {"train.seq_len": 4096, "train.global_batch_size": 1, "model.attention": "chunked"}
-        config = tiny_config(**keys, **{"model.num_layers": 2, "model.stem_layers": (1,)})
-        program = train_step_program(config, device_mesh((1, 1, context, 1)))
-        analysis = program.lowered.compile().memory_analysis()
-        temporaries.append(analysis.temp_size_in_bytes)
-    # Keys and values of the whole sequence and gradients of all weights stay.
-    assert temporaries[2] < 0.8 * temporaries[1] < 0.8**2 * temporaries[0], temporaries
+    for context in (1, 4):
+        split = {"mesh.data": -1, "mesh.context": context, "train.micro_batches": context}
+        config = tiny_config(**keys, **split)
+        mesh = make_mesh(config.mesh, Topology.parse("v5e:2x2").devices())
+        compiled = compile_program(train_step_program(config, mesh), full_effort=False)
+        temporaries.append(compiled.memory.temporaries)
+    # Seen: 68.2 and 34.7 MiB. Keys and values of the whole sequence stay.
+    assert temporaries[1] < 0.6 * temporaries[0]
