@@ -20,12 +20,12 @@ from benchmarks.offload import offloaded
 from benchmarks.train_step import bench_config, zipf_tokens
 from stem_jax.data.tokenizer import load_tokenizer
 from stem_jax.generation import Generator
+from stem_jax.memory.catalogue import table_specs
 from stem_jax.mesh import make_mesh
 from stem_jax.sampling import Sampling
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.offloaded_rows import OffloadedRows
 from stem_jax.tables.row_source import ResidentRows
-from stem_jax.tables.spec import TableSpec
 from stem_jax.training.state import ModelDef, init_state, table_key
 
 _PROMPT, _NEW = 64, 64
@@ -53,10 +53,10 @@ def main() -> None:
     config = bench_config(model__stem_layers="half", mesh__data=1)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     state = init_state(config, ModelDef(config, mesh), mesh)
-    few = TableSpec.from_config(offloaded(config, args.resident, prefetch=0))
+    few = table_specs(offloaded(config, args.resident, prefetch=0))["stem"]
     store = HostStore.create(few, table_key(config), mesh, moments=False)
     sources = {
-        "resident": ResidentRows(state.table.rows, TableSpec.from_config(config), mesh),
+        "resident": ResidentRows(state.tables["stem"].rows, table_specs(config)["stem"], mesh),
         "offloaded": OffloadedRows(store, mesh, config.tables.cache_policy),
     }
     tokenizer = load_tokenizer("bytes")

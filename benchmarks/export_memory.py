@@ -76,13 +76,15 @@ def make_run(folder: Path) -> None:
         values *= 1e-2
         return jax.device_put(values, array.sharding)
 
-    table = jax.tree.map(filled, state.table)
+    table = jax.tree.map(filled, state.tables["stem"])
     last_step = generator.integers(0, UPDATES, table.last_step.shape, np.int32)
     table = dataclasses.replace(table, last_step=jax.device_put(last_step))
-    state = dataclasses.replace(state, table=table, opt_state=jax.tree.map(filled, state.opt_state))
+    state = dataclasses.replace(
+        state, tables={"stem": table}, opt_state=jax.tree.map(filled, state.opt_state)
+    )
     tokenizer = load_tokenizer("bytes")
     tokenizer.save(folder / "tokenizer")
-    info = CheckpointInfo(UPDATES, UPDATES, 0, 0, tokenizer.fingerprint, {}, config)
+    info = CheckpointInfo(UPDATES, UPDATES, 0, {}, tokenizer.fingerprint, {}, config)
     with Checkpointer(folder) as checkpoints:
         checkpoints.save(state, info, None)
 

@@ -25,14 +25,16 @@ from benchmarks.interleave import interleave, speed_ratio
 from benchmarks.train_step import bench_config, random_params, zipf_tokens
 from stem_jax.config import Config
 from stem_jax.config_file import load_config
+from stem_jax.memory.catalogue import table_specs
 from stem_jax.mesh import make_mesh
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.prefetch import Prefetch
-from stem_jax.tables.spec import TableSpec, TableState
+from stem_jax.tables.spec import TableState
+from stem_jax.training.batch import Batch
 from stem_jax.training.look_ahead import LookAhead
 from stem_jax.training.schedule import make_schedule
 from stem_jax.training.state import init_state, table_key
-from stem_jax.training.step import Batch, TrainStep
+from stem_jax.training.step import TrainStep
 
 _STEPS = 100_000
 # Settings that make one device of a pod's configuration.
@@ -50,7 +52,7 @@ class Run:
         model = self._programs.model
         self._state = init_state(config, model, mesh, random_params(model))
         self._schedule = make_schedule(config, _STEPS)
-        spec = self._programs.spec
+        spec = self._programs.reads.specs["stem"]
         self._prefetch = None
         if spec.offloaded:
             store = HostStore.create(spec, table_key(config), mesh)
@@ -58,8 +60,9 @@ class Run:
                 mesh, store, config.tables.cache_policy, config.tables.prefetch
             )
             table = TableState(**self._prefetch.load())
-            self._state = dataclasses.replace(self._state, table=table)
-        self._ahead = LookAhead(self._programs, self._batches(), _STEPS, self._prefetch)
+            self._state = dataclasses.replace(self._state, tables={"stem": table})
+        moving = {"stem": self._prefetch} if self._prefetch else {}
+        self._ahead = LookAhead(self._programs, self._batches(), _STEPS, moving)
         self.losses: list[float] = []
         self.rows: list[dict[str, float]] = []
 
@@ -113,7 +116,7 @@ def shape_config(shape: str, stem_layers: str | None) -> Config:
 
 def offloaded(config: Config, share: float, prefetch: int) -> Config:
     """The same with a share of the rows on the device."""
-    resident = round(TableSpec.from_config(config).num_rows * share)
+    resident = round(table_specs(config)["stem"].num_rows * share)
     tables = dataclasses.replace(config.tables, resident_rows=resident, prefetch=prefetch)
     return dataclasses.replace(config, tables=tables)
 
@@ -149,7 +152,7 @@ def main() -> None:
 
 
 def _result(args, config: Config, runs: dict[str, Run], seconds: dict) -> dict:
-    spec = TableSpec.from_config(config)
+    spec = table_specs(config)["stem"]
     result = {
         "shape": args.shape,
         "tokens_per_step": config.tokens_per_step,
@@ -165,7 +168,7 @@ def _result(args, config: Config, runs: dict[str, Run], seconds: dict) -> dict:
         # The first turn warms up: programs are compiled and the cache fills.
         rows = run.rows[args.steps :]
         found = {key: statistics.mean(row[key] for row in rows) for key in rows[0]}
-        found["stall_share"] = found["stall_seconds"] / result["step_seconds"][name]
+        found["stall_share"] = found["table/stall_seconds"] / result["step_seconds"][name]
         if "resident" in runs:
             found["step_time_over_resident"] = speed_ratio(seconds, "resident", name)
             pairs = zip(run.losses, runs["resident"].losses, strict=True)

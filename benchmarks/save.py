@@ -66,7 +66,7 @@ def main() -> None:
 
 def _info(step: JaxStep, number: int) -> CheckpointInfo:
     config = step.programs.config
-    counters = {"updates": number, "bad_steps": 0, "touched_rows": 0}
+    counters = {"updates": number, "bad_steps": 0, "touched_rows": {}}
     return CheckpointInfo(step=number, **counters, tokenizer="none", data={}, config=config)
 
 

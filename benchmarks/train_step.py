@@ -23,9 +23,10 @@ from configs.base import get_config as base_config
 from stem_jax.config import Config
 from stem_jax.config_file import build
 from stem_jax.mesh import make_mesh
+from stem_jax.training.batch import Batch
 from stem_jax.training.schedule import make_schedule
 from stem_jax.training.state import ModelDef, Params, init_state
-from stem_jax.training.step import Batch, TrainStep
+from stem_jax.training.step import TrainStep
 
 BATCH, LENGTH = 4, 256
 
@@ -100,8 +101,9 @@ class JaxStep:
             loss_mask=place(ones, bool),
         )
         self.schedule = make_schedule(config, 10_000)
-        demand = self.programs.demand(self.batch) if config.model.stem_layers else None
-        self.sizes = None if demand is None else self.programs.sizes_for(self.batch, demand)
+        reads = self.programs.reads
+        demand = self.programs.demand(self.batch) if reads.memories else {}
+        self.sizes = reads.sizes_for(self.batch, demand)
 
     def __call__(self) -> None:
         self.state, metrics = self.programs.update(

@@ -1,6 +1,7 @@
 """Checkpoints: everything a run is, through Orbax, and nothing else knows Orbax.
 
-A checkpoint holds the items `params`, `opt_state`, `table_rows`, `table_slots` (mu, nu, last_step),
+A checkpoint holds the items `params`, `opt_state`, `table_rows`, `table_slots` (mu, nu, last_step;
+`NAME_rows`, `NAME_moments` of other memories than STEM's),
 `data` (where the data stream stands), `config` and `layout` (format, V_pad, A, tokenizer). Arrays
 are stored whole, so a checkpoint restores on any mesh; a step folder appears under its final name
 only when it is complete.
@@ -20,13 +21,14 @@ from orbax.checkpoint import checkpoint_managers
 
 from stem_jax.agreement import is_first, unanimous
 from stem_jax.checkpoint_files import (
+    BEST,
     FOLDER,
     FORMAT_VERSION,
     ITEMS,
     PLAIN_ITEMS,
-    TABLE_ITEMS,
     check_format,
     write_list,
+    write_loss,
 )
 from stem_jax.checkpoint_params import (
     param_targets,
@@ -36,26 +38,27 @@ from stem_jax.checkpoint_params import (
     unplain,
 )
 from stem_jax.checkpoint_tables import (
-    copy_of_table,
-    room_for_table,
-    saved_store,
-    table_on_devices,
+    Stores,
+    copies_of_tables,
+    saved_stores,
+    table_items,
+    table_layouts,
     table_targets,
+    tables_on_devices,
+    touched_record,
+    touched_rows_of,
 )
 from stem_jax.config import Config
 from stem_jax.config_file import config_from_json
 from stem_jax.data.special_tokens import SpecialTokens
 from stem_jax.errors import InputError
-from stem_jax.files import write_whole
+from stem_jax.memory.catalogue import MEMORIES, table_specs
 from stem_jax.older_formats import current_tree
 from stem_jax.store_handler import table_handler
-from stem_jax.tables.host_store import HostStore
-from stem_jax.tables.spec import TableSpec, TableState
+from stem_jax.tables.spec import TableState
 from stem_jax.tables.store_snapshot import StoreSnapshot
 from stem_jax.training.past_updates import NO_PAST, PastUpdates
 from stem_jax.training.state import TrainState
-
-_BEST = "eval/loss"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,16 +66,17 @@ class CheckpointInfo:
     """The plain part of a checkpoint.
 
     step: batches consumed. updates: optimizer updates completed. bad_steps: skipped batches in a
-    row. touched_rows: rows that some update had. tokenizer: fingerprint of the tokenizer whose ids
-    key the tables. data: seed, sources. past: see `schedule.learning_rates`. owes_validation: a
-    stop came before the validation of this step. special: the tokenizer's special tokens; None in
-    checkpoints that did not say yet. format: that it was read in; what is saved has the newest.
+    row. touched_rows: of each memory, rows that some update had. tokenizer: fingerprint of the one
+    whose ids key the tables. data: seed, sources. past: see `schedule.learning_rates`.
+    owes_validation: a stop came before the validation of this step. special: the special tokens of
+    the tokenizer; None in checkpoints that did not say yet. format: that it was read in; what is
+    saved has the newest.
     """
 
     step: int
     updates: int
     bad_steps: int
-    touched_rows: int
+    touched_rows: dict[str, int]
     tokenizer: str
     data: dict[str, Any]
     config: Config
@@ -101,7 +105,7 @@ class Checkpointer:
             )
         self.folder = Path(workdir).absolute() / FOLDER
         policies = checkpoint_managers
-        best = functools.partial(policies.BestN, get_metric_fn=lambda m: m[_BEST], reverse=True)
+        best = functools.partial(policies.BestN, get_metric_fn=lambda m: m[BEST], reverse=True)
         options = ocp.CheckpointManagerOptions(
             create=not read_only,
             read_only=read_only,
@@ -113,14 +117,14 @@ class Checkpointer:
             multiprocessing_options=processes,
         )
         registry = ocp.DefaultCheckpointHandlerRegistry()
-        for item in ("table_rows", "table_slots"):
+        for item in (item for name in MEMORIES for item in table_items(name)):
             handler = table_handler()
             registry.add(item, ocp.args.PyTreeSave, handler)
             registry.add(item, ocp.args.PyTreeRestore, handler)
         self._manager = ocp.CheckpointManager(
             self.folder, options=options, handler_registry=registry
         )
-        self._snapshot: StoreSnapshot | None = None
+        self._snapshots: dict[str, StoreSnapshot] = {}
         # The step under way, and its validation loss.
         self._saving: tuple[int, float | None] | None = None
 
@@ -135,7 +139,7 @@ class Checkpointer:
         try:
             self._manager.close()
         finally:
-            self._drop_snapshot()
+            self._drop_snapshots()
 
     def wait(self) -> None:
         """Returns when every save so far is on disk.
@@ -148,7 +152,7 @@ class Checkpointer:
         except OSError as error:
             raise self._unwritable(error) from error
         finally:
-            self._drop_snapshot()
+            self._drop_snapshots()
 
     def steps(self) -> list[int]:
         """Complete checkpoints, oldest first."""
@@ -163,7 +167,7 @@ class Checkpointer:
         state: TrainState,
         info: CheckpointInfo,
         eval_loss: float | None,
-        store: HostStore | None = None,
+        stores: Stores | None = None,
     ) -> None:
         """Starts an asynchronous save; the state may be donated as soon as this returns.
 
@@ -171,20 +175,20 @@ class Checkpointer:
             state: of the run.
             info: the plain part.
             eval_loss: decides which checkpoint is the best; None for no validation.
-            store: has the table, resident rows included, in place of `state.table`. It may be
-                written to as soon as this returns; the checkpoint holds what it held before.
+            stores: of some memories, which have their tables, resident rows included, in place of
+                `state.tables`. They may be written to as soon as this returns; the checkpoint holds
+                what they held before.
 
         Raises:
             InputError: the folder cannot be written.
         """
-        layout = TableSpec.from_config(info.config).layout
         items = {
             "data": ocp.args.JsonSave(
                 {
                     "step": info.step,
                     "updates": info.updates,
                     "bad_steps": info.bad_steps,
-                    "touched_rows": info.touched_rows,
+                    **touched_record(info.touched_rows),
                     **info.past.record(),
                     **({"owes_validation": True} if info.owes_validation else {}),
                     **info.data,
@@ -194,14 +198,13 @@ class Checkpointer:
             "layout": ocp.args.JsonSave(
                 {
                     "format": FORMAT_VERSION,
-                    "num_rows": layout.num_rows,
-                    "multiplier": layout.multiplier,
+                    **table_layouts(info.config),
                     "tokenizer": info.tokenizer,
                     "special_tokens": None if info.special is None else info.special.record(),
                 }
             ),
         }
-        metrics = None if eval_loss is None else {_BEST: eval_loss}
+        metrics = None if eval_loss is None else {BEST: eval_loss}
         started = False
         try:
             # The save before must be done with its snapshot and step; Orbax would wait anyway.
@@ -210,13 +213,14 @@ class Checkpointer:
             params, opt_state = saved_params((state.params, state.opt_state))
             items["params"] = ocp.args.StandardSave(params)
             items["opt_state"] = ocp.args.StandardSave(plain(opt_state))
-            if store is not None:
-                self._snapshot = store.snapshot()
-                items |= saved_store(store, self._snapshot)
-            elif state.table is not None:
-                # No snapshot to close: nobody writes to a copy, which is gone once it is on disk.
-                copied = copy_of_table(info.config, state.table)
-                items |= saved_store(copied, copied.snapshot())
+            stores = stores or {}
+            for name, store in stores.items():
+                self._snapshots[name] = store.snapshot()
+            items |= saved_stores(stores, self._snapshots)
+            resident = {name: table for name, table in state.tables.items() if name not in stores}
+            # No snapshots to close: nobody writes to copies, which are gone once they are on disk.
+            copies = copies_of_tables(info.config, resident)
+            items |= saved_stores(copies, {n: store.snapshot() for n, store in copies.items()})
             started = self._manager.save(
                 info.step, args=ocp.args.Composite(**items), metrics=metrics
             )
@@ -224,7 +228,7 @@ class Checkpointer:
             raise self._unwritable(error) from error
         finally:
             if not started:
-                self._drop_snapshot()
+                self._drop_snapshots()
 
     def add_eval_loss(self, step: int, loss: float) -> None:
         """Gives a checkpoint, in every process, the loss that it was saved without.
@@ -234,7 +238,7 @@ class Checkpointer:
         """
         with unanimous():
             if is_first():
-                _write_loss(self.folder / str(step), loss)
+                write_loss(self.folder / str(step), loss)
         self._manager.reload()
 
     def info(self, step: int) -> CheckpointInfo:
@@ -247,59 +251,57 @@ class Checkpointer:
             known = ", ".join(map(str, self.steps())) or "none"
             raise InputError(f"no checkpoint of step {step} in {self.folder}; there are: {known}")
         folder = self.folder / str(step)
-        missing = [name for name in (*ITEMS, *TABLE_ITEMS) if not (folder / name).is_dir()]
+        missing = [name for name in ITEMS if not (folder / name).is_dir()]
         if "layout" not in missing:
             # First: another format may have other items.
             found = self._restore(step, {"layout": ocp.args.JsonRestore()})
             check_format(folder, found["layout"]["format"])
-        if not set(ITEMS).isdisjoint(missing):
+        if missing:
             raise self._damaged(step, f"without {', '.join(missing)}")
         found = self._restore(step, {name: ocp.args.JsonRestore() for name in PLAIN_ITEMS})
         layout, data = found["layout"], dict(found["data"])
+        config = self._config(step, found["config"])
+        memories = table_specs(config)
         info = CheckpointInfo(
             past=PastUpdates.taken_from(data),
             owes_validation=data.pop("owes_validation", False),
             step=data.pop("step"),
             updates=data.pop("updates"),
             bad_steps=data.pop("bad_steps"),
-            touched_rows=data.pop("touched_rows"),
+            touched_rows=touched_rows_of(data, memories),
             tokenizer=layout["tokenizer"],
             special=self._special(step, layout.get("special_tokens")),
             data=data,
-            config=self._config(step, found["config"]),
+            config=config,
             format=layout["format"],
         )
-        spec = TableSpec.from_config(info.config)
-        if spec.vectors and missing:
+        items = [item for name in memories for item in table_items(name)]
+        if missing := [name for name in items if not (folder / name).is_dir()]:
             raise self._damaged(step, f"without {', '.join(missing)}")
-        if (layout["num_rows"], layout["multiplier"]) != (
-            spec.layout.num_rows,
-            spec.layout.multiplier,
-        ):
-            raise InputError(
-                f"checkpoint {folder} spreads {layout['num_rows']} rows by "
-                f"{layout['multiplier']}, its configuration gives {spec.layout.num_rows} by "
-                f"{spec.layout.multiplier}; it was written by another version"
-            )
+        for name, value in table_layouts(config).items():
+            if layout.get(name) != value:
+                raise InputError(
+                    f"checkpoint {folder} has {name} {layout.get(name)}, its configuration "
+                    f"gives {value}; it was written by another version"
+                )
         return info
 
-    def restore(
-        self, step: int, abstract: TrainState, store: HostStore | None = None
-    ) -> TrainState:
+    def restore(self, step: int, abstract: TrainState, stores: Stores | None = None) -> TrainState:
         """Restores a state into the shapes, dtypes and shardings of `abstract`.
 
-        With a store, the table is read into it, those fields that it has, and the state has none.
+        Tables for which there is a store are read into it, those fields that it has, and the state
+        has the others.
 
         Raises:
             InputError: no such checkpoint, or a damaged one; a store then holds parts of it.
         """
         info = self.info(step)
-        passing = None if store else room_for_table(info.config, abstract.table)
+        targets, passing = table_targets(info.config, abstract.tables, stores)
         params, opt_state = param_targets((abstract.params, abstract.opt_state))
         items = {
             "params": ocp.args.StandardRestore(params),
             "opt_state": ocp.args.StandardRestore(plain(opt_state)),
-            **table_targets(store or passing),
+            **targets,
         }
         found = self._restore(step, items)
         tree = found["params"], unplain(found["opt_state"], opt_state)
@@ -308,24 +310,33 @@ class Checkpointer:
         params, opt_state = restored_params(tree, abstract.params)
         counters: dict[str, Any] = {
             name: jax.device_put(np.int32(getattr(info, name)), getattr(abstract, name).sharding)
-            for name in ("step", "updates", "bad_steps", "touched_rows")
+            for name in ("step", "updates", "bad_steps")
         }
-        table = table_on_devices(passing, abstract.table)
-        return TrainState(**counters, params=params, opt_state=opt_state, table=table)
+        touched_rows = {
+            name: jax.device_put(np.int32(info.touched_rows[name]), target.sharding)
+            for name, target in abstract.touched_rows.items()
+        }
+        return TrainState(
+            **counters,
+            touched_rows=touched_rows,
+            params=params,
+            opt_state=opt_state,
+            tables=tables_on_devices(passing, abstract.tables),
+        )
 
     def restore_model(
-        self, step: int, abstract: TrainState, store: HostStore | None = None
-    ) -> tuple[dict, TableState | None]:
-        """Restores the parameters, by layer, and the table: not the backbone's optimizer state.
+        self, step: int, abstract: TrainState, stores: Stores | None = None
+    ) -> tuple[dict, dict[str, TableState]]:
+        """Restores the parameters, by layer, and the tables: not the backbone's optimizer state.
 
-        With a store, the table is read into it as `restore` does, and returned as None.
+        Tables for which there is a store are read into it as `restore` does, and not returned.
         """
         info = self.info(step)
-        passing = None if store else room_for_table(info.config, abstract.table)
+        targets, passing = table_targets(info.config, abstract.tables, stores)
         items = {"params": ocp.args.StandardRestore(param_targets(abstract.params))}
-        found = self._restore(step, items | table_targets(store or passing))
+        found = self._restore(step, items | targets)
         params = current_tree(found["params"], info.format, info.config.model)
-        return params, table_on_devices(passing, abstract.table)
+        return params, tables_on_devices(passing, abstract.tables)
 
     def _list_files(self) -> None:
         """Called when all files of a step are written, before its folder gets its final name."""
@@ -333,13 +344,13 @@ class Checkpointer:
         step, loss = self._saving
         [folder] = [path for path in self.folder.glob(f"{step}.*") if path.is_dir()]
         if loss is not None:
-            _write_loss(folder, loss)
+            write_loss(folder, loss)
         write_list(folder)
 
-    def _drop_snapshot(self) -> None:
-        if self._snapshot is not None:
-            self._snapshot.close()
-            self._snapshot = None
+    def _drop_snapshots(self) -> None:
+        for snapshot in self._snapshots.values():
+            snapshot.close()
+        self._snapshots.clear()
 
     def _special(self, step: int, record: dict[str, Any] | None) -> SpecialTokens | None:
         where = f"checkpoint {self.folder / str(step)}"
@@ -379,12 +390,3 @@ class Checkpointer:
             f"checkpoint {self.folder / str(step)} is incomplete or damaged ({reason}); delete "
             "that folder to go on from the one before"
         )
-
-
-def _write_loss(folder: Path, loss: float) -> None:
-    """Puts the validation loss where Orbax reads it when it opens the folder again.
-
-    It would write it itself if it chose the best one by a function of its options, and then warns
-    of every checkpoint that has none.
-    """
-    write_whole(folder / "metrics" / "metrics", json.dumps({_BEST: loss}))

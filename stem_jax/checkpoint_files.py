@@ -12,11 +12,13 @@ import shutil
 from pathlib import Path
 
 from stem_jax.errors import InputError
-from stem_jax.files import read_json
+from stem_jax.files import read_json, write_whole
 
 # What is written, and what is read.
 FORMAT_VERSION = 3
 FORMATS = (2, FORMAT_VERSION)
+# The metric that decides which checkpoint is the best.
+BEST = "eval/loss"
 PLAIN_ITEMS = ("data", "config", "layout")
 ITEMS = ("params", "opt_state", *PLAIN_ITEMS)
 # Of a model with tables.
@@ -161,3 +163,12 @@ def _move(folder: Path, target: Path) -> None:
     finally:
         shutil.rmtree(part, ignore_errors=True)
     shutil.rmtree(folder)
+
+
+def write_loss(folder: Path, loss: float) -> None:
+    """Puts the validation loss where Orbax reads it when it opens the folder again.
+
+    It would write it itself if it chose the best one by a function of its options, and then warns
+    of every checkpoint that has none.
+    """
+    write_whole(folder / "metrics" / "metrics", json.dumps({BEST: loss}))

@@ -18,11 +18,13 @@ from stem_jax.config_checks import validate
 from stem_jax.data.tokenizer import Tokenizer, load_tokenizer_folder
 from stem_jax.errors import InputError
 from stem_jax.inference_mesh import inference_mesh
+from stem_jax.memory.catalogue import table_specs
+from stem_jax.memory.memory import STEM
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.offloaded_rows import OffloadedRows, caught_up_store
 from stem_jax.tables.row_source import NoRows, ResidentRows, RowSource
 from stem_jax.tables.sharded_table import ShardedTable
-from stem_jax.tables.spec import TableSpec, TableState
+from stem_jax.tables.spec import TableState
 from stem_jax.training.schedule import make_schedule
 from stem_jax.training.state import ModelDef, Params, abstract_state
 
@@ -153,8 +155,8 @@ def load_run(
         info = found.info
         config, mesh = inference_mesh(_reading_config(info.config, resident_rows), devices)
         validate(config)
-        spec = TableSpec.from_config(config)
-        store = HostStore.allocate(spec, mesh) if spec.offloaded else None
+        specs = table_specs(config)
+        stores = {n: HostStore.allocate(s, mesh) for n, s in specs.items() if s.offloaded}
         model = ModelDef(config, mesh)
         abstract = abstract_state(config, model, mesh)
         # Nothing is updated here: the copies that training reads are enough.
@@ -164,8 +166,8 @@ def load_run(
             for name, p in abstract.params.items()
         }
         abstract = dataclasses.replace(abstract, params=copies)
-        params, table = found.checkpoints.restore_model(found.step, abstract, store)
-    rows = _rows(config, info, table, store, mesh)
+        params, tables = found.checkpoints.restore_model(found.step, abstract, stores)
+    rows = _rows(config, info, tables.get(STEM), stores.get(STEM), mesh)
     return LoadedRun(config, found.step, params, rows, found.tokenizer, mesh)
 
 
@@ -177,15 +179,15 @@ def _rows(
     mesh: Mesh,
 ) -> RowSource:
     """The rows as the next training step would see them; the checkpoint holds some that lag."""
-    spec = TableSpec.from_config(config)
-    updates = info.updates
-    history = make_schedule(config, updates + 1, past=info.past).table
+    if not (specs := table_specs(config)):
+        return NoRows()
+    updates, spec = info.updates, specs[STEM]
+    history = make_schedule(config, updates + 1, past=info.past).tables[STEM]
     if store is not None:
         return OffloadedRows(
             caught_up_store(store, updates, history), mesh, config.tables.cache_policy
         )
-    if table is None:
-        return NoRows()
+    assert table is not None, "rows are in the store or on the devices"
 
     def caught_up(rows, others) -> jax.Array:
         table = dataclasses.replace(others, rows=rows)

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from stem_jax.checkpoint import FOLDER, Checkpointer, CheckpointInfo
 from stem_jax.config import Config, keys_of
 from stem_jax.config_keys import Role
 from stem_jax.errors import InputError
+from stem_jax.memory.catalogue import table_specs
 from stem_jax.storage import local_path
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.offloaded_rows import caught_up_store
@@ -103,8 +105,8 @@ def _check_shapes(key: str, folder: Path, there: Config, here: Config) -> None:
             )
 
 
-def begin_from(origin: Origin, programs: TrainStep) -> tuple[TrainState, HostStore | None]:
-    """The first state of a run. An offloaded table is in the store and not in the state.
+def begin_from(origin: Origin, programs: TrainStep) -> tuple[TrainState, dict[str, HostStore]]:
+    """The first state of a run. Offloaded tables are in the stores and not in the state.
 
     A run that continues the origin's has what is in its checkpoint, bit for bit. Others are at step
     0 with its parameters and rows and fresh optimizer state; rows that lag behind catch up with the
@@ -113,32 +115,36 @@ def begin_from(origin: Origin, programs: TrainStep) -> tuple[TrainState, HostSto
     config, mesh, info = programs.config, programs.mesh, origin.info
     abstract = abstract_state(config, programs.model, mesh)
     if origin.continues:
-        store = HostStore.allocate(programs.spec, mesh) if programs.spec.offloaded else None
+        stores = _allocated(programs.reads.specs, mesh)
         with Checkpointer(origin.folder, read_only=True) as checkpoints:
-            return checkpoints.restore(info.step, abstract, store), store
-    spec = _spec_there(info.config, config)
-    history = make_schedule(info.config, info.updates + 1, past=info.past).table
-    store = HostStore.allocate(spec, mesh) if spec.offloaded else None
+            return checkpoints.restore(info.step, abstract, stores), stores
+    specs = _specs_there(info.config, config)
+    histories = make_schedule(info.config, info.updates + 1, past=info.past).tables
+    stores = _allocated(specs, mesh)
     with Checkpointer(origin.folder, read_only=True) as checkpoints:
-        params, table = checkpoints.restore_model(info.step, abstract, store)
-    if store is not None:
-        caught_up_store(store, info.updates, history)
+        params, tables = checkpoints.restore_model(info.step, abstract, stores)
+    for name, store in stores.items():
+        caught_up_store(store, info.updates, histories[name])
         for block in store.blocks:
-            for name in set(store.fields) - {"rows"}:
-                block.arrays[name][...] = np.zeros((), block.arrays[name].dtype)
-        store = HostStore(programs.spec, store.blocks)
-    rows = None
-    if table is not None:
-        catch_up = jax.jit(ShardedTable(spec, mesh, 1).caught_up_rows)
-        rows = catch_up(table, info.updates, history)
-    return init_state(config, programs.model, mesh, params, rows), store
+            for field in set(store.fields) - {"rows"}:
+                block.arrays[field][...] = np.zeros((), block.arrays[field].dtype)
+        stores[name] = HostStore(programs.reads.specs[name], store.blocks)
+    rows = {}
+    for name, table in tables.items():
+        catch_up = jax.jit(ShardedTable(specs[name], mesh, 1).caught_up_rows)
+        rows[name] = catch_up(table, info.updates, histories[name])
+    return init_state(config, programs.model, mesh, params, rows), stores
 
 
-def _spec_there(there: Config, here: Config) -> TableSpec:
-    """The origin's table and its optimizer, placed as here."""
+def _allocated(specs: dict[str, TableSpec], mesh: Mesh) -> dict[str, HostStore]:
+    return {name: HostStore.allocate(spec, mesh) for name, spec in specs.items() if spec.offloaded}
+
+
+def _specs_there(there: Config, here: Config) -> dict[str, TableSpec]:
+    """The origin's tables and their optimizers, placed as here."""
     tables = dataclasses.replace(
         there.tables,
         vocab_axes=here.tables.vocab_axes,
         resident_rows=here.tables.resident_rows,
     )
-    return TableSpec.from_config(dataclasses.replace(there, tables=tables))
+    return table_specs(dataclasses.replace(there, tables=tables))

@@ -122,17 +122,17 @@ def _train(config: Config, workdir: Path, clock: StartClock, own_log: Path, lock
         # Closed in reverse: the last save reads the store, whose threads end before.
         watchdog = stack.enter_context(Watchdog(config.train.step_timeout, own_log))
         checkpoints = stack.enter_context(Checkpointer(workdir, keep=config.checkpoint.keep))
-        state, store = _open_state(programs, checkpoints, info, origin)
-        prefetch = None
-        if store is not None:
-            tables = config.tables
+        state, stores = _open_state(programs, checkpoints, info, origin)
+        prefetches, tables = {}, config.tables
+        for name, store in stores.items():
             prefetch = Prefetch(mesh, store, tables.cache_policy, tables.prefetch)
-            stack.enter_context(prefetch)
-            state = dataclasses.replace(state, table=TableState(**prefetch.load()))
+            prefetches[name] = stack.enter_context(prefetch)
+            loaded = {name: TableState(**prefetch.load())}
+            state = dataclasses.replace(state, tables=state.tables | loaded)
         clock.mark("state")
 
         saves = RunSaves(
-            config, workdir, lock, checkpoints, data.tokenizer, record, past, store, prefetch
+            config, workdir, lock, checkpoints, data.tokenizer, record, past, stores, prefetches
         )
         with StopSignal() as stop:
             loop = Loop(
@@ -140,7 +140,7 @@ def _train(config: Config, workdir: Path, clock: StartClock, own_log: Path, lock
                 programs,
                 data,
                 workdir,
-                prefetch,
+                prefetches,
                 saves.save,
                 saves.add_validation,
                 stop,
@@ -223,22 +223,23 @@ def _open_state(
     checkpoints: Checkpointer,
     info: CheckpointInfo | None,
     origin: Origin | None,
-) -> tuple[TrainState, HostStore | None]:
-    """The state to begin with. An offloaded table is in the store and not in the state."""
-    config, mesh, spec = programs.config, programs.mesh, programs.spec
-    store = None
+) -> tuple[TrainState, dict[str, HostStore]]:
+    """The state to begin with. Offloaded tables are in the stores and not in the state."""
+    config, mesh = programs.config, programs.mesh
+    offloaded = {n: spec for n, spec in programs.reads.specs.items() if spec.offloaded}
     if origin is not None:
         log.info(origin.describe(config))
         return begin_from(origin, programs)
     if info is None:
-        if spec.offloaded:
-            store = HostStore.create(spec, table_key(config), mesh)
-        return init_state(config, programs.model, mesh), store
-    if spec.offloaded:
-        store = HostStore.allocate(spec, mesh)
-    state = checkpoints.restore(info.step, abstract_state(config, programs.model, mesh), store)
+        stores = {
+            name: HostStore.create(spec, table_key(config, name), mesh)
+            for name, spec in offloaded.items()
+        }
+        return init_state(config, programs.model, mesh), stores
+    stores = {name: HostStore.allocate(spec, mesh) for name, spec in offloaded.items()}
+    state = checkpoints.restore(info.step, abstract_state(config, programs.model, mesh), stores)
     log.info(f"resuming from step {info.step}")
-    return state, store
+    return state, stores
 
 
 def _latest(workdir: Path) -> CheckpointInfo | None:

@@ -142,29 +142,35 @@ def check_documents(config: Config, mesh: Mesh, data: RunData) -> None:
             )
 
 
-def check_tables(config: Config, programs: TrainStep, data: RunData, start: int) -> int | None:
-    """Rows that the batches in flight need, as far as it can be known before; None if resident.
+def check_tables(config: Config, programs: TrainStep, data: RunData, start: int) -> dict[str, int]:
+    """Rows of offloaded tables that the batches in flight need, as far as it is known before.
 
     Raises:
-        InputError: a batch does not fit into the slots, or the table not into the hosts' memory.
+        InputError: a batch does not fit into the slots, or tables not into the hosts' memory.
     """
-    spec = programs.spec
-    if not spec.offloaded:
-        return None
-    owners = axis_size(programs.mesh, spec.vocab_axes)
+    reads, mesh = programs.reads, programs.mesh
+    offloaded = {name: reads.specs[name] for name in reads.offloaded}
+    if not offloaded:
+        return {}
 
     def own_part() -> bytes:
-        found = working_set(config, spec, owners, data, start)
-        store_bytes = HostStore.peak_bytes(spec, programs.mesh)
+        needed = []
+        for name, spec in offloaded.items():
+            owners = axis_size(mesh, spec.vocab_axes)
+            found = working_set(config, reads.memories[name], spec, owners, data, start)
+            needed.append((found.batch, found.in_flight))
+        store_bytes = sum(HostStore.peak_bytes(spec, mesh) for spec in offloaded.values())
         memory = (socket.gethostname(), store_bytes, available_host_bytes())
-        return json.dumps([found.batch, found.in_flight, *memory]).encode()
+        return json.dumps([needed, memory]).encode()
 
     # Each process has seen its memory and its share of the data; all come to one verdict.
     parts = [json.loads(part) for part in exchange(own_part)]
-    check_hosts([(host, needed, available) for _, _, host, needed, available in parts])
-    batch, in_flight = (max(part[place] for part in parts) for place in (0, 1))
-    if batch > spec.num_slots:
-        raise InputError(too_few_slots(spec.num_slots, batch))
+    check_hosts([tuple(memory) for _, memory in parts])
+    in_flight = {}
+    for place, (name, spec) in enumerate(offloaded.items()):
+        batch, in_flight[name] = (max(part[0][place][n] for part in parts) for n in (0, 1))
+        if batch > spec.num_slots:
+            raise InputError(too_few_slots(spec.num_slots, batch))
     return in_flight
 
 

@@ -22,8 +22,8 @@ from stem_jax.training.state import TrainState
 class RunSaves:
     """The saves of a run.
 
-    data: of `data_record`. past: see `schedule.learning_rates`. store, prefetch: of an offloaded
-    table, else None.
+    data: of `data_record`. past: see `schedule.learning_rates`. stores, prefetches: of offloaded
+    tables, by memory.
     """
 
     config: Config
@@ -33,8 +33,8 @@ class RunSaves:
     tokenizer: Tokenizer
     data: dict[str, Any]
     past: PastUpdates
-    store: HostStore | None
-    prefetch: Prefetch | None
+    stores: dict[str, HostStore]
+    prefetches: dict[str, Prefetch]
 
     def save(
         self, state: TrainState, validation: Validation | None, owes_validation: bool = False
@@ -55,15 +55,16 @@ class RunSaves:
                 f"{self.workdir} was taken by {other} while this process stood still; nothing more "
                 "is written there, and that run goes on from the last checkpoint"
             )
-        if self.prefetch is not None:
-            # While the save before still reads the store, old rows would be kept for it.
+        if self.prefetches:
+            # While the save before still reads the stores, old rows would be kept for it.
             self.checkpoints.wait()
-            self.prefetch.write_back(vars(state.table))
+        for name, prefetch in self.prefetches.items():
+            prefetch.write_back(vars(state.tables[name]))
         info = CheckpointInfo(
             step=int(state.step),
             updates=int(state.updates),
             bad_steps=int(state.bad_steps),
-            touched_rows=int(state.touched_rows),
+            touched_rows={name: int(n) for name, n in state.touched_rows.items()},
             tokenizer=self.tokenizer.fingerprint,
             data=self.data,
             config=self.config,
@@ -72,7 +73,7 @@ class RunSaves:
             special=self.tokenizer.special,
         )
         loss = None if validation is None else validation.loss
-        self.checkpoints.save(state, info, loss, self.store)
+        self.checkpoints.save(state, info, loss, self.stores)
 
     def add_validation(self, step: int, validation: Validation) -> None:
         """Gives the checkpoint of a step the validation that it was saved without."""

@@ -38,7 +38,8 @@ from configs.base import get_config as base_config
 from stem_jax.config import Config
 from stem_jax.config_file import build
 from stem_jax.mesh import AXES, make_mesh
-from stem_jax.training.step import Batch, TrainStep
+from stem_jax.training.batch import Batch
+from stem_jax.training.step import TrainStep
 
 # Their fixtures.
 pytest_plugins = ["pod"]

@@ -15,6 +15,7 @@ from logical import logical_table
 
 from stem_jax.checkpoint import Checkpointer, CheckpointInfo
 from stem_jax.config import Config
+from stem_jax.mesh import axis_size
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.prefetch import Prefetch
 from stem_jax.tables.spec import TableState
@@ -22,6 +23,7 @@ from stem_jax.training.loop import Loop
 from stem_jax.training.run_data import RunData
 from stem_jax.training.state import TrainState, abstract_state, init_state, table_key
 from stem_jax.training.step import TrainStep
+from stem_jax.training.working_set import working_set
 
 # The arrays of a table, and their dtypes.
 FIELDS = {"rows": np.float32, "mu": np.float32, "nu": np.float32, "last_step": np.int32}
@@ -166,22 +168,22 @@ def run(
     workdir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         saving = checkpoints and stack.enter_context(Checkpointer(checkpoints))
-        state, store = _open(step, resume)
-        prefetch = None
+        state, stores = _open(step, resume)
+        store, prefetch, moving = stores.get("stem"), None, {}
         if store is not None:
             prefetch = Prefetch(mesh, store, config.tables.cache_policy, config.tables.prefetch)
-            stack.enter_context(prefetch)
-            state = dataclasses.replace(state, table=TableState(**prefetch.load()))
+            moving["stem"] = stack.enter_context(prefetch)
+            state = dataclasses.replace(state, tables={"stem": TableState(**prefetch.load())})
 
         def save(state: TrainState, *_) -> None:
             if prefetch is not None:
-                prefetch.write_back(vars(state.table))
+                prefetch.write_back(vars(state.tables["stem"]))
             watch(state, prefetch)
             if saving:
-                saving.save(state, _info(config, state), None, store)
+                saving.save(state, _info(config, state), None, stores)
 
         data = zipf_data(config, processes)
-        loop = Loop(config, step, data, workdir, prefetch, save, None, lambda: False)
+        loop = Loop(config, step, data, workdir, moving, save, None, lambda: False)
         state, _, _ = loop.run(state)
         if saving:
             saving.wait()
@@ -190,25 +192,31 @@ def run(
     return Outcome(
         records=[json.loads(line) for line in lines],
         params={name: _local(array) for name, array in state.params.items()},
-        table=store_arrays(store) if store else logical_table(state.table),
+        table=store_arrays(store) if store else logical_table(state.tables["stem"]),
     )
 
 
-def _open(step: TrainStep, resume) -> tuple[TrainState, HostStore | None]:
-    config, spec, mesh = step.config, step.spec, step.mesh
+def _open(step: TrainStep, resume) -> tuple[TrainState, dict[str, HostStore]]:
+    config, spec, mesh = step.config, step.reads.specs["stem"], step.mesh
     if resume is None:
-        store = HostStore.create(spec, table_key(config), mesh) if spec.offloaded else None
-        return init_state(config, step.model, mesh), store
-    store = HostStore.allocate(spec, mesh) if spec.offloaded else None
+        made = HostStore.create(spec, table_key(config), mesh) if spec.offloaded else None
+        return init_state(config, step.model, mesh), {"stem": made} if made else {}
+    stores = {"stem": HostStore.allocate(spec, mesh)} if spec.offloaded else {}
     folder, number = resume
     with Checkpointer(folder, read_only=True) as saved:
-        return saved.restore(number, abstract_state(config, step.model, mesh), store), store
+        return saved.restore(number, abstract_state(config, step.model, mesh), stores), stores
+
+
+def rows_of_a_batch(step: TrainStep) -> int:
+    """The rows that one batch needs of STEM's table."""
+    memory, spec = step.reads.memories["stem"], step.reads.specs["stem"]
+    owners = axis_size(step.mesh, spec.vocab_axes)
+    return working_set(step.config, memory, spec, owners, zipf_data(step.config), 0).batch
 
 
 def _info(config: Config, state: TrainState) -> CheckpointInfo:
-    counters = {
-        name: int(getattr(state, name)) for name in ("step", "updates", "bad_steps", "touched_rows")
-    }
+    counters = {name: int(getattr(state, name)) for name in ("step", "updates", "bad_steps")}
+    counters["touched_rows"] = {name: int(n) for name, n in state.touched_rows.items()}
     return CheckpointInfo(**counters, tokenizer="none", data={}, config=config)
 
 

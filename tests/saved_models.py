@@ -80,7 +80,7 @@ def save_run(
     config = dataclasses.replace(step.config, train=train)
     tokenizer.save(folder / "tokenizer")
     info = CheckpointInfo(
-        UPDATES, UPDATES, 0, 0, tokenizer.fingerprint, {"seed": 0, "sources": "none"}, config
+        UPDATES, UPDATES, 0, {}, tokenizer.fingerprint, {"seed": 0, "sources": "none"}, config
     )
     with Checkpointer(folder) as checkpoints:
         checkpoints.save(state, info, None)

@@ -16,11 +16,13 @@ from stem_jax.training.state import init_state
 @pytest.mark.parametrize("length", [1, 64])
 def test_as_many_parameters_are_counted_as_the_row_block_depends_on(train_step, length):
     step = train_step()
-    table = init_state(step.config, step.model, step.mesh).table
+    table = init_state(step.config, step.model, step.mesh).tables["stem"]
     ids = np.random.default_rng(length).integers(0, 88, length, dtype=np.int32) % 50
 
     def read(rows):
-        block, inverse = ResidentRows(rows, step.spec, step.mesh).block(ids[None], jnp.float32)
+        block, inverse = ResidentRows(rows, step.reads.specs["stem"], step.mesh).block(
+            ids[None], jnp.float32
+        )
         return block[:, inverse].sum()
 
     # A parameter of the table is touched if what is read changes with it.
@@ -35,15 +37,15 @@ def test_the_block_of_a_step_holds_as_many(train_step, make_batch):
     batch = make_batch(step)
     schedule = make_schedule(step.config, 2)
     # All rows are ones, and what fills the block up is zero.
-    ones = jnp.ones_like(state.table.rows)
+    ones = jnp.ones_like(state.tables["stem"].rows)
 
     @jax.jit
     def block(rows, batch):
-        table = step.table(batch.tokens)
+        table = step.reads.tables(batch)["stem"]
         requests = table.request(batch.tokens, batch.segment_ids > 0, None)
-        return table.fetch(rows, requests, jnp.float32, 0, schedule.table)
+        return table.fetch(rows, requests, jnp.float32, 0, schedule.tables["stem"])
 
-    read = np.asarray(block(dataclasses.replace(state.table, rows=ones), batch))
+    read = np.asarray(block(dataclasses.replace(state.tables["stem"], rows=ones), batch))
     distinct = distinct_tokens(np.asarray(batch.tokens))
     assert np.count_nonzero(read) == touched_parameters(step.config.model, distinct)
 

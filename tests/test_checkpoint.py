@@ -17,9 +17,10 @@ from offloading import FIELDS
 from stem_jax import store_handler
 from stem_jax.checkpoint import Checkpointer, CheckpointInfo
 from stem_jax.errors import InputError
+from stem_jax.memory.catalogue import table_specs
 from stem_jax.tables import store_snapshot
 from stem_jax.tables.host_store import HostStore
-from stem_jax.tables.spec import TableSpec, TableState, stored
+from stem_jax.tables.spec import TableState, stored
 from stem_jax.tables.store_snapshot import StoreSnapshot
 from stem_jax.training.past_updates import PastUpdates
 from stem_jax.training.state import abstract_state, init_state
@@ -47,15 +48,8 @@ def failing_reads(test):
 
 
 def plain_part(step, number: int) -> CheckpointInfo:
-    return CheckpointInfo(
-        step=number,
-        updates=number,
-        bad_steps=0,
-        touched_rows=0,
-        tokenizer="none",
-        data={},
-        config=step.config,
-    )
+    counters = {"step": number, "updates": number, "bad_steps": 0, "touched_rows": {"stem": 0}}
+    return CheckpointInfo(**counters, tokenizer="none", data={}, config=step.config)
 
 
 def save_all(folder, fresh, losses: dict[int, float | None]):
@@ -81,12 +75,13 @@ def test_everything_comes_back_bit_for_bit(fresh, tmp_path):
     with Checkpointer(tmp_path, read_only=True) as checkpoints:
         target = abstract_state(step.config, step.model, step.mesh)
         found = checkpoints.restore(7, target)
-        params, table = checkpoints.restore_model(7, target)
+        params, tables = checkpoints.restore_model(7, target)
     for name, array in state.params.items():
         np.testing.assert_array_equal(found.params[name], array)
         np.testing.assert_array_equal(params[name], array)
-    np.testing.assert_array_equal(found.table.rows, state.table.rows)
-    np.testing.assert_array_equal(table.last_step, state.table.last_step)
+    old, new = state.tables["stem"], found.tables["stem"]
+    np.testing.assert_array_equal(new.rows, old.rows)
+    np.testing.assert_array_equal(tables["stem"].last_step, old.last_step)
     assert int(found.step) == 7
 
 
@@ -97,7 +92,7 @@ def test_updates_of_a_time_without_ends_of_schedules_are_told_apart(fresh, tmp_p
         checkpoints.save(state, dataclasses.replace(plain_part(step, 7), past=PastUpdates(3)), None)
         checkpoints.wait()
         assert checkpoints.info(7).past == PastUpdates(3)
-        [path] = (tmp_path / "checkpoints" / "7" / "data").glob("metadata")
+        path = tmp_path / "checkpoints" / "7" / "data" / "metadata"
         data = json.loads(path.read_text())
         del data["endless_updates"]
         path.write_text(json.dumps(data))
@@ -161,7 +156,7 @@ def offloaded(train_step):
 
     def make(shape, vocab_axes=("data", "fsdp"), moments=True):
         step = train_step(shape, **{"tables.vocab_axes": vocab_axes})
-        spec = TableSpec.from_config(step.config)
+        spec = table_specs(step.config)["stem"]
         target = abstract_state(step.config, step.model, step.mesh)
         return step, target, HostStore.allocate(spec, step.mesh, moments=moments)
 
@@ -182,7 +177,7 @@ def small_pieces(monkeypatch):
 def save_store(folder, fresh, store, number=1):
     step, state = fresh
     with Checkpointer(folder) as checkpoints:
-        checkpoints.save(state, plain_part(step, number), None, store=store)
+        checkpoints.save(state, plain_part(step, number), None, {"stem": store})
         checkpoints.wait()
 
 
@@ -205,25 +200,27 @@ def test_a_store_goes_anywhere(fresh, offloaded, small_pieces, tmp_path, shape, 
     _, target, other = offloaded(shape, vocab_axes)
     _, _, only_rows = offloaded(shape, vocab_axes, moments=False)
     with Checkpointer(tmp_path, read_only=True) as checkpoints:
-        arrays = checkpoints.restore(1, target).table
-        assert checkpoints.restore(1, target, store=other).table is None
-        params, table = checkpoints.restore_model(1, target, store=only_rows)
+        arrays = checkpoints.restore(1, target).tables["stem"]
+        assert checkpoints.restore(1, target, {"stem": other}).tables == {}
+        params, tables = checkpoints.restore_model(1, target, {"stem": only_rows})
     for name, array in whole_arrays(arrays).items():
         np.testing.assert_array_equal(array, whole[name], err_msg=name)
-    assert arrays.rows.sharding == target.table.rows.sharding
+    assert arrays.rows.sharding == target.tables["stem"].rows.sharding
     assert_holds(other, whole)
     assert_holds(only_rows, whole)
-    assert table is None and params.keys() == target.params.keys()
+    assert tables == {} and params.keys() == target.params.keys()
 
 
 @pytest.mark.parametrize(("shape", "vocab_axes"), OTHER_PLACES)
 def test_arrays_go_into_any_store(fresh, offloaded, small_pieces, tmp_path, shape, vocab_axes):
     (step, state), whole = fresh, fill(offloaded((2, 2, 2))[2], 2)
-    table = {n: jax.device_put(stored(whole[n]), a.sharding) for n, a in vars(state.table).items()}
-    save_all(tmp_path, (step, dataclasses.replace(state, table=TableState(**table))), {1: None})
+    places = vars(state.tables["stem"])
+    table = {n: jax.device_put(stored(whole[n]), a.sharding) for n, a in places.items()}
+    state = dataclasses.replace(state, tables={"stem": TableState(**table)})
+    save_all(tmp_path, (step, state), {1: None})
     _, target, store = offloaded(shape, vocab_axes)
     with Checkpointer(tmp_path, read_only=True) as checkpoints:
-        checkpoints.restore(1, target, store=store)
+        checkpoints.restore(1, target, {"stem": store})
     assert_holds(store, whole)
 
 
@@ -242,15 +239,15 @@ def test_what_is_written_while_a_save_runs_is_not_in_it(
 
     monkeypatch.setattr(StoreSnapshot, "pieces", slow)
     with Checkpointer(tmp_path) as checkpoints:
-        checkpoints.save(state, plain_part(step, 1), None, store=store)
+        checkpoints.save(state, plain_part(step, 1), None, {"stem": store})
         later = fill(store, 2)
         go_on.set()
         # The next save waits for this one, as they share the store.
-        checkpoints.save(state, plain_part(step, 2), None, store=store)
+        checkpoints.save(state, plain_part(step, 2), None, {"stem": store})
         checkpoints.wait()
         fill(store, 3)
         for number, whole in ((1, saved), (2, later)):
-            checkpoints.restore(number, target, store=store)
+            checkpoints.restore(number, target, {"stem": store})
             assert_holds(store, whole)
 
 
@@ -281,18 +278,18 @@ def test_damaged_tables_are_refused(fresh, offloaded, tmp_path, saved_as, restor
         save_store(tmp_path, fresh, store)
     else:
         save_all(tmp_path, fresh, {1: None})
-        whole = whole_arrays(fresh[1].table)
+        whole = whole_arrays(fresh[1].tables["stem"])
 
     def restore() -> bool:
         """False if refused; garbage fails."""
         _, _, into = offloaded((1, 1, 1))
         try:
             if restored_as == "store":
-                checkpoints.restore_model(1, target, store=into)
+                checkpoints.restore_model(1, target, {"stem": into})
                 assert_holds(into, whole)
             else:
-                _, table = checkpoints.restore_model(1, target)
-                for name, array in whole_arrays(table).items():
+                _, tables = checkpoints.restore_model(1, target)
+                for name, array in whole_arrays(tables["stem"]).items():
                     np.testing.assert_array_equal(array, whole[name], err_msg=name)
         except InputError as error:
             assert "1 is incomplete or damaged" in str(error)
@@ -334,9 +331,9 @@ def test_a_part_that_was_never_written_is_not_zeros(
     monkeypatch.setattr(StoreSnapshot, "pieces", all_but_one)
     save_store(tmp_path, fresh, store)
     with Checkpointer(tmp_path, read_only=True) as checkpoints:
-        for into in (store, None):
+        for into in ({"stem": store}, None):
             with pytest.raises(InputError, match="1 is incomplete or damaged"):
-                checkpoints.restore(1, target, store=into)
+                checkpoints.restore(1, target, into)
 
 
 def wait_for_the_end_of_the_snapshot(store):
@@ -364,22 +361,22 @@ def test_a_failed_save_is_told_and_leaves_nothing(
 
     with Checkpointer(tmp_path) as checkpoints:
         monkeypatch.setattr(StoreSnapshot, "pieces", failing)
-        checkpoints.save(state, plain_part(step, 1), None, store=store)
+        checkpoints.save(state, plain_part(step, 1), None, {"stem": store})
         wait_for_the_end_of_the_snapshot(store)
         with pytest.raises(InputError, match=r"cannot write a checkpoint .*no space left"):
             if noticed_by == "wait":
                 checkpoints.wait()
             else:
-                checkpoints.save(state, plain_part(step, 2), None, store=store)
+                checkpoints.save(state, plain_part(step, 2), None, {"stem": store})
         assert checkpoints.steps() == []
         monkeypatch.setattr(StoreSnapshot, "pieces", pieces)
         # Neither the store nor the checkpoints are stuck.
         whole = fill(store, 2)
-        checkpoints.save(state, plain_part(step, 3), None, store=store)
+        checkpoints.save(state, plain_part(step, 3), None, {"stem": store})
         wait_for_the_end_of_the_snapshot(store)
         checkpoints.wait()
         assert checkpoints.steps() == [3]
-        checkpoints.restore(3, target, store=store)
+        checkpoints.restore(3, target, {"stem": store})
     assert_holds(store, whole)
 
 

@@ -100,7 +100,7 @@ def _save(workdir: Path, step: TrainStep, losses: dict[int, float | None]) -> li
     state = init_state(step.config, step.model, step.mesh)
     with Checkpointer(workdir, keep=2) as checkpoints:
         for number, loss in losses.items():
-            info = CheckpointInfo(number, number, 0, 0, "none", {}, step.config)
+            info = CheckpointInfo(number, number, 0, {}, "none", {}, step.config)
             checkpoints.save(state, info, loss)
             checkpoints.wait()
         return checkpoints.steps()

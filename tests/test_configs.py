@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from configs.base import get_config as base_config
-from stem_jax.config import Config
+from stem_jax.config import Config, layer_fields
 from stem_jax.config_file import build, config_from_json, load_config
 from stem_jax.errors import InputError
-from stem_jax.tables.spec import TableSpec
+from stem_jax.memory.catalogue import table_specs
 from stem_jax.training.state import ModelDef
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +51,7 @@ def test_shipped_config_builds(path):
 def test_shipped_offload_configs_hold_the_batches_in_flight(name):
     """Text repeats itself more than tokens drawn by Zipf's law: what these ask for is enough."""
     config = load_config(ROOT / "configs" / f"{name}.py")
-    spec = TableSpec.from_config(config)
+    spec = table_specs(config)["stem"]
     tokens = (config.tables.prefetch + 1) * config.tokens_per_step
     share_V = 1 / np.arange(1, config.model.vocab_size + 1)
     asked = np.sum(1 - (1 - share_V / share_V.sum()) ** tokens)
@@ -61,8 +61,7 @@ def test_shipped_offload_configs_hold_the_batches_in_flight(name):
 
 
 def test_a_dense_model_has_no_rows_to_offload():
-    spec = TableSpec.from_config(_build(**{"model.stem_layers": "none", "tables.resident_rows": 8}))
-    assert not spec.offloaded
+    assert table_specs(_build(**{"model.stem_layers": "none", "tables.resident_rows": 8})) == {}
 
 
 @pytest.mark.parametrize(
@@ -77,7 +76,7 @@ def test_a_dense_model_has_no_rows_to_offload():
 def test_parameter_counts(name, backbone, tables):
     config = load_config(ROOT / "configs" / f"{name}.py")
     assert _backbone_parameters(config) == backbone
-    assert TableSpec.from_config(config).num_parameters == tables
+    assert sum(spec.num_parameters for spec in table_specs(config).values()) == tables
 
 
 @pytest.mark.parametrize(
@@ -88,7 +87,8 @@ def test_parameter_counts(name, backbone, tables):
 def test_published_counts(name, published, tables):
     config = load_config(ROOT / "configs" / f"{name}.py")
     assert round(_backbone_parameters(config) / 1e6) == published
-    assert round(TableSpec.from_config(config).num_parameters / 1e6) == tables
+    found = sum(spec.num_parameters for spec in table_specs(config).values())
+    assert round(found / 1e6) == tables
 
 
 def test_350m_is_mobilellm_350m():
@@ -99,7 +99,7 @@ def test_350m_is_mobilellm_350m():
     text = (ROOT / "configs" / "stem_350m.py").read_text()
     for layers, total in (("third", "1.25 B"), ("half", "1.65 B"), ("all_but_first", "2.84 B")):
         config = load_config(ROOT / "configs" / "stem_350m.py", {"model.stem_layers": layers})
-        parameters = _backbone_parameters(config) + TableSpec.from_config(config).num_parameters
+        parameters = _backbone_parameters(config) + table_specs(config)["stem"].num_parameters
         assert f"{parameters / 1e9:.2f} B" == total and total in text
 
 
@@ -152,8 +152,8 @@ def test_every_key_is_read():
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     }
-    # mesh.make_mesh reads the axes by name.
-    read |= {"data", "fsdp", "context", "tensor"}
+    # mesh.make_mesh reads the axes by name, and `listed_layers` the lists of layers.
+    read |= {"data", "fsdp", "context", "tensor", *layer_fields().values()}
     assert [key for key in KEYS if key.partition(".")[2] not in read] == []
 
 

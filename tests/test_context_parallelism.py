@@ -73,7 +73,7 @@ def _fresh(step):
 def _copies(state) -> dict[str, list[np.ndarray]]:
     """Of each shard of the rows, what the devices that have it hold."""
     found = {}
-    for shard in state.table.rows.addressable_shards:
+    for shard in state.tables["stem"].rows.addressable_shards:
         found.setdefault(str(shard.index), []).append(np.asarray(shard.data))
     return found
 
@@ -85,8 +85,8 @@ def test_losses_and_gradients_do_not_depend_on_context(shape, updates):
     _, found, copies, found_losses = updates(shape)
     np.testing.assert_allclose(found_losses, losses, rtol=0, atol=1e-5)
     # After the first update a moment is its gradient, but for one factor of all.
-    expected = alone.opt_state[0].mu | {"rows": logical(alone.table.mu)}
-    gradients = found.opt_state[0].mu | {"rows": logical(found.table.mu)}
+    expected = alone.opt_state[0].mu | {"rows": logical(alone.tables["stem"].mu)}
+    gradients = found.opt_state[0].mu | {"rows": logical(found.tables["stem"].mu)}
     total = np.linalg.norm([np.linalg.norm(x) for x in alone.opt_state[0].mu.values()])
     for name, gradient in expected.items():
         size, error = np.linalg.norm(gradient), np.linalg.norm(gradients[name] - gradient)
@@ -102,7 +102,7 @@ def test_losses_and_gradients_do_not_depend_on_context(shape, updates):
 def test_rows_lie_in_copies_unless_context_is_asked_to_share_them(updates):
     for shape, shards, copies in ((FOUR, 2, 4), (ROWS_TOO, 8, 1)):
         step, _, found, _ = updates(shape)
-        assert axis_size(step.mesh, step.spec.vocab_axes) == shards // shape[3]
+        assert axis_size(step.mesh, step.reads.specs["stem"].vocab_axes) == shards // shape[3]
         assert (len(found), {len(same) for same in found.values()}) == (shards, {copies})
 
 
@@ -185,7 +185,7 @@ def test_a_trained_run_is_read_without_the_axis(tiny_config):
 def test_a_run_goes_on_with_another_context(train_step, make_batch, updates, tmp_path):
     before, _, _, _ = updates(TWO)
     state, losses = _fresh(before), []
-    info = CheckpointInfo(1, 1, 0, 0, "none", {}, before.config)
+    info = CheckpointInfo(1, 1, 0, {}, "none", {}, before.config)
     for seed in range(3):
         batch = make_batch(before, seed=seed)
         state, metrics = before.update(state, batch, make_schedule(before.config, 8))

@@ -122,7 +122,7 @@ def test_a_run_begins_with_every_bit_of_the_checkpoint(kept, shape, resident):
         before, now = (np.sort(np.asarray(a), axis=None) for a in (raw[key], leaf))
         np.testing.assert_array_equal(now, before, err_msg=key)
         assert key == "000" or np.any(now)
-    table = logical_table(state.table) if store is None else store_arrays(store)
+    table = logical_table(state.tables["stem"]) if store is None else store_arrays(store)
     read = ocp.PyTreeCheckpointer().restore
     fields = read(folder / "table_rows") | read(folder / "table_slots")
     assert fields.keys() == table.keys()
@@ -147,7 +147,7 @@ def test_a_run_goes_on_with_the_moments_and_its_text_begins_anew(kept, continued
         schedule, found = make_schedule(config, END + 1, past=past), {}
         for step in range(STEP, END):
             batch = programs.place(batches.batch(step - STEP))
-            sizes = programs.sizes_for(batch, jax.device_get(programs.demand(batch)))
+            sizes = programs.reads.sizes_for(batch, jax.device_get(programs.demand(batch)))
             state, metrics = programs.update(state, batch, schedule, sizes=sizes)
             found[step + 1] = float(metrics["loss"])
         return found, state
@@ -164,8 +164,8 @@ def test_a_run_goes_on_with_the_moments_and_its_text_begins_anew(kept, continued
         return jax.tree.map(lambda x: jax.device_put(np.zeros_like(x), x.sharding), tree)
 
     state, _ = begin_from(origin, programs)
-    fresh = zeros(state.table)
-    table = dataclasses.replace(state.table, mu=fresh.mu, nu=fresh.nu)
+    fresh = zeros(state.tables["stem"])
+    table = dataclasses.replace(state.tables["stem"], mu=fresh.mu, nu=fresh.nu)
     for reset in ({"opt_state": zeros(state.opt_state)}, {"table": table}):
         again, _ = begin_from(origin, programs)
         other, _ = by_hand(dataclasses.replace(again, **reset), past)

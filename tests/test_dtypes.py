@@ -47,7 +47,7 @@ def run(train_step, make_batch):
 
 
 def saved(folder, step, state) -> Checkpointer:
-    touched = int(state.touched_rows)
+    touched = {name: int(n) for name, n in state.touched_rows.items()}
     info = CheckpointInfo(3, int(state.updates), 0, touched, BYTES.fingerprint, {}, step.config)
     with Checkpointer(folder) as checkpoints:
         checkpoints.save(jax.device_put(state, step.shardings), info, None)

@@ -88,7 +88,7 @@ def test_it_changes_training_and_not_validation(train_step, make_batch):
     total, count = step.evaluate(state, make_batch(step), schedule)
     import dataclasses
 
-    same = dataclasses.replace(without, params=kept, table=state.table)
+    same = dataclasses.replace(without, params=kept, tables=state.tables)
     expected, _ = plain.evaluate(same, make_batch(plain), schedule)
     assert float(total) == float(expected) and int(count) > 0
 

@@ -19,11 +19,11 @@ from stem_jax.data.tokenizer import load_tokenizer
 from stem_jax.errors import InputError
 from stem_jax.generation import Generator, sequence_seeds
 from stem_jax.loading import load_run
+from stem_jax.memory.catalogue import table_specs
 from stem_jax.model.cache import NewCache
 from stem_jax.model.transformer import Inputs
 from stem_jax.sampling import Sampling
 from stem_jax.tables.row_source import NoRows, ResidentRows
-from stem_jax.tables.spec import TableSpec
 from stem_jax.training.state import ModelDef, init_state
 
 CONTEXT = 48
@@ -37,9 +37,9 @@ PROMPTS = ["abc", "one more.", "a longer prompt: 123"]
 
 def rows_of(config, state, mesh=None):
     """The rows of a fresh state, which lag behind nothing."""
-    if state.table is None:
+    if not state.tables:
         return NoRows()
-    return ResidentRows(state.table.rows, TableSpec.from_config(config), mesh)
+    return ResidentRows(state.tables["stem"].rows, table_specs(config)["stem"], mesh)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_cached_logits_equal_the_training_forward(
             "model.tie_embeddings": tied,
         }
     )
-    mesh, spec = device_mesh((1, 1, 1)), TableSpec.from_config(config)
+    mesh, spec = device_mesh((1, 1, 1)), table_specs(config).get("stem")
     model = ModelDef(config)
     state = init_state(config, model, mesh)
     lengths, prefixes, L = (13, 16), (3, 6), 16
@@ -107,8 +107,8 @@ def test_cached_logits_equal_the_training_forward(
         np.ones_like(tokens_BxL),
     )
     rows = None
-    if state.table is not None:
-        rows = state.table.rows[:, spec.layout.row_numbers(tokens_BxL.reshape(-1))]
+    if state.tables:
+        rows = state.tables["stem"].rows[:, spec.layout.row_numbers(tokens_BxL.reshape(-1))]
 
     @jax.jit
     def train_forward(params, rows):
@@ -117,7 +117,7 @@ def test_cached_logits_equal_the_training_forward(
 
     expected_BxLxV = np.asarray(train_forward(state.params, rows))
 
-    source = NoRows() if state.table is None else ResidentRows(state.table.rows, spec, None)
+    source = ResidentRows(state.tables["stem"].rows, spec, None) if state.tables else NoRows()
     advance = jax.jit(Generator(config, state.params, rows_of(config, state), BYTES).advance)
     width = max(prefixes) + 2
     tokens = np.stack([np.pad(t[:p], (0, width - p)) for t, p in zip(tokens_BxL, prefixes)])
@@ -138,8 +138,8 @@ def test_cached_logits_equal_the_training_forward(
 
 def test_greedy_tokens_are_those_of_the_whole_forward(generator, bytes_config, bytes_state):
     config, state = bytes_config(), bytes_state()
-    spec, model = TableSpec.from_config(config), ModelDef(config)
-    rows_SxVxF = state.table.rows
+    spec, model = table_specs(config)["stem"], ModelDef(config)
+    rows_SxVxF = state.tables["stem"].rows
 
     @jax.jit
     def whole_forward(ids_BxL, inverse_BxL):
@@ -184,8 +184,9 @@ def test_every_batch_size_gives_the_same(generator):
 def test_a_mesh_gives_the_tokens_of_one_device(generator, bytes_config, bytes_state, device_mesh):
     shape = (2, 2, 2)
     state = bytes_state(shape)
-    assert len(state.table.rows.sharding.device_set) == 8
-    assert state.table.rows.addressable_shards[0].data.shape[1] < state.table.rows.shape[1]
+    rows = state.tables["stem"].rows
+    assert len(rows.sharding.device_set) == 8
+    assert rows.addressable_shards[0].data.shape[1] < rows.shape[1]
     config, mesh = bytes_config(), device_mesh(shape)
     sharded = Generator(config, state.params, rows_of(config, state, mesh), BYTES, mesh)
     expected = [c.tokens for c in generator.complete(PROMPTS, 8, GREEDY)]
@@ -258,7 +259,7 @@ def run_folder(bytes_config, bytes_state, tmp_path_factory):
         # No update yet: no row lags behind.
         updates=0,
         bad_steps=0,
-        touched_rows=0,
+        touched_rows={},
         tokenizer=BYTES.fingerprint,
         data={"seed": 0, "sources": "none"},
         config=bytes_config(**{"model.attention": "splash"}),
@@ -362,7 +363,7 @@ def test_a_loaded_run_is_the_saved_one(run_folder, bytes_state):
     assert (run.step, run.config.model.attention) == (7, "auto")
     for name, value in bytes_state().params.items():
         assert np.array_equal(run.params[name], value)
-    assert np.array_equal(run.rows.rows, bytes_state().table.rows)
+    assert np.array_equal(run.rows.rows, bytes_state().tables["stem"].rows)
 
 
 def test_ids_that_stand_for_nothing_are_never_drawn(generator, device_mesh):

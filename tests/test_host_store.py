@@ -11,9 +11,10 @@ from jax.sharding import NamedSharding
 from offloading import FIELDS
 
 from stem_jax.errors import InputError
+from stem_jax.memory.catalogue import table_specs
 from stem_jax.tables import host_store, store_snapshot
 from stem_jax.tables.host_store import HostStore
-from stem_jax.tables.spec import TableSpec, init_table, stored
+from stem_jax.tables.spec import init_table, stored
 
 PLACES = [
     ((1, 1, 1), ("data", "fsdp")),
@@ -27,9 +28,9 @@ PLACES = [
 
 @pytest.fixture
 def table_spec(tiny_config):
-    return lambda vocab_axes=("data", "fsdp"): TableSpec.from_config(
+    return lambda vocab_axes=("data", "fsdp"): table_specs(
         tiny_config(**{"tables.vocab_axes": vocab_axes})
-    )
+    )["stem"]
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ def run_folder(axis, tiny_config, device_mesh, tmp_path_factory):
     # As they are at the start, they hardly look back.
     for name, value in state.params.items():
         state.params[name] = 3 * value
-    info = CheckpointInfo(1, 1, 0, 258, BYTES.fingerprint, {"seed": 0}, config)
+    info = CheckpointInfo(1, 1, 0, {"stem": 258}, BYTES.fingerprint, {"seed": 0}, config)
     with Checkpointer(folder) as checkpoints:
         checkpoints.save(state, info, None)
     return folder

@@ -47,6 +47,7 @@ LEVELS = [
     ["kernels"],
     ["data"],
     ["tables"],
+    ["memory"],
     ["model"],
     ["training"],
     [

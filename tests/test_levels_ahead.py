@@ -13,6 +13,7 @@ from stem_jax.tables import block_sizes
 from stem_jax.tables.block_sizes import BlockSizes, levels_above, nearly_filled, sizes_at
 from stem_jax.training import levels_ahead
 from stem_jax.training.levels_ahead import LevelsAhead
+from stem_jax.training.reads import ReadSizes
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 LEVELS = [BlockSizes(n, n) for n in (10, 20, 30, 40)]
@@ -25,6 +26,7 @@ class Programs:
         self.mesh = types.SimpleNamespace(
             devices=types.SimpleNamespace(flat=[types.SimpleNamespace(platform=platform)])
         )
+        self.reads = self
         self.begun, self.go_on, self.error = [], threading.Semaphore(0), None
         self.near = []
 
@@ -51,7 +53,7 @@ def steps(monkeypatch):
         levels = LevelsAhead(programs)
 
         def step(level, batch=0):
-            ready = types.SimpleNamespace(batch=batch, demand=None, sizes=LEVELS[level], slots=None)
+            ready = types.SimpleNamespace(batch=batch, demand=True, sizes=LEVELS[level], slots={})
             levels.await_step(ready)
             levels.after_step(0, ready, 0)
             return [LEVELS.index(sizes) for sizes in programs.begun]
@@ -117,7 +119,7 @@ def test_a_step_waits_for_its_program_and_compiles_itself_where_that_failed(step
 def test_a_dense_model_has_no_levels(steps):
     programs, *_ = steps("tpu")
     levels = LevelsAhead(programs)
-    ready = types.SimpleNamespace(sizes=None)
+    ready = types.SimpleNamespace(demand={}, sizes=None)
     for _ in range(3):
         levels.await_step(ready)
         levels.after_step(0, ready, 0)
@@ -126,12 +128,17 @@ def test_a_dense_model_has_no_levels(steps):
 
 def test_levels_above():
     first, largest = BlockSizes(1000, 1000), BlockSizes(9000, 2000)
-    levels = [sizes_at(level, first, largest) for level in range(block_sizes.LEVELS)]
-    assert levels_above(levels[0], first, largest) == levels[1:]
-    assert levels_above(levels[2], first, largest) == [largest]
-    assert levels_above(largest, first, largest) == []
+    # Of two tables, at one level.
+    firsts, most = [first, BlockSizes(10, 10)], [largest, BlockSizes(20, 20)]
+    levels = [
+        tuple(sizes_at(level, *pair) for pair in zip(firsts, most, strict=True))
+        for level in range(block_sizes.LEVELS)
+    ]
+    assert levels_above(levels[0], firsts, most) == levels[1:]
+    assert levels_above(levels[2], firsts, most) == [tuple(most)]
+    assert levels_above(tuple(most), firsts, most) == []
     # Where all batches fit in the first level there is no other.
-    assert levels_above(first, first, first) == []
+    assert levels_above(tuple(firsts), firsts, firsts) == []
 
 
 def test_nearly_filled():
@@ -146,11 +153,13 @@ def test_a_run_finds_the_program_of_its_next_size(train_step, tmp_path, monkeypa
     """A step that takes a level which the thread compiled compiles nothing."""
     # Offloaded: the slots, too, have another size.
     step = train_step((1, 1, 1), **SIZES | {"train.steps": 6, "tables.resident_rows": 512})
-    small, large = BlockSizes(200, 200), BlockSizes(232, 224)
+    small, large = (
+        ReadSizes((("stem", BlockSizes(*numbers)),)) for numbers in ((200, 200), (232, 224))
+    )
     # The fourth batch and those behind it need more.
     needed = itertools.chain([small] * 3 + [large] * 3, itertools.repeat(small))
-    monkeypatch.setattr(step, "sizes_for", lambda batch, demand: next(needed))
-    monkeypatch.setattr(step, "larger_sizes", lambda *args, near: [large])
+    monkeypatch.setattr(step.reads, "sizes_for", lambda batch, demand: next(needed))
+    monkeypatch.setattr(step.reads, "larger_sizes", lambda *args, near: [large])
     monkeypatch.setattr(levels_ahead, "_FIRST_STEPS", 0)
     compiled, during = [], []
 

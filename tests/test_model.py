@@ -10,11 +10,12 @@ import pytest
 from logical import logical_table
 
 from stem_jax.errors import InputError
+from stem_jax.memory.catalogue import table_specs
 from stem_jax.model.attention import attend
 from stem_jax.model.layers import truncated_normal
 from stem_jax.model.rotary import halves_first, pairs_first, rotary_angles, rotate
 from stem_jax.model.transformer import Inputs
-from stem_jax.tables.spec import TableSpec, init_table, initial_rows, stored
+from stem_jax.tables.spec import init_table, initial_rows, stored
 from stem_jax.training.state import ModelDef
 
 B, L, V = 2, 16, 88
@@ -173,12 +174,12 @@ def test_truncated_normal_at_a_tight_cut():
 
 
 def test_initial_rows(tiny_config):
-    spec = TableSpec.from_config(tiny_config())
+    spec = table_specs(tiny_config())["stem"]
     rows = np.asarray(initial_rows(spec, jax.random.key(0), jnp.arange(spec.num_rows)))
     xavier = np.sqrt(2 / (V + 48))
     assert rows.shape == (96, 2, 48) and abs(rows.mean()) < 5 * xavier / np.sqrt(rows.size)
     assert rows.std() == pytest.approx(xavier, rel=5 / np.sqrt(2 * rows.size))
-    own = TableSpec.from_config(tiny_config(**{"tables.init_std": 0.5}))
+    own = table_specs(tiny_config(**{"tables.init_std": 0.5}))["stem"]
     np.testing.assert_allclose(
         initial_rows(own, jax.random.key(0), jnp.arange(96)), rows * 0.5 / xavier, rtol=1e-5
     )
@@ -189,7 +190,7 @@ def test_initial_rows(tiny_config):
 
 
 def test_initial_table_does_not_depend_on_the_mesh(tiny_config, device_mesh):
-    spec = TableSpec.from_config(tiny_config())
+    spec = table_specs(tiny_config())["stem"]
     alone, spread = (
         init_table(spec, jax.random.key(1), device_mesh(shape)) for shape in [(1, 1, 1), (2, 2, 2)]
     )

@@ -6,11 +6,10 @@ import gc
 import jax
 import numpy as np
 import pytest
-from offloading import SIZES, STEPS, run, variant, zipf_data
+from offloading import SIZES, STEPS, rows_of_a_batch, run, variant
 
 from stem_jax.mesh import axis_size
 from stem_jax.tables.spec import TableSpec, logical
-from stem_jax.training.working_set import working_set
 
 LAYOUTS = {
     "one device": ((1, 1, 1), {}),
@@ -47,8 +46,7 @@ def programs(train_step):
 
     def smallest(layout, prefetch):
         step = make(layout, prefetch=prefetch)
-        owners = axis_size(step.mesh, step.spec.vocab_axes)
-        return working_set(step.config, step.spec, owners, zipf_data(step.config), 0).batch
+        return rows_of_a_batch(step)
 
     return make
 
@@ -119,15 +117,15 @@ def test_devices_hold_the_resident_rows_alone(programs, tmp_path, layout):
     runs = [("one device", HALF, 1), *RUNS[1:]]
     how = next(how for how in runs if how[0] == layout)
     step = programs(*how)
-    rows, prefetch = step.spec.num_slots, step.config.tables.prefetch
-    owners = axis_size(step.mesh, step.spec.vocab_axes)
-    S, F = step.spec.vectors, step.spec.width
+    rows, prefetch = step.reads.specs["stem"].num_slots, step.config.tables.prefetch
+    owners = axis_size(step.mesh, step.reads.specs["stem"].vocab_axes)
+    S, F = step.reads.specs["stem"].vectors, step.reads.specs["stem"].width
     gc.collect()
     before = {id(array) for array in jax.live_arrays()}
     seen = []
 
     def watch(state, moving):
-        table = vars(state.table)
+        table = vars(state.tables["stem"])
         mine = {id(array) for array in table.values()}
         live = [a for a in jax.live_arrays() if id(a) not in before and a.ndim == 3]
         # Logical, as rows travel.
@@ -140,7 +138,7 @@ def test_devices_hold_the_resident_rows_alone(programs, tmp_path, layout):
         seen.append((held, held + sum(_device_bytes(a) for a in others)))
 
     run(step, tmp_path, watch=watch)
-    resident = sum(map(_placed_bytes, TableSpec.placed(step.spec), [step.mesh] * 4))
+    resident = sum(map(_placed_bytes, TableSpec.placed(step.reads.specs["stem"]), [step.mesh] * 4))
     assert len(seen) == 2
     for held, with_moving in seen:
         assert held == resident

@@ -6,7 +6,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from offloading import SIZES, STEPS, row_threads, run, variant, zipf_data
+from offloading import SIZES, STEPS, row_threads, rows_of_a_batch, run, variant, zipf_data
 
 from stem_jax.checkpoint import Checkpointer
 from stem_jax.errors import InputError
@@ -17,22 +17,15 @@ from stem_jax.tables.row_slots import TooFewSlots
 from stem_jax.tables.spec import TableState
 from stem_jax.training.loop import Loop
 from stem_jax.training.state import TrainState, table_key
-from stem_jax.training.working_set import working_set
 
 SAVED_AT = 30
-
-
-def smallest(step) -> int:
-    """The rows that one batch needs."""
-    owners = axis_size(step.mesh, step.spec.vocab_axes)
-    return working_set(step.config, step.spec, owners, zipf_data(step.config), 0).batch
 
 
 @pytest.fixture(scope="module")
 def tight(train_step):
     """tight(prefetch): a step with the fewest rows on the device: those of one batch."""
     resident = train_step(**SIZES)
-    rows = smallest(variant(resident, prefetch=4))
+    rows = rows_of_a_batch(variant(resident, prefetch=4))
     step = train_step(**SIZES, **{"tables.resident_rows": rows})
     return lambda prefetch=4: variant(step, prefetch=prefetch)
 
@@ -161,7 +154,10 @@ def test_a_batch_that_does_not_fit_ends_the_run_with_a_save(train_step, whole, t
 def test_the_smallest_that_works_is_named(train_step, shape, prefetch):
     """Rows are brought for all batches and the validation, without their steps."""
     step = variant(train_step(shape, **SIZES), prefetch=prefetch)
-    needed, owners = smallest(step), axis_size(step.mesh, step.spec.vocab_axes)
+    needed, owners = (
+        rows_of_a_batch(step),
+        axis_size(step.mesh, step.reads.specs["stem"].vocab_axes),
+    )
     bring_all(train_step(shape, **SIZES, **{"tables.resident_rows": needed}), prefetch)
     rows = needed - owners
     # A number that the run can be given as it is.
@@ -173,10 +169,10 @@ def test_the_smallest_that_works_is_named(train_step, shape, prefetch):
 def bring_all(step, prefetch):
     step = variant(step, prefetch=prefetch)
     data = zipf_data(step.config)
-    store = HostStore.create(step.spec, table_key(step.config), step.mesh)
+    store = HostStore.create(step.reads.specs["stem"], table_key(step.config), step.mesh)
     with Prefetch(step.mesh, store, "lfu", prefetch) as moving:
-        state = TrainState(*[None] * 6, TableState(**moving.load()))
-        loop = Loop(step.config, step, data, None, moving, None, None, None)
+        state = TrainState(*[None] * 6, {"stem": TableState(**moving.load())})
+        loop = Loop(step.config, step, data, None, {"stem": moving}, None, None, None)
         batches = map(data.batches.batch, range(STEPS))
         for ahead in (
             loop._look_ahead(batches, STEPS),

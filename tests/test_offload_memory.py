@@ -12,9 +12,9 @@ import pytest
 
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.prefetch import Prefetch
+from stem_jax.training.batch import Batch
 from stem_jax.training.schedule import make_schedule
 from stem_jax.training.state import abstract_state
-from stem_jax.training.step import Batch
 
 pytestmark = pytest.mark.optimized
 
@@ -61,34 +61,34 @@ def donated_bytes(table) -> int:
 @pytest.mark.parametrize("shape", MESHES)
 def test_the_step_has_no_second_buffer_of_the_slots(offloaded, shape):
     step, state = offloaded(shape)
-    assert state.table.rows.shape[1] == RESIDENT
+    assert state.tables["stem"].rows.shape[1] == RESIDENT
     A, B, L = 1, step.config.train.global_batch_size, step.config.train.seq_len
     ids = jax.ShapeDtypeStruct((A, B, L), jnp.int32, sharding=step.batch_sharding)
     mask = jax.ShapeDtypeStruct((A, B, L), bool, sharding=step.batch_sharding)
-    room = step.table(ids).largest_sizes.owned
-    owners = step.table(ids).exchange.num_owners
+    batch = Batch(ids, ids, ids, ids, mask)
+    table = step.reads.tables(batch)["stem"]
+    room, owners = table.largest_sizes.owned, table.exchange.num_owners
     slots = jax.ShapeDtypeStruct(
-        (owners * room,), jnp.int32, sharding=state.table.last_step.sharding
+        (owners * room,), jnp.int32, sharding=state.tables["stem"].last_step.sharding
     )
     schedule = make_schedule(step.config, 10)
-    batch = Batch(ids, ids, ids, ids, mask)
-    compiled = step.update.lower(state, batch, schedule, slots).compile()
-    assert defined(compiled, state.table) <= IN_PLACE
+    compiled = step.update.lower(state, batch, schedule, {"stem": slots}).compile()
+    assert defined(compiled, state.tables["stem"]) <= IN_PLACE
     memory = compiled.memory_analysis()
-    assert memory.alias_size_in_bytes >= donated_bytes(state.table)
+    assert memory.alias_size_in_bytes >= donated_bytes(state.tables["stem"])
     # Nor one of the whole table, which is four times as large.
-    local = shard_shapes(state.table)["rows"]
+    local = shard_shapes(state.tables["stem"])["rows"]
     assert f"[{local[0]},{VOCAB // RESIDENT * local[1]},{local[2]}]" not in compiled.as_text()
 
 
 @pytest.mark.parametrize("shape", MESHES)
 def test_moving_rows_has_no_second_buffer_of_the_slots(offloaded, shape):
     step, state = offloaded(shape)
-    table = vars(state.table)
+    table = vars(state.tables["stem"])
     room = 32
-    owners = RESIDENT // shard_shapes(state.table)["last_step"][0]
+    owners = RESIDENT // shard_shapes(state.tables["stem"])["last_step"][0]
     places = jax.ShapeDtypeStruct((owners * room,), jnp.int32, sharding=table["last_step"].sharding)
-    store = HostStore.allocate(step.spec, step.mesh)
+    store = HostStore.allocate(step.reads.specs["stem"], step.mesh)
     with Prefetch(step.mesh, store, "lfu", 2) as prefetch:
         staged = {
             name: jax.ShapeDtypeStruct(
@@ -98,10 +98,10 @@ def test_moving_rows_has_no_second_buffer_of_the_slots(offloaded, shape):
         }
         read = prefetch._read_slots.lower(table, places).compile()
         write = prefetch._write_slots.lower(table, staged, places).compile()
-    table_bytes = donated_bytes(state.table)
-    assert defined(read, state.table) == {"parameter"}
+    table_bytes = donated_bytes(state.tables["stem"])
+    assert defined(read, state.tables["stem"]) == {"parameter"}
     assert read.memory_analysis().output_size_in_bytes < table_bytes / 16
-    assert defined(write, state.table) <= IN_PLACE
+    assert defined(write, state.tables["stem"]) <= IN_PLACE
     # Donated and given back in place.
     assert write.memory_analysis().alias_size_in_bytes >= table_bytes
     for program in (read, write):

@@ -65,7 +65,7 @@ def test_two_processes_train_as_one(train_step, tiny_config, tmp_path, shape, vo
         target = abstract_state(resident.config, resident.model, resident.mesh)
         state = checkpoints.restore(STEPS, target)
     present = np.zeros(resident.spec.num_rows, int)
-    table = logical_table(state.table)
+    table = logical_table(state.tables["stem"])
     for name, whole in table.items():
         for arrays in found:
             for key in filter(lambda key: key.startswith(f"{name}/"), arrays):

@@ -10,8 +10,9 @@ from stem_jax.data.tokenizer import load_tokenizer
 from stem_jax.errors import InputError
 from stem_jax.generation import Generator
 from stem_jax.loading import load_run
+from stem_jax.memory.catalogue import table_specs
 from stem_jax.sampling import Sampling
-from stem_jax.tables.spec import TableSpec, TableState, table_shardings
+from stem_jax.tables.spec import TableState, table_shardings
 from stem_jax.training.state import ModelDef, TrainState, init_state
 
 BYTES = load_tokenizer("bytes")
@@ -28,19 +29,22 @@ def run_folder(tiny_config, device_mesh, tmp_path_factory):
     config = tiny_config(**sizes, **{"train.seq_len": 48, "mesh.data": 1})
     mesh, rng = device_mesh((1, 1, 1)), np.random.default_rng(0)
     state = init_state(config, ModelDef(config, mesh), mesh)
-    shape = state.table.rows.shape
+    shape = state.tables["stem"].rows.shape
     root = 10.0 ** rng.uniform(-4, -2, shape)
     table = TableState(
-        rows=state.table.rows + rng.normal(size=shape).astype(np.float32),
+        rows=state.tables["stem"].rows + rng.normal(size=shape).astype(np.float32),
         mu=jnp.asarray(root * rng.uniform(-1, 1, shape), jnp.float32),
         nu=jnp.asarray(root**2, jnp.float32),
         last_step=jnp.asarray(rng.integers(1, UPDATES + 1, shape[1]), jnp.int32),
     )
-    table = jax.device_put(table, table_shardings(TableSpec.from_config(config), mesh))
+    table = jax.device_put(table, table_shardings(table_specs(config)["stem"], mesh))
     params = {name: 3 * value for name, value in state.params.items()}
-    counters = [jnp.int32(number) for number in (UPDATES, UPDATES, 0, 258)]
-    state = TrainState(*counters, params, state.opt_state, table)
-    info = CheckpointInfo(UPDATES, UPDATES, 0, 258, BYTES.fingerprint, {"seed": 0}, config)
+    counters = [jnp.int32(number) for number in (UPDATES, UPDATES, 0)]
+    touched = {"stem": jnp.int32(258)}
+    state = TrainState(*counters, touched, params, state.opt_state, {"stem": table})
+    info = CheckpointInfo(
+        UPDATES, UPDATES, 0, {"stem": 258}, BYTES.fingerprint, {"seed": 0}, config
+    )
     with Checkpointer(folder) as checkpoints:
         checkpoints.save(state, info, None)
     return folder

@@ -51,7 +51,7 @@ def saved(train_step, tmp_path_factory):
     )
     workdir = tmp_path_factory.mktemp("saved")
     with Checkpointer(workdir) as checkpoints:
-        checkpoints.save(then, CheckpointInfo(3, 3, 0, 0, "none", {}, step.config), None)
+        checkpoints.save(then, CheckpointInfo(3, 3, 0, {"stem": 0}, "none", {}, step.config), None)
         checkpoints.wait()
     layout = workdir / "checkpoints" / "3" / "layout" / "metadata"
     record = json.loads(layout.read_text())

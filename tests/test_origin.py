@@ -70,16 +70,17 @@ def test_parameters_and_rows_are_those_of_the_next_step(trained, shape, resident
         train=dataclasses.replace(config.train, init_from=str(trained)),
     )
     mesh = make_mesh(config.mesh, jax.devices()[: int(np.prod(shape))])
-    state, store = begin_from(find_origin(config), TrainStep(config, mesh))
+    state, stores = begin_from(find_origin(config), TrainStep(config, mesh))
     loaded = load_run(trained)
     for name, value in loaded.params.items():
         np.testing.assert_array_equal(state.params[name], value, err_msg=name)
-    table = logical_table(state.table) if store is None else store_arrays(store)
+    stored = [store_arrays(store) for store in stores.values()]
+    [table] = stored or [logical_table(state.tables["stem"])]
     # Rows that lag behind in the checkpoint have caught up; nothing else is remembered.
     np.testing.assert_allclose(table["rows"], logical(loaded.rows.rows), rtol=0, atol=1e-7)
     assert not any(np.any(np.asarray(table[name])) for name in ("mu", "nu", "last_step"))
     assert not any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(state.opt_state))
-    assert [int(x) for x in (state.step, state.updates, state.touched_rows)] == [0, 0, 0]
+    assert [int(x) for x in (state.step, state.updates, state.touched_rows["stem"])] == [0, 0, 0]
 
 
 def test_a_run_begins_where_the_other_ended(trained, tmp_path, capfd):

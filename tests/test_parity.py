@@ -21,9 +21,10 @@ from stem_jax.interop.names import (
 )
 from stem_jax.model.transformer import Inputs
 from stem_jax.tables.spec import TableState, logical, stored
+from stem_jax.training.batch import Batch
 from stem_jax.training.schedule import make_schedule, multiplier
 from stem_jax.training.state import ModelDef, TrainState
-from stem_jax.training.step import Batch, TrainStep
+from stem_jax.training.step import TrainStep
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 MODELS = ["stem_small", "stem_gqa", "dense_small"]
@@ -109,18 +110,23 @@ def _initial_state(step: TrainStep, name: str) -> TrainState:
     params, table = official_to_params(_state_dict(name), step.config.model)
     zero = np.int32(0)
     opt_state = step.model.optimizer.init(params)
-    state = TrainState(zero, zero, zero, zero, params, opt_state, None)
+    touched = dict.fromkeys(step.reads.specs, zero)
+    state = TrainState(zero, zero, zero, touched, params, opt_state, {})
     if table is not None:
-        rows = stored(table_to_rows(table, step.spec.layout))
+        rows = stored(table_to_rows(table, step.reads.specs["stem"].layout))
         empty = np.zeros_like(rows)
         slots = TableState(rows, empty, empty, np.zeros(rows.shape[1], np.int32))
-        state = dataclasses.replace(state, table=slots)
+        state = dataclasses.replace(state, tables={"stem": slots})
     return jax.device_put(state, step.shardings)
 
 
 def _official(step: TrainStep, params, rows, name: str) -> dict[str, np.ndarray]:
     """Our arrays under the official names, with the prefix that the stored ones have."""
-    table = None if rows is None else rows_to_table(logical(np.asarray(rows)), step.spec.layout)
+    table = (
+        None
+        if rows is None
+        else rows_to_table(logical(np.asarray(rows)), step.reads.specs["stem"].layout)
+    )
     prefix = STEM_PREFIX if step.config.model.stem_layers else ""
     return params_to_official(jax.device_get(params), table, step.config.model, prefix)
 
@@ -180,7 +186,7 @@ def test_loss_and_gradients(name, mesh, chunk, train_step):
     schedule = make_schedule(step.config, 1, np.full(1, 1e-3))
     batch = _batch(step, stored["tokens"], stored["targets"])
     state, metrics = step.update(_initial_state(step, name), batch, schedule)
-    moments, table = state.opt_state[0].mu, state.table
+    moments, table = state.opt_state[0].mu, state.tables.get("stem")
     gradients = _official(step, moments, None if table is None else table.mu, name)
     expected = _state_dict(name, "grad/")
     assert len(expected) >= 13
@@ -213,7 +219,7 @@ def test_five_steps(name, optimizer, train_step):
     first = _batch(step, stored["tokens"][0], stored["targets"][0])
     total, count = step.evaluate(state, first, schedule)
     _close(total / count, stored["loss_after_on_step0_batch"], LOSS, "loss after the run")
-    rows = step.caught_up_rows(state, schedule)
+    rows = step.caught_up_rows(state, schedule)["stem"]
     final = _official(step, state.params, rows, name)
     expected = _state_dict(name, "final/")
     assert final.keys() == expected.keys()

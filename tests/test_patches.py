@@ -23,10 +23,11 @@ from stem_jax.knowledge.patch import (
 )
 from stem_jax.knowledge.swaps import recipes_of
 from stem_jax.loading import LoadedRun
+from stem_jax.memory.catalogue import table_specs
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.offloaded_rows import OffloadedRows
 from stem_jax.tables.row_source import ResidentRows
-from stem_jax.tables.spec import TableSpec, logical, stored
+from stem_jax.tables.spec import logical, stored
 from stem_jax.training.state import ModelDef, init_state
 
 BYTES = load_tokenizer("bytes")
@@ -38,12 +39,12 @@ def make_run(tiny_config, device_mesh, offloaded=False) -> LoadedRun:
     mesh = device_mesh((1, 1, 1))
     state = init_state(config, ModelDef(config, mesh), mesh)
     # Rows as large as trained ones, so that they matter.
-    spec = TableSpec.from_config(config)
-    whole = jax.random.normal(jax.random.key(1), state.table.rows.shape)
+    spec = table_specs(config)["stem"]
+    whole = jax.random.normal(jax.random.key(1), state.tables["stem"].rows.shape)
     rows = ResidentRows(whole, spec, mesh)
     if offloaded:
         config = tiny_config(**SIZES, **{"tables.resident_rows": 64})
-        store = HostStore.allocate(TableSpec.from_config(config), mesh)
+        store = HostStore.allocate(table_specs(config)["stem"], mesh)
         blocks = []
         for block in store.blocks:
             rows = logical(np.asarray(whole))

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from stem_jax.hardware import Chip
+from stem_jax.memory.catalogue import table_specs
 from stem_jax.model.cost import projection_flops_per_token
 from stem_jax.planning import hlo
 from stem_jax.planning.collectives import Collective, collectives_of
@@ -18,7 +19,6 @@ from stem_jax.planning.roofline import roofline, step_flops
 from stem_jax.planning.topology import Topology
 from stem_jax.planning.traffic import hbm_bytes, moved_bytes
 from stem_jax.tables.block_sizes import BlockSizes
-from stem_jax.tables.spec import TableSpec
 
 pytestmark = pytest.mark.optimized
 
@@ -259,7 +259,7 @@ def test_room_is_that_of_the_fullest_pair(tiny_config, device_mesh):
     """Against 400 draws of what 4 devices ask of 4 owners."""
     config = tiny_config(**{"model.vocab_size": 4096, "mesh.data": 4})
     mesh = device_mesh((4, 1, 1))
-    spec = TableSpec.from_config(config)
+    spec = table_specs(config)["stem"]
     share = 1 / np.arange(1, 4097)
     share /= share.sum()
     random = np.random.default_rng(0)

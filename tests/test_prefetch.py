@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 from offloading import FIELDS, row_threads, store_arrays
 
+from stem_jax.memory.catalogue import table_specs
 from stem_jax.mesh import axis_size
 from stem_jax.tables import prefetch as prefetch_module
 from stem_jax.tables.asked_rows import AskedRows
 from stem_jax.tables.block_sizes import BlockSizes
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.prefetch import Prefetch
-from stem_jax.tables.spec import TableSpec, TableState, logical, stored
+from stem_jax.tables.spec import TableState, logical, stored
 from stem_jax.training.look_ahead import LookAhead
 from stem_jax.training.state import TrainState
 
@@ -38,7 +39,7 @@ class Bench:
 
     def __init__(self, tiny_config, mesh, vocab_axes, resident, policy="lfu", ahead=2):
         sizes = {"model.vocab_size": ROWS - 2, "model.ffn_dim": 4, "tables.pad_multiple": 16}
-        spec = TableSpec.from_config(tiny_config(**sizes, **{"tables.vocab_axes": vocab_axes}))
+        spec = table_specs(tiny_config(**sizes, **{"tables.vocab_axes": vocab_axes}))["stem"]
         self.owners = axis_size(mesh, vocab_axes)
         self.spec = dataclasses.replace(spec, resident_rows=resident)
         self.store = HostStore.allocate(self.spec, mesh)
@@ -122,20 +123,25 @@ class Bench:
     def programs(self, distance: int) -> SimpleNamespace:
         sizes = BlockSizes(self.room, self.room)
         return SimpleNamespace(
-            spec=self.spec,
             config=SimpleNamespace(tables=SimpleNamespace(prefetch=distance)),
-            demand=lambda batch: batch.tokens,
-            sizes_for=lambda batch, demand: sizes,
-            asked_by=lambda batch, demand: self.asked(demand),
-            table=lambda tokens, sizes: SimpleNamespace(
-                exchange=SimpleNamespace(owned_rows=sizes.owned)
+            demand=lambda batch: {"stem": batch.tokens},
+            asked_by=lambda batch, demand: {"stem": self.asked(demand["stem"])},
+            reads=SimpleNamespace(
+                memories={"stem": None},
+                sizes_for=lambda batch, demand: {"stem": sizes},
+                tables=lambda batch, sizes: {
+                    "stem": SimpleNamespace(
+                        exchange=SimpleNamespace(owned_rows=sizes["stem"].owned)
+                    )
+                },
             ),
         )
 
     def look_ahead(self, batches, distance, training=True) -> LookAhead:
         batches = [SimpleNamespace(tokens=rows) for rows in batches]
         programs = self.programs(distance)
-        return LookAhead(programs, iter(batches), len(batches), self.prefetch, training=training)
+        moving = {"stem": self.prefetch}
+        return LookAhead(programs, iter(batches), len(batches), moving, training=training)
 
 
 @pytest.fixture
@@ -228,17 +234,17 @@ def test_every_row_is_read_with_its_latest_value(
 
     def placed(ahead, ready, state, change=True):
         state = ahead.place(state, ready)
-        arrays = dict(vars(state.table))
-        arrays = table.update(arrays, ready.slots, ready.batch.tokens, change)
-        return dataclasses.replace(state, table=TableState(**arrays))
+        arrays = dict(vars(state.tables["stem"]))
+        arrays = table.update(arrays, ready.slots["stem"], ready.batch.tokens, change)
+        return dataclasses.replace(state, tables={"stem": TableState(**arrays)})
 
-    state = TrainState(*[None] * 6, TableState(**table.prefetch.load()))
+    state = TrainState(*[None] * 6, {"stem": TableState(**table.prefetch.load())})
     ahead = table.look_ahead(batches, distance)
     for (rows, then), ready in zip(steps, ahead, strict=True):
         assert ready.batch.tokens == rows
         state = placed(ahead, ready, state)
         if then == "save":
-            table.prefetch.write_back(vars(state.table))
+            table.prefetch.write_back(vars(state.tables["stem"]))
             table.check_store()
         elif then is not None:
             state = ahead.settle(state)
@@ -246,7 +252,7 @@ def test_every_row_is_read_with_its_latest_value(
             for part in held_out:
                 state = placed(held_out, part, state, change=False)
     table.check()
-    table.prefetch.write_back(vars(state.table))
+    table.prefetch.write_back(vars(state.tables["stem"]))
     table.check_store()
     table.prefetch.close()
 
@@ -320,18 +326,18 @@ def test_rows_of_the_batches_in_flight_stay(bench, distance):
     batches = fives[:distance] * 4 + fives[distance:]
     new = 4 * distance
     table = bench(5 * (distance + 1), ahead=distance)
-    state = TrainState(*[None] * 6, TableState(**table.prefetch.load()))
+    state = TrainState(*[None] * 6, {"stem": TableState(**table.prefetch.load())})
     ahead = table.look_ahead(batches, distance)
     for number, ready in enumerate(ahead):
         if number == new + 1:
-            assert ready.ticket.move.missing == 5
+            assert ready.tickets["stem"].move.missing == 5
         if new + 1 < number <= new + distance:
-            assert ready.ticket.move.missing == 0, number
+            assert ready.tickets["stem"].move.missing == 0, number
         state = ahead.place(state, ready)
         if new + 1 < number <= new + distance:
             # They came all the same, once, and earlier.
-            assert ready.metrics["evictions"] == 5
-            assert ready.metrics["row_hit_rate"] == 0
+            assert ready.metrics["table/evictions"] == 5
+            assert ready.metrics["table/row_hit_rate"] == 0
         if number in (new + 1, new + 2):
             state = ahead.settle(state)
 

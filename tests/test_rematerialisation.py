@@ -168,7 +168,7 @@ def test_on_a_mesh_a_step_is_that_of_full(policy, train_step, make_batch):
         step = train_step((2, 2, 2), **keys, **{"model.remat": kind, "train.micro_batches": 2})
         state = init_state(step.config, step.model, step.mesh)
         state, metrics = step.update(state, make_batch(step), make_schedule(step.config, 2))
-        mu = [*jax.tree.leaves(state.opt_state), state.table.mu]
+        mu = [*jax.tree.leaves(state.opt_state), state.tables["stem"].mu]
         found.append([metrics["loss"], metrics["grad_norm"], *mu])
     for one, other in zip(*found, strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-6, atol=1e-8)

@@ -30,7 +30,7 @@ def saved(train_step, make_batch, tmp_path_factory):
     state = init_state(step.config, step.model, step.mesh)
     state, before = advance(step, state, make_batch, 0, 3)
     workdir = tmp_path_factory.mktemp("saved")
-    info = CheckpointInfo(3, int(state.updates), 0, 0, "none", {}, step.config)
+    info = CheckpointInfo(3, int(state.updates), 0, {}, "none", {}, step.config)
     with Checkpointer(workdir) as checkpoints:
         checkpoints.save(state, info, None)
         checkpoints.wait()
@@ -53,7 +53,7 @@ def test_other_meshes_continue_the_run(saved, train_step, make_batch, shape, voc
     with Checkpointer(workdir, read_only=True) as checkpoints:
         target = abstract_state(step.config, step.model, step.mesh)
         state = checkpoints.restore(3, target)
-    assert state.table.rows.sharding == target.table.rows.sharding
+    assert state.tables["stem"].rows.sharding == target.tables["stem"].rows.sharding
     assert state.params["head.kernel"].sharding == target.params["head.kernel"].sharding
     _, found = advance(step, state, make_batch, 3, STEPS)
     np.testing.assert_allclose(found, losses[3:], rtol=0, atol=1e-5)
@@ -69,20 +69,20 @@ def test_a_table_is_the_same_over_other_columns(train_step, tmp_path, tensors):
     state = jax.tree.map(
         lambda a: jax.device_put(rng.integers(0, 100, a.shape).astype(a.dtype), a.sharding), state
     )
-    info = CheckpointInfo(1, 1, 0, 0, "none", {}, first.config)
+    info = CheckpointInfo(1, 1, 0, {}, "none", {}, first.config)
     with Checkpointer(tmp_path) as checkpoints:
         checkpoints.save(state, info, None)
         checkpoints.wait()
         target = abstract_state(then.config, then.model, then.mesh)
         found = checkpoints.restore(1, target)
-    for name, field in vars(found.table).items():
-        assert field.sharding == getattr(target.table, name).sharding
-        np.testing.assert_array_equal(field, getattr(state.table, name), err_msg=name)
+    for name, field in vars(found.tables["stem"]).items():
+        assert field.sharding == getattr(target.tables["stem"], name).sharding
+        np.testing.assert_array_equal(field, getattr(state.tables["stem"], name), err_msg=name)
 
 
 def test_counters_come_back(saved, train_step):
     step = train_step((1, 1, 1))
     with Checkpointer(saved[0], read_only=True) as checkpoints:
         state = checkpoints.restore(3, abstract_state(step.config, step.model, step.mesh))
-    counters = dataclasses.astuple(dataclasses.replace(state, params={}, opt_state=(), table=None))
+    counters = dataclasses.astuple(dataclasses.replace(state, params={}, opt_state=(), tables={}))
     assert [int(x) for x in counters[:3]] == [3, 3, 0]

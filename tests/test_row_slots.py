@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from stem_jax.errors import InputError
+from stem_jax.memory.catalogue import table_specs
 from stem_jax.tables.asked_rows import AskedRows
 from stem_jax.tables.row_slots import RowSlots, _room
-from stem_jax.tables.spec import TableSpec
 
 ROWS = 64
 
@@ -19,9 +19,9 @@ ROWS = 64
 @pytest.fixture(scope="session")
 def table_spec(tiny_config):
     """table_spec(resident rows): a table of 64 rows, the last two of them padding."""
-    spec = TableSpec.from_config(
-        tiny_config(**{"model.vocab_size": ROWS - 2, "tables.pad_multiple": 16})
-    )
+    spec = table_specs(tiny_config(**{"model.vocab_size": ROWS - 2, "tables.pad_multiple": 16}))[
+        "stem"
+    ]
     return lambda resident: dataclasses.replace(spec, resident_rows=resident)
 
 

@@ -21,7 +21,7 @@ def test_busiest_owner_on_real_text(tmp_path, train_step):
     tokenizer = load_tokenizer("sentencepiece", tmp_path / "tokenizer.model")
     ids = np.concatenate([tokenizer.encode(text) for text in texts]).astype(np.int32)
     step = train_step((OWNERS, 1, 1), **{"model.vocab_size": VOCAB, "tables.pad_multiple": 256})
-    table = ShardedTable(step.spec, step.mesh, TOKENS_PER_DEVICE)
+    table = ShardedTable(step.reads.specs["stem"], step.mesh, TOKENS_PER_DEVICE)
     count = jax.jit(lambda keys: table.request(keys, jnp.ones_like(keys, bool)).asked)
     batches = ids[: len(ids) // (OWNERS * TOKENS_PER_DEVICE) * OWNERS * TOKENS_PER_DEVICE]
     batches = batches.reshape(-1, 1, OWNERS, TOKENS_PER_DEVICE)

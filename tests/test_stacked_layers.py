@@ -45,7 +45,7 @@ def _numpy(stack, index: int) -> np.ndarray:
 
 def save(folder, step, state) -> None:
     number = int(state.step)
-    info = CheckpointInfo(number, int(state.updates), 0, 0, "none", {}, step.config)
+    info = CheckpointInfo(number, int(state.updates), 0, {}, "none", {}, step.config)
     with Checkpointer(folder) as checkpoints:
         checkpoints.save(state, info, None)
         checkpoints.wait()

@@ -15,6 +15,7 @@ from stem_jax.config_checks import validate
 from stem_jax.config_file import config_from_json
 from stem_jax.errors import InputError
 from stem_jax.generation import Generator
+from stem_jax.memory.catalogue import table_specs
 from stem_jax.model.cost import count_parameters, forward_flops_per_token, generation_flops
 from stem_jax.model.feed_forward import KINDS
 from stem_jax.model.ffn import SITES
@@ -22,7 +23,6 @@ from stem_jax.model.kind import Read
 from stem_jax.model.transformer import Inputs
 from stem_jax.sampling import Sampling
 from stem_jax.tables.row_source import ResidentRows
-from stem_jax.tables.spec import TableSpec
 from stem_jax.training.schedule import make_schedule
 from stem_jax.training.state import ModelDef, init_state
 
@@ -100,7 +100,7 @@ def _trained(train_step, make_batch, shape, **keys):
     for seed in range(2):
         state, metrics = step.update(state, make_batch(step, seed, ragged=True), schedule)
         losses.append(float(metrics["loss"]))
-    return losses, jax.device_get((state.params, state.table.rows))
+    return losses, jax.device_get((state.params, state.tables["stem"].rows))
 
 
 @pytest.mark.long
@@ -145,7 +145,7 @@ def test_generation_says_what_the_whole_sequence_says(tiny_config, site):
     model = ModelDef(step)
     params = model.init()
     rows = jax.random.normal(jax.random.key(0), (1, 288, 48))
-    source = ResidentRows(rows, TableSpec.from_config(step), None)
+    source = ResidentRows(rows, table_specs(step)["stem"], None)
     generator = Generator(step, params, source, BYTES)
     [column] = zip(*generator.steps([[1, 2, 3]], 3, Sampling(temperature=0.0)), strict=True)
     ids = jnp.array([[1, 2, 3, *column]], jnp.int32)

@@ -6,18 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
 
-from stem_jax.errors import InputError
 from stem_jax.kernels import row_sums
-from stem_jax.mesh import check_placement, replicated
+from stem_jax.mesh import replicated
 from stem_jax.tables import block_sizes
 from stem_jax.tables.block_sizes import sizes_at
 from stem_jax.training import loop
 from stem_jax.training import step as step_module
+from stem_jax.training.batch import Batch
+from stem_jax.training.reads import ReadSizes
 from stem_jax.training.schedule import learning_rates, make_schedule
 from stem_jax.training.state import abstract_state, init_state
-from stem_jax.training.step import Batch, TrainStep
+from stem_jax.training.step import TrainStep
 
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2)]
 RATES = np.full(32, 3e-3)
@@ -91,9 +91,9 @@ def test_the_shards_are_what_the_table_of_axes_says(runs):
     for parameters in (state.params, state.opt_state[0].mu, state.opt_state[0].nu):
         for name, shape in expected.items():
             assert parameters[name].addressable_shards[0].data.shape == shape, name
-    for array in (state.table.rows, state.table.mu, state.table.nu):
+    for array in (state.tables["stem"].rows, state.tables["stem"].mu, state.tables["stem"].nu):
         assert array.addressable_shards[0].data.shape == (2, 96 // 4, 48 // 2)
-    assert state.table.last_step.addressable_shards[0].data.shape == (96 // 4,)
+    assert state.tables["stem"].last_step.addressable_shards[0].data.shape == (96 // 4,)
 
 
 def test_abstract_state_describes_the_state(runs):
@@ -124,10 +124,10 @@ def test_a_step_reports_what_it_did(train_step, fresh_state, make_batch):
     assert (first["learning_rate"], second["learning_rate"]) == (0, np.float32(1e-4))
     assert first["tokens"] == np.sum(batch.loss_mask)
     valid = np.asarray(batch.segment_ids) > 0
-    assert first["distinct_rows"] == len(np.unique(np.asarray(batch.tokens)[valid]))
+    assert first["table/distinct_rows"] == len(np.unique(np.asarray(batch.tokens)[valid]))
     assert (state.step, state.updates, state.bad_steps) == (2, 2, 0)
-    rows = step.spec.layout.row_numbers(np.asarray(batch.tokens)[valid])
-    assert np.all(np.asarray(state.table.last_step)[rows] == 2)
+    rows = step.reads.specs["stem"].layout.row_numbers(np.asarray(batch.tokens)[valid])
+    assert np.all(np.asarray(state.tables["stem"].last_step)[rows] == 2)
 
 
 @pytest.mark.parametrize(
@@ -145,9 +145,10 @@ def test_micro_batches_equal_one_batch(shape, micro_batches, train_step, fresh_s
     assert split_metrics["loss"] == pytest.approx(metrics["loss"], abs=1e-6)
     for name, value in state.params.items():
         np.testing.assert_allclose(split.params[name], value, rtol=0, atol=2e-6, err_msg=name)
-    np.testing.assert_allclose(split.table.rows, state.table.rows, rtol=0, atol=2e-6)
+    found, table = split.tables["stem"], state.tables["stem"]
+    np.testing.assert_allclose(found.rows, table.rows, rtol=0, atol=2e-6)
     # Seen in the gradients themselves: the first moments are a tenth of them.
-    np.testing.assert_allclose(split.table.mu, state.table.mu, rtol=1e-4, atol=1e-8)
+    np.testing.assert_allclose(found.mu, table.mu, rtol=1e-4, atol=1e-8)
 
 
 def test_evaluation_adds_up(train_step, fresh_state, make_batch):
@@ -173,9 +174,10 @@ def test_a_bad_batch_changes_nothing(where, train_step, fresh_state, make_batch)
         params = {**state.params, name: state.params[name].at[0, 0].set(3e38)}
         state = dataclasses.replace(state, params=params)
     else:
-        row = step.spec.layout.row_numbers(np.asarray(batch.tokens)[0, 0, 0])
-        rows = state.table.rows.at[:, row].set(jnp.inf)
-        state = dataclasses.replace(state, table=dataclasses.replace(state.table, rows=rows))
+        row = step.reads.specs["stem"].layout.row_numbers(np.asarray(batch.tokens)[0, 0, 0])
+        rows = state.tables["stem"].rows.at[:, row].set(jnp.inf)
+        table = dataclasses.replace(state.tables["stem"], rows=rows)
+        state = dataclasses.replace(state, tables={"stem": table})
     state = jax.device_put(state, step.shardings)
     before = jax.device_get(state)
     for count in (1, 2):
@@ -183,7 +185,7 @@ def test_a_bad_batch_changes_nothing(where, train_step, fresh_state, make_batch)
         assert not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]))
         assert (metrics["bad_steps"], metrics["skipped_steps"]) == (count, count)
         assert (state.step, state.updates, state.bad_steps) == (1 + count, 1, count)
-    kept = ("params", "opt_state", "table")
+    kept = ("params", "opt_state", "tables")
     for old, new in zip(
         jax.tree.leaves([getattr(before, name) for name in kept]),
         jax.tree.leaves([getattr(state, name) for name in kept]),
@@ -212,55 +214,6 @@ def test_the_first_rate_of_a_warm_up_is_zero(tiny_config):
     rates = learning_rates(config, 6)
     assert rates.dtype == np.float32
     np.testing.assert_allclose(rates[:5], np.array([0, 0.25, 0.5, 0.75, 1]) * 1e-3, rtol=1e-6)
-
-
-# --- The placement check ---
-
-
-def _placed(config, step) -> list:
-    return [*step.model.placed(), *step.spec.placed()]
-
-
-def test_the_shipped_layout_is_accepted(train_step):
-    step = train_step((2, 2, 2))
-    check_placement(_placed(step.config, step), step.mesh, max_replicated_mib=0.001)
-
-
-def test_large_replicated_arrays_are_refused(train_step, device_mesh):
-    step = train_step((2, 2, 2))
-    arrays = [
-        dataclasses.replace(array, spec=PartitionSpec()) if array.name == "embed.weight" else array
-        for array in _placed(step.config, step)
-    ]
-    message = r"1 arrays over mesh.max_replicated_mib=0.01 .*: embed.weight 0.0 MiB; shard them"
-    with pytest.raises(InputError, match=message):
-        check_placement(arrays, step.mesh, max_replicated_mib=0.01)
-    # Below the bound, and on a mesh that has nothing to split by, it may be whole.
-    check_placement(arrays, step.mesh, max_replicated_mib=1)
-    check_placement(arrays, device_mesh((8, 1, 1)), max_replicated_mib=0.01)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "shape", "message"),
-    [
-        (
-            {"model.vocab_size": 87},
-            (2, 2, 2),
-            r"embed.weight \(87, 32\): dimension=87 does not divide over the 2 devices of mesh "
-            "axis tensor; change the model's sizes",
-        ),
-        (
-            {"model.vocab_size": 84, "tables.pad_multiple": 1},
-            (8, 1, 1),
-            r"table_rows \(84, 2, 48\): dimension=84 does not divide over the 8 devices of mesh "
-            "axis data, fsdp; make tables.pad_multiple",
-        ),
-    ],
-)
-def test_sizes_that_do_not_divide_are_refused(overrides, shape, message, tiny_config, device_mesh):
-    step = TrainStep(tiny_config(**overrides), device_mesh(shape))
-    with pytest.raises(InputError, match=message):
-        check_placement(_placed(step.config, step), step.mesh, max_replicated_mib=16)
 
 
 @pytest.mark.parametrize(
@@ -330,18 +283,18 @@ def test_every_level_of_sizes_trains_to_the_same_bits(
     keys |= {"model.num_layers": 2, "model.stem_layers": (0, 1)}
     step = TrainStep(tiny_config(**keys), device_mesh(shape))
     batches = [make_batch(step, seed=seed, ragged=True) for seed in range(3)]
-    table = step.table(batches[0].tokens)
-    needs = [table.needed_by(step.demand(batch)) for batch in batches]
+    table = step.reads.tables(batches[0])["stem"]
+    needs = [table.needed_by(step.demand(batch)["stem"]) for batch in batches]
     most = needs[0].with_numbers(np.max([n.numbers for n in needs], axis=0).tolist())
     sizes_of = {level: sizes_at(level, most, table.largest_sizes) for level in levels}
     assert len(set(sizes_of.values())) == len(levels)
     ends = []
-    for sizes in sizes_of.values():
-        state = fresh_state(step)
+    for of_stem in sizes_of.values():
+        state, sizes = fresh_state(step), ReadSizes((("stem", of_stem),))
         for batch in batches:
             state, metrics = step.update(state, batch, schedule(step), sizes=sizes)
         assert metrics["grad_norm"] > 0.1 and metrics["table_grad_norm"] > 0.01
-        del metrics["exchange_bytes"]
+        del metrics["table/exchange_bytes"]
         ends.append(jax.device_get((state, metrics)))
     for other in ends[1:]:
         jax.tree.map(np.testing.assert_array_equal, ends[0], other)

@@ -137,11 +137,13 @@ def test_a_wish_is_heard_while_batches_are_in_flight(monkeypatch):
     programs = SimpleNamespace(
         place=lambda batch: batch,
         evaluate=evaluate,
-        spec=SimpleNamespace(vectors=0),
+        reads=SimpleNamespace(
+            memories={}, sizes_for=lambda batch, demand: None, tables=lambda batch, sizes: {}
+        ),
         config=SimpleNamespace(tables=SimpleNamespace(prefetch=2)),
     )
     data = SimpleNamespace(held_out=[{}] * 10)
-    loop = Loop(None, programs, data, None, None, None, None, lambda: len(dispatched) == 4)
+    loop = Loop(None, programs, data, None, {}, None, None, lambda: len(dispatched) == 4)
     assert loop._validate("state", None, 3, None) == ("state", None)
     assert dispatched == [0, 1, 2, 3] and fetched == [0, 1, 2]
 

@@ -22,10 +22,10 @@ from offloading import FIELDS
 from stem_jax.checkpoint import Checkpointer, CheckpointInfo
 from stem_jax.config import Config
 from stem_jax.config_file import config_from_json
+from stem_jax.memory.catalogue import table_specs
 from stem_jax.mesh import make_mesh, replicated
 from stem_jax.tables.host_memory import available_host_bytes
 from stem_jax.tables.host_store import HostStore
-from stem_jax.tables.spec import TableSpec
 from stem_jax.tables.store_snapshot import StoreSnapshot
 from stem_jax.training.state import TrainState
 
@@ -54,13 +54,13 @@ def mesh_of(config) -> Mesh:
 
 
 def empty_store(config) -> HostStore:
-    return HostStore.allocate(TableSpec.from_config(config), mesh_of(config))
+    return HostStore.allocate(table_specs(config)["stem"], mesh_of(config))
 
 
 def small_state(mesh, number) -> TrainState:
     """A state with next to nothing beside the table."""
     value = jax.make_array_from_callback((), replicated(mesh), lambda _: np.int32(number))
-    return TrainState(value, value, value, value, {"w": value}, (value,), None)
+    return TrainState(value, value, value, {"stem": value}, {"w": value}, (value,), {})
 
 
 def save(checkpoints, config, store, number):
@@ -68,12 +68,12 @@ def save(checkpoints, config, store, number):
         step=number,
         updates=number,
         bad_steps=0,
-        touched_rows=0,
+        touched_rows={"stem": 0},
         tokenizer="none",
         data={},
         config=config,
     )
-    checkpoints.save(small_state(mesh_of(config), number), info, None, store=store)
+    checkpoints.save(small_state(mesh_of(config), number), info, None, {"stem": store})
 
 
 def restore(checkpoints, config, store, number):
@@ -81,7 +81,7 @@ def restore(checkpoints, config, store, number):
     target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )
-    assert int(checkpoints.restore(number, target, store).params["w"]) == number
+    assert int(checkpoints.restore(number, target, {"stem": store}).params["w"]) == number
 
 
 def parts(spec, block, seed) -> dict[str, np.ndarray]:
@@ -136,14 +136,14 @@ def test_peak_memory_is_little_over_the_store(on_mesh, tmp_path):
 
 def _memory(folder, tiny, config):
     # What JAX and Orbax need whatever the table: a tiny one goes the same ways.
-    store = HostStore.create(TableSpec.from_config(tiny), jax.random.key(0), mesh_of(tiny))
+    store = HostStore.create(table_specs(tiny)["stem"], jax.random.key(0), mesh_of(tiny))
     with Checkpointer(folder + "/tiny") as checkpoints:
         save(checkpoints, tiny, store, 1)
         checkpoints.wait()
         restore(checkpoints, tiny, store, 1)
     _peak_since_last()
     base = _peak_since_last()
-    spec, mesh = TableSpec.from_config(config), mesh_of(config)
+    spec, mesh = table_specs(config)["stem"], mesh_of(config)
     print("store", HostStore.needed_bytes(spec, mesh) >> 20, "MiB")
     print("base", base >> 20, "MiB")
 
@@ -265,7 +265,7 @@ def test_two_processes_write_and_read_one_table(on_mesh, tmp_path):
         printed = [finish(process).splitlines() for process in list(both)]
     # No number of a table is written twice, also where both processes have it.
     for number, config in enumerate(configs):
-        spec = TableSpec.from_config(config)
+        spec = table_specs(config)["stem"]
         whole = sum(np.prod(spec.shape(name)) for name in FIELDS)
         saved = [int(line.split()[-1]) for out in printed for line in out if f"at {number}" in line]
         assert len(saved) == 2 and sum(saved) == whole

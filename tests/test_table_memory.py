@@ -13,9 +13,10 @@ from benchmarks.table_step import TableStep
 from stem_jax.mesh import make_mesh
 from stem_jax.planning import hlo
 from stem_jax.planning.topology import Topology
+from stem_jax.training.batch import Batch
 from stem_jax.training.schedule import make_schedule
 from stem_jax.training.state import abstract_state
-from stem_jax.training.step import Batch, TrainStep
+from stem_jax.training.step import TrainStep
 
 pytestmark = pytest.mark.optimized
 
@@ -39,7 +40,7 @@ def compiled_update(step, **compiling):
     state = abstract_state(config, step.model, step.mesh)
     schedule = make_schedule(config, 10)
     compiled = step.update.lower(state, Batch(**fields), schedule).compile(**compiling)
-    local = state.table.rows.sharding.shard_shape(state.table.rows.shape)
+    local = state.tables["stem"].rows.sharding.shard_shape(state.tables["stem"].rows.shape)
     return compiled, local
 
 
@@ -108,8 +109,8 @@ def _select_over_the_table(step):
     def update(state, batch, schedule, slots=None, sizes=None):
         new, metrics = step._update(state, batch, schedule, slots, sizes)
         keep = jnp.isfinite(metrics["loss"])
-        table = jax.tree.map(lambda a, b: jnp.where(keep, a, b), new.table, state.table)
-        return dataclasses.replace(new, table=table), metrics
+        tables = jax.tree.map(lambda a, b: jnp.where(keep, a, b), new.tables, state.tables)
+        return dataclasses.replace(new, tables=tables), metrics
 
     step.update = _jitted(step, update, donate_argnums=0)
 
@@ -185,7 +186,7 @@ def test_no_copy_of_the_rows_of_all_vectors_on_a_tpu(tiny_config):
     step = TrainStep(config, make_mesh(config.mesh, Topology.parse("v5e:2x2").devices()))
     compiled, _ = compiled_update(step, compiler_options={"exec_time_optimization_effort": -1.0})
     keys = jax.ShapeDtypeStruct((1, 8, 128), jnp.int32)
-    rows = step.table(keys).exchange.unique_rows
+    rows = step.reads.tables(Batch(*[keys] * 5))["stem"].exchange.unique_rows
     size = 2 * rows * 384
     text = compiled.as_text()
     assert f"[2,{rows},384]" in text

@@ -28,6 +28,7 @@ from stem_jax.interop.imports import LazyParams
 from stem_jax.interop.names import rows_to_table
 from stem_jax.knowledge.up_means import UpMeans
 from stem_jax.layer_patterns import layer_indices
+from stem_jax.memory.memory import STEM
 from stem_jax.mesh import make_mesh, replicated
 from stem_jax.tables.spec import logical, stored
 from stem_jax.training.evaluation import Validation
@@ -115,8 +116,9 @@ def convert(
         if calibration.steps:
             state = _train_tables(programs, state, schedule, text)
             trained = text.loss(programs, state, schedule)
-    rows_SxRxF = np.asarray(programs.caught_up_rows(state, schedule))
-    table_VxSxF = rows_to_table(logical(rows_SxRxF), programs.spec.layout)
+    rows_SxRxF = np.asarray(programs.caught_up_rows(state, schedule)[STEM])
+    layout = programs.reads.specs[STEM].layout
+    table_VxSxF = rows_to_table(logical(rows_SxRxF), layout)
     found = dataclasses.replace(
         imported,
         model={**imported.model, "stem_layers": layers},
@@ -176,23 +178,21 @@ def _placed(imported: Imported, programs: TrainStep) -> Params:
 def _for_reading(params: Params, programs: TrainStep) -> TrainState:
     """A state without the optimizer's."""
     zero = jax.device_put(np.int32(0), replicated(programs.mesh))
-    return TrainState(zero, zero, zero, zero, params, None, None)
+    return TrainState(zero, zero, zero, {}, params, None, {})
 
 
 def _first_state(programs: TrainStep, params: Params, means: UpMeans) -> TrainState:
     """The STEM model with the means as its rows. The parameters that it keeps are donated."""
-    spec = programs.spec
+    spec = programs.reads.specs[STEM]
     rows = np.zeros(spec.shape("rows"), np.float32)
     size = max(1, _PIECE_BYTES // (spec.row_bytes("rows") // spec.vectors))
     for index in range(spec.vectors):
         for first in range(0, spec.layout.num_keys, size):
             ids = np.arange(first, min(first + size, spec.layout.num_keys))
             rows[spec.layout.row_numbers(ids), index] = means.rows(index, ids)
-    places = programs.shardings.table
-    assert places is not None
-    placed = jax.device_put(stored(rows), places.rows)
+    placed = jax.device_put(stored(rows), programs.shardings.tables[STEM].rows)
     kept = {name: params[name] for name in programs.model.shapes()}
-    return init_state(programs.config, programs.model, programs.mesh, kept, placed)
+    return init_state(programs.config, programs.model, programs.mesh, kept, {STEM: placed})
 
 
 def _train_tables(

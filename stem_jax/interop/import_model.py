@@ -22,9 +22,10 @@ from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
 from stem_jax.files import new_folder
 from stem_jax.interop.said_keys import unsaid_keys
+from stem_jax.memory.catalogue import table_specs
+from stem_jax.memory.memory import STEM
 from stem_jax.mesh import make_mesh, replicated
 from stem_jax.tables.host_store import HostStore
-from stem_jax.tables.spec import TableSpec
 from stem_jax.training.run_data import TOKENIZER_FOLDER
 from stem_jax.training.state import ModelDef, TrainState
 
@@ -109,19 +110,19 @@ def write_checkpoint(
             params[name] = jax.device_put(jnp.asarray(value, jnp.float32), whole)
             if not bool(jnp.isfinite(params[name]).all()):
                 raise InputError(f"{name} has values that are not finite; the file is damaged")
-        store = None
+        stores = {n: HostStore.allocate(spec, mesh) for n, spec in table_specs(config).items()}
         if imported.tables:
-            store = HostStore.allocate(TableSpec.from_config(config), mesh)
-            _fill(store, imported.tables)
+            _fill(stores[STEM], imported.tables)
         zero = jax.device_put(np.int32(0), whole)
         opt_state = jax.jit(ModelDef(config).optimizer.init)(params)
-        state = TrainState(zero, zero, zero, zero, params, opt_state, None)
+        state = TrainState(zero, zero, zero, dict.fromkeys(stores, zero), params, opt_state, {})
         data = {"seed": config.train.seed, "sources": config.data.sources, "checksums": []}
+        touched = dict.fromkeys(stores, 0)
         info = CheckpointInfo(
-            0, 0, 0, 0, tokenizer.fingerprint, data, config, special=tokenizer.special
+            0, 0, 0, touched, tokenizer.fingerprint, data, config, special=tokenizer.special
         )
         with Checkpointer(folder) as checkpoints:
-            checkpoints.save(state, info, None, store)
+            checkpoints.save(state, info, None, stores)
             checkpoints.wait()
 
 

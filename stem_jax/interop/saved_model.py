@@ -19,6 +19,8 @@ from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
 from stem_jax.knowledge.patch import Patch, PatchStack
 from stem_jax.loading import checkpoint_fingerprint, open_checkpoint
+from stem_jax.memory.catalogue import table_specs
+from stem_jax.memory.memory import STEM
 from stem_jax.older_formats import current_array
 from stem_jax.tables.row_optimizer import RowOptimizer
 from stem_jax.tables.spec import TableSpec, TableState, logical, stored
@@ -64,7 +66,7 @@ class SavedModel:
         Together they are the rows of all ids below the vocabulary size, each once, as the next
         training step would see them: rows of `deferred_adamw` that lag behind catch up here.
         """
-        spec = TableSpec.from_config(self.config)
+        spec = table_specs(self.config)[STEM]
         lagging = spec.optimizer == "deferred_adamw" and self.info.updates > 0
         catch_up = self._catch_up(spec) if lagging else None
         num_rows, num_columns = self._piece_sizes(spec)
@@ -115,7 +117,7 @@ class SavedModel:
     def _catch_up(self, spec: TableSpec) -> Callable[[dict], jax.Array]:
         """Rows as the next step would see them, of a table's fields for some of them."""
         updates, optimizer = self.info.updates, RowOptimizer(spec)
-        history = make_schedule(self.config, updates + 1, past=self.info.past).table
+        history = make_schedule(self.config, updates + 1, past=self.info.past).tables[STEM]
 
         @jax.jit
         def catch_up(piece: dict) -> jax.Array:

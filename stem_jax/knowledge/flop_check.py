@@ -17,13 +17,14 @@ import jax.numpy as jnp
 
 from stem_jax.config import Config, ModelConfig
 from stem_jax.generation import Generator
+from stem_jax.memory.catalogue import table_specs
 from stem_jax.mesh import make_mesh
 from stem_jax.model.cost import generation_flops, training_flops_per_token
 from stem_jax.model.layer_plan import layer_kinds, with_layers
 from stem_jax.planning.program import train_step_program
 from stem_jax.sampling import Sampling, sample
 from stem_jax.tables.row_source import NoRows, ResidentRows, RowSource
-from stem_jax.tables.spec import TableSpec, abstract_table
+from stem_jax.tables.spec import abstract_table
 from stem_jax.training.state import ModelDef
 
 PROGRAMS = ("prefill", "decode", "training")
@@ -123,9 +124,8 @@ def cache_slots(config: Config) -> int:
 
 def _generation(config: Config, programs: Sequence[str]) -> list[FlopCheck]:
     model, length, slots = config.model, config.train.seq_len, cache_slots(config)
-    spec = TableSpec.from_config(config)
     rows: RowSource = NoRows()
-    if spec.vectors:
+    for spec in table_specs(config).values():
         rows = ResidentRows(abstract_table(spec).rows, spec, None)
     params: Any = ModelDef(config).shapes()
     generator = Generator(config, params, rows, None)

@@ -18,8 +18,9 @@ from stem_jax.kernels.row_sums import order_of, sum_by_row, way_on
 from stem_jax.model.ffn import DenseFFN
 from stem_jax.model.rotary import rotary_angles
 from stem_jax.model.transformer import Inputs, Transformer
+from stem_jax.training.batch import Batch
 from stem_jax.training.state import Params
-from stem_jax.training.step import Batch, TrainStep
+from stem_jax.training.step import TrainStep
 
 
 class UpMeans:

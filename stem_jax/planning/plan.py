@@ -9,6 +9,8 @@ from stem_jax.config import Config
 from stem_jax.errors import InputError
 from stem_jax.hardware import Chip, chip_of
 from stem_jax.kernels.head_loss import tokens_at_a_time
+from stem_jax.memory.catalogue import table_specs
+from stem_jax.memory.memory import STEM
 from stem_jax.mesh import AXES, BATCH_AXES, CONTEXT, axis_size, make_mesh
 from stem_jax.planning import gpus
 from stem_jax.planning.account import Account, make_account
@@ -22,7 +24,6 @@ from stem_jax.planning.roofline import Roofline, roofline, step_flops
 from stem_jax.planning.topology import Topology
 from stem_jax.planning.traffic import hbm_bytes
 from stem_jax.planning.work_account import WorkAccount, make_work_account
-from stem_jax.tables.spec import TableSpec
 from stem_jax.training.report import attention_kernel
 
 _NAIVE = ("the train step, without --naive-lookup: there distinct rows travel once",)
@@ -199,9 +200,9 @@ def _compile(
 
 
 def _table_bytes(config: Config, mesh: Mesh, program: Program) -> TableBytes | None:
-    spec = TableSpec.from_config(config)
-    if not spec.vectors:
+    if not (specs := table_specs(config)):
         return None
+    spec = specs[STEM]
     rows, *slots = (array.device_bytes(mesh) for array in spec.placed())
     row = spec.row_size // mesh.shape["tensor"]
     row *= 2 if config.model.compute_dtype == "bfloat16" else 4

@@ -11,6 +11,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from stem_jax.config import Config
 from stem_jax.errors import InputError
+from stem_jax.memory.catalogue import table_specs
+from stem_jax.memory.memory import STEM
 from stem_jax.mesh import (
     BATCH_AXES,
     TOKEN_AXES,
@@ -31,11 +33,12 @@ from stem_jax.tables.exchange import Exchange
 from stem_jax.tables.hops import owner_hops
 from stem_jax.tables.row_coast import RowBlock
 from stem_jax.tables.row_optimizer import adamw
-from stem_jax.tables.spec import TableSpec
+from stem_jax.training.batch import Batch
+from stem_jax.training.reads import ReadSizes
 from stem_jax.training.report import placed_arrays
 from stem_jax.training.schedule import make_schedule
 from stem_jax.training.state import abstract_state
-from stem_jax.training.step import Batch, TrainStep
+from stem_jax.training.step import TrainStep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,20 +83,20 @@ def train_step_program(config: Config, mesh: Mesh, *, all_distinct: bool = False
     mask: Any = jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=step.batch_sharding)
     batch = Batch(ints, ints, ints, ints, mask)
     schedule = jax.eval_shape(lambda: make_schedule(config, config.train.steps))
-    table = step.table(ints)
-    if table is not None and not all_distinct:
+    tables, sizes, slots = step.reads.tables(batch), None, {}
+    if tables and not all_distinct:
         needed = zipf_needs(config, mesh)
-        sizes = choose_sizes(needed, needed, table.largest_sizes)
-        table = dataclasses.replace(table, sizes=sizes)
-    taken = None if table is None else table.sizes
-    exchange = None if table is None else table.exchange
-    slots = None
-    if step.spec.offloaded and exchange is not None:
+        chosen = choose_sizes(needed, needed, tables[STEM].largest_sizes)
+        sizes = ReadSizes(((STEM, chosen),))
+        tables = step.reads.tables(batch, sizes)
+    for name in step.reads.offloaded:
+        exchange = tables[name].exchange
         size = exchange.num_owners * exchange.owned_rows
-        sharding = NamedSharding(mesh, step.spec.index_spec)
-        slots = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=sharding)
-    program = _program(step.update, (state, batch, schedule, slots), exchange, sizes=taken)
-    if table is None or all_distinct:
+        sharding = NamedSharding(mesh, tables[name].spec.index_spec)
+        slots[name] = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=sharding)
+    own = tables[STEM].exchange if tables else None
+    program = _program(step.update, (state, batch, schedule, slots), own, sizes=sizes)
+    if not tables or all_distinct:
         return program
     tokens = config.micro_batch_size * config.train.seq_len // axis_size(mesh, TOKEN_AXES)
     share = expected_distinct(tokens, _zipf_shares(config)) / tokens
@@ -123,8 +126,8 @@ def naive_lookup_program(config: Config, mesh: Mesh) -> Program:
     Lookup, the scatter-add of its gradient and AdamW on the table. The rows are scaled and squared
     so that the backward pass needs them, as the model's does.
     """
-    spec = TableSpec.from_config(config)
-    if not spec.vectors:
+    spec = table_specs(config).get(STEM)
+    if spec is None:
         raise InputError(
             "--naive-lookup looks rows up, and model.stem_layers=none has no table; choose a STEM "
             "configuration"

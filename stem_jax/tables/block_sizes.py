@@ -8,6 +8,7 @@ nobody else's business.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -58,6 +59,9 @@ class BlockSizes:
     def hold(self, needed: "BlockSizes") -> bool:
         """Whether a batch with these needs fits."""
         return all(n <= room for n, room in zip(needed.numbers, self.numbers, strict=True))
+
+
+Sizes = tuple[BlockSizes, ...]
 
 
 def largest_sizes(
@@ -135,14 +139,31 @@ def sizes_at(level: int, first: BlockSizes, largest: BlockSizes) -> BlockSizes:
 
 def choose_sizes(needed: BlockSizes, first: BlockSizes, largest: BlockSizes) -> BlockSizes:
     """The sizes of the lowest level that holds a batch."""
-    levels = (sizes_at(level, first, largest) for level in range(LEVELS))
-    return next(sizes for sizes in levels if sizes.hold(needed))
+    return sizes_at(level_of(needed, first, largest), first, largest)
 
 
-def levels_above(sizes: BlockSizes, first: BlockSizes, largest: BlockSizes) -> list[BlockSizes]:
-    """The larger sizes that a step may come to need, the smallest of them first."""
-    levels = dict.fromkeys(sizes_at(level, first, largest) for level in range(LEVELS))
-    return [level for level in levels if level != sizes and level.hold(sizes)]
+def levels_above(
+    sizes: Sizes, firsts: Sequence[BlockSizes], largest: Sequence[BlockSizes]
+) -> list[Sizes]:
+    """The larger sizes that a step may come to need, the smallest of them first.
+
+    Args:
+        sizes: of several tables, at one level. firsts, largest: of each, see `sizes_at`.
+    """
+    pairs = list(zip(firsts, largest, strict=True))
+    levels = dict.fromkeys(
+        tuple(sizes_at(level, *pair) for pair in pairs) for level in range(LEVELS)
+    )
+    return [
+        level
+        for level in levels
+        if level != sizes and all(new.hold(old) for new, old in zip(level, sizes, strict=True))
+    ]
+
+
+def level_of(needed: BlockSizes, first: BlockSizes, largest: BlockSizes) -> int:
+    """The lowest level that holds a batch."""
+    return next(n for n in range(LEVELS) if sizes_at(n, first, largest).hold(needed))
 
 
 def nearly_filled(sizes: BlockSizes, needed: BlockSizes, first: BlockSizes) -> bool:

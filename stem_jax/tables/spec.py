@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from stem_jax.config import Config
 from stem_jax.mesh import Placed
 from stem_jax.tables.layout import TableLayout
 
@@ -70,30 +69,6 @@ class TableSpec:
     capacity: int | None
     resident_rows: int | None = None
     row_format: str = "float32"
-
-    @classmethod
-    def from_config(cls, config: Config) -> "TableSpec":
-        """The table of a run; S is 0 for a dense model."""
-        layout = TableLayout(config.model.vocab_size, config.tables.pad_multiple)
-        resident, S = config.tables.resident_rows, config.model.num_stem_layers
-        trains = config.optimizer.trains_tables
-        return cls(
-            layout=layout,
-            vectors=S,
-            width=config.model.ffn_dim,
-            row_format=config.tables.row_format,
-            init_std=config.table_init_std,
-            vocab_axes=config.tables.vocab_axes,
-            optimizer=config.tables.optimizer if trains else FROZEN,
-            lr_multiplier=config.tables.lr_multiplier,
-            weight_decay=config.table_weight_decay if trains else 0.0,
-            beta1=config.optimizer.beta1,
-            beta2=config.optimizer.beta2,
-            epsilon=config.optimizer.epsilon,
-            clip_norm=config.tables.clip_norm,
-            capacity=config.tables.capacity,
-            resident_rows=resident if resident and S and resident < layout.num_rows else None,
-        )
 
     @property
     def num_rows(self) -> int:

@@ -12,8 +12,8 @@ import concurrent.futures
 import jax
 
 from stem_jax import background
-from stem_jax.tables.block_sizes import BlockSizes
 from stem_jax.training.look_ahead import Ready
+from stem_jax.training.reads import ReadSizes
 from stem_jax.training.schedule import Schedule
 from stem_jax.training.state import TrainState
 from stem_jax.training.step import TrainStep
@@ -30,9 +30,9 @@ class LevelsAhead:
         self._near = programs.mesh.devices.flat[0].platform != "tpu"
         self._steps = 0
         # What was dispatched, or begun to compile; the levels whose turn has not come.
-        self._known: set[BlockSizes] = set()
-        self._waiting: list[BlockSizes] = []
-        self._compiling: tuple[BlockSizes, concurrent.futures.Future] | None = None
+        self._known: set[ReadSizes] = set()
+        self._waiting: list[ReadSizes] = []
+        self._compiling: tuple[ReadSizes, concurrent.futures.Future] | None = None
 
     def await_step(self, ready: Ready) -> None:
         """Waits if the step of this batch is being compiled: nobody compiles it again."""
@@ -46,7 +46,7 @@ class LevelsAhead:
         Args:
             state, schedule: of the next step, from which others differ in their sizes alone.
         """
-        if ready.sizes is None:
+        if not ready.demand or ready.sizes is None:
             return
         self._steps += 1
         self._known.add(ready.sizes)
@@ -54,11 +54,8 @@ class LevelsAhead:
         if self._steps > (_FIRST_STEPS if self._near else 1):
             self._waiting += [
                 sizes
-                for sizes in self._programs.larger_sizes(
-                    ready.batch,
-                    ready.demand,  # type: ignore[arg-type]  # by which its sizes were chosen
-                    ready.sizes,
-                    near=self._near,
+                for sizes in self._programs.reads.larger_sizes(
+                    ready.batch, ready.demand, ready.sizes, near=self._near
                 )
                 if sizes not in self._known
             ]

@@ -17,32 +17,33 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
+from stem_jax.memory.memory import prefix
 from stem_jax.tables.asked_rows import AskedRows
-from stem_jax.tables.block_sizes import BlockSizes
 from stem_jax.tables.prefetch import Prefetch, Ticket
 from stem_jax.tables.sharded_table import Demand
 from stem_jax.tables.spec import TableState
+from stem_jax.training.batch import Batch
+from stem_jax.training.reads import ReadSizes
 from stem_jax.training.state import TrainState
-from stem_jax.training.step import Batch, TrainStep
+from stem_jax.training.step import TrainStep
 
 
 @dataclasses.dataclass(eq=False)
 class Ready:
     """A batch and what its step needs besides the state.
 
-    demand: what it asks of the table, None for a dense model. sizes: of its row blocks. asked: its
-    rows, ticket: those on their way, slots: where they will lie; None if all rows are resident.
-    settled: tickets before it, whose rows were brought early. metrics: of its rows' way, once they
-    are placed.
+    demand: what it asks of the tables. sizes: of its row blocks. Of offloaded tables, asked: its
+    rows, tickets: those on their way, slots: where they will lie. settled: tickets before it, whose
+    rows were brought early. metrics: of its rows' way, once they are placed.
     """
 
     batch: Batch
-    demand: Demand | None
-    sizes: BlockSizes | None = None
-    asked: AskedRows | None = None
-    ticket: Ticket | None = None
-    slots: jax.Array | None = None
-    settled: list[Ticket] = dataclasses.field(default_factory=list)
+    demand: dict[str, Demand]
+    sizes: ReadSizes | None = None
+    asked: dict[str, AskedRows] | None = None
+    tickets: dict[str, Ticket] | None = None
+    slots: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    settled: list[dict[str, Ticket]] = dataclasses.field(default_factory=list)
     metrics: dict[str, np.float64] = dataclasses.field(default_factory=dict)
 
 
@@ -58,24 +59,24 @@ class LookAhead(Iterator[Ready]):
         programs: TrainStep,
         batches: Iterator[Batch],
         length: int,
-        prefetch: Prefetch | None = None,
+        prefetches: dict[str, Prefetch],
         *,
         training: bool = True,
     ):
         """Args:
         length: how many of the batches will be asked for; no more are read.
-        prefetch: of an offloaded table.
+        prefetches: of offloaded tables, by memory.
         training: rows of batches in flight are kept, and their use is counted.
         """
         self._programs = programs
         self._batches = batches
         self._unread = length
-        self._prefetch = prefetch
+        self._prefetches = prefetches
         self._training = training
         self._distance = programs.config.tables.prefetch
         self._queue: deque[Ready] = deque()
         # Rows of the batches that may still be waiting for theirs when the next one chooses.
-        self._window: deque[AskedRows] = deque(maxlen=self._distance if training else 0)
+        self._window: deque[dict[str, AskedRows]] = deque(maxlen=self._distance if training else 0)
 
     def __next__(self) -> Ready:
         """Raises TooFewSlots for a batch that does not fit, when those before it are done."""
@@ -85,23 +86,29 @@ class LookAhead(Iterator[Ready]):
                 break
         while self._unread and len(self._queue) <= self._distance:
             batch = next(self._batches)
-            demand = self._programs.demand(batch) if self._programs.spec.vectors else None
+            demand = self._programs.demand(batch) if self._programs.reads.memories else {}
             self._queue.append(Ready(batch, demand))
             self._unread -= 1
         if not self._queue:
             raise StopIteration
         ready = self._queue.popleft()
         if not self._choose(ready):
-            assert self._prefetch is not None and ready.asked is not None
-            raise self._prefetch.too_few(ready.asked)
+            raise next(
+                self._prefetches[name].too_few(asked)
+                for name, asked in (ready.asked or {}).items()
+                if not self._prefetches[name].fits(asked)
+            )
         return ready
 
     def place(self, state: TrainState, ready: Ready) -> TrainState:
         """The state with the rows of a batch in their slots; the given one is donated."""
-        if ready.ticket is None:
+        if not ready.tickets:
             return state
-        state = self._apply(state, ready.ticket)
-        ready.metrics = self._measured([*ready.settled, ready.ticket])
+        state = self._apply(state, ready.tickets)
+        for name, prefetch in self._prefetches.items():
+            tickets = [brought[name] for brought in (*ready.settled, ready.tickets)]
+            found = _measured(prefetch, tickets)
+            ready.metrics |= {f"{prefix(name)}/{key}": value for key, value in found.items()}
         return state
 
     def settle(self, state: TrainState) -> TrainState:
@@ -110,64 +117,66 @@ class LookAhead(Iterator[Ready]):
         The batches choose anew afterwards: what is done meanwhile may take their rows away.
         """
         for ready in self._queue:
-            if ready.ticket is not None:
-                state = self._apply(state, ready.ticket)
-                ready.settled.append(ready.ticket)
-                ready.ticket = ready.slots = None
+            if ready.tickets is not None:
+                state = self._apply(state, ready.tickets)
+                ready.settled.append(ready.tickets)
+                ready.tickets, ready.slots = None, {}
         self._window.clear()
         return state
 
     def _choose(self, ready: Ready) -> bool:
         """Chooses the slots of a batch; False if it has more rows than there are slots."""
-        if ready.demand is None:
-            return True
+        reads = self._programs.reads
         if ready.sizes is None:
-            ready.sizes = self._programs.sizes_for(ready.batch, ready.demand)
-        prefetch = self._prefetch
-        if prefetch is None or ready.ticket is not None:
+            ready.sizes = reads.sizes_for(ready.batch, ready.demand)
+        if not self._prefetches or ready.tickets is not None:
             return True
         if ready.asked is None:
             ready.asked = self._programs.asked_by(ready.batch, ready.demand)
-        if not prefetch.fits(ready.asked):
+        if not all(self._prefetches[name].fits(asked) for name, asked in ready.asked.items()):
             return False
         # The caches know of a batch that chose before.
         record = self._training and not ready.settled
-        pinned = self._pinned(prefetch, ready.asked)
-        ready.ticket = prefetch.ticket(ready.asked, pinned, record=record)
-        table = self._programs.table(ready.batch.tokens, ready.sizes)
-        assert table is not None
-        ready.slots = prefetch.slots(ready.ticket, table.exchange.owned_rows)
+        tables = reads.tables(ready.batch, ready.sizes)
+        ready.tickets = {}
+        for name, prefetch in self._prefetches.items():
+            pinned = self._pinned(name, ready.asked[name])
+            ticket = prefetch.ticket(ready.asked[name], pinned, record=record)
+            ready.tickets[name] = ticket
+            ready.slots[name] = prefetch.slots(ticket, tables[name].exchange.owned_rows)
         self._window.append(ready.asked)
         return True
 
-    def _pinned(self, prefetch: Prefetch, asked: AskedRows) -> AskedRows | None:
+    def _pinned(self, name: str, asked: AskedRows) -> AskedRows | None:
         """Rows of the batches before this one that stay: of the latest, if there is room."""
-        kept = list(self._window)
+        kept = [asked_before[name] for asked_before in self._window]
         while kept:
-            if prefetch.fits(asked.united(kept)):
+            if self._prefetches[name].fits(asked.united(kept)):
                 return kept[0].united(kept[1:])
             # Those of the earliest are the first that are used no more.
             kept.pop(0)
         return None
 
-    def _apply(self, state: TrainState, ticket: Ticket) -> TrainState:
-        assert self._prefetch is not None
-        arrays = self._prefetch.apply(dict(vars(state.table)), ticket)
-        return dataclasses.replace(state, table=TableState(**arrays))
+    def _apply(self, state: TrainState, tickets: dict[str, Ticket]) -> TrainState:
+        tables = dict(state.tables)
+        for name, ticket in tickets.items():
+            arrays = self._prefetches[name].apply(dict(vars(tables.pop(name))), ticket)
+            tables[name] = TableState(**arrays)
+        return dataclasses.replace(state, tables=tables)
 
-    def _measured(self, tickets: list[Ticket]) -> dict[str, np.float64]:
-        """Hit rates by row and by token; what had to come, how long it took and who waited."""
-        asked, tokens = max(tickets[-1].move.asked, 1), max(tickets[-1].move.tokens, 1)
-        assert self._prefetch is not None
-        missing = sum(ticket.move.missing for ticket in tickets)
-        missing_tokens = sum(ticket.move.missing_tokens for ticket in tickets)
-        values = {
-            # A row that came early and left again counts twice, as it travelled.
-            "row_hit_rate": max(0.0, 1 - missing / asked),
-            "token_hit_rate": max(0.0, 1 - missing_tokens / tokens),
-            "evictions": missing,
-            "missing_bytes": missing * self._prefetch.row_bytes,
-            "transfer_seconds": sum(ticket.seconds for ticket in tickets),
-            "stall_seconds": self._prefetch.take_stall(),
-        }
-        return {name: np.float64(value) for name, value in values.items()}
+
+def _measured(prefetch: Prefetch, tickets: list[Ticket]) -> dict[str, np.float64]:
+    """Hit rates by row and by token; what had to come, how long it took and who waited."""
+    asked, tokens = max(tickets[-1].move.asked, 1), max(tickets[-1].move.tokens, 1)
+    missing = sum(ticket.move.missing for ticket in tickets)
+    missing_tokens = sum(ticket.move.missing_tokens for ticket in tickets)
+    values = {
+        # A row that came early and left again counts twice, as it travelled.
+        "row_hit_rate": max(0.0, 1 - missing / asked),
+        "token_hit_rate": max(0.0, 1 - missing_tokens / tokens),
+        "evictions": missing,
+        "missing_bytes": missing * prefetch.row_bytes,
+        "transfer_seconds": sum(ticket.seconds for ticket in tickets),
+        "stall_seconds": prefetch.take_stall(),
+    }
+    return {name: np.float64(value) for name, value in values.items()}

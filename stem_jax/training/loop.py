@@ -36,20 +36,13 @@ from stem_jax.training.state import TrainState
 from stem_jax.training.step import TrainStep
 from stem_jax.training.step_trace import StepTrace, traced_steps
 
-_TABLE_METRICS = frozenset(
-    """
-    distinct_rows never_touched_rows exchange_rounds exchange_bytes busiest_owner
-    row_hit_rate token_hit_rate evictions missing_bytes transfer_seconds stall_seconds
-    """.split()
-)
-
 
 @dataclasses.dataclass
 class Loop:
     """Trains from a state to `train.steps`, or until asked to stop.
 
     Attributes:
-        prefetch: of an offloaded table; None if all rows are resident.
+        prefetches: of offloaded tables, by memory.
         save: called where a checkpoint is due, with (state, validation or None, whether a stop came
             before it).
         add_validation: called with (step, validation) that the checkpoint of the step lacks.
@@ -63,7 +56,7 @@ class Loop:
     programs: TrainStep
     data: RunData
     workdir: Path
-    prefetch: Prefetch | None
+    prefetches: dict[str, Prefetch]
     save: Callable[[TrainState, Validation | None, bool], None]
     add_validation: Callable[[int, Validation], None]
     stop_requested: Callable[[], bool]
@@ -140,7 +133,7 @@ class Loop:
 
     def _look_ahead(self, batches: Iterable, length: int, *, training: bool = True) -> LookAhead:
         placed = map(self.programs.place, batches)
-        return LookAhead(self.programs, placed, length, self.prefetch, training=training)
+        return LookAhead(self.programs, placed, length, self.prefetches, training=training)
 
     def _next(
         self, ahead: LookAhead, state: TrainState, saved: int, reporter: "_Reporter"
@@ -271,10 +264,8 @@ class _Reporter:
             )
 
     def _write(self, step: int, values: dict, seconds: float, tokens_per_second: float) -> None:
-        record = {
-            f"{'table' if name in _TABLE_METRICS else 'train'}/{name}": value
-            for name, value in values.items()
-        }
+        # Those of a memory say so.
+        record = {name if "/" in name else f"train/{name}": v for name, v in values.items()}
         flops = self._flops * tokens_per_second
         record |= {
             "train/loss_spikes": self._spikes.count,

@@ -6,30 +6,31 @@ import jax
 from jax.sharding import Mesh
 
 from stem_jax.config import Config
+from stem_jax.memory.catalogue import table_specs
+from stem_jax.memory.memory import STEM
 from stem_jax.mesh import AXES, BATCH_AXES, CONTEXT, Placed, axis_size
 from stem_jax.model.attention import refusal, resolve_backend
 from stem_jax.model.cost import count_parameters, training_flops_per_token
 from stem_jax.tables.host_memory import available_host_bytes
 from stem_jax.tables.host_store import HostStore
-from stem_jax.tables.spec import TableSpec
 from stem_jax.training.state import ModelDef, abstract_state
 
 _MIB = 2**20
 
 
 def describe_run(
-    config: Config, model: ModelDef, mesh: Mesh, working_set: int | None = None
+    config: Config, model: ModelDef, mesh: Mesh, working_sets: dict[str, int] | None = None
 ) -> str:
     """The start-up report as text.
 
     Args:
-        working_set: rows that the batches in flight of an offloaded table need at a time.
+        working_sets: of offloaded tables, rows that the batches in flight need at a time.
     """
     lines = [
         *_parameter_lines(config),
         f"attention    {attention_kernel(config, mesh)}",
         *_memory_lines(config, model, mesh),
-        *_table_lines(config, mesh, working_set),
+        *_table_lines(config, mesh, working_sets or {}),
         *_batch_lines(config, mesh),
     ]
     return "\n".join(lines)
@@ -60,11 +61,11 @@ def attention_kernel(config: Config, mesh: Mesh) -> str:
 
 def _memory_lines(config: Config, model: ModelDef, mesh: Mesh) -> list[str]:
     backbone = _backbone_bytes(config, model, mesh)
-    spec = TableSpec.from_config(config)
-    table = sum(array.device_bytes(mesh) for array in spec.placed()) if spec.vectors else 0
-    host = "0 MiB"
-    if spec.offloaded:
-        host = _mib(HostStore.needed_bytes(spec, mesh))
+    specs = table_specs(config).values()
+    table = sum(array.device_bytes(mesh) for spec in specs for array in spec.placed())
+    host, offloaded = "0 MiB", [spec for spec in specs if spec.offloaded]
+    if offloaded:
+        host = _mib(sum(HostStore.needed_bytes(spec, mesh) for spec in offloaded))
         available = available_host_bytes()
         host += "" if available is None else f" of {_mib(available)} available"
     shape = ", ".join(f"{axis} {mesh.shape[axis]}" for axis in AXES)
@@ -84,10 +85,11 @@ def _backbone_bytes(config: Config, model: ModelDef, mesh: Mesh) -> int:
     )
 
 
-def _table_lines(config: Config, mesh: Mesh, working_set: int | None) -> list[str]:
-    spec = TableSpec.from_config(config)
-    if not spec.vectors:
+def _table_lines(config: Config, mesh: Mesh, working_sets: dict[str, int]) -> list[str]:
+    specs = table_specs(config)
+    if not specs:
         return ["tables       none: every layer has an up projection"]
+    spec, working_set = specs[STEM], working_sets.get(STEM)
     owners = axis_size(mesh, spec.vocab_axes)
     columns = mesh.shape["tensor"]
     where = "resident on device"
@@ -131,8 +133,8 @@ def _batch_lines(config: Config, mesh: Mesh) -> list[str]:
 
 def placed_arrays(config: Config, model: ModelDef) -> list[Placed]:
     """Every large array of a run."""
-    spec = TableSpec.from_config(config)
-    return model.placed() + (spec.placed() if spec.vectors else [])
+    tables = (array for spec in table_specs(config).values() for array in spec.placed())
+    return [*model.placed(), *tables]
 
 
 def _millions(number: int) -> str:

@@ -13,8 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from stem_jax.config import Config, OptimizerConfig
+from stem_jax.memory.catalogue import table_specs
 from stem_jax.mesh import replicated
-from stem_jax.tables.spec import TableSpec
 from stem_jax.tables.update_history import UpdateHistory, make_history
 from stem_jax.training.past_updates import NO_PAST, PastUpdates
 
@@ -25,10 +25,13 @@ ENDING = ("linear", "cosine", "wsd")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Learning rates of every update of a run: [T] float32, and what rows look back with."""
+    """Learning rates of every update of a run: [T] float32, and what rows look back with.
+
+    tables: of each memory.
+    """
 
     rates: jax.Array | np.ndarray
-    table: UpdateHistory
+    tables: dict[str, UpdateHistory]
 
 
 def make_schedule(
@@ -49,8 +52,8 @@ def make_schedule(
     if rates is None:
         rates = learning_rates(config, updates, past)
     rates = np.asarray(rates, np.float32)
-    history = make_history(TableSpec.from_config(config), rates)
-    schedule = Schedule(rates, history)
+    histories = {name: make_history(spec, rates) for name, spec in table_specs(config).items()}
+    schedule = Schedule(rates, histories)
     if mesh is None:
         return jax.tree.map(jnp.asarray, schedule)
     return jax.device_put(schedule, replicated(mesh))

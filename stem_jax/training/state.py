@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import zlib
 from typing import Any
 
 import jax
@@ -11,6 +12,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stem_jax.config import Config
+from stem_jax.memory.catalogue import table_specs
+from stem_jax.memory.memory import STEM
 from stem_jax.mesh import Placed, parameter_spec, replicated
 from stem_jax.model.layer_plan import (
     LAYERS,
@@ -22,13 +25,7 @@ from stem_jax.model.layer_plan import (
     stacked,
 )
 from stem_jax.model.transformer import Transformer
-from stem_jax.tables.spec import (
-    TableSpec,
-    TableState,
-    abstract_table,
-    init_table,
-    table_shardings,
-)
+from stem_jax.tables.spec import TableState, abstract_table, init_table, table_shardings
 from stem_jax.training.optimizer import make_optimizer
 
 Params = dict[str, jax.Array]
@@ -41,18 +38,18 @@ class TrainState:
 
     step: scalar int32, global batches consumed. updates: scalar int32, completed optimizer updates;
     lower than `step` by the batches skipped for non-finite values. bad_steps: scalar int32, skipped
-    batches in a row. touched_rows: scalar int32, rows that some update had. params: backbone by
-    dotted name, stacked where layers are scanned (`model.layer_plan`). opt_state: optax state,
-    likewise; both float32, whatever dtype a step computes in. table: None for a dense model.
+    batches in a row. touched_rows: of each memory, scalar int32, rows that some update had. params:
+    backbone by dotted name, stacked where layers are scanned (`model.layer_plan`). opt_state: optax
+    state, likewise; both float32, whatever dtype a step computes in. tables: of each memory.
     """
 
     step: jax.Array
     updates: jax.Array
     bad_steps: jax.Array
-    touched_rows: jax.Array
+    touched_rows: dict[str, jax.Array]
     params: Params
     opt_state: Any
-    table: TableState | None
+    tables: dict[str, TableState]
 
 
 class ModelDef:
@@ -187,9 +184,9 @@ def state_shardings(config: Config, model: ModelDef, mesh: Mesh) -> TrainState:
 
     abstract = jax.eval_shape(model.optimizer.init, shapes)
     opt_state = jax.tree_util.tree_map_with_path(place, abstract)
-    spec = TableSpec.from_config(config)
-    table = table_shardings(spec, mesh) if spec.vectors else None
-    return TrainState(whole, whole, whole, whole, params, opt_state, table)
+    specs = table_specs(config)
+    tables = {name: table_shardings(spec, mesh) for name, spec in specs.items()}
+    return TrainState(whole, whole, whole, dict.fromkeys(specs, whole), params, opt_state, tables)
 
 
 def init_state(
@@ -197,35 +194,40 @@ def init_state(
     model: ModelDef,
     mesh: Mesh,
     params: Params | None = None,
-    rows: jax.Array | None = None,
+    rows: dict[str, jax.Array] | None = None,
 ) -> TrainState:
-    """A state at step 0, every array created in its place; without an offloaded table.
+    """A state at step 0, every array created in its place; without offloaded tables.
 
     Args:
         params: to begin with, by layer and in their places; donated. None: random ones.
         rows: stored, [S, V_pad, F], likewise.
     """
     shardings = state_shardings(config, model, mesh)
+    specs = table_specs(config)
 
     def backbone(params):
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, zero, zero, zero, params, model.optimizer.init(params), None)
+        touched = dict.fromkeys(specs, zero)
+        return TrainState(zero, zero, zero, touched, params, model.optimizer.init(params), {})
 
     make = jax.jit(
-        backbone, donate_argnums=0, out_shardings=dataclasses.replace(shardings, table=None)
+        backbone, donate_argnums=0, out_shardings=dataclasses.replace(shardings, tables={})
     )
     params = model.init(mesh) if params is None else params
     state = make(stacked(params, model.state_names, stack_and_free))
-    spec = TableSpec.from_config(config)
-    if spec.vectors and not spec.offloaded:
-        table = init_table(spec, table_key(config), mesh, rows)
-        state = dataclasses.replace(state, table=table)
-    return state
+    tables = {
+        name: init_table(spec, table_key(config, name), mesh, (rows or {}).get(name))
+        for name, spec in specs.items()
+        if not spec.offloaded
+    }
+    return dataclasses.replace(state, tables=tables)
 
 
-def table_key(config: Config) -> jax.Array:
-    """The random key of the table's first rows."""
-    return jax.random.fold_in(jax.random.key(config.train.seed), 1)
+def table_key(config: Config, name: str = STEM) -> jax.Array:
+    """The random key of the first rows of a memory's table."""
+    key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
+    # A memory has the same rows whatever others there are.
+    return key if name == STEM else jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def dropout_key(config: Config) -> jax.Array:
@@ -238,11 +240,10 @@ def abstract_state(config: Config, model: ModelDef, mesh: Mesh) -> TrainState:
     shapes: dict[str, Any] = dict(model.state_shapes())
     scalar: Any = jax.ShapeDtypeStruct((), jnp.int32)
     opt_state = jax.eval_shape(model.optimizer.init, shapes)
-    table = None
-    spec = TableSpec.from_config(config)
-    if spec.vectors:
-        table = abstract_table(spec)
-    state = TrainState(scalar, scalar, scalar, scalar, shapes, opt_state, table)
+    specs = table_specs(config)
+    tables = {name: abstract_table(spec) for name, spec in specs.items()}
+    touched = dict.fromkeys(specs, scalar)
+    state = TrainState(scalar, scalar, scalar, touched, shapes, opt_state, tables)
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         state,

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from stem_jax.config import Config
 from stem_jax.data.loader import HostBatch
+from stem_jax.memory.memory import Memory
 from stem_jax.tables.asked_rows import AskedRows
 from stem_jax.tables.spec import TableSpec
 from stem_jax.training.run_data import RunData
@@ -23,7 +24,7 @@ class WorkingSet:
 
 
 def working_set(
-    config: Config, spec: TableSpec, num_owners: int, data: RunData, start: int
+    config: Config, memory: Memory, spec: TableSpec, num_owners: int, data: RunData, start: int
 ) -> WorkingSet:
     """What `tables.resident_rows` must be, and should be, for the batches from step `start` on.
 
@@ -33,12 +34,12 @@ def working_set(
     window: deque[AskedRows] = deque(maxlen=config.tables.prefetch + 1)
     one = in_flight = 0
     for batch in _training_batches(config, data, start):
-        window.append(_asked(spec, num_owners, batch))
+        window.append(_asked(memory, spec, num_owners, batch))
         one = max(one, window[-1].slots_needed)
         in_flight = max(in_flight, window[-1].united(window).slots_needed)
     for batch in _few(config, data.held_out or ()):
         # Validation keeps nothing for the batches around it.
-        one = max(one, _asked(spec, num_owners, batch).slots_needed)
+        one = max(one, _asked(memory, spec, num_owners, batch).slots_needed)
     return WorkingSet(one, max(one, in_flight))
 
 
@@ -53,6 +54,7 @@ def _few(config: Config, batches) -> Iterator[HostBatch]:
     return (batch for _, batch in zip(range(number), batches, strict=False))
 
 
-def _asked(spec: TableSpec, num_owners: int, batch: HostBatch) -> AskedRows:
-    rows = spec.layout.row_numbers(batch["tokens"][batch["segment_ids"] > 0])
+def _asked(memory: Memory, spec: TableSpec, num_owners: int, batch: HostBatch) -> AskedRows:
+    keys = memory.keys(batch["tokens"], batch["segment_ids"])
+    rows = spec.layout.row_numbers(keys[batch["segment_ids"] > 0].reshape(-1))
     return AskedRows.of_tokens(rows, spec.num_rows, num_owners)
