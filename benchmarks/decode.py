@@ -26,7 +26,8 @@ from stem_jax.sampling import Sampling
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.offloaded_rows import OffloadedRows
 from stem_jax.tables.row_source import ResidentRows
-from stem_jax.training.state import ModelDef, init_state, table_key
+from stem_jax.training.blueprint import Blueprint
+from stem_jax.training.state import init_state, table_key
 
 _PROMPT, _NEW = 64, 64
 
@@ -52,7 +53,7 @@ def main() -> None:
     args = parser.parse_args()
     config = bench_config(model__stem_layers="half", mesh__data=1)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    state = init_state(config, ModelDef(config, mesh), mesh)
+    state = init_state(Blueprint(config, mesh))
     few = table_specs(offloaded(config, args.resident, prefetch=0))["stem"]
     store = HostStore.create(few, table_key(config), mesh, moments=False)
     sources = {

@@ -65,7 +65,7 @@ def make_run(folder: Path) -> None:
 
     config = load_config(_ROOT / "configs" / "base.py", SHAPE)
     programs = TrainStep(config, make_mesh(config.mesh, jax.devices()[:1]))
-    state = init_state(config, programs.model, programs.mesh)
+    state = init_state(programs.blueprint)
     generator = np.random.default_rng(0)
 
     def filled(array):

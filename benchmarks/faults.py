@@ -33,7 +33,8 @@ import psutil
 
 from stem_jax.checkpoint import Checkpointer
 from stem_jax.mesh import make_mesh
-from stem_jax.training.state import ModelDef, abstract_state
+from stem_jax.training.blueprint import Blueprint
+from stem_jax.training.state import abstract_state
 
 ROOT = Path(__file__).parent.parent
 PROCESSES = 2
@@ -122,7 +123,7 @@ class Run:
             tables = dataclasses.replace(config.tables, resident_rows=None)
             config = dataclasses.replace(config, tables=tables)
             mesh = make_mesh(config.mesh, jax.devices()[:1])
-            target = abstract_state(config, ModelDef(config), mesh)
+            target = abstract_state(Blueprint(config, mesh))
             state = checkpoints.restore(self.steps, target)
         leaves = jax.tree_util.tree_leaves_with_path(state)
         return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}

@@ -50,7 +50,7 @@ class Run:
         mesh = make_mesh(config.mesh, jax.devices()[:1])
         self._programs = TrainStep(config, mesh)
         model = self._programs.model
-        self._state = init_state(config, model, mesh, random_params(model))
+        self._state = init_state(self._programs.blueprint, random_params(model))
         self._schedule = make_schedule(config, _STEPS)
         spec = self._programs.reads.specs["stem"]
         self._prefetch = None

@@ -24,8 +24,9 @@ from stem_jax.config import Config
 from stem_jax.config_file import build
 from stem_jax.mesh import make_mesh
 from stem_jax.training.batch import Batch
+from stem_jax.training.blueprint import ModelDef, Params
 from stem_jax.training.schedule import make_schedule
-from stem_jax.training.state import ModelDef, Params, init_state
+from stem_jax.training.state import init_state
 from stem_jax.training.step import TrainStep
 
 BATCH, LENGTH = 4, 256
@@ -82,7 +83,7 @@ class JaxStep:
         mesh = make_mesh(config.mesh, jax.devices()[:1])
         self.programs = TrainStep(config, mesh)
         model = self.programs.model
-        self.state = init_state(config, model, mesh, random_params(model))
+        self.state = init_state(self.programs.blueprint, random_params(model))
         tokens = zipf_tokens(config)
         shape = (config.train.micro_batches, -1, config.train.seq_len)
 

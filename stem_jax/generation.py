@@ -28,7 +28,7 @@ from stem_jax.model.cache import LayerCache, NewCache
 from stem_jax.model.transformer import Inputs
 from stem_jax.sampling import Sampling, sample
 from stem_jax.tables.row_source import RowSource, ServedRows
-from stem_jax.training.state import ModelDef, Params
+from stem_jax.training.blueprint import ModelDef, Params
 
 _SMALLEST_BUCKET = 16
 

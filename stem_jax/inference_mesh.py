@@ -8,11 +8,9 @@ from jax.sharding import Mesh
 
 from stem_jax.config import Config
 from stem_jax.errors import InputError
-from stem_jax.memory.catalogue import table_specs
 from stem_jax.mesh import axis_size, check_placement, make_mesh
 from stem_jax.model.attention import check_heads
-from stem_jax.training.report import placed_arrays
-from stem_jax.training.state import ModelDef
+from stem_jax.training.blueprint import Blueprint
 
 
 def inference_mesh(config: Config, devices: int = 1) -> tuple[Config, Mesh]:
@@ -49,8 +47,9 @@ def inference_mesh(config: Config, devices: int = 1) -> tuple[Config, Mesh]:
 
 def _check(config: Config, mesh: Mesh) -> None:
     check_heads(config.model, mesh)
-    check_placement(placed_arrays(config, ModelDef(config, mesh)), mesh, math.inf)
-    for spec in table_specs(config).values():
+    blueprint = Blueprint(config, mesh)
+    check_placement(blueprint.placed(), mesh, math.inf)
+    for spec in blueprint.specs.values():
         owners = axis_size(mesh, spec.vocab_axes)
         if spec.offloaded and owners > 1:
             raise InputError(

@@ -25,8 +25,9 @@ from stem_jax.tables.offloaded_rows import OffloadedRows, caught_up_store
 from stem_jax.tables.row_source import NoRows, ResidentRows, RowSource
 from stem_jax.tables.sharded_table import ShardedTable
 from stem_jax.tables.spec import TableState
+from stem_jax.training.blueprint import Blueprint, Params
 from stem_jax.training.schedule import make_schedule
-from stem_jax.training.state import ModelDef, Params, abstract_state
+from stem_jax.training.state import abstract_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,10 +156,10 @@ def load_run(
         info = found.info
         config, mesh = inference_mesh(_reading_config(info.config, resident_rows), devices)
         validate(config)
-        specs = table_specs(config)
-        stores = {n: HostStore.allocate(s, mesh) for n, s in specs.items() if s.offloaded}
-        model = ModelDef(config, mesh)
-        abstract = abstract_state(config, model, mesh)
+        blueprint = Blueprint(config, mesh)
+        specs = blueprint.specs.items()
+        stores = {n: HostStore.allocate(spec, mesh) for n, spec in specs if spec.offloaded}
+        abstract = abstract_state(blueprint)
         # Nothing is updated here: the copies that training reads are enough.
         # Where they lie is said, too: else they would go to the first device of process 0.
         copies: Any = {

@@ -113,7 +113,7 @@ def begin_from(origin: Origin, programs: TrainStep) -> tuple[TrainState, dict[st
     last update of the origin first.
     """
     config, mesh, info = programs.config, programs.mesh, origin.info
-    abstract = abstract_state(config, programs.model, mesh)
+    abstract = abstract_state(programs.blueprint)
     if origin.continues:
         stores = _allocated(programs.reads.specs, mesh)
         with Checkpointer(origin.folder, read_only=True) as checkpoints:
@@ -133,7 +133,7 @@ def begin_from(origin: Origin, programs: TrainStep) -> tuple[TrainState, dict[st
     for name, table in tables.items():
         catch_up = jax.jit(ShardedTable(specs[name], mesh, 1).caught_up_rows)
         rows[name] = catch_up(table, info.updates, histories[name])
-    return init_state(config, programs.model, mesh, params, rows), stores
+    return init_state(programs.blueprint, params, rows), stores
 
 
 def _allocated(specs: dict[str, TableSpec], mesh: Mesh) -> dict[str, HostStore]:

@@ -39,7 +39,7 @@ from stem_jax.training.baselines import token_unigrams, xz
 from stem_jax.training.evaluation import Validation
 from stem_jax.training.loop import Loop
 from stem_jax.training.past_updates import NO_PAST, PastUpdates
-from stem_jax.training.report import describe_run, placed_arrays
+from stem_jax.training.report import describe_run
 from stem_jax.training.resume import check_resumable
 from stem_jax.training.run_data import TOKENIZER_FOLDER, RunData, open_run_data
 from stem_jax.training.state import TrainState, abstract_state, init_state, table_key
@@ -113,11 +113,11 @@ def _train(config: Config, workdir: Path, clock: StartClock, own_log: Path, lock
     check_documents(config, mesh, data)
     clock.mark("data")
     programs = TrainStep(config, mesh)
-    check_placement(placed_arrays(config, programs.model), mesh, config.mesh.max_replicated_mib)
+    check_placement(programs.blueprint.placed(), mesh, config.mesh.max_replicated_mib)
     rows_in_flight = check_tables(config, programs, data, latest)
     if is_first():
         (workdir / "config.json").write_text(config.to_json())
-    log.info(describe_run(config, programs.model, mesh, rows_in_flight))
+    log.info(describe_run(programs.blueprint, rows_in_flight))
     with contextlib.ExitStack() as stack:
         # Closed in reverse: the last save reads the store, whose threads end before.
         watchdog = stack.enter_context(Watchdog(config.train.step_timeout, own_log))
@@ -235,9 +235,9 @@ def _open_state(
             name: HostStore.create(spec, table_key(config, name), mesh)
             for name, spec in offloaded.items()
         }
-        return init_state(config, programs.model, mesh), stores
+        return init_state(programs.blueprint), stores
     stores = {name: HostStore.allocate(spec, mesh) for name, spec in offloaded.items()}
-    state = checkpoints.restore(info.step, abstract_state(config, programs.model, mesh), stores)
+    state = checkpoints.restore(info.step, abstract_state(programs.blueprint), stores)
     log.info(f"resuming from step {info.step}")
     return state, stores
 

@@ -200,11 +200,11 @@ def _open(step: TrainStep, resume) -> tuple[TrainState, dict[str, HostStore]]:
     config, spec, mesh = step.config, step.reads.specs["stem"], step.mesh
     if resume is None:
         made = HostStore.create(spec, table_key(config), mesh) if spec.offloaded else None
-        return init_state(config, step.model, mesh), {"stem": made} if made else {}
+        return init_state(step.blueprint), {"stem": made} if made else {}
     stores = {"stem": HostStore.allocate(spec, mesh)} if spec.offloaded else {}
     folder, number = resume
     with Checkpointer(folder, read_only=True) as saved:
-        return saved.restore(number, abstract_state(config, step.model, mesh), stores), stores
+        return saved.restore(number, abstract_state(step.blueprint), stores), stores
 
 
 def rows_of_a_batch(step: TrainStep) -> int:

@@ -14,8 +14,9 @@ from stem_jax.generation import Generator
 from stem_jax.loading import LoadedRun
 from stem_jax.model.transformer import Inputs
 from stem_jax.sampling import Sampling
+from stem_jax.training.blueprint import ModelDef
 from stem_jax.training.schedule import make_schedule
-from stem_jax.training.state import ModelDef, TrainState, init_state
+from stem_jax.training.state import TrainState, init_state
 from stem_jax.training.step import TrainStep
 
 BYTES = load_tokenizer("bytes")
@@ -49,7 +50,7 @@ def _train(step: TrainStep, make_batch) -> TrainState:
     Batch by batch another group is left out.
     """
     schedule = make_schedule(step.config, UPDATES)
-    state = init_state(step.config, step.model, step.mesh)
+    state = init_state(step.blueprint)
     for number in range(UPDATES):
         batch = make_batch(step, seed=number)
         # In NumPy: each operation on small arrays of JAX is a program of its own.

@@ -206,7 +206,7 @@ def test_it_refuses_what_it_cannot_compare(folder_of, run, text, tmp_path, train
     model = tmp_path / "pieces.model"
     train_sentencepiece([text.read_text()], model, 300)
     step = train_step(**{**SIZES, "model.stem_layers": "none", "model.vocab_size": 300})
-    state = init_state(step.config, step.model, step.mesh)
+    state = init_state(step.blueprint)
     other = tmp_path / "other"
     save_run(other, step, state, tokenizer=load_tokenizer("sentencepiece", model))
     with pytest.raises(InputError, match=r"tokenizer \w{12}, .*: their ids stand for other words"):

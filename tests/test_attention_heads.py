@@ -14,8 +14,9 @@ from stem_jax.errors import InputError
 from stem_jax.model.attention import attend, resolve_backend
 from stem_jax.planning.program import train_step_program
 from stem_jax.run_checks import check_documents, check_mesh
+from stem_jax.training.blueprint import ModelDef
 from stem_jax.training.schedule import make_schedule
-from stem_jax.training.state import ModelDef, init_state
+from stem_jax.training.state import init_state
 
 
 class StandIn:
@@ -200,7 +201,7 @@ def test_one_kv_head_trains_on_two_devices_as_on_one(train_step, make_batch):
     states = []
     for shape in ((1, 1, 1), (1, 1, 2)):
         step = train_step(shape, **{"model.num_kv_heads": 1})
-        state = init_state(step.config, step.model, step.mesh)
+        state = init_state(step.blueprint)
         schedule = make_schedule(step.config, 3, np.full(3, 3e-3))
         for seed in range(3):
             state, _ = step.update(state, make_batch(step, seed=seed), schedule)

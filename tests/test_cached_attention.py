@@ -11,7 +11,8 @@ from stem_jax.generation import Generator
 from stem_jax.model.cache import NewCache
 from stem_jax.model.einsum_attention import cached_attention
 from stem_jax.tables.row_source import NoRows
-from stem_jax.training.state import ModelDef, init_state
+from stem_jax.training.blueprint import Blueprint
+from stem_jax.training.state import init_state
 
 
 def _reference(q_LxHxD, k_TxKxD, v_TxKxD, before: int) -> np.ndarray:
@@ -70,7 +71,7 @@ def test_a_prompt_goes_through_the_kernel_of_training(tiny_config, device_mesh):
         },
     )
     config = make()
-    params = init_state(config, ModelDef(config), device_mesh((1, 1, 1))).params
+    params = init_state(Blueprint(config, device_mesh((1, 1, 1)))).params
     tokens_BxL = np.random.default_rng(2).integers(0, 88, (2, 128), np.int32)
     arguments = params, NoRows(), tokens_BxL, np.array([128, 70], np.int32), [NewCache(256)]
 

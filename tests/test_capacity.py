@@ -16,7 +16,7 @@ from stem_jax.training.state import init_state
 @pytest.mark.parametrize("length", [1, 64])
 def test_as_many_parameters_are_counted_as_the_row_block_depends_on(train_step, length):
     step = train_step()
-    table = init_state(step.config, step.model, step.mesh).tables["stem"]
+    table = init_state(step.blueprint).tables["stem"]
     ids = np.random.default_rng(length).integers(0, 88, length, dtype=np.int32) % 50
 
     def read(rows):
@@ -33,7 +33,7 @@ def test_as_many_parameters_are_counted_as_the_row_block_depends_on(train_step, 
 
 def test_the_block_of_a_step_holds_as_many(train_step, make_batch):
     step = train_step()
-    state = init_state(step.config, step.model, step.mesh)
+    state = init_state(step.blueprint)
     batch = make_batch(step)
     schedule = make_schedule(step.config, 2)
     # All rows are ones, and what fills the block up is zero.

@@ -30,7 +30,7 @@ from stem_jax.training.state import abstract_state, init_state
 def fresh(train_step):
     """A train step and a fresh state of it."""
     step = train_step((1, 1, 1))
-    return step, init_state(step.config, step.model, step.mesh)
+    return step, init_state(step.blueprint)
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_everything_comes_back_bit_for_bit(fresh, tmp_path):
     step, state = fresh
     save_all(tmp_path, fresh, {7: None})
     with Checkpointer(tmp_path, read_only=True) as checkpoints:
-        target = abstract_state(step.config, step.model, step.mesh)
+        target = abstract_state(step.blueprint)
         found = checkpoints.restore(7, target)
         params, tables = checkpoints.restore_model(7, target)
     for name, array in state.params.items():
@@ -120,7 +120,7 @@ def test_a_truncated_file_is_refused_by_name(fresh, tmp_path):
         Checkpointer(tmp_path, read_only=True) as checkpoints,
         pytest.raises(InputError, match=r"3 is incomplete or damaged"),
     ):
-        checkpoints.restore(3, abstract_state(step.config, step.model, step.mesh))
+        checkpoints.restore(3, abstract_state(step.blueprint))
 
 
 def fill(store: HostStore, seed: int) -> dict[str, np.ndarray]:
@@ -157,7 +157,7 @@ def offloaded(train_step):
     def make(shape, vocab_axes=("data", "fsdp"), moments=True):
         step = train_step(shape, **{"tables.vocab_axes": vocab_axes})
         spec = table_specs(step.config)["stem"]
-        target = abstract_state(step.config, step.model, step.mesh)
+        target = abstract_state(step.blueprint)
         return step, target, HostStore.allocate(spec, step.mesh, moments=moments)
 
     return make

@@ -97,7 +97,7 @@ def test_one_without_a_list_is_read_if_its_items_are_there(tmp_path, stem_layers
 
 def _save(workdir: Path, step: TrainStep, losses: dict[int, float | None]) -> list[int]:
     """Saves with a start of their own; which steps are left."""
-    state = init_state(step.config, step.model, step.mesh)
+    state = init_state(step.blueprint)
     with Checkpointer(workdir, keep=2) as checkpoints:
         for number, loss in losses.items():
             info = CheckpointInfo(number, number, 0, {}, "none", {}, step.config)

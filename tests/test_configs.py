@@ -15,7 +15,7 @@ from stem_jax.config import Config, layer_fields
 from stem_jax.config_file import build, config_from_json, load_config
 from stem_jax.errors import InputError
 from stem_jax.memory.catalogue import table_specs
-from stem_jax.training.state import ModelDef
+from stem_jax.training.blueprint import ModelDef
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")

@@ -67,7 +67,7 @@ def updates(train_step, make_batch):
 
 
 def _fresh(step):
-    return init_state(step.config, step.model, step.mesh)
+    return init_state(step.blueprint)
 
 
 def _copies(state) -> dict[str, list[np.ndarray]]:
@@ -197,7 +197,7 @@ def test_a_run_goes_on_with_another_context(train_step, make_batch, updates, tmp
     for shape in (ALONE, ROWS_TOO):
         step, found = updates(shape)[0], []
         with Checkpointer(tmp_path, read_only=True) as checkpoints:
-            state = checkpoints.restore(1, abstract_state(step.config, step.model, step.mesh))
+            state = checkpoints.restore(1, abstract_state(step.blueprint))
         for seed in (1, 2):
             batch = make_batch(step, seed=seed)
             state, metrics = step.update(state, batch, make_schedule(step.config, 8))

@@ -93,7 +93,7 @@ def restored(workdir: Path, step: int, config: Config, mesh):
     """A checkpoint's state as a resume has it."""
     programs = TrainStep(config, mesh)
     with Checkpointer(workdir, read_only=True) as checkpoints:
-        return checkpoints.restore(step, abstract_state(config, programs.model, mesh))
+        return checkpoints.restore(step, abstract_state(programs.blueprint))
 
 
 PLACES = [((1, 1, 1), None), ((2, 2, 2), None), ((2, 2, 2), 256), ((1, 1, 1), 128)]

@@ -8,7 +8,7 @@ import pytest
 from stem_jax.knowledge.cost_table import PATTERNS, check_cost, cost_table
 from stem_jax.knowledge.flop_check import check_flops, checked_config
 from stem_jax.model.cost import decode_reads, forward_flops_per_token, generation_flops
-from stem_jax.training.state import ModelDef
+from stem_jax.training.blueprint import ModelDef
 
 # Matmuls dominate here; in a model of D 32 the sampler alone is a third of a decode step.
 LARGE = {

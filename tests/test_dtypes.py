@@ -40,7 +40,7 @@ def run(train_step, make_batch):
     the losses between them.
     """
     step = train_step(**BFLOAT16)
-    state, _ = advance(step, init_state(step.config, step.model, step.mesh), make_batch, 0, 3)
+    state, _ = advance(step, init_state(step.blueprint), make_batch, 0, 3)
     middle = jax.device_get(state)
     state, losses = advance(step, state, make_batch, 3, STEPS)
     return step, middle, jax.device_get(state), losses
@@ -61,7 +61,7 @@ def dtypes(tree) -> set[str]:
 def test_parameters_and_moments_are_float32_and_one_program_updates_them(run):
     """Moments that became float32 in the first update would ask for a second program."""
     step, middle, last, _ = run
-    for state in (abstract_state(step.config, step.model, step.mesh), middle, last):
+    for state in (abstract_state(step.blueprint), middle, last):
         assert dtypes(state.params) == {"float32"}
         assert dtypes(state.opt_state[0].mu) == dtypes(state.opt_state[0].nu) == {"float32"}
     assert step.update._cache_size() == 1
@@ -72,7 +72,7 @@ def test_parameters_and_moments_are_float32_and_one_program_updates_them(run):
 def test_a_resumed_run_is_bit_equal(run, make_batch, tmp_path):
     step, middle, last, losses = run
     with saved(tmp_path, step, middle) as checkpoints:
-        state = checkpoints.restore(3, abstract_state(step.config, step.model, step.mesh))
+        state = checkpoints.restore(3, abstract_state(step.blueprint))
     state, found = advance(step, state, make_batch, 3, STEPS)
     assert found == losses
     for one, other in zip(jax.tree.leaves(last), jax.tree.leaves(state), strict=True):
@@ -118,7 +118,7 @@ def test_a_checkpoint_with_bfloat16_parameters_goes_on(run, make_batch, tmp_path
         opt_state=jax.tree.map(lambda x: x.astype(moments) if x.ndim else x, middle.opt_state),
     )
     with saved(tmp_path, step, old) as checkpoints:
-        state = checkpoints.restore(3, abstract_state(step.config, step.model, step.mesh))
+        state = checkpoints.restore(3, abstract_state(step.blueprint))
     for found, kept in ((state.params, old.params), (state.opt_state, old.opt_state)):
         for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(kept), strict=True):
             np.testing.assert_array_equal(one, np.asarray(other, one.dtype))
@@ -150,6 +150,6 @@ def test_losses_are_close_to_those_of_float32(shape, dtypes_of, train_step, make
     found = []
     for changes in ({}, {f"model.{name}_dtype": "bfloat16" for name in dtypes_of}):
         step = train_step(shape, **changes)
-        state = init_state(step.config, step.model, step.mesh)
+        state = init_state(step.blueprint)
         found.append(advance(step, state, make_batch, 0, STEPS)[1])
     np.testing.assert_allclose(found[1], found[0], rtol=0, atol=0.02)

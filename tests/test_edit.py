@@ -102,7 +102,7 @@ def test_an_export_bakes_patches_in(workdir, patch_path, tmp_path):
 def test_a_patch_for_another_run_is_refused_everywhere(workdir, patch_path, tmp_path, train_step):
     step = train_step(**SIZES, **{"train.seed": 3})
     other = tmp_path / "other"
-    save_run(other, step, init_state(step.config, step.model, step.mesh))
+    save_run(other, step, init_state(step.blueprint))
     for main, flags in (
         (generate.main, ["--prompt=abc"]),
         (edit.main, ["--swap=^a=>^b"]),
@@ -133,6 +133,6 @@ def test_refusals(workdir, flags, message):
 
 def test_dense_runs_have_nothing_to_edit(train_step, tmp_path):
     step = train_step(**SIZES | {"model.stem_layers": "none"})
-    save_run(tmp_path, step, init_state(step.config, step.model, step.mesh))
+    save_run(tmp_path, step, init_state(step.blueprint))
     with pytest.raises(InputError, match="the model is dense and has no rows to edit"):
         edit.main([f"--workdir={tmp_path}", "--swap=^a=>^b"])

@@ -16,7 +16,7 @@ RATE = {"model.token_embedding_dropout": 0.3}
 
 def _losses(step, make_batch, updates=3):
     """Losses and state after some updates."""
-    state = init_state(step.config, step.model, step.mesh)
+    state = init_state(step.blueprint)
     schedule = make_schedule(step.config, updates)
     losses = []
     for seed in range(updates):
@@ -69,7 +69,7 @@ def test_the_share_and_the_seed(train_step, make_batch):
 def test_the_vector_is_trained_and_counted(train_step, make_batch, stem_layers):
     step = train_step(**RATE, **{"model.stem_layers": stem_layers})
     _, state = _losses(step, make_batch)
-    start = init_state(step.config, step.model, step.mesh)
+    start = init_state(step.blueprint)
     assert np.abs(state.params["embed.dropped"] - start.params["embed.dropped"]).max() > 0
     counted = count_parameters(step.config.model).active
     assert sum(array.size for array in start.params.values()) == counted
@@ -78,8 +78,8 @@ def test_the_vector_is_trained_and_counted(train_step, make_batch, stem_layers):
 def test_it_changes_training_and_not_validation(train_step, make_batch):
     step, plain = train_step(**RATE), train_step()
     assert _losses(step, make_batch)[0] != _losses(plain, make_batch)[0]
-    state = init_state(step.config, step.model, step.mesh)
-    without = init_state(plain.config, plain.model, plain.mesh)
+    state = init_state(step.blueprint)
+    without = init_state(plain.blueprint)
     assert "embed.dropped" not in without.params
     schedule = make_schedule(step.config, 1)
     kept = {name: state.params[name] for name in without.params}

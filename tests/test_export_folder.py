@@ -44,7 +44,7 @@ print("peak", next(line.split()[1] for line in status.splitlines() if line.start
 def run_folder(train_step, tmp_path_factory):
     """The work folder of a STEM model."""
     step, folder = train_step(**SIZES), tmp_path_factory.mktemp("run")
-    save_run(folder, step, init_state(step.config, step.model, step.mesh))
+    save_run(folder, step, init_state(step.blueprint))
     return folder
 
 
@@ -112,7 +112,7 @@ def test_memory_of_an_export(train_step, tmp_path):
     sizes = {f"model.{name}": value for name, value in (sizes | {"ffn_dim": 3200}).items()}
     step = train_step(**{**SIZES, **sizes})
     table = 4 * 24000 * 3200
-    save_run(tmp_path / "run", step, init_state(step.config, step.model, step.mesh))
+    save_run(tmp_path / "run", step, init_state(step.blueprint))
     flags = [f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}", "--format=hf"]
     # What lives at a time, not what the allocator keeps of freed chunks for each of many threads.
     returned = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20)}

@@ -30,7 +30,7 @@ def exported(train_step, tmp_path_factory):
     def make(name):
         if name not in made:
             step, folder = train_step(**{**SIZES, **MODELS[name]}), tmp_path_factory.mktemp(name)
-            save_run(folder / "run", step, init_state(step.config, step.model, step.mesh))
+            save_run(folder / "run", step, init_state(step.blueprint))
             made[name] = folder / "out"
             export.main([f"--workdir={folder / 'run'}", f"--out={made[name]}", "--format=hf"])
         return made[name]

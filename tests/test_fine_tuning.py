@@ -44,7 +44,7 @@ def dense_export(facts_export, train_step, tmp_path_factory):
     folder = tmp_path_factory.mktemp("dense")
     tokenizer = load_tokenizer_folder(facts_export / "native_tokenizer")
     step = train_step(**{**SIZES, "model.stem_layers": "none", "model.vocab_size": 704})
-    state = init_state(step.config, step.model, step.mesh)
+    state = init_state(step.blueprint)
     save_run(folder / "run", step, state, tokenizer)
     export.main([f"--workdir={folder / 'run'}", f"--out={folder / 'out'}", "--format=hf"])
     return folder / "out"

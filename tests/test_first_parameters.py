@@ -6,7 +6,8 @@ import pytest
 from jax.sharding import NamedSharding
 
 from stem_jax.model import layers
-from stem_jax.training.state import ModelDef, init_state
+from stem_jax.training.blueprint import Blueprint, ModelDef
+from stem_jax.training.state import init_state
 
 pytestmark = pytest.mark.optimized
 
@@ -36,8 +37,9 @@ def test_a_seed_gives_the_parameters_that_it_gave(config):
 @pytest.mark.parametrize("shape", [pytest.param((1, 1, 1), marks=pytest.mark.long), (2, 2, 2)])
 def test_the_bits_of_one_program_for_all_in_their_places(config, shape, device_mesh):
     mesh = device_mesh(shape)
-    model = ModelDef(config, mesh)
-    params, specs = init_state(config, model, mesh).params, model.specs()
+    blueprint = Blueprint(config, mesh)
+    model = blueprint.model
+    params, specs = init_state(blueprint).params, model.specs()
     together = jax.jit(model.init)()
     assert params.keys() == together.keys()
     for name, value in params.items():

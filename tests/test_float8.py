@@ -18,9 +18,10 @@ from stem_jax.model.cost import training_flops_per_token
 from stem_jax.run_checks import check_mesh
 from stem_jax.start_clock import StartClock
 from stem_jax.training import loop
+from stem_jax.training.blueprint import ModelDef
 from stem_jax.training.metrics import MetricsLog
 from stem_jax.training.schedule import make_schedule
-from stem_jax.training.state import ModelDef, init_state
+from stem_jax.training.state import init_state
 
 pytest.importorskip("qwix")
 STEPS = 50
@@ -56,7 +57,7 @@ def test_the_loss_after_fifty_steps_is_that_of_bfloat16(train_step, make_batch):
     for kind in (None, "float8"):
         step = train_step(**sizes, **{"model.matmul_dtype": kind, "train.steps": STEPS})
         schedule = make_schedule(step.config, STEPS, np.full(STEPS, 3e-3))
-        state, batch, found = init_state(step.config, step.model, step.mesh), make_batch(step), []
+        state, batch, found = init_state(step.blueprint), make_batch(step), []
         for _ in range(STEPS):
             state, metrics = step.update(state, batch, schedule)
             found.append(float(metrics["loss"]))

@@ -24,7 +24,8 @@ from stem_jax.model.cache import NewCache
 from stem_jax.model.transformer import Inputs
 from stem_jax.sampling import Sampling
 from stem_jax.tables.row_source import NoRows, ResidentRows
-from stem_jax.training.state import ModelDef, init_state
+from stem_jax.training.blueprint import Blueprint, ModelDef
+from stem_jax.training.state import init_state
 
 CONTEXT = 48
 BYTES = load_tokenizer("bytes")
@@ -66,7 +67,7 @@ def bytes_state(bytes_config, device_mesh):
     @functools.cache
     def make(shape=(1, 1, 1)):
         config, mesh = bytes_config(), device_mesh(shape)
-        state = init_state(config, ModelDef(config, mesh), mesh)
+        state = init_state(Blueprint(config, mesh))
         return dataclasses.replace(state, params={n: 3 * p for n, p in state.params.items()})
 
     return make
@@ -95,7 +96,7 @@ def test_cached_logits_equal_the_training_forward(
     )
     mesh, spec = device_mesh((1, 1, 1)), table_specs(config).get("stem")
     model = ModelDef(config)
-    state = init_state(config, model, mesh)
+    state = init_state(Blueprint(config, mesh))
     lengths, prefixes, L = (13, 16), (3, 6), 16
     tokens_BxL = np.random.default_rng(0).integers(0, config.model.vocab_size, (2, L), np.int32)
 

@@ -20,8 +20,9 @@ from stem_jax.model.layer_plan import by_layer
 from stem_jax.model.transformer import Inputs
 from stem_jax.sampling import Sampling
 from stem_jax.tables.row_source import NoRows
+from stem_jax.training.blueprint import ModelDef
 from stem_jax.training.schedule import make_schedule
-from stem_jax.training.state import ModelDef, init_state
+from stem_jax.training.state import init_state
 
 KEYS = {
     "model.stem_layers": "none",
@@ -167,7 +168,7 @@ def test_accelerators_take_one_ragged_product(tiny_config, monkeypatch, platform
 
 def _trained(train_step, make_batch, shape=(1, 1, 1), **keys):
     step = train_step(shape, **KEYS, **keys)
-    state = init_state(step.config, step.model, step.mesh)
+    state = init_state(step.blueprint)
     schedule, losses = make_schedule(step.config, 4), []
     for seed in range(2):
         state, metrics = step.update(state, make_batch(step, seed, ragged=True), schedule)

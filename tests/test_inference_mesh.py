@@ -15,7 +15,8 @@ from stem_jax.generation import Generator
 from stem_jax.knowledge.overlay import OverlaidRows
 from stem_jax.loading import load_run
 from stem_jax.sampling import Sampling
-from stem_jax.training.state import ModelDef, init_state
+from stem_jax.training.blueprint import Blueprint
+from stem_jax.training.state import init_state
 
 BYTES = load_tokenizer("bytes")
 PROMPTS = ["abc", "one more.", "a longer prompt: 123"]
@@ -39,7 +40,7 @@ def run_folder(axis, tiny_config, device_mesh, tmp_path_factory):
     keys = {f"model.{name}": size for name, size in sizes.items()}
     config = tiny_config(**keys, **{"train.seq_len": 64, "mesh.data": 1})
     mesh = device_mesh((1, 1, 1))
-    state = init_state(config, ModelDef(config, mesh), mesh)
+    state = init_state(Blueprint(config, mesh))
     # As they are at the start, they hardly look back.
     for name, value in state.params.items():
         state.params[name] = 3 * value

@@ -19,8 +19,9 @@ from stem_jax.model.feed_forward import KINDS, kinds_of
 from stem_jax.model.ffn import DenseFFN
 from stem_jax.model.kind import Aux
 from stem_jax.model.layer_plan import layer_kinds, repeating_groups, with_layers
+from stem_jax.training.blueprint import ModelDef
 from stem_jax.training.schedule import make_schedule
-from stem_jax.training.state import ModelDef, init_state
+from stem_jax.training.state import init_state
 from stem_jax.training.step import TrainStep
 
 
@@ -130,7 +131,7 @@ def test_aux_of_layers_reaches_loss_and_metrics(tiny_config, device_mesh, make_b
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(feed_forward.KINDS, "dense", kind)
             step = TrainStep(tiny_config(**keys), device_mesh((1, 1, 1)))
-            state = init_state(step.config, step.model, step.mesh)
+            state = init_state(step.blueprint)
             schedule = make_schedule(step.config, 2)
             state, found = step.update(state, make_batch(step), schedule)
             states.append(jax.device_get(state.params))

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from stem_jax.model.layer_plan import LayerGroups, by_layer, repeating_groups
 from stem_jax.model.transformer import Inputs
+from stem_jax.training.blueprint import ModelDef
 from stem_jax.training.schedule import make_schedule
-from stem_jax.training.state import ModelDef, init_state
+from stem_jax.training.state import init_state
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_scanned_layers_train_as_unrolled_ones(train_step, make_batch, shape, re
     for scan in (False, True):
         step = train_step(shape, **overrides, **{"model.scan_layers": scan})
         schedule = make_schedule(step.config, 4)
-        state = init_state(step.config, step.model, step.mesh)
+        state = init_state(step.blueprint)
         for seed in range(3):
             state, metrics = step.update(state, make_batch(step, seed), schedule)
         losses[scan], states[scan] = float(metrics["loss"]), jax.device_get(state)

@@ -16,7 +16,7 @@ from stem_jax.model.layers import truncated_normal
 from stem_jax.model.rotary import halves_first, pairs_first, rotary_angles, rotate
 from stem_jax.model.transformer import Inputs
 from stem_jax.tables.spec import init_table, initial_rows, stored
-from stem_jax.training.state import ModelDef
+from stem_jax.training.blueprint import ModelDef
 
 B, L, V = 2, 16, 88
 

@@ -32,7 +32,7 @@ def offloaded(train_step):
 
     def make(shape):
         step = train_step(shape, **{"model.vocab_size": VOCAB, "tables.resident_rows": RESIDENT})
-        return step, abstract_state(step.config, step.model, step.mesh)
+        return step, abstract_state(step.blueprint)
 
     return make
 

@@ -62,7 +62,7 @@ def test_two_processes_train_as_one(train_step, tiny_config, tmp_path, shape, vo
     # What they saved together is what they had, and a resident process restores it.
     with Checkpointer(tmp_path, read_only=True) as checkpoints:
         assert checkpoints.steps() == [STEPS // 2, STEPS]
-        target = abstract_state(resident.config, resident.model, resident.mesh)
+        target = abstract_state(resident.blueprint)
         state = checkpoints.restore(STEPS, target)
     present = np.zeros(resident.spec.num_rows, int)
     table = logical_table(state.tables["stem"])

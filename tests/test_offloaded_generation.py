@@ -13,7 +13,8 @@ from stem_jax.loading import load_run
 from stem_jax.memory.catalogue import table_specs
 from stem_jax.sampling import Sampling
 from stem_jax.tables.spec import TableState, table_shardings
-from stem_jax.training.state import ModelDef, TrainState, init_state
+from stem_jax.training.blueprint import Blueprint
+from stem_jax.training.state import TrainState, init_state
 
 BYTES = load_tokenizer("bytes")
 PROMPTS = ["abc", "one more.", "a longer prompt: 123"]
@@ -28,7 +29,7 @@ def run_folder(tiny_config, device_mesh, tmp_path_factory):
     sizes = {"model.vocab_size": 258, "model.num_layers": 2, "model.stem_layers": (1,)}
     config = tiny_config(**sizes, **{"train.seq_len": 48, "mesh.data": 1})
     mesh, rng = device_mesh((1, 1, 1)), np.random.default_rng(0)
-    state = init_state(config, ModelDef(config, mesh), mesh)
+    state = init_state(Blueprint(config, mesh))
     shape = state.tables["stem"].rows.shape
     root = 10.0 ** rng.uniform(-4, -2, shape)
     table = TableState(

@@ -36,7 +36,7 @@ def _then(tree):
 def saved(train_step, tmp_path_factory):
     """A work folder of format 2, and the state that it holds as it is now."""
     step = train_step((8, 1, 1))
-    state = init_state(step.config, step.model, step.mesh)
+    state = init_state(step.blueprint)
     # Moments that differ from the parameters, and from place to place.
     mu, nu = (
         {name: p * 0 + k + jnp.arange(p.size).reshape(p.shape) for name, p in state.params.items()}
@@ -64,7 +64,7 @@ def saved(train_step, tmp_path_factory):
 def test_parameters_and_moments_come_in_halves_on_any_mesh(saved, train_step, shape):
     workdir, expected = saved
     step = train_step(shape)
-    target = abstract_state(step.config, step.model, step.mesh)
+    target = abstract_state(step.blueprint)
     with Checkpointer(workdir, read_only=True) as checkpoints:
         found = checkpoints.restore(3, target)
         params, _ = checkpoints.restore_model(3, target)
@@ -87,7 +87,7 @@ def test_layers_come_in_halves_before_they_are_stacked(saved, train_step):
     workdir, expected = saved
     step = train_step((2, 2, 2), **{"model.scan_layers": True})
     with Checkpointer(workdir, read_only=True) as checkpoints:
-        found = checkpoints.restore(3, abstract_state(step.config, step.model, step.mesh))
+        found = checkpoints.restore(3, abstract_state(step.blueprint))
     assert "blocks.1:3:1.attention.q_proj.kernel" in found.params
     for there, here in zip(
         jax.tree.leaves((expected.params, expected.opt_state)),
@@ -100,7 +100,7 @@ def test_layers_come_in_halves_before_they_are_stacked(saved, train_step):
 def test_what_is_saved_again_is_read_as_it_is(saved, train_step, tmp_path):
     workdir, expected = saved
     step = train_step((8, 1, 1))
-    target = abstract_state(step.config, step.model, step.mesh)
+    target = abstract_state(step.blueprint)
     with Checkpointer(workdir, read_only=True) as checkpoints:
         state, info = checkpoints.restore(3, target), checkpoints.info(3)
     with Checkpointer(tmp_path) as checkpoints:

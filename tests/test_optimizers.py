@@ -16,11 +16,12 @@ from stem_jax.config_file import load_config
 from stem_jax.errors import InputError
 from stem_jax.model.layer_plan import by_layer, layer_names
 from stem_jax.run_checks import check_first_start
+from stem_jax.training.blueprint import Blueprint, ModelDef
 from stem_jax.training.optimizer import _DIRECTIONS, apply_update, make_optimizer
 from stem_jax.training.report import describe_run
 from stem_jax.training.resume import check_continuable, check_resumable
 from stem_jax.training.schedule import make_schedule
-from stem_jax.training.state import ModelDef, abstract_state, init_state, state_shardings
+from stem_jax.training.state import abstract_state, init_state, state_shardings
 from stem_jax.training.step import TrainStep
 
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2)]
@@ -57,14 +58,14 @@ def _numbers(shapes, seed: int, shardings=None) -> dict[str, jax.Array]:
 def test_state_lies_as_its_parameters_do(tiny_config, device_mesh, monkeypatch, name, shape):
     """It starts and makes a step, on every mesh, and stays where it is."""
     if name in OPTIMIZERS:
-        monkeypatch.setattr("stem_jax.training.state.make_optimizer", OPTIMIZERS[name])
+        monkeypatch.setattr("stem_jax.training.blueprint.make_optimizer", OPTIMIZERS[name])
     config = tiny_config(**SMALL, **{"optimizer.name": "muon" if name == "muon" else "adamw"})
     mesh = device_mesh(shape)
-    model = ModelDef(config, mesh)
-    places = state_shardings(config, model, mesh)
+    blueprint = Blueprint(config, mesh)
+    model, places = blueprint.model, state_shardings(blueprint)
     shapes = model.state_shapes()
     params = _numbers(shapes, 0, places.params)
-    state = init_state(config, model, mesh, params)
+    state = init_state(blueprint, params)
     step = jax.jit(
         functools.partial(apply_update, model.optimizer),
         out_shardings=(places.params, places.opt_state),
@@ -72,7 +73,7 @@ def test_state_lies_as_its_parameters_do(tiny_config, device_mesh, monkeypatch, 
     params, opt_state = step(
         state.params, state.opt_state, _numbers(shapes, 1, places.params), jnp.float32(0.01)
     )
-    described = abstract_state(config, model, mesh)
+    described = abstract_state(blueprint)
     for found in (state, dataclasses.replace(state, params=params, opt_state=opt_state)):
         assert jax.tree.structure(found.opt_state) == jax.tree.structure(described.opt_state)
         like_a_parameter = 0
@@ -94,10 +95,10 @@ def test_runs_of_any_optimizer_start(
     tiny_config, device_mesh, make_batch, monkeypatch, name, shape
 ):
     if name in OPTIMIZERS:
-        monkeypatch.setattr("stem_jax.training.state.make_optimizer", OPTIMIZERS[name])
+        monkeypatch.setattr("stem_jax.training.blueprint.make_optimizer", OPTIMIZERS[name])
     config = tiny_config(**{"optimizer.name": "muon" if name == "muon" else "adamw"})
     step = TrainStep(config, device_mesh(shape))
-    state = init_state(step.config, step.model, step.mesh)
+    state = init_state(step.blueprint)
     before = jax.device_get(state.params)
     state, metrics = step.update(state, make_batch(step), make_schedule(config, 2))
     assert (state.updates, metrics["bad_steps"]) == (1, 0)
@@ -222,7 +223,7 @@ def _save(folder, step, state) -> None:
 
 def _restored(folder, number, step):
     with Checkpointer(folder, read_only=True) as checkpoints:
-        return checkpoints.restore(number, abstract_state(step.config, step.model, step.mesh))
+        return checkpoints.restore(number, abstract_state(step.blueprint))
 
 
 def _assert_same(found, expected) -> None:
@@ -237,7 +238,7 @@ def _assert_same(found, expected) -> None:
 def test_muon_resumes_bit_for_bit(train_step, make_batch, tmp_path, scan):
     """Its checkpoint is by layer, whatever the state stacks."""
     step = train_step(**MUON | DENSE | {"model.scan_layers": scan})
-    state = init_state(step.config, step.model, step.mesh)
+    state = init_state(step.blueprint)
     state, _ = _steps(step, state, make_batch, 0, 2)
     _save(tmp_path, step, state)
     again = _restored(tmp_path, 2, step)
@@ -264,11 +265,11 @@ def test_the_rest_keeps_its_bits(train_step, make_batch, tmp_path, trained, micr
     keys |= SMALL
     step = train_step(**keys | {"optimizer.train": trained})
     whole = train_step(**keys)
-    state = init_state(step.config, step.model, step.mesh)
+    state = init_state(step.blueprint)
     before = jax.device_get(state)
     first, metrics = _steps(step, state, make_batch, 0, 1)
     first = jax.device_get(first)
-    state = init_state(whole.config, whole.model, whole.mesh)
+    state = init_state(whole.blueprint)
     reference, of_all = _steps(whole, state, make_batch, 0, 1)
     # The part that trains moves as it would with the other; each is clipped by its own norm.
     norms = {"tables": "table_grad_norm", "backbone": "grad_norm"}
@@ -306,7 +307,7 @@ def test_the_report_counts_what_the_optimizer_keeps(tiny_config, device_mesh):
 
     def mebibytes(**overrides) -> float:
         config = tiny_config(**keys | overrides)
-        report = describe_run(config, ModelDef(config, mesh), mesh)
+        report = describe_run(Blueprint(config, mesh))
         [line] = [line for line in report.splitlines() if line.startswith("memory ")]
         return float(line.partition("backbone with optimizer ")[2].split()[0])
 

@@ -22,8 +22,9 @@ from stem_jax.interop.names import (
 from stem_jax.model.transformer import Inputs
 from stem_jax.tables.spec import TableState, logical, stored
 from stem_jax.training.batch import Batch
+from stem_jax.training.blueprint import ModelDef
 from stem_jax.training.schedule import make_schedule, multiplier
-from stem_jax.training.state import ModelDef, TrainState
+from stem_jax.training.state import TrainState
 from stem_jax.training.step import TrainStep
 
 GOLDEN = Path(__file__).parent / "data" / "golden"

@@ -28,7 +28,8 @@ from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.offloaded_rows import OffloadedRows
 from stem_jax.tables.row_source import ResidentRows
 from stem_jax.tables.spec import logical, stored
-from stem_jax.training.state import ModelDef, init_state
+from stem_jax.training.blueprint import Blueprint
+from stem_jax.training.state import init_state
 
 BYTES = load_tokenizer("bytes")
 SIZES = {"model.vocab_size": 258, "train.seq_len": 32}
@@ -37,7 +38,7 @@ SIZES = {"model.vocab_size": 258, "train.seq_len": 32}
 def make_run(tiny_config, device_mesh, offloaded=False) -> LoadedRun:
     config = tiny_config(**SIZES)
     mesh = device_mesh((1, 1, 1))
-    state = init_state(config, ModelDef(config, mesh), mesh)
+    state = init_state(Blueprint(config, mesh))
     # Rows as large as trained ones, so that they matter.
     spec = table_specs(config)["stem"]
     whole = jax.random.normal(jax.random.key(1), state.tables["stem"].rows.shape)

@@ -10,20 +10,16 @@ from stem_jax.mesh import check_placement
 from stem_jax.training.step import TrainStep
 
 
-def _placed(config, step) -> list:
-    return [*step.model.placed(), *step.reads.specs["stem"].placed()]
-
-
 def test_the_shipped_layout_is_accepted(train_step):
     step = train_step((2, 2, 2))
-    check_placement(_placed(step.config, step), step.mesh, max_replicated_mib=0.001)
+    check_placement(step.blueprint.placed(), step.mesh, max_replicated_mib=0.001)
 
 
 def test_large_replicated_arrays_are_refused(train_step, device_mesh):
     step = train_step((2, 2, 2))
     arrays = [
         dataclasses.replace(array, spec=PartitionSpec()) if array.name == "embed.weight" else array
-        for array in _placed(step.config, step)
+        for array in step.blueprint.placed()
     ]
     message = r"1 arrays over mesh.max_replicated_mib=0.01 .*: embed.weight 0.0 MiB; shard them"
     with pytest.raises(InputError, match=message):
@@ -53,4 +49,4 @@ def test_large_replicated_arrays_are_refused(train_step, device_mesh):
 def test_sizes_that_do_not_divide_are_refused(overrides, shape, message, tiny_config, device_mesh):
     step = TrainStep(tiny_config(**overrides), device_mesh(shape))
     with pytest.raises(InputError, match=message):
-        check_placement(_placed(step.config, step), step.mesh, max_replicated_mib=16)
+        check_placement(step.blueprint.placed(), step.mesh, max_replicated_mib=16)

@@ -22,8 +22,9 @@ from stem_jax.planning.plan import make_plan
 from stem_jax.planning.report import as_json, as_text
 from stem_jax.planning.topology import Topology
 from stem_jax.run_checks import check_mesh
+from stem_jax.training.blueprint import ModelDef
 from stem_jax.training.schedule import make_schedule
-from stem_jax.training.state import ModelDef, init_state
+from stem_jax.training.state import init_state
 
 LITTLE_EFFORT = {"exec_time_optimization_effort": -1.0}
 POLICIES = jax.checkpoint_policies
@@ -166,7 +167,7 @@ def test_on_a_mesh_a_step_is_that_of_full(policy, train_step, make_batch):
     found = []
     for kind in ("full", policy):
         step = train_step((2, 2, 2), **keys, **{"model.remat": kind, "train.micro_batches": 2})
-        state = init_state(step.config, step.model, step.mesh)
+        state = init_state(step.blueprint)
         state, metrics = step.update(state, make_batch(step), make_schedule(step.config, 2))
         mu = [*jax.tree.leaves(state.opt_state), state.tables["stem"].mu]
         found.append([metrics["loss"], metrics["grad_norm"], *mu])

@@ -27,7 +27,7 @@ def advance(step, state, make_batch, first: int, last: int):
 def saved(train_step, make_batch, tmp_path_factory):
     """A folder with a checkpoint of step 3 on mesh (8), and the losses of an uninterrupted run."""
     step = train_step((8, 1, 1))
-    state = init_state(step.config, step.model, step.mesh)
+    state = init_state(step.blueprint)
     state, before = advance(step, state, make_batch, 0, 3)
     workdir = tmp_path_factory.mktemp("saved")
     info = CheckpointInfo(3, int(state.updates), 0, {}, "none", {}, step.config)
@@ -51,7 +51,7 @@ def test_other_meshes_continue_the_run(saved, train_step, make_batch, shape, voc
     workdir, losses = saved
     step = train_step(shape, **{"tables.vocab_axes": vocab_axes})
     with Checkpointer(workdir, read_only=True) as checkpoints:
-        target = abstract_state(step.config, step.model, step.mesh)
+        target = abstract_state(step.blueprint)
         state = checkpoints.restore(3, target)
     assert state.tables["stem"].rows.sharding == target.tables["stem"].rows.sharding
     assert state.params["head.kernel"].sharding == target.params["head.kernel"].sharding
@@ -63,7 +63,7 @@ def test_other_meshes_continue_the_run(saved, train_step, make_batch, shape, voc
 def test_a_table_is_the_same_over_other_columns(train_step, tmp_path, tensors):
     """Saved from devices, restored to devices, with as many numbers of a row on each or others."""
     first, then = (train_step((2, 4 // tensor, tensor)) for tensor in tensors)
-    state = abstract_state(first.config, first.model, first.mesh)
+    state = abstract_state(first.blueprint)
     rng = np.random.default_rng(0)
     # Whole numbers, for every field has its own dtype.
     state = jax.tree.map(
@@ -73,7 +73,7 @@ def test_a_table_is_the_same_over_other_columns(train_step, tmp_path, tensors):
     with Checkpointer(tmp_path) as checkpoints:
         checkpoints.save(state, info, None)
         checkpoints.wait()
-        target = abstract_state(then.config, then.model, then.mesh)
+        target = abstract_state(then.blueprint)
         found = checkpoints.restore(1, target)
     for name, field in vars(found.tables["stem"]).items():
         assert field.sharding == getattr(target.tables["stem"], name).sharding
@@ -83,6 +83,6 @@ def test_a_table_is_the_same_over_other_columns(train_step, tmp_path, tensors):
 def test_counters_come_back(saved, train_step):
     step = train_step((1, 1, 1))
     with Checkpointer(saved[0], read_only=True) as checkpoints:
-        state = checkpoints.restore(3, abstract_state(step.config, step.model, step.mesh))
+        state = checkpoints.restore(3, abstract_state(step.blueprint))
     counters = dataclasses.astuple(dataclasses.replace(state, params={}, opt_state=(), tables={}))
     assert [int(x) for x in counters[:3]] == [3, 3, 0]

@@ -23,9 +23,10 @@ from stem_jax.model.layer_plan import (
     stacked,
 )
 from stem_jax.origin import Origin, begin_from
+from stem_jax.training.blueprint import ModelDef
 from stem_jax.training.optimizer import make_optimizer
 from stem_jax.training.schedule import make_schedule
-from stem_jax.training.state import ModelDef, abstract_state, init_state
+from stem_jax.training.state import abstract_state, init_state
 
 # Layers d s d s d: two groups and one alone.
 SIZES = {"model.num_layers": 5, "model.stem_layers": (1, 3), "optimizer.weight_decay": 0.3}
@@ -121,8 +122,8 @@ def test_the_same_parameters_decay(tiny_config, decay_mask):
 @pytest.mark.parametrize("shape", [pytest.param((1, 1, 1), marks=pytest.mark.long), (2, 2, 2)])
 def test_a_state_begins_with_the_same_bits_in_their_places(train_step, shape):
     step, plain = train_step(shape, **SCANNED), train_step(shape, **SIZES)
-    state = init_state(step.config, step.model, step.mesh)
-    assert_same(state, init_state(plain.config, plain.model, plain.mesh))
+    state = init_state(step.blueprint)
+    assert_same(state, init_state(plain.blueprint))
     adam = state.opt_state[0]
     for name, value in state.params.items():
         layer, *others = layer_names(name)
@@ -130,7 +131,7 @@ def test_a_state_begins_with_the_same_bits_in_their_places(train_step, shape):
         assert tuple(value.sharding.spec) == ((None, *spec) if others else tuple(spec)), name
         assert adam.mu[name].sharding == adam.nu[name].sharding == value.sharding, name
         assert step.shardings.params[name] == value.sharding
-    abstract = abstract_state(step.config, step.model, step.mesh)
+    abstract = abstract_state(step.blueprint)
     assert jax.tree.map(lambda x: (x.shape, x.sharding), state.params) == jax.tree.map(
         lambda x: (x.shape, x.sharding), abstract.params
     )
@@ -153,7 +154,7 @@ def trained(train_step, make_batch, tmp_path_factory):
     found = {}
     for scan, shape in ((False, (1, 1, 1)), (True, (2, 2, 2))):
         step = train_step(shape, **(SCANNED if scan else SIZES))
-        state = init_state(step.config, step.model, step.mesh)
+        state = init_state(step.blueprint)
         state, _ = advance(step, state, make_batch, 0, 2)
         folder = tmp_path_factory.mktemp("trained") / str(scan)
         save(folder, step, state)
@@ -188,7 +189,7 @@ def test_a_run_goes_on_scanned_or_not(trained, train_step, make_batch, before, a
     folder, saved = trained[before]
     step = train_step(shape, **(SCANNED if after else SIZES))
     with Checkpointer(folder, read_only=True) as checkpoints:
-        target = abstract_state(step.config, step.model, step.mesh)
+        target = abstract_state(step.blueprint)
         state = checkpoints.restore(2, target)
         params, _ = checkpoints.restore_model(2, target)
     assert_same(state, saved)
@@ -197,7 +198,7 @@ def test_a_run_goes_on_scanned_or_not(trained, train_step, make_batch, before, a
     assert params.keys() == step.model.shapes().keys()
     plain = train_step((1, 1, 1), **SIZES)
     with Checkpointer(folder, read_only=True) as checkpoints:
-        target = abstract_state(plain.config, plain.model, plain.mesh)
+        target = abstract_state(plain.blueprint)
         expected = checkpoints.restore(2, target)
     state, loss = advance(step, state, make_batch, 2, 4)
     expected, expected_loss = advance(plain, expected, make_batch, 2, 4)
@@ -220,7 +221,7 @@ def test_a_new_run_begins_with_either(trained, train_step):
 def test_a_save_takes_layers_to_the_host_one_by_one(train_step, monkeypatch):
     """What devices hold meanwhile is the state and one layer's array, which all of them bring."""
     step = train_step((2, 2, 2), **SCANNED)
-    state = init_state(step.config, step.model, step.mesh)
+    state = init_state(step.blueprint)
     stacks = {name for name in state.params if len(layer_names(name)) > 1}
     before = {id(array) for array in jax.live_arrays()}
     alive = []
@@ -249,7 +250,7 @@ def test_a_save_takes_layers_to_the_host_one_by_one(train_step, monkeypatch):
 
 def _update(step, make_batch):
     """The update of a step, ready to compile, and the shapes of what its state stacks."""
-    state = abstract_state(step.config, step.model, step.mesh)
+    state = abstract_state(step.blueprint)
     shapes = {p.shape for name, p in state.params.items() if len(layer_names(name)) > 1}
     assert {(2, 32, 48), (2, 32)} <= shapes
     return step.update.lower(state, make_batch(step), make_schedule(step.config, 4)), shapes

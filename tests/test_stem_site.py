@@ -23,8 +23,9 @@ from stem_jax.model.kind import Read
 from stem_jax.model.transformer import Inputs
 from stem_jax.sampling import Sampling
 from stem_jax.tables.row_source import ResidentRows
+from stem_jax.training.blueprint import ModelDef
 from stem_jax.training.schedule import make_schedule
-from stem_jax.training.state import ModelDef, init_state
+from stem_jax.training.state import init_state
 
 OTHER_SITES = [site for site in SITES if site != before("stem_site")]
 
@@ -95,7 +96,7 @@ def test_an_unknown_site_is_named_with_those_that_there_are(tiny_config):
 
 def _trained(train_step, make_batch, shape, **keys):
     step = train_step(shape, **keys)
-    state = init_state(step.config, step.model, step.mesh)
+    state = init_state(step.blueprint)
     schedule, losses = make_schedule(step.config, 4), []
     for seed in range(2):
         state, metrics = step.update(state, make_batch(step, seed, ragged=True), schedule)

@@ -36,7 +36,7 @@ def fresh_state(train_step):
     def make(step: TrainStep):
         key = (step.config.model, step.config.train.seed)
         if key not in found:
-            found[key] = jax.device_get(init_state(step.config, step.model, step.mesh))
+            found[key] = jax.device_get(init_state(step.blueprint))
         return jax.device_put(found[key], step.shardings)
 
     return make
@@ -98,7 +98,7 @@ def test_the_shards_are_what_the_table_of_axes_says(runs):
 
 def test_abstract_state_describes_the_state(runs):
     step, state, _ = runs[2, 2, 2]
-    abstract = abstract_state(step.config, step.model, step.mesh)
+    abstract = abstract_state(step.blueprint)
     assert jax.tree.structure(abstract) == jax.tree.structure(state)
     for described, array in zip(jax.tree.leaves(abstract), jax.tree.leaves(state), strict=True):
         assert (described.shape, described.dtype) == (array.shape, array.dtype)
@@ -305,7 +305,7 @@ def _evaluation_program(step: TrainStep) -> str:
     shape = (train.micro_batches, step.config.micro_batch_size, train.seq_len)
     ints = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=step.batch_sharding)
     mask = jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=step.batch_sharding)
-    state = abstract_state(step.config, step.model, step.mesh)
+    state = abstract_state(step.blueprint)
     batch = Batch(ints, ints, ints, ints, mask)
     return step.evaluate.lower(state, batch, schedule(step)).as_text()
 

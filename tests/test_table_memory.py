@@ -37,7 +37,7 @@ def compiled_update(step, **compiling):
             ("loss_mask", bool),
         )
     }
-    state = abstract_state(config, step.model, step.mesh)
+    state = abstract_state(step.blueprint)
     schedule = make_schedule(config, 10)
     compiled = step.update.lower(state, Batch(**fields), schedule).compile(**compiling)
     local = state.tables["stem"].rows.sharding.shard_shape(state.tables["stem"].rows.shape)

@@ -24,7 +24,7 @@ from stem_jax.loading import LoadedRun
 from stem_jax.mesh import BATCH_AXES, axis_size, divided, replicated
 from stem_jax.model.attention import resolve_backend
 from stem_jax.model.transformer import Inputs, Transformer
-from stem_jax.training.state import ModelDef
+from stem_jax.training.blueprint import ModelDef
 
 _SMALLEST_BUCKET = 16
 # The splash kernel works on blocks of 128 positions.

@@ -31,9 +31,10 @@ from stem_jax.layer_patterns import layer_indices
 from stem_jax.memory.memory import STEM
 from stem_jax.mesh import make_mesh, replicated
 from stem_jax.tables.spec import logical, stored
+from stem_jax.training.blueprint import Params
 from stem_jax.training.evaluation import Validation
 from stem_jax.training.schedule import Schedule, make_schedule
-from stem_jax.training.state import Params, TrainState, init_state
+from stem_jax.training.state import TrainState, init_state
 from stem_jax.training.step import TrainStep
 
 # Longer sequences say little more about a token, and cost more.
@@ -192,7 +193,7 @@ def _first_state(programs: TrainStep, params: Params, means: UpMeans) -> TrainSt
             rows[spec.layout.row_numbers(ids), index] = means.rows(index, ids)
     placed = jax.device_put(stored(rows), programs.shardings.tables[STEM].rows)
     kept = {name: params[name] for name in programs.model.shapes()}
-    return init_state(programs.config, programs.model, programs.mesh, kept, {STEM: placed})
+    return init_state(programs.blueprint, kept, {STEM: placed})
 
 
 def _train_tables(

@@ -26,8 +26,9 @@ from stem_jax.memory.catalogue import table_specs
 from stem_jax.memory.memory import STEM
 from stem_jax.mesh import make_mesh, replicated
 from stem_jax.tables.host_store import HostStore
+from stem_jax.training.blueprint import ModelDef
 from stem_jax.training.run_data import TOKENIZER_FOLDER
-from stem_jax.training.state import ModelDef, TrainState
+from stem_jax.training.state import TrainState
 
 _SLICE_BYTES = 2**25
 

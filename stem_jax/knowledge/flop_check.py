@@ -25,7 +25,7 @@ from stem_jax.planning.program import train_step_program
 from stem_jax.sampling import Sampling, sample
 from stem_jax.tables.row_source import NoRows, ResidentRows, RowSource
 from stem_jax.tables.spec import abstract_table
-from stem_jax.training.state import ModelDef
+from stem_jax.training.blueprint import ModelDef
 
 PROGRAMS = ("prefill", "decode", "training")
 # FLOPs are a sum over layers, so a few show what many do; compiling takes time for each.

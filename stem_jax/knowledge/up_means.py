@@ -19,7 +19,7 @@ from stem_jax.model.ffn import DenseFFN
 from stem_jax.model.rotary import rotary_angles
 from stem_jax.model.transformer import Inputs, Transformer
 from stem_jax.training.batch import Batch
-from stem_jax.training.state import Params
+from stem_jax.training.blueprint import Params
 from stem_jax.training.step import TrainStep
 
 

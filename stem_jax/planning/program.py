@@ -35,7 +35,6 @@ from stem_jax.tables.row_coast import RowBlock
 from stem_jax.tables.row_optimizer import adamw
 from stem_jax.training.batch import Batch
 from stem_jax.training.reads import ReadSizes
-from stem_jax.training.report import placed_arrays
 from stem_jax.training.schedule import make_schedule
 from stem_jax.training.state import abstract_state
 from stem_jax.training.step import TrainStep
@@ -76,8 +75,8 @@ def train_step_program(config: Config, mesh: Mesh, *, all_distinct: bool = False
     check_heads(config.model, mesh)
     resolve_backend(config.model, mesh, config.train.seq_len)
     step = TrainStep(config, mesh)
-    check_placement(placed_arrays(config, step.model), mesh, config.mesh.max_replicated_mib)
-    state = abstract_state(config, step.model, mesh)
+    check_placement(step.blueprint.placed(), mesh, config.mesh.max_replicated_mib)
+    state = abstract_state(step.blueprint)
     shape = (config.train.micro_batches, config.micro_batch_size, config.train.seq_len)
     ints: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=step.batch_sharding)
     mask: Any = jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=step.batch_sharding)

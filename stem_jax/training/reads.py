@@ -9,10 +9,7 @@ from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from stem_jax.config import Config
-from stem_jax.memory.catalogue import memories, table_specs
 from stem_jax.memory.memory import prefix
 from stem_jax.mesh import TOKEN_AXES, axis_size
 from stem_jax.parts import part
@@ -28,6 +25,7 @@ from stem_jax.tables.requests import Requests
 from stem_jax.tables.sharded_table import Demand, ShardedTable
 from stem_jax.tables.spec import TableState
 from stem_jax.training.batch import Batch
+from stem_jax.training.blueprint import Blueprint
 from stem_jax.training.optimizer import clip_factor
 from stem_jax.training.schedule import Schedule
 from stem_jax.training.state import TrainState
@@ -50,13 +48,13 @@ class ReadSizes(Mapping[str, BlockSizes]):
 
 
 class Reads:
-    """The tables of one configuration on one mesh."""
+    """The tables of a blueprint."""
 
-    def __init__(self, config: Config, mesh: Mesh):
-        self.memories = memories(config)
-        self.specs = table_specs(config)
-        self._mesh = mesh
-        self._dtype = jnp.dtype(config.model.compute_dtype)
+    def __init__(self, blueprint: Blueprint):
+        self.memories = blueprint.memories
+        self.specs = blueprint.specs
+        self._mesh = blueprint.mesh
+        self._dtype = jnp.dtype(blueprint.config.model.compute_dtype)
         # What the first batch needed, by the keys of a device.
         self._first_needs: dict[tuple[int, ...], dict[str, BlockSizes]] = {}
 

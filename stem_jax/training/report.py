@@ -6,31 +6,30 @@ import jax
 from jax.sharding import Mesh
 
 from stem_jax.config import Config
-from stem_jax.memory.catalogue import table_specs
 from stem_jax.memory.memory import STEM
-from stem_jax.mesh import AXES, BATCH_AXES, CONTEXT, Placed, axis_size
+from stem_jax.mesh import AXES, BATCH_AXES, CONTEXT, axis_size
 from stem_jax.model.attention import refusal, resolve_backend
 from stem_jax.model.cost import count_parameters, training_flops_per_token
 from stem_jax.tables.host_memory import available_host_bytes
 from stem_jax.tables.host_store import HostStore
-from stem_jax.training.state import ModelDef, abstract_state
+from stem_jax.training.blueprint import Blueprint
+from stem_jax.training.state import abstract_state
 
 _MIB = 2**20
 
 
-def describe_run(
-    config: Config, model: ModelDef, mesh: Mesh, working_sets: dict[str, int] | None = None
-) -> str:
+def describe_run(blueprint: Blueprint, working_sets: dict[str, int] | None = None) -> str:
     """The start-up report as text.
 
     Args:
         working_sets: of offloaded tables, rows that the batches in flight need at a time.
     """
+    config, mesh = blueprint.config, blueprint.mesh
     lines = [
         *_parameter_lines(config),
         f"attention    {attention_kernel(config, mesh)}",
-        *_memory_lines(config, model, mesh),
-        *_table_lines(config, mesh, working_sets or {}),
+        *_memory_lines(blueprint),
+        *_table_lines(blueprint, working_sets or {}),
         *_batch_lines(config, mesh),
     ]
     return "\n".join(lines)
@@ -59,9 +58,9 @@ def attention_kernel(config: Config, mesh: Mesh) -> str:
     return kernel
 
 
-def _memory_lines(config: Config, model: ModelDef, mesh: Mesh) -> list[str]:
-    backbone = _backbone_bytes(config, model, mesh)
-    specs = table_specs(config).values()
+def _memory_lines(blueprint: Blueprint) -> list[str]:
+    mesh, specs = blueprint.mesh, blueprint.specs.values()
+    backbone = _backbone_bytes(blueprint)
     table = sum(array.device_bytes(mesh) for spec in specs for array in spec.placed())
     host, offloaded = "0 MiB", [spec for spec in specs if spec.offloaded]
     if offloaded:
@@ -76,17 +75,17 @@ def _memory_lines(config: Config, model: ModelDef, mesh: Mesh) -> list[str]:
     ]
 
 
-def _backbone_bytes(config: Config, model: ModelDef, mesh: Mesh) -> int:
+def _backbone_bytes(blueprint: Blueprint) -> int:
     """Bytes on each device of the parameters and what their optimizer keeps."""
-    state = abstract_state(config, model, mesh)
+    state = abstract_state(blueprint)
     return sum(
         math.prod(kept.sharding.shard_shape(kept.shape)) * kept.dtype.itemsize
         for kept in jax.tree.leaves((state.params, state.opt_state))
     )
 
 
-def _table_lines(config: Config, mesh: Mesh, working_sets: dict[str, int]) -> list[str]:
-    specs = table_specs(config)
+def _table_lines(blueprint: Blueprint, working_sets: dict[str, int]) -> list[str]:
+    config, mesh, specs = blueprint.config, blueprint.mesh, blueprint.specs
     if not specs:
         return ["tables       none: every layer has an up projection"]
     spec, working_set = specs[STEM], working_sets.get(STEM)
@@ -129,12 +128,6 @@ def _batch_lines(config: Config, mesh: Mesh) -> list[str]:
         f"length       {train.steps:,} steps = {train.steps * config.tokens_per_step:,} tokens, "
         f"{flops / 1e9:,.1f} matmul GFLOP per step",
     ]
-
-
-def placed_arrays(config: Config, model: ModelDef) -> list[Placed]:
-    """Every large array of a run."""
-    tables = (array for spec in table_specs(config).values() for array in spec.placed())
-    return [*model.placed(), *tables]
 
 
 def _millions(number: int) -> str:

@@ -4,7 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from stem_jax.compiler_options import compiler_options
 from stem_jax.config import Config
@@ -13,17 +13,18 @@ from stem_jax.data.loader import HostBatch
 from stem_jax.kernels.head_loss import head_loss
 from stem_jax.kernels.row_sums import adds, way_on
 from stem_jax.memory.memory import STEM
-from stem_jax.mesh import BATCH_AXES, CONTEXT
+from stem_jax.mesh import CONTEXT
 from stem_jax.model.transformer import Inputs
 from stem_jax.parts import part
 from stem_jax.tables.asked_rows import AskedRows
 from stem_jax.tables.requests import Requests
 from stem_jax.tables.sharded_table import Demand, ShardedTable
 from stem_jax.training.batch import Batch
+from stem_jax.training.blueprint import Blueprint
 from stem_jax.training.optimizer import apply_update, clip_factor
 from stem_jax.training.reads import Reads, ReadSizes, all_finite
 from stem_jax.training.schedule import Schedule
-from stem_jax.training.state import ModelDef, TrainState, dropout_key, state_shardings
+from stem_jax.training.state import TrainState, dropout_key, state_shardings
 
 
 class TrainStep:
@@ -32,10 +33,11 @@ class TrainStep:
     def __init__(self, config: Config, mesh: Mesh):
         self.config = config
         self.mesh = mesh
-        self.model = ModelDef(config, mesh)
-        self.reads = Reads(config, mesh)
-        self.shardings = state_shardings(config, self.model, mesh)
-        self.batch_sharding = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES, CONTEXT))
+        self.blueprint = Blueprint(config, mesh)
+        self.model = self.blueprint.model
+        self.reads = Reads(self.blueprint)
+        self.shardings = state_shardings(self.blueprint)
+        self.batch_sharding = self.blueprint.batch_sharding
         # The first arguments of `_loss`: parameters and rows.
         self._trains = config.optimizer.trains_backbone, config.optimizer.trains_tables
         # Whoever compiles what is lowered from these gets the options with it.
