@@ -64,7 +64,7 @@ def items(memory_mib: int) -> list[Item]:
         ),
         Item("shapes_350m", 130, "benchmarks.shapes", "--shape=350m --patterns=third,half"),
         Item("shapes_1b", 120, "benchmarks.shapes", f"--shape=1b --patterns={layers} --rounds=3"),
-        # With its slot variables the table has 63 GB, which host memory holds.
+        # With its moments the table has 63 GB, which host memory holds.
         Item(
             "offload_1b",
             120,

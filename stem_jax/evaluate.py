@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
     from stem_jax.agreement import is_first, unanimous
     from stem_jax.evaluation.division import PATIENCE_SECONDS
     from stem_jax.evaluation.measurement import measure
-    from stem_jax.evaluation.report import stdout_kept
+    from stem_jax.evaluation.results import stdout_kept
 
     again = "nothing was written, start all processes again"
     with membership(Gang.from_flags(args), again):

@@ -194,7 +194,7 @@ def _rows(
         table = dataclasses.replace(others, rows=rows)
         return ShardedTable(spec, mesh, 1).caught_up_rows(table, updates, history)
 
-    # Beside rows and slot variables, nothing of their size.
+    # Beside rows and moments, nothing of their size.
     nothing: Any = None
     others = dataclasses.replace(table, rows=nothing)
     rows = jax.jit(caught_up, donate_argnums=0)(table.rows, others)

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     import jax
 
     from stem_jax.planning.plan import make_plan
-    from stem_jax.planning.report import as_json, as_text, verdict
+    from stem_jax.planning.plan_text import as_json, as_text, verdict
     from stem_jax.planning.topology import Topology
 
     topology = Topology.parse(args.topology, args.slices)

@@ -39,9 +39,9 @@ from stem_jax.training.baselines import token_unigrams, xz
 from stem_jax.training.evaluation import Validation
 from stem_jax.training.loop import Loop
 from stem_jax.training.past_updates import NO_PAST, PastUpdates
-from stem_jax.training.report import describe_run
 from stem_jax.training.resume import check_resumable
 from stem_jax.training.run_data import TOKENIZER_FOLDER, RunData, open_run_data
+from stem_jax.training.start_report import describe_run
 from stem_jax.training.state import TrainState, abstract_state, init_state, table_key
 from stem_jax.training.step import TrainStep
 from stem_jax.training.step_trace import traced_steps

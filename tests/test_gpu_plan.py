@@ -20,7 +20,7 @@ from stem_jax.mesh import BATCH_AXES, make_mesh
 from stem_jax.planning import gpus
 from stem_jax.planning import plan as plans
 from stem_jax.planning.collectives import Collective
-from stem_jax.planning.report import as_json, as_text
+from stem_jax.planning.plan_text import as_json, as_text
 from stem_jax.planning.ring import crossing_share
 from stem_jax.planning.roofline import roofline
 from stem_jax.planning.topology import KNOWN, Topology

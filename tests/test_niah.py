@@ -25,7 +25,7 @@ from stem_jax.data.needles import (
 from stem_jax.errors import InputError
 from stem_jax.evaluation.haystacks import draw_sample
 from stem_jax.evaluation.niah import format_retrieval, retrieval
-from stem_jax.evaluation.report import check_out
+from stem_jax.evaluation.results import check_out
 from stem_jax.generation import Generator
 from stem_jax.loading import load_run
 

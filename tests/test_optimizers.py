@@ -18,9 +18,9 @@ from stem_jax.model.layer_plan import by_layer, layer_names
 from stem_jax.run_checks import check_first_start
 from stem_jax.training.blueprint import Blueprint, ModelDef
 from stem_jax.training.optimizer import _DIRECTIONS, apply_update, make_optimizer
-from stem_jax.training.report import describe_run
 from stem_jax.training.resume import check_continuable, check_resumable
 from stem_jax.training.schedule import make_schedule
+from stem_jax.training.start_report import describe_run
 from stem_jax.training.state import abstract_state, init_state, state_shardings
 from stem_jax.training.step import TrainStep
 

@@ -15,8 +15,8 @@ from stem_jax.mesh import make_mesh
 from stem_jax.parts import STEP
 from stem_jax.planning import compiled
 from stem_jax.planning import plan as plans
+from stem_jax.planning.plan_text import as_json, as_text
 from stem_jax.planning.program import train_step_program
-from stem_jax.planning.report import as_json, as_text
 from stem_jax.planning.topology import KNOWN, Topology
 from stem_jax.tables.hops import Hop
 
@@ -149,7 +149,7 @@ def test_a_plan_for_cpu_devices(capsys):
     assert found["mesh"] == {"data": 8, "fsdp": 1, "context": 1, "tensor": 1}
     # One STEM layer: 512 rows of 128 floats over 8 devices, mu, nu and last_step beside them.
     assert found["table"]["rows"] == 512 * 128 * 4 // 8
-    assert found["table"]["slots"] == 2 * found["table"]["rows"] + 512 * 4 // 8
+    assert found["table"]["moments"] == 2 * found["table"]["rows"] + 512 * 4 // 8
     assert found["table"]["row_block"] == found["table"]["unique_rows"] * 128 * 4
     assert found["collectives"]["all-to-all"]["bytes"] > 0
     assert found["collectives"]["all-reduce"]["bytes"] > 0

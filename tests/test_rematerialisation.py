@@ -19,7 +19,7 @@ from stem_jax.mesh import make_mesh, replicated
 from stem_jax.model.transformer import Inputs
 from stem_jax.planning import gpus
 from stem_jax.planning.plan import make_plan
-from stem_jax.planning.report import as_json, as_text
+from stem_jax.planning.plan_text import as_json, as_text
 from stem_jax.planning.topology import Topology
 from stem_jax.run_checks import check_mesh
 from stem_jax.training.blueprint import ModelDef

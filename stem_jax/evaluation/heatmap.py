@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from stem_jax.agreement import is_first
-from stem_jax.evaluation.report import write_result
+from stem_jax.evaluation.results import write_result
 
 
 def draw_retrieval(result: dict[str, Any], path: str | Path) -> None:

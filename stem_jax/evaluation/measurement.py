@@ -14,7 +14,7 @@ from stem_jax.evaluation.heatmap import draw_retrieval
 from stem_jax.evaluation.niah import format_retrieval, retrieval
 from stem_jax.evaluation.perplexity import format_perplexity, perplexity
 from stem_jax.evaluation.recall import format_recall, recall
-from stem_jax.evaluation.report import check_out, write_json
+from stem_jax.evaluation.results import check_out, write_json
 from stem_jax.evaluation.tasks import evaluate_tasks, format_results
 from stem_jax.loading import LoadedRun, load_run
 from stem_jax.training.run_data import reading_of

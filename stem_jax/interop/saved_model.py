@@ -1,6 +1,6 @@
 """A checkpoint read piece by piece: the model is never in memory whole.
 
-`loading.load_run` puts the parameters and the table with its slot variables onto a device. Here one
+`loading.load_run` puts the parameters and the table with its moments onto a device. Here one
 parameter, or a few MiB of rows, are read at a time, straight from the arrays of the checkpoint.
 """
 

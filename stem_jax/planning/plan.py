@@ -24,7 +24,7 @@ from stem_jax.planning.roofline import Roofline, roofline, step_flops
 from stem_jax.planning.topology import Topology
 from stem_jax.planning.traffic import hbm_bytes
 from stem_jax.planning.work_account import WorkAccount, make_work_account
-from stem_jax.training.report import attention_kernel
+from stem_jax.training.start_report import attention_kernel
 
 _NAIVE = ("the train step, without --naive-lookup: there distinct rows travel once",)
 
@@ -38,7 +38,7 @@ class TableBytes:
     """
 
     rows: int
-    slots: int
+    moments: int
     unique_rows: int
     owned_rows: int
     row_block: int
@@ -203,16 +203,16 @@ def _table_bytes(config: Config, mesh: Mesh, program: Program) -> TableBytes | N
     if not (specs := table_specs(config)):
         return None
     spec = specs[STEM]
-    rows, *slots = (array.device_bytes(mesh) for array in spec.placed())
+    rows, *moments = (array.device_bytes(mesh) for array in spec.placed())
     row = spec.row_size // mesh.shape["tensor"]
     row *= 2 if config.model.compute_dtype == "bfloat16" else 4
     exchange = program.exchange
     if exchange is None:
-        return TableBytes(rows, sum(slots), 0, 0, 0, 0)
+        return TableBytes(rows, sum(moments), 0, 0, 0, 0)
     return TableBytes(
         host=spec.num_rows * spec.row_bytes() if spec.offloaded else 0,
         rows=rows,
-        slots=sum(slots),
+        moments=sum(moments),
         unique_rows=exchange.unique_rows,
         owned_rows=exchange.owned_rows,
         row_block=exchange.unique_rows * row,

@@ -91,7 +91,7 @@ class OffloadedRows:
 
 
 def caught_up_store(store: HostStore, step: int, history: UpdateHistory) -> HostStore:
-    """The rows of a store as of update `step`, in place, without slot variables.
+    """The rows of a store as of update `step`, in place, without moments.
 
     The store that is given must not be used any more: it shares its rows with the new one.
     """

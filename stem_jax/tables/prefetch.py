@@ -8,7 +8,7 @@ A row lives in exactly one place at a time. While it travels back its copy in th
 so whoever wants it next waits for the ticket that took it away: tickets are applied in the order in
 which they were made, so that wait ends.
 
-Optimizer arithmetic never happens here: rows and slot variables are only copied.
+Optimizer arithmetic never happens here: rows and moments are only copied.
 """
 
 import dataclasses

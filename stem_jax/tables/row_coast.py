@@ -27,7 +27,7 @@ from stem_jax.tables.update_history import UpdateHistory
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowBlock:
-    """Rows [S, O, F] with their slot variables, all float32, as of one update."""
+    """Rows [S, O, F] with their moments, all float32, as of one update."""
 
     rows: jax.Array
     mu: jax.Array

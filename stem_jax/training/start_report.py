@@ -71,7 +71,7 @@ def _memory_lines(blueprint: Blueprint) -> list[str]:
     return [
         f"mesh         {shape}: {mesh.devices.size} x {mesh.devices.flat[0].device_kind}",
         f"memory       per device {_mib(backbone + table)}: backbone with optimizer "
-        f"{_mib(backbone)}, tables with slots {_mib(table)}; host memory {host}",
+        f"{_mib(backbone)}, tables with moments {_mib(table)}; host memory {host}",
     ]
 
 

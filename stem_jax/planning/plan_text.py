@@ -73,9 +73,7 @@ def _table_lines(plan: Plan) -> list[str]:
     table = plan.table
     if table is None:
         return ["table        none: a dense model"]
-    lines = [
-        f"table        per chip: rows {_bytes(table.rows)}, slot variables {_bytes(table.slots)}"
-    ]
+    lines = [f"table        per chip: rows {_bytes(table.rows)}, moments {_bytes(table.moments)}"]
     if table.row_block:
         lines.append(
             f"             row block {_bytes(table.row_block)}, room for {table.unique_rows:,} "
