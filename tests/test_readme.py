@@ -1,5 +1,6 @@
-"""The README's commands, run as they stand, shortened by overrides."""
+"""README and manuals: their commands, run as they stand but shortened, and what they name."""
 
+import importlib
 import os
 import re
 import shlex
@@ -9,7 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from configs.base import get_config as base_config
+from stem_jax import cli
+
 ROOT = Path(__file__).parent.parent
+# The README first: manuals go on with its runs.
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROGRAMS = "train generate prepare plan export import_torch evaluate edit analyze".split()
 SHORT = {
     "model.num_layers": 2,
     "model.embed_dim": 48,
@@ -25,16 +32,28 @@ SHORT = {
 }
 
 
-def readme_commands() -> list[str]:
-    """Lines of the README's bash blocks that need nothing but this repository."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def _bash_lines(documents: list[Path]) -> list[str]:
+    """Lines of bash blocks, each once, continued lines as one."""
+    blocks = [
+        block
+        for path in documents
+        for block in re.findall(r"```bash\n(.*?)```", path.read_text(), re.DOTALL)
+    ]
     whole = [re.sub(r"\\\n\s*", "", block) for block in blocks]
-    lines = [line.rpartition("&& ")[2] for block in whole for line in block.splitlines()]
+    return list(dict.fromkeys(line for block in whole for line in block.splitlines()))
+
+
+def readme_commands() -> list[str]:
+    """Commands of README and manuals that need nothing but this repository."""
+    lines = [line.rpartition("&& ")[2] for line in _bash_lines(DOCUMENTS)]
     return [
         line
-        for line in lines
-        # DIR and pod topologies stand for what a reader has and this machine has not.
-        if line.startswith("python -m stem_jax") and "DIR" not in line and "=v" not in line
+        for line in dict.fromkeys(lines)
+        # DIR stands for what a reader has and this machine has not, as it has no accelerators'
+        # compilers.
+        if line.startswith("python -m stem_jax")
+        and "DIR" not in line
+        and not re.search("--topology=(?!cpu)", line)
     ]
 
 
@@ -49,7 +68,7 @@ def folder(tmp_path_factory) -> Path:
 
 def test_the_readme_has_the_commands():
     modules = {line.split()[2] for line in readme_commands()}
-    assert {"stem_jax.train", "stem_jax.generate", "stem_jax.prepare"} <= modules
+    assert {f"stem_jax.{name}" for name in PROGRAMS} == modules
 
 
 @pytest.mark.long
@@ -92,10 +111,74 @@ def test_the_file_tree_is_true():
 
 
 def test_ci_runs_the_readmes_test_command_and_then_the_long_tests():
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    [command] = [line for block in blocks for line in block.splitlines() if "pytest" in line]
+    [command] = [line for line in _bash_lines(DOCUMENTS[:1]) if "pytest" in line]
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
     assert lines[-1] == "python -m pytest --long -m long"
     assert lines[-2] == command.replace("pip install", "pip install --quiet")
     contributing = (ROOT / "CONTRIBUTING.md").read_text()
     assert f"`{command}`" in contributing and f"`{lines[-1]}`" in contributing
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
+def _anchors(path: Path) -> set[str]:
+    """Of a document's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
+def test_links_lead_somewhere(path):
+    for link in re.findall(r"\]\(([^)]+)\)", path.read_text()):
+        if link.startswith("https://"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = path.parent / name if name else path
+        assert target.exists(), f"{path.name}: {link}"
+        assert not anchor or anchor in _anchors(target), f"{path.name}: {link}"
+
+
+def test_the_readme_leads_to_every_manual():
+    readme = DOCUMENTS[0].read_text()
+    for path in DOCUMENTS[1:]:
+        assert f"](docs/{path.name})" in readme, path.name
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
+def test_keys_that_documents_name_exist(path):
+    """`train.steps` in backticks, and flags such as --config.train.steps."""
+    config = base_config()
+    for section, key in re.findall(r"(?:`|--config\.)([a-z]+)\.([a-z_0-9]+)\b", path.read_text()):
+        file = (ROOT / "configs" / f"{section}.{key}").exists()
+        if section in config and not file and key != "md":
+            assert key in config[section], f"{path.name}: {section}.{key}"
+
+
+class _ParsedError(Exception):
+    """The program would begin now."""
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
+def test_programs_take_the_flags_that_documents_give_them(path, monkeypatch, capsys):
+    """Also of commands that cannot run here."""
+    parse_args = cli.Parser.parse_args
+
+    def parse(parser, argv):
+        parse_args(parser, argv)
+        raise _ParsedError
+
+    monkeypatch.setattr(cli.Parser, "parse_args", parse)
+    for line in _bash_lines([path]):
+        command = re.search(r"(?:^|&& )python -m stem_jax\.(\w+) (.*)", line)
+        if command is None:
+            continue
+        main = importlib.import_module(f"stem_jax.{command[1]}").main
+        try:
+            main(shlex.split(command[2]))
+        except _ParsedError:
+            continue
+        except SystemExit:
+            pytest.fail(f"{line}\n{capsys.readouterr().err}")
+        pytest.fail(f"not parsed: {line}")
