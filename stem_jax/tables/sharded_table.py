@@ -178,7 +178,8 @@ class ShardedTable:
         """Distinct rows of a whole step, all its micro-batches together.
 
         Args:
-            keys_AxBxL: int32 keys, B over the batch axes and L over context.
+            keys_AxBxL: int32 keys, B over the batch axes and L over context; or [A, B, L, K], of
+                several for a token.
             valid_AxBxL: bool; padding asks for no row and sends no gradient.
             slots: [owners * O] int32, where an offloaded table's rows lie, in the order in which
                 the owners are asked for them.
@@ -264,6 +265,8 @@ class ShardedTable:
         )
 
     def _rows_of(self, keys, valid) -> jax.Array:
+        # All keys of a token are valid, or none.
+        valid = valid.reshape(*valid.shape, *(1,) * (keys.ndim - valid.ndim))
         return jnp.where(valid, self.spec.layout.rows_of(keys), self.spec.num_rows)
 
     @property
