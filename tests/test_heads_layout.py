@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from stem_jax.mesh import BATCH_AXES, make_mesh, parameter_spec
+from stem_jax.model.feed_forward import KINDS
 from stem_jax.model.rotary import rotary_angles
 from stem_jax.model.transformer import Block, Inputs
 from stem_jax.planning import hlo
@@ -44,7 +45,7 @@ def _compiled(config, mesh) -> hlo.Module:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
     def make():
-        return Block(config.model, 0, mesh, rngs=nnx.Rngs(0))
+        return Block(config.model, 0, KINDS["dense"], mesh, rngs=nnx.Rngs(0))
 
     def placed(variable):
         axes = variable.get_metadata()["logical_axes"]
