@@ -24,7 +24,7 @@ from stem_jax.training.start_report import describe_run
 from stem_jax.training.state import abstract_state, init_state, state_shardings
 from stem_jax.training.step import TrainStep
 
-MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2)]
+MESHES = [(1, 1, 1), pytest.param((8, 1, 1), marks=pytest.mark.long), (2, 2, 2)]
 MUON = {"optimizer.name": "muon", "optimizer.weight_decay": 0.3}
 SMALL = {"model.num_layers": 2, "model.stem_layers": (1,)}
 # Layers that are scanned as one group.

@@ -237,10 +237,8 @@ def test_sums_of_accelerators_train_alike(
     np.testing.assert_allclose(losses, runs[2, 2, 2][2], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("way", "dtype"),
-    [("scatter", "bfloat16"), pytest.param("segments", "float32", marks=pytest.mark.long)],
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("way", "dtype"), [("scatter", "bfloat16"), ("segments", "float32")])
 def test_gradients_of_rows_add_up_in_place_to_the_same_bits(
     way, dtype, tiny_config, device_mesh, fresh_state, make_batch, monkeypatch
 ):
