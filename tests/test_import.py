@@ -183,7 +183,8 @@ def test_a_new_run_begins_with_it(trained, tmp_path):
         "mesh.data": -1,
     }
     config = dataclasses.asdict(again.config.model) | {"attention": "auto"}
-    sizes = {f"model.{name}": value for name, value in config.items()}
+    # No layer of a kind is written as none.
+    sizes = {f"model.{name}": "none" if value == () else value for name, value in config.items()}
     flags = [f"--config.{key}={value}" for key, value in (sizes | begun).items()]
     train.main(["--config=configs/base.py", f"--workdir={tmp_path / 'new'}", *flags])
     run = load_run(tmp_path / "new")

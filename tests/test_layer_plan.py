@@ -84,8 +84,8 @@ def test_scanned_layers_train_as_unrolled_ones(train_step, make_batch, shape, re
     scanned = by_layer(states[True].params)
     for name, value in states[False].params.items():
         np.testing.assert_allclose(scanned[name], value, atol=1e-5, err_msg=name)
-    rows = states[False].table.rows
-    np.testing.assert_allclose(states[True].table.rows, rows, atol=1e-5)
+    rows = states[False].tables["stem"].rows
+    np.testing.assert_allclose(states[True].tables["stem"].rows, rows, atol=1e-5)
     assert jnp.any(rows != 0)
 
 

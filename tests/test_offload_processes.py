@@ -64,7 +64,7 @@ def test_two_processes_train_as_one(train_step, tiny_config, tmp_path, shape, vo
         assert checkpoints.steps() == [STEPS // 2, STEPS]
         target = abstract_state(resident.blueprint)
         state = checkpoints.restore(STEPS, target)
-    present = np.zeros(resident.spec.num_rows, int)
+    present = np.zeros(resident.reads.specs["stem"].num_rows, int)
     table = logical_table(state.tables["stem"])
     for name, whole in table.items():
         for arrays in found:
