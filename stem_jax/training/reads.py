@@ -55,6 +55,8 @@ class Reads:
         self.specs = blueprint.specs
         self._mesh = blueprint.mesh
         self._dtype = jnp.dtype(blueprint.config.model.compute_dtype)
+        # Keys of a batch by the shape of its tokens.
+        self._num_keys: dict[tuple[int, ...], dict[str, int]] = {}
         # What the first batch needed, by the keys of a device.
         self._first_needs: dict[tuple[int, ...], dict[str, BlockSizes]] = {}
 
@@ -72,16 +74,20 @@ class Reads:
 
     def tables(self, batch: Batch, sizes: ReadSizes | None = None) -> dict[str, ShardedTable]:
         """The tables as a step of this batch exchanges them."""
+        shape = batch.tokens.shape
+        # Asked for several times in each step, on the host: traced once.
+        if shape not in self._num_keys:
+            keys = jax.eval_shape(self.keys, batch)
+            self._num_keys[shape] = {name: array.size for name, array in keys.items()}
         devices = axis_size(self._mesh, TOKEN_AXES)
-        shapes = jax.eval_shape(self.keys, batch)
         return {
             name: ShardedTable(
                 self.specs[name],
                 self._mesh,
-                keys.size // devices,
+                number // devices,
                 None if sizes is None else sizes[name],
             )
-            for name, keys in shapes.items()
+            for name, number in self._num_keys[shape].items()
         }
 
     def demand(self, batch: Batch, whole: bool = False) -> dict[str, Demand]:
