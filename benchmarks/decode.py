@@ -19,10 +19,10 @@ from benchmarks.interleave import interleave, speed_ratio
 from benchmarks.offload import offloaded
 from benchmarks.train_step import bench_config, zipf_tokens
 from stem_jax.data.tokenizer import load_tokenizer
-from stem_jax.generation import Generator
+from stem_jax.generation.generator import Generator
+from stem_jax.generation.sampling import Sampling
 from stem_jax.memory.catalogue import table_specs
 from stem_jax.mesh import make_mesh
-from stem_jax.sampling import Sampling
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.offloaded_rows import OffloadedRows
 from stem_jax.tables.row_source import ResidentRows

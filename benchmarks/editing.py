@@ -16,11 +16,11 @@ from typing import Any
 
 from benchmarks.children import environment
 from benchmarks.editing_picture import draw
-from stem_jax.checkpoint import Checkpointer
+from stem_jax.checkpoints.checkpointer import Checkpointer
+from stem_jax.checkpoints.loading import load_run
+from stem_jax.editing.report import COLUMNS, summarize
+from stem_jax.editing.trial import Trial, try_edits
 from stem_jax.evaluation.recall import recall
-from stem_jax.knowledge.edit_report import COLUMNS, summarize
-from stem_jax.knowledge.edit_trial import Trial, try_edits
-from stem_jax.loading import load_run
 
 # Name: configuration, its overrides, seeds.
 RUNS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {

@@ -31,7 +31,7 @@ import jax
 import numpy as np
 import psutil
 
-from stem_jax.checkpoint import Checkpointer
+from stem_jax.checkpoints.checkpointer import Checkpointer
 from stem_jax.mesh import make_mesh
 from stem_jax.training.blueprint import Blueprint
 from stem_jax.training.state import abstract_state

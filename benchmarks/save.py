@@ -16,7 +16,7 @@ import time
 import jax
 
 from benchmarks.train_step import JaxStep, bench_config
-from stem_jax.checkpoint import Checkpointer, CheckpointInfo
+from stem_jax.checkpoints.checkpointer import Checkpointer, CheckpointInfo
 
 
 def main() -> None:

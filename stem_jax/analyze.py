@@ -7,19 +7,19 @@ python -m stem_jax.analyze --workdir=runs/tiny --dense-workdir=runs/tiny_dense -
 import json
 
 from stem_jax import cli
+from stem_jax.analysis.flags import parse
 from stem_jax.jax_start import start_jax
-from stem_jax.knowledge.analysis_flags import parse
 
 
 def main(argv: list[str]) -> None:
     """Parses flags, measures, and writes a page with its pictures and figures."""
     args, options = parse(argv, __doc__)
     start_jax(args.compilation_cache)
-    from stem_jax.knowledge.analysis import analyze
-    from stem_jax.knowledge.analysis_files import write_analysis
-    from stem_jax.knowledge.result_folder import check_folder
-    from stem_jax.knowledge.sections import sections_of
-    from stem_jax.loading import open_checkpoint
+    from stem_jax.analysis.analysis import analyze
+    from stem_jax.analysis.files import write_analysis
+    from stem_jax.analysis.sections import sections_of
+    from stem_jax.checkpoints.loading import open_checkpoint
+    from stem_jax.result_folder import check_folder
 
     # Before a folder is made: a run that is not there gets none.
     with open_checkpoint(args.workdir, args.step):

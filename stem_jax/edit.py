@@ -9,8 +9,8 @@ import argparse
 import json
 
 from stem_jax import cli
+from stem_jax.editing.flags import parse
 from stem_jax.jax_start import start_jax
-from stem_jax.knowledge.edit_flags import parse
 
 
 def main(argv: list[str]) -> None:
@@ -19,10 +19,10 @@ def main(argv: list[str]) -> None:
     start_jax(args.compilation_cache)
     if args.measure is not None:
         return _measure(args)
-    from stem_jax.knowledge import patch as patches
-    from stem_jax.knowledge.comparison import compare, format_comparison
-    from stem_jax.knowledge.swaps import recipes_of
-    from stem_jax.loading import load_run
+    from stem_jax.checkpoints.loading import load_run
+    from stem_jax.editing import patch as patches
+    from stem_jax.editing.comparison import compare, format_comparison
+    from stem_jax.editing.swaps import recipes_of
 
     base = [patches.read_patch(path) for path in args.edits]
     if args.list:
@@ -44,9 +44,9 @@ def main(argv: list[str]) -> None:
 
 
 def _measure(args: argparse.Namespace) -> None:
-    from stem_jax.knowledge.edit_trial import Trial, try_edits
-    from stem_jax.knowledge.result_folder import check_folder
-    from stem_jax.loading import load_run
+    from stem_jax.checkpoints.loading import load_run
+    from stem_jax.editing.trial import Trial, try_edits
+    from stem_jax.result_folder import check_folder
 
     choice = (args.pairs, args.tokens, args.strategy, args.layers, args.write, args.seed)
     run = load_run(args.workdir, args.step, args.resident_rows)

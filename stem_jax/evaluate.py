@@ -10,19 +10,19 @@ import contextlib
 import json
 
 from stem_jax import cli
-from stem_jax.cluster import Gang, membership
 from stem_jax.evaluation.flags import parse
 from stem_jax.jax_start import start_jax
+from stem_jax.processes.cluster import Gang, membership
 
 
 def main(argv: list[str]) -> None:
     """Parses flags, measures, and prints a table, or JSON."""
     args = parse(argv, __doc__)
     start_jax(args.compilation_cache)
-    from stem_jax.agreement import is_first, unanimous
     from stem_jax.evaluation.division import PATIENCE_SECONDS
     from stem_jax.evaluation.measurement import measure
     from stem_jax.evaluation.results import stdout_kept
+    from stem_jax.processes.agreement import is_first, unanimous
 
     again = "nothing was written, start all processes again"
     with membership(Gang.from_flags(args), again):

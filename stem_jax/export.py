@@ -3,7 +3,6 @@
 python -m stem_jax.export --workdir=runs/tiny --format=hf --out=exported
 """
 
-import dataclasses
 import time
 
 from stem_jax import cli
@@ -28,15 +27,14 @@ def main(argv: list[str]) -> None:
     if args.format != "hf" and args.file_gib != parser.get_default("file_gib"):
         parser.error(f"--file-gib={args.file_gib} is for --format=hf; one file is written")
     start_jax()
+    from stem_jax.checkpoints.saved_model import open_saved_model
+    from stem_jax.editing.patch import edited_model, read_patch
     from stem_jax.interop.hf_export import export_hf
     from stem_jax.interop.official_format import export_official
-    from stem_jax.interop.saved_model import open_saved_model
-    from stem_jax.knowledge.patch import read_patch
 
     start = time.perf_counter()
     saved = open_saved_model(args.workdir, args.step)
-    patches = tuple(read_patch(path) for path in args.edits)
-    saved = dataclasses.replace(saved, patches=patches)
+    saved = edited_model(saved, [read_patch(path) for path in args.edits])
     options = {"dtype": args.dtype, "with_tokenizer": not args.no_tokenizer}
     if args.format == "hf":
         export_hf(saved, args.out, file_bytes=int(args.file_gib * 2**30), **options)

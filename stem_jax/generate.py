@@ -5,7 +5,7 @@ import json
 import sys
 
 from stem_jax import cli
-from stem_jax.generation_flags import parse
+from stem_jax.generation.flags import parse
 from stem_jax.jax_start import start_jax
 
 
@@ -13,11 +13,11 @@ def main(argv: list[str]) -> None:
     """Parses flags, loads the run and prints completions."""
     args = parse(argv, __doc__)
     start_jax(args.compilation_cache)
-    from stem_jax.completion import read_prompts, special_notes
-    from stem_jax.generation import Generator
-    from stem_jax.knowledge.patch import edited_run, read_patch
-    from stem_jax.loading import load_run
-    from stem_jax.sampling import Sampling
+    from stem_jax.checkpoints.loading import load_run
+    from stem_jax.editing.patch import edited_run, read_patch
+    from stem_jax.generation.completion import read_prompts, special_notes
+    from stem_jax.generation.generator import Generator
+    from stem_jax.generation.sampling import Sampling
 
     prompts = args.prompt + [line for path in args.prompt_file for line in read_prompts(path)]
     sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p)

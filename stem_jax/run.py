@@ -11,27 +11,28 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from stem_jax.agreement import (
+from stem_jax.checkpoints.checkpointer import FOLDER, Checkpointer, CheckpointInfo
+from stem_jax.checkpoints.files import set_aside_damaged
+from stem_jax.checkpoints.loading import check_tokenizer
+from stem_jax.checkpoints.origin import Origin, begin_from, find_origin
+from stem_jax.config import Config
+from stem_jax.data.loader import Share
+from stem_jax.errors import InputError
+from stem_jax.lock import Lock
+from stem_jax.mesh import BATCH_AXES, axis_size, check_placement, make_mesh, own_batch_shards
+from stem_jax.processes.agreement import (
     PREPARING_SECONDS,
     check_same,
     code_version,
     is_first,
     unanimous,
 )
-from stem_jax.checkpoint import FOLDER, Checkpointer, CheckpointInfo
-from stem_jax.checkpoint_files import set_aside_damaged
-from stem_jax.config import Config
-from stem_jax.data.loader import Share
-from stem_jax.errors import InputError
-from stem_jax.loading import check_tokenizer
-from stem_jax.lock import Lock
-from stem_jax.mesh import BATCH_AXES, axis_size, check_placement, make_mesh, own_batch_shards
-from stem_jax.origin import Origin, begin_from, find_origin
-from stem_jax.process_log import log, process_log
+from stem_jax.processes.process_log import log, process_log
+from stem_jax.processes.start_clock import StartClock
+from stem_jax.processes.stop_signal import StopSignal
+from stem_jax.processes.watchdog import Watchdog
 from stem_jax.run_checks import check_documents, check_first_start, check_mesh, check_tables
 from stem_jax.run_saves import RunSaves, data_record, owes_validation
-from stem_jax.start_clock import StartClock
-from stem_jax.stop_signal import StopSignal
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.prefetch import Prefetch
 from stem_jax.tables.spec import TableState
@@ -45,7 +46,6 @@ from stem_jax.training.start_report import describe_run
 from stem_jax.training.state import TrainState, abstract_state, init_state, table_key
 from stem_jax.training.step import TrainStep
 from stem_jax.training.step_trace import traced_steps
-from stem_jax.watchdog import Watchdog
 from stem_jax.work_folder import writing
 
 

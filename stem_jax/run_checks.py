@@ -11,12 +11,12 @@ import socket
 import jaxlib
 from jax.sharding import Mesh
 
-from stem_jax.agreement import exchange
 from stem_jax.config import Config
 from stem_jax.errors import InputError
 from stem_jax.kernels import float8
 from stem_jax.mesh import BATCH_AXES, axis_size, check_context
 from stem_jax.model.attention import check_heads, resolve_backend
+from stem_jax.processes.agreement import exchange
 from stem_jax.tables.coast_groups import MOST_TERMS, num_terms
 from stem_jax.tables.host_memory import available_host_bytes, check_host_memory
 from stem_jax.tables.host_store import HostStore

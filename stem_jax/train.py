@@ -4,9 +4,9 @@ import sys
 from pathlib import Path
 
 from stem_jax import cli
-from stem_jax.cluster import Gang, add_flags, add_stop_flag, membership
 from stem_jax.config_file import load_config
 from stem_jax.jax_start import start_jax
+from stem_jax.processes.cluster import Gang, add_flags, add_stop_flag, membership
 from stem_jax.storage import local_path
 
 
@@ -30,8 +30,8 @@ def main(argv: list[str]) -> None:
     folder = config.train.compilation_cache
     kept = None if folder is None else local_path(folder, "train.compilation_cache")
     start_jax(args.compilation_cache, kept)
-    from stem_jax.agreement import is_first
-    from stem_jax.final_sample import show_sample
+    from stem_jax.generation.final_sample import show_sample
+    from stem_jax.processes.agreement import is_first
     from stem_jax.run import Ending, train
 
     with membership(gang):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import jax
 
-from stem_jax.agreement import check_shared, is_first, unanimous
 from stem_jax.errors import InputError
 from stem_jax.files import check_absent
 from stem_jax.lock import Lock
+from stem_jax.processes.agreement import check_shared, is_first, unanimous
 
 LOCK = ".lock"
 # How many processes a launcher or a user says that there are.

@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import effort
 import jax
+
+from tests import effort
 
 ROOT = Path(__file__).parent.parent
 # The training command, which writes no record of step argv[1] or a later one before argv[2] exists:

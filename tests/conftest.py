@@ -26,8 +26,6 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
-import cuda_hidden  # noqa: F401
-import effort
 import hypothesis
 import jax
 import ml_collections
@@ -40,9 +38,13 @@ from stem_jax.config_file import build
 from stem_jax.mesh import AXES, make_mesh
 from stem_jax.training.batch import Batch
 from stem_jax.training.step import TrainStep
+from tests import (
+    cuda_hidden,  # noqa: F401
+    effort,
+)
 
 # Their fixtures.
-pytest_plugins = ["pod"]
+pytest_plugins = ["tests.pod"]
 
 # A first call compiles, so no example has a deadline; in CI a failure must repeat.
 hypothesis.settings.register_profile("local", deadline=None)
@@ -146,7 +148,7 @@ def _train_step(shape: tuple[int, ...], overrides: tuple, little: str) -> TrainS
 @pytest.fixture(autouse=True)
 def _threads_of_others():
     """See `offloading.row_threads`."""
-    from offloading import THREADS_OF_OTHERS
+    from tests.offloading import THREADS_OF_OTHERS
 
     THREADS_OF_OTHERS.clear()
     THREADS_OF_OTHERS.update(threading.enumerate())

@@ -15,8 +15,8 @@ import pytest
 
 from stem_jax import export, import_torch
 from stem_jax.data import facts
+from stem_jax.editing import cases as edit_cases
 from stem_jax.evaluation import recall
-from stem_jax.knowledge import edit_cases
 
 COUNTRIES = (
     """Spain Germany Japan Brazil Canada Egypt Norway Chile Kenya Peru Hungary Samoa""".split()

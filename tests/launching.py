@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 
 import psutil
-from children import ROOT
+
+from tests.children import ROOT
 
 STAND_INS = ROOT / "tests" / "stand_ins"
 STEPS = 60

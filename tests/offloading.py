@@ -11,9 +11,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from logical import logical_table
 
-from stem_jax.checkpoint import Checkpointer, CheckpointInfo
+from stem_jax.checkpoints.checkpointer import Checkpointer, CheckpointInfo
 from stem_jax.config import Config
 from stem_jax.mesh import axis_size
 from stem_jax.tables.host_store import HostStore
@@ -24,6 +23,7 @@ from stem_jax.training.run_data import RunData
 from stem_jax.training.state import TrainState, abstract_state, init_state, table_key
 from stem_jax.training.step import TrainStep
 from stem_jax.training.working_set import working_set
+from tests.logical import logical_table
 
 # The arrays of a table, and their dtypes.
 FIELDS = {"rows": np.float32, "mu": np.float32, "nu": np.float32, "last_step": np.int32}

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from children import ROOT
-from launching import STAND_INS, kill_if, wait_until
+
+from tests.children import ROOT
+from tests.launching import STAND_INS, kill_if, wait_until
 
 SCRIPT = ROOT / "launch" / "tpu_pod.sh"
 WHERE = ["--name=pod", "--zone=zone-a"]

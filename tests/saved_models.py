@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stem_jax.checkpoint import Checkpointer, CheckpointInfo
+from stem_jax.checkpoints.checkpointer import Checkpointer, CheckpointInfo
+from stem_jax.checkpoints.loading import LoadedRun
 from stem_jax.data.tokenizer import Tokenizer, load_tokenizer
-from stem_jax.generation import Generator
-from stem_jax.loading import LoadedRun
+from stem_jax.generation.generator import Generator
+from stem_jax.generation.sampling import Sampling
 from stem_jax.model.transformer import Inputs
-from stem_jax.sampling import Sampling
 from stem_jax.training.blueprint import ModelDef
 from stem_jax.training.schedule import make_schedule
 from stem_jax.training.state import TrainState, init_state

@@ -4,9 +4,9 @@ import sys
 import time
 
 import pytest
-from children import child
 
 from stem_jax import background
+from tests.children import child
 
 # Compiles for a long time, as the thread of a training may, and ends meanwhile.
 PROGRAM = """

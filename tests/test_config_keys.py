@@ -5,11 +5,11 @@ import json
 
 import pytest
 
+from stem_jax.checkpoints.origin import _check_shapes
 from stem_jax.config import declared_keys, differing_keys, keys_of
 from stem_jax.config_file import config_from_json
 from stem_jax.config_keys import NOTHING, Role
 from stem_jax.errors import InputError
-from stem_jax.origin import _check_shapes
 from stem_jax.training.resume import check_continuable, check_resumable
 
 # Of each role a key that a run could not do without it, and another value.

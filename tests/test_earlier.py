@@ -8,20 +8,20 @@ import sys
 import tarfile
 from pathlib import Path
 
-import earlier
 import numpy as np
 import pytest
 import transformers
-from children import child
-from earlier import COMMIT, END, FOLDER, ROOT, STEP, STEP_BEFORE, TWENTY_BEFORE
 from safetensors.numpy import load_file
 
 from stem_jax import edit, export, generate, import_torch, prepare
-from stem_jax.checkpoint_files import LIST
+from stem_jax.checkpoints.files import LIST
+from stem_jax.checkpoints.loading import load_run
 from stem_jax.data.token_store import TokenStore
 from stem_jax.data.tokenizer import load_tokenizer_folder
-from stem_jax.knowledge.patch import read_patch
-from stem_jax.loading import load_run
+from stem_jax.editing.patch import read_patch
+from tests import earlier
+from tests.children import child
+from tests.earlier import COMMIT, END, FOLDER, ROOT, STEP, STEP_BEFORE, TWENTY_BEFORE
 
 # Trains one run after the other; prints for each how it failed, or null.
 TRAIN = """

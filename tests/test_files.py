@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from children import child, finish
 
 from stem_jax import files, swapped_names
-from stem_jax.checkpoint_files import check_outside
+from stem_jax.checkpoints.files import check_outside
+from stem_jax.editing.patch import check_new
 from stem_jax.errors import InputError
 from stem_jax.files import (
     DEEPEST,
@@ -25,9 +25,9 @@ from stem_jax.files import (
     replace_folder,
     write_whole,
 )
-from stem_jax.knowledge.patch import check_new
-from stem_jax.knowledge.result_folder import check_folder
+from stem_jax.result_folder import check_folder
 from stem_jax.swapped_names import swap_names
+from tests.children import child, finish
 
 WRITER = """
 import sys, time

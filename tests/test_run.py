@@ -9,17 +9,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import effort
 import numpy as np
 import pytest
-from children import HELD, train_flags
 from jax.profiler import ProfileData
-from launching import wait_for_checkpoint, wait_for_records
 
+from stem_jax.checkpoints.loading import load_run
 from stem_jax.errors import InputError, TrainingError
-from stem_jax.loading import load_run
 from stem_jax.train import main
 from stem_jax.training.step_trace import traced_steps
+from tests import effort
+from tests.children import HELD, train_flags
+from tests.launching import wait_for_checkpoint, wait_for_records
 
 TEXT = [
     "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 4,

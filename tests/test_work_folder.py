@@ -8,16 +8,16 @@ import signal
 import subprocess
 from pathlib import Path
 
-import launching
 import psutil
 import pytest
-from children import child, finish, gang, train_flags
 
 from stem_jax import lock as lock_module
 from stem_jax.data.preparation import Preparation
 from stem_jax.errors import InputError
 from stem_jax.lock import Lock
 from stem_jax.work_folder import making, writing
+from tests import launching
+from tests.children import child, finish, gang, train_flags
 
 HOST = os.uname().nodename
 # Steps without end: who is not refused goes on until it is stopped.

@@ -6,7 +6,7 @@ from typing import Any
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from stem_jax.errors import InputError
-from stem_jax.sampling import Sampling
+from stem_jax.generation.sampling import Sampling
 
 # What a task may say about sampling; anything else would be ignored without a word.
 _KEYS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}

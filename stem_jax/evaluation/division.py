@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import jax
 
-from stem_jax.agreement import AgreedError, exchange
+from stem_jax.processes.agreement import AgreedError, exchange
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")

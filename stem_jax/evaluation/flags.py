@@ -5,9 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 from stem_jax import cli
-from stem_jax.cluster import add_flags
 from stem_jax.data.formats import FORMATS
 from stem_jax.evaluation.limits import DEPTHS
+from stem_jax.processes.cluster import add_flags
 
 # The flags that not every measurement has, with those that do.
 _ONLY = {

@@ -19,14 +19,14 @@ from lm_eval.api.task import Task
 from lm_eval.models.utils import postprocess_generated_text
 from tqdm import tqdm
 
-from stem_jax.completion import TextStream
+from stem_jax.checkpoints.loading import LoadedRun
 from stem_jax.errors import InputError
 from stem_jax.evaluation.answer_settings import AnswerSettings
 from stem_jax.evaluation.division import divide
 from stem_jax.evaluation.progress import bars_off
 from stem_jax.evaluation.scoring import Scorer
-from stem_jax.generation import Generator, sequence_seeds
-from stem_jax.loading import LoadedRun
+from stem_jax.generation.completion import TextStream
+from stem_jax.generation.generator import Generator, sequence_seeds
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from stem_jax.data.needles import draw_needles, filler, haystack, needle, question
 from stem_jax.errors import InputError
-from stem_jax.generation import Generator
+from stem_jax.generation.generator import Generator
 
 _MOST_FILLER = 1 << 20
 

@@ -7,8 +7,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from stem_jax.agreement import is_first
 from stem_jax.evaluation.results import write_result
+from stem_jax.processes.agreement import is_first
 
 
 def draw_retrieval(result: dict[str, Any], path: str | Path) -> None:

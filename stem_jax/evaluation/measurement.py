@@ -9,14 +9,14 @@ from typing import Any
 
 import jax
 
-from stem_jax.agreement import check_same, code_version, is_first, unanimous
+from stem_jax.checkpoints.loading import LoadedRun, load_run
 from stem_jax.evaluation.heatmap import draw_retrieval
 from stem_jax.evaluation.niah import format_retrieval, retrieval
 from stem_jax.evaluation.perplexity import format_perplexity, perplexity
 from stem_jax.evaluation.recall import format_recall, recall
 from stem_jax.evaluation.results import check_out, write_json
 from stem_jax.evaluation.tasks import evaluate_tasks, format_results
-from stem_jax.loading import LoadedRun, load_run
+from stem_jax.processes.agreement import check_same, code_version, is_first, unanimous
 from stem_jax.training.run_data import reading_of
 
 # Flags that processes of one measurement may differ in.

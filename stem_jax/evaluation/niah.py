@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from stem_jax.completion import Completion
+from stem_jax.checkpoints.loading import LoadedRun
 from stem_jax.data.needles import KEYS
 from stem_jax.errors import InputError
 from stem_jax.evaluation.division import divide
 from stem_jax.evaluation.haystacks import Grid, Sample, answer_tokens, draw_grid
 from stem_jax.evaluation.limits import DEPTHS, check_batch_size
 from stem_jax.evaluation.progress import bars_off
-from stem_jax.generation import Generator
-from stem_jax.loading import LoadedRun
-from stem_jax.sampling import Sampling
+from stem_jax.generation.completion import Completion
+from stem_jax.generation.generator import Generator
+from stem_jax.generation.sampling import Sampling
 
 _GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0)
 

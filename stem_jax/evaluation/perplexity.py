@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from stem_jax.completion import TextStream
+from stem_jax.checkpoints.loading import LoadedRun
 from stem_jax.data.coverage import coverage_note, coverage_of
 from stem_jax.data.formats import Reading
 from stem_jax.data.prepare import open_stores
@@ -20,7 +20,7 @@ from stem_jax.errors import BadRecord, InputError
 from stem_jax.evaluation.limits import check_limit
 from stem_jax.evaluation.progress import bars_off
 from stem_jax.evaluation.scoring import Scorer
-from stem_jax.loading import LoadedRun
+from stem_jax.generation.completion import TextStream
 from stem_jax.training.run_data import reading_of
 
 # Ids with bos and eos, UTF-8 bytes of the text, those that no token stands for, the first of these.

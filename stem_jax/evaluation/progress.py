@@ -1,6 +1,6 @@
 """Whether a measurement draws bars."""
 
-from stem_jax.agreement import is_first
+from stem_jax.processes.agreement import is_first
 
 
 def bars_off(progress: bool) -> bool | None:

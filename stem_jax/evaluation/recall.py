@@ -4,12 +4,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from stem_jax.checkpoints.loading import LoadedRun
 from stem_jax.data.facts import FACT_TEMPLATES, HELD_OUT_TEMPLATES, RELATIONS, read_facts
 from stem_jax.evaluation.answers import Question, answer_all
 from stem_jax.evaluation.limits import check_limit
 from stem_jax.evaluation.progress import bars_off
 from stem_jax.evaluation.scoring import Scorer
-from stem_jax.loading import LoadedRun
 
 # Sentences end so in the corpus.
 END = "."

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stem_jax.agreement import is_first
-from stem_jax.checkpoint_files import check_outside
+from stem_jax.checkpoints.files import check_outside
 from stem_jax.errors import InputError
 from stem_jax.files import check_writable, write_whole
+from stem_jax.processes.agreement import is_first
 
 
 def check_out(out: str | Path, *beside: Path) -> None:

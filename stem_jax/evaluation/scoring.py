@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stem_jax.checkpoints.loading import LoadedRun
 from stem_jax.errors import InputError
 from stem_jax.evaluation.division import divide
 from stem_jax.evaluation.limits import check_batch_size
 from stem_jax.kernels.head_loss import head_loss
-from stem_jax.loading import LoadedRun
 from stem_jax.mesh import BATCH_AXES, axis_size, divided, replicated
 from stem_jax.model.attention import resolve_backend
 from stem_jax.model.transformer import Inputs, Transformer

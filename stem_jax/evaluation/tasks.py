@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stem_jax.checkpoints.loading import LoadedRun
 from stem_jax.errors import InputError
 from stem_jax.evaluation.limits import check_limit
-from stem_jax.loading import LoadedRun
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from tqdm import tqdm
 
+from stem_jax.analysis.up_means import UpMeans
 from stem_jax.config import Config
 from stem_jax.config_checks import validate
 from stem_jax.data.tokenizer import Tokenizer
@@ -26,7 +27,6 @@ from stem_jax.interop.calibration_text import CalibrationText
 from stem_jax.interop.import_model import Imported
 from stem_jax.interop.imports import LazyParams
 from stem_jax.interop.names import rows_to_table
-from stem_jax.knowledge.up_means import UpMeans
 from stem_jax.layer_patterns import layer_indices
 from stem_jax.memory.memory import STEM
 from stem_jax.mesh import make_mesh, replicated

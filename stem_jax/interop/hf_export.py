@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from stem_jax.checkpoint_files import check_outside
+from stem_jax.checkpoints.files import check_outside
+from stem_jax.checkpoints.saved_model import SavedModel
 from stem_jax.config import Config, ModelConfig
 from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
@@ -19,7 +20,6 @@ from stem_jax.files import new_folder
 from stem_jax.interop.llama_names import llama_shapes, llama_weights, table_names
 from stem_jax.interop.safetensors_files import BFLOAT16, SafetensorsWriter
 from stem_jax.interop.said_keys import check_format
-from stem_jax.interop.saved_model import SavedModel
 from stem_jax.interop.tokenizer_export import padding_id, write_tokenizer
 
 MODELING_FILE = "modeling_stem.py"

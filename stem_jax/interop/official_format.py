@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from stem_jax.checkpoint_files import check_outside
+from stem_jax.checkpoints.files import check_outside
+from stem_jax.checkpoints.saved_model import SavedModel
 from stem_jax.config import Config, ModelConfig
 from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
@@ -32,7 +33,6 @@ from stem_jax.interop.names import (
 )
 from stem_jax.interop.safetensors_files import BFLOAT16, SINGLE_FILE, SafetensorsWriter, read_file
 from stem_jax.interop.said_keys import check_format
-from stem_jax.interop.saved_model import SavedModel
 from stem_jax.json_fields import Fields
 
 FOLDER = "consolidated"

@@ -21,8 +21,8 @@ from stem_jax.config import Config
 from stem_jax.errors import TrainingError
 from stem_jax.hardware import chip_of
 from stem_jax.model.cost import training_flops_per_token
-from stem_jax.process_log import log
-from stem_jax.start_clock import StartClock
+from stem_jax.processes.process_log import log
+from stem_jax.processes.start_clock import StartClock
 from stem_jax.tables.prefetch import Prefetch
 from stem_jax.tables.row_slots import TooFewSlots
 from stem_jax.training.evaluation import Validation, summarize

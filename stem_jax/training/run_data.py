@@ -19,7 +19,7 @@ from stem_jax.data.sources import (
 from stem_jax.data.token_store import TokenStore
 from stem_jax.data.tokenizer import Tokenizer, load_tokenizer, load_tokenizer_folder
 from stem_jax.errors import InputError
-from stem_jax.process_log import log
+from stem_jax.processes.process_log import log
 from stem_jax.storage import local_path
 
 TOKENIZER_FOLDER = "tokenizer"

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 
 from stem_jax.errors import InputError
-from stem_jax.process_log import log
+from stem_jax.processes.process_log import log
 
 # Of a run's folder; beneath it JAX names a folder by the time and a file by the host.
 FOLDER = "profile"

@@ -1,0 +1,392 @@
+"""Checkpoints: everything a run is, through Orbax, and nothing else knows Orbax.
+
+A checkpoint holds the items `params`, `opt_state`, `table_rows`, `table_slots` (mu, nu, last_step;
+`NAME_rows`, `NAME_moments` of other memories than STEM's),
+`data` (where the data stream stands), `config` and `layout` (format, V_pad, A, tokenizer). Arrays
+are stored whole, so a checkpoint restores on any mesh; a step folder appears under its final name
+only when it is complete.
+"""
+
+import dataclasses
+import functools
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from stem_jax.checkpoints.files import (
+    BEST,
+    FOLDER,
+    FORMAT_VERSION,
+    ITEMS,
+    PLAIN_ITEMS,
+    check_format,
+    write_list,
+    write_loss,
+)
+from stem_jax.checkpoints.older_formats import current_tree
+from stem_jax.checkpoints.params import (
+    param_targets,
+    plain,
+    restored_params,
+    saved_params,
+    unplain,
+)
+from stem_jax.checkpoints.store_handler import table_handler
+from stem_jax.checkpoints.tables import (
+    Stores,
+    copies_of_tables,
+    saved_stores,
+    table_items,
+    table_layouts,
+    table_targets,
+    tables_on_devices,
+    touched_record,
+    touched_rows_of,
+)
+from stem_jax.config import Config
+from stem_jax.config_file import config_from_json
+from stem_jax.data.special_tokens import SpecialTokens
+from stem_jax.errors import InputError
+from stem_jax.memory.catalogue import MEMORIES, table_specs
+from stem_jax.processes.agreement import is_first, unanimous
+from stem_jax.tables.spec import TableState
+from stem_jax.tables.store_snapshot import StoreSnapshot
+from stem_jax.training.past_updates import NO_PAST, PastUpdates
+from stem_jax.training.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointInfo:
+    """The plain part of a checkpoint.
+
+    step: batches consumed. updates: optimizer updates completed. bad_steps: skipped batches in a
+    row. touched_rows: of each memory, rows that some update had. tokenizer: fingerprint of the one
+    whose ids key the tables. data: seed, sources. past: see `schedule.learning_rates`.
+    owes_validation: a stop came before the validation of this step. special: the special tokens of
+    the tokenizer; None in checkpoints that did not say yet. format: that it was read in; what is
+    saved has the newest.
+    """
+
+    step: int
+    updates: int
+    bad_steps: int
+    touched_rows: dict[str, int]
+    tokenizer: str
+    data: dict[str, Any]
+    config: Config
+    past: PastUpdates = NO_PAST
+    owes_validation: bool = False
+    special: SpecialTokens | None = None
+    format: int = FORMAT_VERSION
+
+
+class Checkpointer:
+    """Reads and writes the checkpoints of one work folder. Close it, or use it as a context."""
+
+    def __init__(
+        self, workdir: str | Path, *, keep: int = 2, read_only: bool = False, alone: bool = False
+    ):
+        """Args:
+        keep: newest checkpoints to keep, beside the best.
+        read_only: nothing is made or cleaned up.
+        alone: this process reads for itself, and waits for no other one.
+        """
+        processes = ocp.options.MultiprocessingOptions()
+        if alone:
+            own = jax.process_index()
+            processes = ocp.options.MultiprocessingOptions(
+                primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}"
+            )
+        self.folder = Path(workdir).absolute() / FOLDER
+        policies = checkpoint_managers
+        best = functools.partial(policies.BestN, get_metric_fn=lambda m: m[BEST], reverse=True)
+        options = ocp.CheckpointManagerOptions(
+            create=not read_only,
+            read_only=read_only,
+            preservation_policy=policies.AnyPreservationPolicy(
+                [policies.LatestN(keep), best(n=1, keep_checkpoints_without_metrics=False)]
+            ),
+            cleanup_tmp_directories=not read_only,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._list_files),
+            multiprocessing_options=processes,
+        )
+        registry = ocp.DefaultCheckpointHandlerRegistry()
+        for item in (item for name in MEMORIES for item in table_items(name)):
+            handler = table_handler()
+            registry.add(item, ocp.args.PyTreeSave, handler)
+            registry.add(item, ocp.args.PyTreeRestore, handler)
+        self._manager = ocp.CheckpointManager(
+            self.folder, options=options, handler_registry=registry
+        )
+        self._snapshots: dict[str, StoreSnapshot] = {}
+        # The step under way, and its validation loss.
+        self._saving: tuple[int, float | None] | None = None
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Waits for saves under way and releases the threads."""
+        try:
+            self._manager.close()
+        finally:
+            self._drop_snapshots()
+
+    def wait(self) -> None:
+        """Returns when every save so far is on disk.
+
+        Raises:
+            InputError: the folder cannot be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except OSError as error:
+            raise self._unwritable(error) from error
+        finally:
+            self._drop_snapshots()
+
+    def steps(self) -> list[int]:
+        """Complete checkpoints, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint, None without any."""
+        return max(self.steps(), default=None)
+
+    def save(
+        self,
+        state: TrainState,
+        info: CheckpointInfo,
+        eval_loss: float | None,
+        stores: Stores | None = None,
+    ) -> None:
+        """Starts an asynchronous save; the state may be donated as soon as this returns.
+
+        Args:
+            state: of the run.
+            info: the plain part.
+            eval_loss: decides which checkpoint is the best; None for no validation.
+            stores: of some memories, which have their tables, resident rows included, in place of
+                `state.tables`. They may be written to as soon as this returns; the checkpoint holds
+                what they held before.
+
+        Raises:
+            InputError: the folder cannot be written.
+        """
+        items = {
+            "data": ocp.args.JsonSave(
+                {
+                    "step": info.step,
+                    "updates": info.updates,
+                    "bad_steps": info.bad_steps,
+                    **touched_record(info.touched_rows),
+                    **info.past.record(),
+                    **({"owes_validation": True} if info.owes_validation else {}),
+                    **info.data,
+                }
+            ),
+            "config": ocp.args.JsonSave(json.loads(info.config.to_json())),
+            "layout": ocp.args.JsonSave(
+                {
+                    "format": FORMAT_VERSION,
+                    **table_layouts(info.config),
+                    "tokenizer": info.tokenizer,
+                    "special_tokens": None if info.special is None else info.special.record(),
+                }
+            ),
+        }
+        metrics = None if eval_loss is None else {BEST: eval_loss}
+        started = False
+        try:
+            # The save before must be done with its snapshot and step; Orbax would wait anyway.
+            self.wait()
+            self._saving = (info.step, eval_loss)
+            params, opt_state = saved_params((state.params, state.opt_state))
+            items["params"] = ocp.args.StandardSave(params)
+            items["opt_state"] = ocp.args.StandardSave(plain(opt_state))
+            stores = stores or {}
+            for name, store in stores.items():
+                self._snapshots[name] = store.snapshot()
+            items |= saved_stores(stores, self._snapshots)
+            resident = {name: table for name, table in state.tables.items() if name not in stores}
+            # No snapshots to close: nobody writes to copies, which are gone once they are on disk.
+            copies = copies_of_tables(info.config, resident)
+            items |= saved_stores(copies, {n: store.snapshot() for n, store in copies.items()})
+            started = self._manager.save(
+                info.step, args=ocp.args.Composite(**items), metrics=metrics
+            )
+        except OSError as error:
+            raise self._unwritable(error) from error
+        finally:
+            if not started:
+                self._drop_snapshots()
+
+    def add_eval_loss(self, step: int, loss: float) -> None:
+        """Gives a checkpoint, in every process, the loss that it was saved without.
+
+        Raises:
+            InputError: the folder cannot be written.
+        """
+        with unanimous():
+            if is_first():
+                write_loss(self.folder / str(step), loss)
+        self._manager.reload()
+
+    def info(self, step: int) -> CheckpointInfo:
+        """Reads the plain part of a checkpoint.
+
+        Raises:
+            InputError: no such checkpoint, an incomplete one, or one of another format.
+        """
+        if step not in self.steps():
+            known = ", ".join(map(str, self.steps())) or "none"
+            raise InputError(f"no checkpoint of step {step} in {self.folder}; there are: {known}")
+        folder = self.folder / str(step)
+        missing = [name for name in ITEMS if not (folder / name).is_dir()]
+        if "layout" not in missing:
+            # First: another format may have other items.
+            found = self._restore(step, {"layout": ocp.args.JsonRestore()})
+            check_format(folder, found["layout"]["format"])
+        if missing:
+            raise self._damaged(step, f"without {', '.join(missing)}")
+        found = self._restore(step, {name: ocp.args.JsonRestore() for name in PLAIN_ITEMS})
+        layout, data = found["layout"], dict(found["data"])
+        config = self._config(step, found["config"])
+        memories = table_specs(config)
+        info = CheckpointInfo(
+            past=PastUpdates.taken_from(data),
+            owes_validation=data.pop("owes_validation", False),
+            step=data.pop("step"),
+            updates=data.pop("updates"),
+            bad_steps=data.pop("bad_steps"),
+            touched_rows=touched_rows_of(data, memories),
+            tokenizer=layout["tokenizer"],
+            special=self._special(step, layout.get("special_tokens")),
+            data=data,
+            config=config,
+            format=layout["format"],
+        )
+        items = [item for name in memories for item in table_items(name)]
+        if missing := [name for name in items if not (folder / name).is_dir()]:
+            raise self._damaged(step, f"without {', '.join(missing)}")
+        for name, value in table_layouts(config).items():
+            if layout.get(name) != value:
+                raise InputError(
+                    f"checkpoint {folder} has {name} {layout.get(name)}, its configuration "
+                    f"gives {value}; it was written by another version"
+                )
+        return info
+
+    def restore(self, step: int, abstract: TrainState, stores: Stores | None = None) -> TrainState:
+        """Restores a state into the shapes, dtypes and shardings of `abstract`.
+
+        Tables for which there is a store are read into it, those fields that it has, and the state
+        has the others.
+
+        Raises:
+            InputError: no such checkpoint, or a damaged one; a store then holds parts of it.
+        """
+        info = self.info(step)
+        targets, passing = table_targets(info.config, abstract.tables, stores)
+        params, opt_state = param_targets((abstract.params, abstract.opt_state))
+        items = {
+            "params": ocp.args.StandardRestore(params),
+            "opt_state": ocp.args.StandardRestore(plain(opt_state)),
+            **targets,
+        }
+        found = self._restore(step, items)
+        tree = found["params"], unplain(found["opt_state"], opt_state)
+        del found
+        tree = current_tree(tree, info.format, info.config.model)
+        params, opt_state = restored_params(tree, abstract.params)
+        counters: dict[str, Any] = {
+            name: jax.device_put(np.int32(getattr(info, name)), getattr(abstract, name).sharding)
+            for name in ("step", "updates", "bad_steps")
+        }
+        touched_rows = {
+            name: jax.device_put(np.int32(info.touched_rows[name]), target.sharding)
+            for name, target in abstract.touched_rows.items()
+        }
+        return TrainState(
+            **counters,
+            touched_rows=touched_rows,
+            params=params,
+            opt_state=opt_state,
+            tables=tables_on_devices(passing, abstract.tables),
+        )
+
+    def restore_model(
+        self, step: int, abstract: TrainState, stores: Stores | None = None
+    ) -> tuple[dict, dict[str, TableState]]:
+        """Restores the parameters, by layer, and the tables: not the backbone's optimizer state.
+
+        Tables for which there is a store are read into it as `restore` does, and not returned.
+        """
+        info = self.info(step)
+        targets, passing = table_targets(info.config, abstract.tables, stores)
+        items = {"params": ocp.args.StandardRestore(param_targets(abstract.params))}
+        found = self._restore(step, items | targets)
+        params = current_tree(found["params"], info.format, info.config.model)
+        return params, tables_on_devices(passing, abstract.tables)
+
+    def _list_files(self) -> None:
+        """Called when all files of a step are written, before its folder gets its final name."""
+        assert self._saving is not None
+        step, loss = self._saving
+        [folder] = [path for path in self.folder.glob(f"{step}.*") if path.is_dir()]
+        if loss is not None:
+            write_loss(folder, loss)
+        write_list(folder)
+
+    def _drop_snapshots(self) -> None:
+        for snapshot in self._snapshots.values():
+            snapshot.close()
+        self._snapshots.clear()
+
+    def _special(self, step: int, record: dict[str, Any] | None) -> SpecialTokens | None:
+        where = f"checkpoint {self.folder / str(step)}"
+        return None if record is None else SpecialTokens.from_record(record, where)
+
+    def _config(self, step: int, raw: dict[str, Any]) -> Config:
+        try:
+            return config_from_json(json.dumps(raw))
+        except InputError as error:
+            raise InputError(
+                f"checkpoint {self.folder / str(step)} was written by another version of stem_jax, "
+                f"with other configuration keys ({error}); use that version"
+            ) from error
+
+    def _restore(self, step: int, items: dict[str, Any]):
+        try:
+            with warnings.catch_warnings():
+                # Restoring fewer items than were saved is meant.
+                warnings.simplefilter("ignore")
+                return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:
+            # Where a value cannot be read, Orbax raises a bare Exception from the reason.
+            cause = error.__cause__ if type(error) is Exception else error
+            if not isinstance(cause, OSError | KeyError | ValueError):
+                raise
+            reason = " ".join(str(cause).split())[:300]
+            raise self._damaged(step, f"{type(cause).__name__}: {reason}") from error
+
+    def _unwritable(self, error: OSError) -> InputError:
+        return InputError(
+            f"cannot write a checkpoint to {self.folder}: {error.strerror or error}; free space, "
+            "or choose another --workdir"
+        )
+
+    def _damaged(self, step: int, reason: str) -> InputError:
+        return InputError(
+            f"checkpoint {self.folder / str(step)} is incomplete or damaged ({reason}); delete "
+            "that folder to go on from the one before"
+        )

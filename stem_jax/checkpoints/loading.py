@@ -1,0 +1,213 @@
+"""A trained run opened for reading: configuration, parameters, table and tokenizer."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from stem_jax.checkpoints.checkpointer import FOLDER, Checkpointer, CheckpointInfo
+from stem_jax.checkpoints.inference_mesh import inference_mesh
+from stem_jax.config import Config, model_keys
+from stem_jax.config_checks import validate
+from stem_jax.data.tokenizer import Tokenizer, load_tokenizer_folder
+from stem_jax.errors import InputError
+from stem_jax.memory.catalogue import table_specs
+from stem_jax.memory.memory import STEM
+from stem_jax.tables.host_store import HostStore
+from stem_jax.tables.offloaded_rows import OffloadedRows, caught_up_store
+from stem_jax.tables.row_source import NoRows, ResidentRows, RowSource
+from stem_jax.tables.sharded_table import ShardedTable
+from stem_jax.tables.spec import TableState
+from stem_jax.training.blueprint import Blueprint, Params
+from stem_jax.training.schedule import make_schedule
+from stem_jax.training.state import abstract_state
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedRun:
+    """A checkpoint of a run on devices of this process.
+
+    config: as trained, but for the mesh and the attention kernel, which are this machine's.
+    step: of the checkpoint. params: backbone by dotted name. rows: up to date, wherever they lie.
+    """
+
+    config: Config
+    step: int
+    params: Params
+    rows: RowSource
+    tokenizer: Tokenizer
+    mesh: Mesh
+
+    @property
+    def fingerprint(self) -> str:
+        """See `checkpoint_fingerprint`."""
+        norm = np.asarray(self.params["norm.scale"])
+        return checkpoint_fingerprint(self.config, self.step, self.tokenizer, norm)
+
+    def close(self) -> None:
+        """Ends the threads that bring rows from the host, if there are any."""
+        self.rows.close()
+
+
+def checkpoint_fingerprint(
+    config: Config, step: int, tokenizer: Tokenizer, norm_D: np.ndarray
+) -> str:
+    """sha256 (hex) that tells checkpoints apart: by step, tokenizer, model and final norm."""
+    # The kernel is this machine's, not the checkpoint's.
+    model = dataclasses.asdict(dataclasses.replace(config.model, attention="auto"))
+    # Fingerprints of before these keys stay what they were.
+    model.pop("matmul_dtype")
+    for field, key in model_keys().items():
+        if (key.kind or key.of_kind) and config.model.is_as_before(field):
+            model.pop(field)
+    facts = [step, tokenizer.fingerprint, model]
+    digest = hashlib.sha256(json.dumps(facts, default=list).encode())
+    digest.update(norm_D.astype(np.float32).tobytes())
+    return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class FoundCheckpoint:
+    """A checkpoint that is open for reading. tokenizer: the one that it was trained with."""
+
+    checkpoints: Checkpointer
+    step: int
+    info: CheckpointInfo
+    tokenizer: Tokenizer
+
+
+@contextlib.contextmanager
+def open_checkpoint(
+    workdir: str | Path, step: int | None = None, flag: str = "--workdir"
+) -> Iterator[FoundCheckpoint]:
+    """Opens a checkpoint of a run, of which no array is read yet, for this process alone.
+
+    Args:
+        workdir: a run folder, as given to `stem_jax.train`.
+        step: of the checkpoint; None is the newest.
+        flag: that named the folder, for messages.
+
+    Raises:
+        InputError: no such folder, run, checkpoint or tokenizer, or a tokenizer that the checkpoint
+            was not trained with.
+    """
+    workdir = Path(workdir)
+    if not workdir.is_dir():
+        wrong = "is no folder" if workdir.exists() else "does not exist"
+        raise InputError(f"{flag}={workdir} {wrong}; give the folder of a training run")
+    if not (workdir / FOLDER).is_dir():
+        raise InputError(
+            f"{flag}={workdir} has no {FOLDER} folder: nothing was trained there; run python -m "
+            f"stem_jax.train --config=... --workdir={workdir} first"
+        )
+    with Checkpointer(workdir, read_only=True, alone=True) as checkpoints:
+        found = checkpoints.latest_step() if step is None else step
+        if found is None:
+            raise InputError(
+                f"{flag}={workdir} has no complete checkpoint yet; wait for the first one, or "
+                "train with a lower checkpoint.every"
+            )
+        info = checkpoints.info(found)
+        tokenizer = load_tokenizer_folder(workdir / "tokenizer")
+        check_tokenizer(info, tokenizer, workdir / "tokenizer")
+        yield FoundCheckpoint(checkpoints, found, info, tokenizer)
+
+
+def check_tokenizer(info: CheckpointInfo, tokenizer: Tokenizer, folder: Path) -> None:
+    """Raises InputError if the tokenizer, from `folder`, is not that of the checkpoint."""
+    wrong = None
+    if tokenizer.fingerprint != info.tokenizer:
+        wrong = f"tokenizer {info.tokenizer[:12]}, {folder} holds {tokenizer.fingerprint[:12]}"
+    elif info.special is not None and info.special != tokenizer.special:
+        wrong = f"{info.special.difference(tokenizer.special)} as {folder} has it"
+    if wrong:
+        raise InputError(
+            f"checkpoint {info.step} was trained with {wrong}; restore the original, or start in "
+            "another --workdir"
+        )
+
+
+def load_run(
+    workdir: str | Path,
+    step: int | None = None,
+    resident_rows: int | None = None,
+    flag: str = "--workdir",
+    devices: int = 1,
+) -> LoadedRun:
+    """Loads a checkpoint of `workdir` onto the first devices of this process.
+
+    Args:
+        workdir, step, flag: see `open_checkpoint`, as for what is raised.
+        resident_rows: table rows to keep on the device, with the others in host memory; None: as
+            many as in training.
+        devices: among which parameters and rows are divided.
+
+    Raises:
+        InputError: see `open_checkpoint` and `inference_mesh`.
+    """
+    with open_checkpoint(workdir, step, flag) as found:
+        info = found.info
+        config, mesh = inference_mesh(_reading_config(info.config, resident_rows), devices)
+        validate(config)
+        blueprint = Blueprint(config, mesh)
+        specs = blueprint.specs.items()
+        stores = {n: HostStore.allocate(spec, mesh) for n, spec in specs if spec.offloaded}
+        abstract = abstract_state(blueprint)
+        # Nothing is updated here: the copies that training reads are enough.
+        # Where they lie is said, too: else they would go to the first device of process 0.
+        copies: Any = {
+            name: jax.ShapeDtypeStruct(p.shape, config.model.param_dtype, sharding=p.sharding)
+            for name, p in abstract.params.items()
+        }
+        abstract = dataclasses.replace(abstract, params=copies)
+        params, tables = found.checkpoints.restore_model(found.step, abstract, stores)
+    rows = _rows(config, info, tables.get(STEM), stores.get(STEM), mesh)
+    return LoadedRun(config, found.step, params, rows, found.tokenizer, mesh)
+
+
+def _rows(
+    config: Config,
+    info: CheckpointInfo,
+    table: TableState | None,
+    store: HostStore | None,
+    mesh: Mesh,
+) -> RowSource:
+    """The rows as the next training step would see them; the checkpoint holds some that lag."""
+    if not (specs := table_specs(config)):
+        return NoRows()
+    updates, spec = info.updates, specs[STEM]
+    history = make_schedule(config, updates + 1, past=info.past).tables[STEM]
+    if store is not None:
+        return OffloadedRows(
+            caught_up_store(store, updates, history), mesh, config.tables.cache_policy
+        )
+    assert table is not None, "rows are in the store or on the devices"
+
+    def caught_up(rows, others) -> jax.Array:
+        table = dataclasses.replace(others, rows=rows)
+        return ShardedTable(spec, mesh, 1).caught_up_rows(table, updates, history)
+
+    # Beside rows and moments, nothing of their size.
+    nothing: Any = None
+    others = dataclasses.replace(table, rows=nothing)
+    rows = jax.jit(caught_up, donate_argnums=0)(table.rows, others)
+    return ResidentRows(rows, spec, mesh)
+
+
+def _reading_config(config: Config, resident_rows: int | None) -> Config:
+    """The configuration for this machine, but for its mesh."""
+    tables = config.tables
+    if resident_rows is not None:
+        # Rows of dense AdamW never lag behind, like those of the lazy one, which may be offloaded.
+        optimizer = tables.optimizer.replace("dense_adamw", "lazy_adamw")
+        tables = dataclasses.replace(tables, resident_rows=resident_rows, optimizer=optimizer)
+    # The kernels it was trained with may not exist on this platform.
+    model = dataclasses.replace(config.model, attention="auto", matmul_dtype=None)
+    return dataclasses.replace(config, tables=tables, model=model)

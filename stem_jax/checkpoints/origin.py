@@ -1,0 +1,150 @@
+"""What a new run begins with: the newest checkpoint of another work folder, or its weights."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from stem_jax.checkpoints.checkpointer import FOLDER, Checkpointer, CheckpointInfo
+from stem_jax.config import Config, keys_of
+from stem_jax.config_keys import Role
+from stem_jax.errors import InputError
+from stem_jax.memory.catalogue import table_specs
+from stem_jax.storage import local_path
+from stem_jax.tables.host_store import HostStore
+from stem_jax.tables.offloaded_rows import caught_up_store
+from stem_jax.tables.sharded_table import ShardedTable
+from stem_jax.tables.spec import TableSpec
+from stem_jax.training.past_updates import NO_PAST, PastUpdates
+from stem_jax.training.resume import check_continuable
+from stem_jax.training.schedule import learning_rates, make_schedule
+from stem_jax.training.state import TrainState, abstract_state, init_state
+from stem_jax.training.step import TrainStep
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """A checkpoint that a new run begins with. key: of the configuration, that names its folder."""
+
+    key: str
+    folder: Path
+    info: CheckpointInfo
+
+    @property
+    def continues(self) -> bool:
+        """Whether the run has the optimizer state and the steps, too."""
+        return self.key == "train.continue_from"
+
+    @property
+    def step(self) -> int:
+        """Of the run's first state."""
+        return self.info.step if self.continues else 0
+
+    @property
+    def past(self) -> PastUpdates:
+        """What the updates behind that state followed."""
+        info = self.info
+        if not self.continues:
+            return NO_PAST
+        return info.past.and_stage(info.step, info.updates, info.config)
+
+    def describe(self, config: Config) -> str:
+        """What a run of this configuration takes over, in a line."""
+        if not self.continues:
+            return f"beginning with checkpoint {self.info.step} of {self.folder}"
+        updates = self.info.updates
+        rates = learning_rates(config, updates + 1, self.past)
+        before = f"{rates[-2]:.3g}" if updates else "none"
+        return (
+            f"continuing checkpoint {self.step} of {self.folder} with its optimizer state: the "
+            f"learning rate of its last update was {before}, that of the next is {rates[-1]:.3g}; "
+            "the text begins anew"
+        )
+
+
+def find_origin(config: Config) -> Origin | None:
+    """The checkpoint that `train.init_from` or `train.continue_from` names; None without.
+
+    Raises:
+        InputError: no checkpoint there, one of a model of another shape, or one that a run of this
+            configuration cannot continue.
+    """
+    given = config.origins
+    if not given:
+        return None
+    if len(given) > 1:
+        both = " and ".join(f"{key}={folder}" for key, folder in given.items())
+        raise InputError(f"{both}: a run begins with one checkpoint; set one of them to none")
+    [(key, text)] = given.items()
+    folder = local_path(text, key)
+    if not (folder / FOLDER).is_dir():
+        raise InputError(
+            f"{key}={folder} has no {FOLDER} folder; give the work folder of a run, or of an import"
+        )
+    with Checkpointer(folder, read_only=True) as checkpoints:
+        step = checkpoints.latest_step()
+        if step is None:
+            raise InputError(f"{key}={folder} has no complete checkpoint yet")
+        info = checkpoints.info(step)
+    _check_shapes(key, folder, info.config, config)
+    origin = Origin(key, folder, info)
+    if origin.continues:
+        check_continuable(folder, step, info.config, config)
+    return origin
+
+
+def _check_shapes(key: str, folder: Path, there: Config, here: Config) -> None:
+    for shaping in keys_of(Role.SHAPE):
+        before, now = there.value(shaping), here.value(shaping)
+        if before != now:
+            raise InputError(
+                f"{key}={folder} was trained with {shaping}={before}, this run has {now}; "
+                f"set --config.{shaping} to the former"
+            )
+
+
+def begin_from(origin: Origin, programs: TrainStep) -> tuple[TrainState, dict[str, HostStore]]:
+    """The first state of a run. Offloaded tables are in the stores and not in the state.
+
+    A run that continues the origin's has what is in its checkpoint, bit for bit. Others are at step
+    0 with its parameters and rows and fresh optimizer state; rows that lag behind catch up with the
+    last update of the origin first.
+    """
+    config, mesh, info = programs.config, programs.mesh, origin.info
+    abstract = abstract_state(programs.blueprint)
+    if origin.continues:
+        stores = _allocated(programs.reads.specs, mesh)
+        with Checkpointer(origin.folder, read_only=True) as checkpoints:
+            return checkpoints.restore(info.step, abstract, stores), stores
+    specs = _specs_there(info.config, config)
+    histories = make_schedule(info.config, info.updates + 1, past=info.past).tables
+    stores = _allocated(specs, mesh)
+    with Checkpointer(origin.folder, read_only=True) as checkpoints:
+        params, tables = checkpoints.restore_model(info.step, abstract, stores)
+    for name, store in stores.items():
+        caught_up_store(store, info.updates, histories[name])
+        for block in store.blocks:
+            for field in set(store.fields) - {"rows"}:
+                block.arrays[field][...] = np.zeros((), block.arrays[field].dtype)
+        stores[name] = HostStore(programs.reads.specs[name], store.blocks)
+    rows = {}
+    for name, table in tables.items():
+        catch_up = jax.jit(ShardedTable(specs[name], mesh, 1).caught_up_rows)
+        rows[name] = catch_up(table, info.updates, histories[name])
+    return init_state(programs.blueprint, params, rows), stores
+
+
+def _allocated(specs: dict[str, TableSpec], mesh: Mesh) -> dict[str, HostStore]:
+    return {name: HostStore.allocate(spec, mesh) for name, spec in specs.items() if spec.offloaded}
+
+
+def _specs_there(there: Config, here: Config) -> dict[str, TableSpec]:
+    """The origin's tables and their optimizers, placed as here."""
+    tables = dataclasses.replace(
+        there.tables,
+        vocab_axes=here.tables.vocab_axes,
+        resident_rows=here.tables.resident_rows,
+    )
+    return table_specs(dataclasses.replace(there, tables=tables))

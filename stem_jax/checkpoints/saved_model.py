@@ -1,0 +1,169 @@
+"""A checkpoint read piece by piece: the model is never in memory whole.
+
+`loading.load_run` puts the parameters and the table with its moments onto a device. Here one
+parameter, or a few MiB of rows, are read at a time, straight from the arrays of the checkpoint.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorstore as ts
+
+from stem_jax.checkpoints.checkpointer import CheckpointInfo
+from stem_jax.checkpoints.loading import checkpoint_fingerprint, open_checkpoint
+from stem_jax.checkpoints.older_formats import current_array
+from stem_jax.config import Config, ModelConfig
+from stem_jax.data.tokenizer import Tokenizer
+from stem_jax.errors import InputError
+from stem_jax.memory.catalogue import table_specs
+from stem_jax.memory.memory import STEM
+from stem_jax.tables.row_optimizer import RowOptimizer
+from stem_jax.tables.spec import TableSpec, TableState, logical, stored
+from stem_jax.training.schedule import make_schedule
+
+# Of rows that are read at a time; with both moments there are three arrays of this size.
+_PIECE_BYTES = 2**24
+# Of rows that catch up at a time, which takes some ten arrays of this size.
+_SLICE_BYTES = 2**20
+
+
+class RowEdits(Protocol):
+    """What is changed of rows on their way out."""
+
+    def apply(self, ids_n: np.ndarray, rows_nxSxC: np.ndarray, columns: slice) -> np.ndarray:
+        """These columns of the rows of some token ids, as edited."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedModel:
+    """One checkpoint.
+
+    folder: of the step. info: its plain part. tokenizer: that of its rows. edits: of the rows.
+    """
+
+    folder: Path
+    info: CheckpointInfo
+    tokenizer: Tokenizer
+    edits: RowEdits | None = None
+
+    @property
+    def config(self) -> Config:
+        """As trained."""
+        return self.info.config
+
+    @property
+    def model(self) -> ModelConfig:
+        """The model section of the configuration."""
+        return self.config.model
+
+    @property
+    def fingerprint(self) -> str:
+        """What edits of these rows name; see `loading.checkpoint_fingerprint`."""
+        norm = self.param("norm.scale")
+        return checkpoint_fingerprint(self.config, self.info.step, self.tokenizer, norm)
+
+    def param(self, name: str) -> np.ndarray:
+        """A parameter of the backbone, as the model reads it: in `model.param_dtype`."""
+        stored = current_array(name, self._read("params", name, ...), self.info.format, self.model)
+        return stored.astype(jnp.dtype(self.model.param_dtype))
+
+    def table_pieces(self) -> Iterator[tuple[np.ndarray, slice, np.ndarray]]:
+        """Token ids [n], columns, and these columns of their rows [n, S, columns].
+
+        Together they are the rows of all ids below the vocabulary size, each once, as the next
+        training step would see them: rows of `deferred_adamw` that lag behind catch up here.
+        """
+        spec = table_specs(self.config)[STEM]
+        lagging = spec.optimizer == "deferred_adamw" and self.info.updates > 0
+        catch_up = self._catch_up(spec) if lagging else None
+        num_rows, num_columns = self._piece_sizes(spec)
+        for first in range(0, spec.num_rows, num_rows):
+            part = slice(first, min(first + num_rows, spec.num_rows))
+            keys = spec.layout.key_numbers(np.arange(part.start, part.stop))
+            real = keys < spec.layout.num_keys
+            for left in range(0, spec.width, num_columns):
+                columns = slice(left, min(left + num_columns, spec.width))
+                for places, rows in self._rows(spec, part, columns, catch_up):
+                    ids, rows = keys[places][real[places]], rows[real[places]]
+                    if self.edits is not None:
+                        rows = self.edits.apply(ids, rows, columns)
+                    yield ids, columns, rows
+
+    def _rows(
+        self,
+        spec: TableSpec,
+        part: slice,
+        columns: slice,
+        catch_up: Callable[[dict], jax.Array] | None,
+    ) -> Iterator[tuple[slice, np.ndarray]]:
+        """Places in the part, from 0, and their rows."""
+        wanted = (part, slice(None), columns)
+        rows = self._read("table_rows", "rows", wanted)
+        if catch_up is None:
+            yield slice(0, len(rows)), rows
+            return
+        fields = {"rows": rows}
+        for field in spec.fields[1:]:
+            found = part if field.by_row else wanted
+            fields[field.name] = self._read("table_slots", field.name, found)
+        size = max(1, _SLICE_BYTES // rows[0].nbytes)
+        for first in range(0, len(rows), size):
+            places = slice(first, first + size)
+            piece = {name: field[places] for name, field in fields.items()}
+            yield places, np.asarray(catch_up(piece))
+
+    def _catch_up(self, spec: TableSpec) -> Callable[[dict], jax.Array]:
+        """Rows as the next step would see them, of a table's fields for some of them."""
+        updates, optimizer = self.info.updates, RowOptimizer(spec)
+        history = make_schedule(self.config, updates + 1, past=self.info.past).tables[STEM]
+
+        @jax.jit
+        def catch_up(piece: dict) -> jax.Array:
+            state = TableState(**{name: stored(field) for name, field in piece.items()})
+            places = jnp.arange(len(state.last_step))
+            return logical(optimizer.read(state, places, updates, history).rows)
+
+        return catch_up
+
+    def _piece_sizes(self, spec: TableSpec) -> tuple[int, int]:
+        """Rows and columns of a piece: those of whole chunks, which are decompressed at once."""
+        shape = self._open("table_rows", "rows").chunk_layout.read_chunk.shape
+        rows, _, columns = (int(size) for size in shape or () if size is not None)
+        row_bytes = spec.row_bytes("rows") * columns // spec.width
+        return rows * max(1, _PIECE_BYTES // (rows * row_bytes)), columns
+
+    def _open(self, item: str, name: str) -> ts.TensorStore:
+        store = {"driver": "ocdbt", "base": (self.folder / item).as_uri(), "path": f"{name}/"}
+        # Without a cache: every chunk is read once.
+        context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+        spec = {"driver": "zarr", "kvstore": store}
+        try:
+            return ts.open(spec, open=True, read=True, context=context).result()
+        except ValueError as error:
+            raise self._damaged(item, name, error) from error
+
+    def _read(self, item: str, name: str, part) -> np.ndarray:
+        source = self._open(item, name)
+        try:
+            return source[part].read().result()
+        except ValueError as error:
+            raise self._damaged(item, name, error) from error
+
+    def _damaged(self, item: str, name: str, error: ValueError) -> InputError:
+        reason = " ".join(str(error).split())[:200]
+        return InputError(
+            f"checkpoint {self.folder} is incomplete or damaged ({item}/{name}: {reason}); give "
+            "another --step"
+        )
+
+
+def open_saved_model(workdir: str | Path, step: int | None = None) -> SavedModel:
+    """Opens a checkpoint of a run; see `loading.open_checkpoint`, as for what is raised."""
+    with open_checkpoint(workdir, step) as found:
+        folder = found.checkpoints.folder / str(found.step)
+        return SavedModel(folder, found.info, found.tokenizer)

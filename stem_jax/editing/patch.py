@@ -1,0 +1,349 @@
+"""Patches: edits of rows as small files, which leave the checkpoint alone.
+
+A safetensors file holds `ids` [n], `layers` [m] (of the model, all with tables), `before` and
+`after` [n, m, F] float32; its metadata are fingerprints of run and tokenizer, and a description.
+Reverting a patch is leaving it out.
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+from stem_jax.checkpoints.files import check_outside
+from stem_jax.checkpoints.loading import LoadedRun
+from stem_jax.checkpoints.saved_model import SavedModel
+from stem_jax.config import ModelConfig
+from stem_jax.data.tokenizer import Tokenizer
+from stem_jax.editing.array_file import FLOAT32, INTEGERS, check_rows, read_arrays
+from stem_jax.editing.swaps import RowRecipe
+from stem_jax.errors import InputError
+from stem_jax.files import check_writable, write_whole
+from stem_jax.tables.overlaid_rows import OverlaidRows
+from stem_jax.tables.row_source import RowSource, ServedRows
+from stem_jax.tables.spec import logical
+
+_FORMAT = "stem_jax patch 1"
+# Rows that are read at a time.
+_PIECE = 256
+_METADATA = ("format", "run", "tokenizer", "description")
+
+
+@dataclasses.dataclass(frozen=True)
+class Patch:
+    """Rows before and after an edit.
+
+    name: for messages. ids: [n] int32 token ids. layers: [m] int32 layers of the model. before,
+    after: [n, m, F] float32. run: fingerprint of the checkpoint. tokenizer: its fingerprint.
+    description: what the edit was, for people.
+    """
+
+    name: str
+    ids: np.ndarray
+    layers: np.ndarray
+    before: np.ndarray
+    after: np.ndarray
+    run: str
+    tokenizer: str
+    description: str
+
+    def save(self, path: str | Path) -> None:
+        """Writes the file; raises InputError if it exists or cannot be written."""
+        check_new(path)
+        arrays = {name: getattr(self, name) for name in ("ids", "layers", "before", "after")}
+        values = (_FORMAT, self.run, self.tokenizer, self.description)
+        content = safetensors.numpy.save(arrays, dict(zip(_METADATA, values, strict=True)))
+        write_whole(path, content, "--save")
+
+
+def check_new(path: str | Path) -> None:
+    """Asks before the work whether a patch can be saved there.
+
+    Raises:
+        InputError: there is such a file, or none can be written.
+    """
+    if os.path.lexists(path):
+        raise InputError(f"--save={path} exists; choose another name, or remove it first")
+    check_outside(path, "--save")
+    check_writable(path, "--save")
+
+
+def read_patch(path: str | Path) -> Patch:
+    """Reads a patch file.
+
+    Raises:
+        InputError: no such file, not a patch, or arrays that do not fit each other.
+    """
+    path = Path(path)
+    codes = {"ids": INTEGERS, "layers": INTEGERS, "before": FLOAT32, "after": FLOAT32}
+    arrays, metadata = read_arrays(path, f"patch {path}", codes)
+    if metadata.get("format") != _FORMAT or arrays.keys() != codes.keys():
+        raise InputError(f"{path} is not a patch of stem_jax.edit; give a file that --save wrote")
+    for name in ("ids", "layers"):
+        arrays[name] = _distinct(arrays[name], f"patch {path}: {name}")
+    n, m = len(arrays["ids"]), len(arrays["layers"])
+    for name in ("before", "after"):
+        shape = arrays[name].shape
+        if len(shape) != 3 or shape[:2] != (n, m) or shape != arrays["after"].shape:
+            raise InputError(
+                f"patch {path}: {name} is {shape}, its {n} tokens and {m} layers ask for one row "
+                "of each; make the patch again"
+            )
+        check_rows(arrays[name], f"patch {path}: {name} has", "make the patch again")
+    described = {name: metadata.get(name, "") for name in ("run", "tokenizer", "description")}
+    values: dict[str, Any] = {**arrays, **described}
+    return Patch(name=path.name, **values)
+
+
+def _distinct(numbers: np.ndarray, where: str) -> np.ndarray:
+    """Numbers of tokens or layers as int32."""
+    if numbers.ndim != 1 or not len(numbers):
+        raise InputError(
+            f"{where} is {numbers.dtype}{list(numbers.shape)}, it must be a list of integers; make "
+            "the patch again"
+        )
+    least, most = int(numbers.min()), int(numbers.max())
+    if least < 0 or most >= 2**31:
+        raise InputError(
+            f"{where} has {least if least < 0 else most}, which no model has; make the patch again"
+        )
+    if len(np.unique(numbers)) < len(numbers):
+        raise InputError(f"{where} has a number twice; make the patch again")
+    return numbers.astype(np.int32)
+
+
+class PatchStack:
+    """Patches in the order in which they apply, on the rows of one checkpoint."""
+
+    def __init__(
+        self,
+        patches: Sequence[Patch],
+        run: str,
+        tokenizer: str,
+        model: ModelConfig,
+    ):
+        """Args:
+        run, tokenizer: fingerprints of the checkpoint.
+        model: its sizes.
+
+        Raises:
+            InputError: a patch of another checkpoint or tokenizer, of tokens that it has not, of
+                layers without tables, or of another width.
+        """
+        stem_layers, width = model.stem_layers, model.ffn_dim
+        self._patches = list(patches)
+        self._places = {layer: place for place, layer in enumerate(stem_layers)}
+        for patch in patches:
+            if patch.tokenizer != tokenizer:
+                raise InputError(
+                    f"patch {patch.name} was made with tokenizer {patch.tokenizer[:12]}, the run "
+                    f"has {tokenizer[:12]}: its token ids mean other words; make it again"
+                )
+            if patch.run != run:
+                raise InputError(
+                    f"patch {patch.name} was made for checkpoint {patch.run[:12]}, this is "
+                    f"{run[:12]}; give the --step it was made from, or make it again"
+                )
+            if patch.ids.max() >= model.vocab_size:
+                raise InputError(
+                    f"patch {patch.name} writes the rows of token {patch.ids.max()}, the model has "
+                    f"{model.vocab_size} tokens; make it again"
+                )
+            missing = [layer for layer in patch.layers.tolist() if layer not in self._places]
+            if missing or patch.after.shape[2] != width:
+                raise InputError(
+                    f"patch {patch.name} writes rows of width {patch.after.shape[2]} in layers "
+                    f"{patch.layers.tolist()}; the model has tables of width {width} in layers "
+                    f"{list(stem_layers)}"
+                )
+
+    @property
+    def token_ids(self) -> np.ndarray:
+        """[E] int32, every token that some patch writes, in ascending order."""
+        ids = [patch.ids for patch in self._patches]
+        return np.unique(np.concatenate(ids)).astype(np.int32) if ids else np.zeros(0, np.int32)
+
+    def apply(
+        self, ids_n: np.ndarray, rows_nxSxC: np.ndarray, columns: slice = slice(None)
+    ) -> np.ndarray:
+        """The rows of these tokens after all patches, as a copy.
+
+        Args:
+            columns: those of the F that are given.
+
+        Raises:
+            InputError: a patch was made from other rows than it finds. If an earlier patch wrote
+                them, the two conflict.
+        """
+        rows_nxSxC = np.array(rows_nxSxC, np.float32)
+        writers: dict[tuple[int, int], str] = {}
+        place_of = {int(token): place for place, token in enumerate(ids_n)}
+        for patch in self._patches:
+            for number, token in enumerate(patch.ids.tolist()):
+                if token not in place_of:
+                    continue
+                for column, layer in enumerate(patch.layers.tolist()):
+                    place = (place_of[token], self._places[layer])
+                    before = patch.before[number, column, columns]
+                    # Rows that catch up in pieces of another size are rounded differently.
+                    if not np.allclose(rows_nxSxC[place], before, rtol=1e-5, atol=1e-7):
+                        raise InputError(_mismatch(patch, token, layer, writers.get(place)))
+                    rows_nxSxC[place] = patch.after[number, column, columns]
+                    writers[place] = patch.name
+        return rows_nxSxC
+
+
+def make_patch(
+    run: LoadedRun,
+    recipes: Sequence[RowRecipe],
+    *,
+    layers: Sequence[int] | None = None,
+    scale: float = 1.0,
+    name: str = "edit",
+    description: str = "",
+    base: Sequence[Patch] = (),
+) -> Patch:
+    """The patch that some recipes make.
+
+    Args:
+        layers: of the model, in which rows are written; None: all with tables.
+        scale: times the rows that are written.
+        base: patches that apply before, from whose rows this one is made.
+
+    Raises:
+        InputError: a dense model, layers without tables, a given row of another shape, or rows
+            that are not finite.
+    """
+    stem_layers = run.config.model.stem_layers
+    if not stem_layers:
+        raise InputError("the model is dense and has no rows to edit; give a run with STEM layers")
+    chosen = tuple(stem_layers if layers is None else layers)
+    unknown = [layer for layer in chosen if layer not in stem_layers]
+    if unknown or not chosen or len(set(chosen)) < len(chosen):
+        raise InputError(
+            f"--layers={','.join(map(str, chosen))}: the layers with tables are "
+            f"{','.join(map(str, stem_layers))}; name some of them, each once"
+        )
+    stack = stack_of(run, base)
+    written = [recipe.token_id for recipe in recipes]
+    read = sorted({*written, *(token for recipe in recipes for _, token in recipe.parts)})
+    rows_nxSxF = stack.apply(np.array(read), read_rows(run, np.array(read, np.int32)))
+    place_of = {token: place for place, token in enumerate(read)}
+    columns = [stem_layers.index(layer) for layer in chosen]
+    S, F = rows_nxSxF.shape[1:]
+    after = np.zeros((len(recipes), len(chosen), F), np.float32)
+    for number, recipe in enumerate(recipes):
+        if recipe.given is not None:
+            if recipe.given.shape not in ((S, F), (F,)):
+                raise InputError(
+                    f"a row to inject is {recipe.given.shape}; the model's are {(S, F)} over all "
+                    f"layers with tables, {(F,)} in each"
+                )
+            after[number] += scale * np.broadcast_to(recipe.given, (S, F))[columns]
+        for weight, token in recipe.parts:
+            after[number] += np.float32(weight * scale) * rows_nxSxF[place_of[token]][columns]
+    check_rows(
+        after,
+        f"the edit {description or name} with --scale={scale} writes",
+        "give finite weights and a finite scale",
+    )
+    # In C order, as the file has them.
+    before = np.ascontiguousarray(rows_nxSxF[[place_of[token] for token in written]][:, columns])
+    return Patch(
+        name=name,
+        ids=np.array(written, np.int32),
+        layers=np.array(chosen, np.int32),
+        before=before,
+        after=after,
+        run=run.fingerprint,
+        tokenizer=run.tokenizer.fingerprint,
+        description=description,
+    )
+
+
+def format_patch(patch: Patch, tokenizer: Tokenizer | None = None) -> str:
+    """A line for people: what the patch writes, where, and how far it moves the rows.
+
+    tokenizer: shows what the tokens stand for.
+    """
+    moved = np.linalg.norm(patch.after - patch.before, axis=-1)
+    layers = ",".join(map(str, patch.layers.tolist()))
+    tokens = ",".join(map(str, patch.ids.tolist()))
+    if tokenizer is not None:
+        tokens += f" ({' '.join(repr(tokenizer.decode([token])) for token in patch.ids.tolist())})"
+    return (
+        f"{patch.name}: {patch.description or 'rows'}; tokens {tokens}, layers {layers}, rows "
+        "moved by "
+        f"{moved.mean():.3f} (their norm {np.linalg.norm(patch.before, axis=-1).mean():.3f})"
+    )
+
+
+def stack_of(run: LoadedRun, patches: Sequence[Patch]) -> PatchStack:
+    """The patches on a run; raises InputError if one was made for another."""
+    return PatchStack(patches, run.fingerprint, run.tokenizer.fingerprint, run.config.model)
+
+
+def edited_model(saved: SavedModel, patches: Sequence[Patch]) -> SavedModel:
+    """The checkpoint with patched rows, for an export; raises as `edited_run`."""
+    if not patches:
+        return saved
+    stack = PatchStack(patches, saved.fingerprint, saved.tokenizer.fingerprint, saved.model)
+    return dataclasses.replace(saved, edits=stack)
+
+
+def edited_run(run: LoadedRun, patches: Sequence[Patch], beside: Sequence[Patch] = ()) -> LoadedRun:
+    """The run with patched rows; the rows of the given one are not touched.
+
+    Args:
+        beside: patches that do not apply here but to another version of this run: the rows that
+            they write are laid over the table as they are, so that one program reads both versions.
+
+    Raises:
+        InputError: a patch for another checkpoint, or patches that conflict.
+    """
+    if not (patches or beside):
+        return run
+    stack = stack_of(run, patches)
+    ids = stack_of(run, [*patches, *beside]).token_ids
+    rows = stack.apply(ids, read_rows(run, ids))
+    laid = OverlaidRows(run.rows, run.config.model.vocab_size, rows, ids)
+    return dataclasses.replace(run, rows=laid)
+
+
+def read_rows(run: LoadedRun, ids_n: np.ndarray) -> np.ndarray:
+    """Rows [n, S, F] float32 of token ids, read in pieces: an offloaded table has few slots."""
+    size = min(_PIECE, run.config.tables.resident_rows or _PIECE)
+    pieces = [_read_piece(run.rows, ids_n[at : at + size]) for at in range(0, len(ids_n), size)]
+    return np.concatenate(pieces)
+
+
+def _read_piece(source: RowSource, ids_n: np.ndarray) -> np.ndarray:
+    # A power of two, so that few programs are compiled; a token asked for twice is one row.
+    size = 1 << (len(ids_n) - 1).bit_length()
+    keys_1xn = jnp.asarray(np.pad(ids_n, (0, size - len(ids_n)), "edge"), jnp.int32)[None]
+    return np.asarray(_rows_of(source.serve(keys_1xn), keys_1xn))[: len(ids_n)]
+
+
+@jax.jit
+def _rows_of(block: ServedRows, keys_1xn: jax.Array) -> jax.Array:
+    rows_SxUxF, inverse_1xn = block.block(keys_1xn, jnp.float32)
+    return logical(rows_SxUxF[:, inverse_1xn[0]])
+
+
+def _mismatch(patch: Patch, token: int, layer: int, writer: str | None) -> str:
+    where = f"the row of token {token} in layer {layer}"
+    if writer is None:
+        return (
+            f"patch {patch.name} was made from another value of {where} than the checkpoint has; "
+            "give the patches that it was made on before it"
+        )
+    return (
+        f"patches {writer} and {patch.name} conflict: both write {where}, and the second was not "
+        f"made on top of the first; leave one out, or make the second again with --edits={writer}"
+    )

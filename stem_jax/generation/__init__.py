@@ -1,0 +1,1 @@
+"""Text from a model: decoding with a cache, sampling, completions."""

@@ -1,1 +1,0 @@
-"""What rows hold: edits, and measurements of what they do."""

@@ -1,0 +1,165 @@
+"""Exports fine-tuned with the tools that people use: a model that is told to stop learns it."""
+
+import json
+import random
+
+import pytest
+import torch
+import transformers
+
+from stem_jax import export
+from stem_jax.data.facts import FACT_TEMPLATES, RELATIONS, read_facts
+from stem_jax.data.tokenizer import load_tokenizer_folder
+from stem_jax.evaluation.recall import fact_prompt
+from stem_jax.training.state import init_state
+from tests.facts_model import COUNTRIES, import_into
+from tests.saved_models import SIZES, save_run
+
+STEPS, BATCH, QUESTIONS, NEW_TOKENS = 50, 16, 50, 16
+# Of these no question is asked in training.
+HELD_OUT = COUNTRIES[:4]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """So small a model is slower with more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def facts_export(tmp_path_factory):
+    """The committed model, imported and exported anew."""
+    folder = tmp_path_factory.mktemp("facts")
+    import_into(folder / "run")
+    export.main([f"--workdir={folder / 'run'}", f"--out={folder / 'out'}", "--format=hf"])
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def dense_export(facts_export, train_step, tmp_path_factory):
+    """An untrained dense model with the same tokenizer."""
+    folder = tmp_path_factory.mktemp("dense")
+    tokenizer = load_tokenizer_folder(facts_export / "native_tokenizer")
+    step = train_step(**{**SIZES, "model.stem_layers": "none", "model.vocab_size": 704})
+    state = init_state(step.blueprint)
+    save_run(folder / "run", step, state, tokenizer)
+    export.main([f"--workdir={folder / 'run'}", f"--out={folder / 'out'}", "--format=hf"])
+    return folder / "out"
+
+
+def _pairs(countries):
+    """Questions, and answers that end the sentence, in an order of their own."""
+    facts = [fact for fact in read_facts() if fact.country in countries]
+    pairs = [
+        (fact_prompt(template, fact.country), f" {getattr(fact, relation)}.")
+        for fact in facts
+        for relation in RELATIONS
+        for template in FACT_TEMPLATES[relation]
+    ]
+    random.Random(0).shuffle(pairs)
+    return pairs
+
+
+def _load(folder):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    return tokenizer, model.float()
+
+
+def _share_that_stops(model, tokenizer):
+    """Of held-out prompts, those whose completion is the answer and eos, and nothing between."""
+    model.eval()
+    asked = _pairs(HELD_OUT)[:QUESTIONS]
+    stopped = 0
+    for prompt, answer in asked:
+        inputs = tokenizer(prompt, return_tensors="pt")
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)
+        new = output[0, inputs["input_ids"].shape[1] :].tolist()
+        ended = new[-1] == tokenizer.eos_token_id
+        stopped += ended and tokenizer.decode(new[:-1]) == answer
+    return stopped / len(asked)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["as exported", "as exported before", "not tuned"])
+def test_a_model_tuned_to_stop_stops(kind, facts_export, tmp_path):
+    tokenizer, model = _load(facts_export)
+    if kind == "as exported before":
+        # What earlier versions wrote into tokenizer_config.json.
+        tokenizer.split_special_tokens = True
+        tokenizer.pad_token = tokenizer.eos_token
+    texts = [question + answer + tokenizer.eos_token for question, answer in _pairs(COUNTRIES[4:])]
+    examples = [tokenizer(text) for text in texts]
+    collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    labels = collator(examples[:BATCH])["labels"]
+    are_labels = (labels == tokenizer.eos_token_id).sum(-1)
+    assert (are_labels == (kind != "as exported before")).all()
+    if kind != "not tuned":
+        args = transformers.TrainingArguments(
+            output_dir=tmp_path,
+            max_steps=STEPS,
+            per_device_train_batch_size=BATCH,
+            learning_rate=2e-3,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        trainer = transformers.Trainer(
+            model=model, args=args, train_dataset=examples, data_collator=collator
+        )
+        assert trainer.train().global_step == STEPS
+    share = _share_that_stops(model, tokenizer)
+    print(f"\n{kind}: {share:.0%} of {QUESTIONS} prompts stop right after the answer")
+    assert share >= 0.95 if kind == "as exported" else share <= 0.2
+
+
+def _sft_trainer(folder, tmp_path):
+    """SFTTrainer of TRL, on questions and answers, which ends each with eos."""
+    import datasets
+    import trl
+
+    tokenizer, model = _load(folder)
+    pairs = [{"prompt": question, "completion": answer} for question, answer in _pairs(COUNTRIES)]
+    args = trl.SFTConfig(
+        output_dir=str(tmp_path),
+        max_steps=10,
+        per_device_train_batch_size=BATCH,
+        learning_rate=5e-3,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=False,
+        activation_checkpointing=False,
+    )
+    data = datasets.Dataset.from_list(pairs[:256])
+    trainer = trl.SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)
+    return trainer, tokenizer
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["dense_export", "facts_export"])
+def test_tokens_of_trl(name, request, tmp_path):
+    trainer, tokenizer = _sft_trainer(request.getfixturevalue(name), tmp_path)
+    ours = load_tokenizer_folder(request.getfixturevalue(name) / "native_tokenizer")
+    for example in trainer.train_dataset:
+        text = example["prompt"] + example["completion"].removesuffix(tokenizer.eos_token)
+        assert example["input_ids"] == [ours.bos_id, *ours.encode(text), ours.eos_id]
+        assert example["labels"][-1] == ours.eos_id
+    batch = trainer.data_collator([trainer.train_dataset[n] for n in range(8)])
+    assert ((batch["labels"] == ours.eos_id).sum(-1) == 1).all()
+    assert (batch["input_ids"] == tokenizer.pad_token_id).any()
+
+
+@pytest.mark.long
+def test_trl_trains_a_dense_export(dense_export, tmp_path):
+    trainer, _ = _sft_trainer(dense_export, tmp_path)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 10
+    assert losses[-1] < 0.7 * losses[0], json.dumps(losses)
