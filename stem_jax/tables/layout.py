@@ -7,6 +7,8 @@ near 0.618 V_pad: neighbouring keys land far apart, evenly over any number of co
 With 8 rows and A = 5, keys 0..7 have rows 0 5 2 7 4 1 6 3; on 2 shards of 4 rows the four most
 frequent keys split two and two.
 
+Hashed keys are spread already: of them a key is its own row.
+
 The layout depends on the number of keys alone, so a table is the same on every mesh.
 """
 
@@ -21,23 +23,29 @@ import numpy as np
 from stem_jax.errors import InputError
 
 _GOLDEN = (5**0.5 - 1) / 2
+# Rows are int32, and so is V_pad, which stands for none.
+_MAX_ROWS = (1 << 31) - 1
 _DIGIT_BITS = 8
-# Horner's scheme in uint32 needs 2^8 * V_pad < 2^32.
-_MAX_ROWS = 1 << (32 - _DIGIT_BITS)
+# Up to here Horner's scheme takes digits of 8 bits: in uint32 it needs 2^8 * V_pad < 2^32.
+_DIGITS_FIT = 1 << (32 - _DIGIT_BITS)
 
 
 @dataclasses.dataclass(frozen=True)
 class TableLayout:
-    """The bijection between padded keys and rows."""
+    """The bijection between padded keys and rows.
+
+    spread: keys fall evenly on all numbers below `num_keys`, as hashed ones do.
+    """
 
     num_keys: int
     pad_multiple: int
+    spread: bool = False
 
     def __post_init__(self):
         if self.num_rows > _MAX_ROWS:
             raise InputError(
                 f"a table of {self.num_rows} rows is over the {_MAX_ROWS} rows that a layout "
-                "can address; use fewer keys"
+                "can address (row numbers are int32); use fewer keys"
             )
 
     @property
@@ -47,7 +55,9 @@ class TableLayout:
 
     @functools.cached_property
     def multiplier(self) -> int:
-        """A: the number coprime to V_pad that is nearest to 0.618 V_pad."""
+        """A: the number coprime to V_pad that is nearest to 0.618 V_pad; 1 for spread keys."""
+        if self.spread:
+            return 1
         target = round(self.num_rows * _GOLDEN)
         return next(
             candidate
@@ -58,6 +68,10 @@ class TableLayout:
 
     def rows_of(self, keys: jax.Array) -> jax.Array:
         """Rows of keys on the device, int32 of the same shape; keys must lie in [0, V_pad)."""
+        if self.spread:
+            return keys.astype(jnp.int32)
+        if self.num_rows > _DIGITS_FIT:
+            return self._rows_bit_by_bit(keys.astype(jnp.uint32)).astype(jnp.int32)
         modulus, factor = jnp.uint32(self.num_rows), jnp.uint32(self.multiplier)
         rows = jnp.zeros(keys.shape, jnp.uint32)
         # key * A overflows 32 bits, so the key enters digit by digit, the highest first.
@@ -65,6 +79,19 @@ class TableLayout:
             digit = (keys.astype(jnp.uint32) >> shift) & (2**_DIGIT_BITS - 1)
             rows = ((rows << _DIGIT_BITS) % modulus + digit * factor % modulus) % modulus
         return rows.astype(jnp.int32)
+
+    def _rows_bit_by_bit(self, keys: jax.Array) -> jax.Array:
+        """Doubled and added to, remainders below 2^31 stay below 2^32; no division is needed."""
+        modulus, factor = jnp.uint32(self.num_rows), jnp.uint32(self.multiplier)
+
+        def reduced(sums):
+            return jnp.where(sums >= modulus, sums - modulus, sums)
+
+        rows = jnp.zeros_like(keys)
+        for bit in reversed(range((self.num_rows - 1).bit_length())):
+            rows = reduced(rows + rows)
+            rows = reduced(rows + jnp.where((keys >> bit) & 1 != 0, factor, jnp.uint32(0)))
+        return rows
 
     def row_numbers(self, keys: np.ndarray) -> np.ndarray:
         """Rows of keys on the host, int64 of the same shape."""

@@ -256,12 +256,30 @@ def test_device_and_host_agree(sizes, random):
     assert np.array_equal(layout.key_numbers(rows), keys)
 
 
-def test_the_largest_layout_and_no_larger():
-    layout = TableLayout(1 << 24, 256)
-    keys = np.array([0, 1, (1 << 24) - 1, 12_345_678])
-    assert np.array_equal(layout.rows_of(jnp.asarray(keys, jnp.int32)), layout.row_numbers(keys))
-    with pytest.raises(InputError, match="16777472 rows is over the 16777216 rows"):
-        TableLayout((1 << 24) + 1, 256)
+@pytest.mark.parametrize("num_rows", [1 << 24, (1 << 24) + 256, 10**9, (1 << 31) - 1])
+def test_device_and_host_agree_on_tables_of_any_size(num_rows):
+    layout = TableLayout(num_rows, 1)
+    keys = np.random.default_rng(num_rows).integers(0, num_rows, 100_000)
+    keys = np.concatenate([[0, 1, num_rows // 2, num_rows - 1], keys])
+    rows = np.asarray(jax.jit(layout.rows_of)(jnp.asarray(keys, jnp.int32)))
+    assert rows.dtype == np.int32
+    np.testing.assert_array_equal(rows, layout.row_numbers(keys))
+    few = keys[:50].tolist()
+    assert rows[:50].tolist() == [key * layout.multiplier % num_rows for key in few]
+    np.testing.assert_array_equal(layout.key_numbers(rows), keys)
+
+
+def test_rows_beyond_int32_are_refused():
+    with pytest.raises(InputError, match=r"2147483648 rows is over the 2147483647 rows .* fewer"):
+        TableLayout((1 << 31) - 100, 256)
+
+
+def test_spread_keys_are_their_own_rows():
+    layout = TableLayout(1000, 256, spread=True)
+    keys = np.arange(layout.num_rows)
+    assert (layout.num_rows, layout.multiplier) == (1024, 1)
+    for found in (layout.row_numbers(keys), layout.key_numbers(keys), layout.rows_of(keys)):
+        np.testing.assert_array_equal(found, keys)
 
 
 @pytest.mark.parametrize("num_keys", [4096, 32000, 128256])
