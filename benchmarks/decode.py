@@ -1,9 +1,9 @@
 """Greedy decoding with a share of the table's rows on the device against all, interleaved.
 
-python -m benchmarks.decode [--resident=0.1] [--rounds=5]
+python -m benchmarks.decode [--shape=cpu|toy] [--resident=0.1] [--rounds=5]
 
 The model of benchmarks.train_step with random parameters, a batch of four prompts of 64 tokens, 64
-new tokens each. Each new token's row is fetched when the token is known.
+new tokens each; `toy` is a smaller one. Each new token's row is fetched when the token is known.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.interleave import interleave, speed_ratio
 from benchmarks.offload import offloaded
-from benchmarks.train_step import bench_config, zipf_tokens
+from benchmarks.train_step import bench_config, toy_config, zipf_tokens
 from stem_jax.data.tokenizer import load_tokenizer
 from stem_jax.generation.generator import Generator
 from stem_jax.generation.sampling import Sampling
@@ -48,10 +48,12 @@ class Decoding:
 def main() -> None:
     """Runs the benchmark and prints one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=("toy", "cpu"), default="cpu")
     parser.add_argument("--resident", type=float, default=0.1, help="share of the rows")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    config = bench_config(model__stem_layers="half", mesh__data=1)
+    make = toy_config if args.shape == "toy" else bench_config
+    config = make(model__stem_layers="half", mesh__data=1)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     state = init_state(Blueprint(config, mesh))
     few = table_specs(offloaded(config, args.resident, prefetch=0))["stem"]

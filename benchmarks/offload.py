@@ -1,6 +1,6 @@
 """Training with tables in host memory against resident tables, interleaved in one run.
 
-python -m benchmarks.offload [--shape=cpu|350m|1b] [--resident=0.25] [--rounds=5]
+python -m benchmarks.offload [--shape=toy|cpu|350m|1b] [--resident=0.25] [--rounds=5]
 
 The same steps on the same batches: all rows resident; a share of them, with look-ahead; the same
 share without. Tokens follow Zipf's law, each batch drawn afresh. `350m` and `1b` are the shapes of
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.interleave import interleave, speed_ratio
-from benchmarks.train_step import bench_config, random_params, zipf_tokens
+from benchmarks.train_step import bench_config, random_params, toy_config, zipf_tokens
 from stem_jax.config import Config
 from stem_jax.config_file import load_config
 from stem_jax.memory.catalogue import table_specs
@@ -105,8 +105,9 @@ class Run:
 def shape_config(shape: str, stem_layers: str | None) -> Config:
     """The configuration of a shape, with resident rows."""
     layers = {} if stem_layers is None else {"model.stem_layers": stem_layers}
-    if shape == "cpu":
-        return bench_config(model__stem_layers=stem_layers or "half")
+    if shape in ("toy", "cpu"):
+        make = toy_config if shape == "toy" else bench_config
+        return make(model__stem_layers=stem_layers or "half")
     batch = {"350m": "16", "1b": "8"}[shape]
     return load_config(
         _CONFIGS / f"stem_{shape}.py",
@@ -124,7 +125,7 @@ def offloaded(config: Config, share: float, prefetch: int) -> Config:
 def main() -> None:
     """Runs the benchmark and prints one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=("cpu", "350m", "1b"), default="cpu")
+    parser.add_argument("--shape", choices=("toy", "cpu", "350m", "1b"), default="cpu")
     parser.add_argument("--resident", type=float, default=0.25, help="share of the rows")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8, help="of each contestant and round")

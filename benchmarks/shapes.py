@@ -39,7 +39,7 @@ def contestants(shape: str, patterns: str | None) -> dict[str, Config]:
 def main() -> None:
     """Runs the benchmark and prints one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=("cpu", "350m", "1b"), default="350m")
+    parser.add_argument("--shape", choices=("toy", "cpu", "350m", "1b"), default="350m")
     parser.add_argument("--patterns", help="of STEM layers; default: the shape's")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=5, help="of each contestant and round")

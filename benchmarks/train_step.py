@@ -51,6 +51,15 @@ def bench_config(**overrides) -> Config:
     return build(raw)
 
 
+def toy_config(**overrides) -> Config:
+    """A model that shows that a benchmark runs, and measures nothing."""
+    sizes = {"vocab_size": 2048, "embed_dim": 128, "num_layers": 2, "num_heads": 2}
+    sizes |= {"num_kv_heads": 2, "ffn_dim": 96}
+    small = {f"model__{name}": size for name, size in sizes.items()}
+    # A batch asks for fewer rows than a quarter of the table has.
+    return bench_config(**{**small, "train__seq_len": 128, **overrides})
+
+
 def zipf_tokens(config: Config, seed: int = 0) -> np.ndarray:
     """Token ids [B, L + 1] with the frequencies of text: rank r has weight 1 / r."""
     vocab = config.model.vocab_size
