@@ -29,6 +29,10 @@ LOGICAL_TO_MESH = {
     "kv_heads": "tensor",
     # Fewer than the devices of `tensor`: each device has all of them, and reads one.
     "shared_kv_heads": None,
+    # Of a memory's rows, as their columns lie.
+    "memory": "tensor",
+    # A dozen.
+    "gate_inputs": None,
     "vocab": "tensor",
     "norm": None,
     # Each device has its share of every layer.
@@ -134,11 +138,15 @@ def divided(mesh: Mesh | None) -> Mesh | None:
     return None if mesh is None or mesh.size == 1 else mesh
 
 
-def constrain_tokens(x_BxLxD: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """Pins an activation to the axes of its tokens, its width unsharded."""
+def constrain_tokens(x: jax.Array, mesh: Mesh | None, *others: str | None) -> jax.Array:
+    """Pins an activation [B, L, ...] to the axes of its tokens, its width unsharded.
+
+    Args:
+        others: mesh axes of its other dimensions instead.
+    """
     if mesh is None:
-        return x_BxLxD
-    return jax.lax.with_sharding_constraint(x_BxLxD, NamedSharding(mesh, token_spec()))
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, token_spec(*others)))
 
 
 def live_axes(mesh: Mesh | None, *axes: str) -> tuple[str, ...]:

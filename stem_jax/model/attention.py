@@ -40,7 +40,7 @@ class Attention(nnx.Module):
             Linear, cut=3 * std, rngs=rngs, float8=config.matmul_dtype == "float8"
         )
         self.q_proj = make((D, H * Dh), ("embed", "heads"), std)
-        kv_axes = ("embed", "shared_kv_heads" if _devices_of_head(K, mesh) > 1 else "kv_heads")
+        kv_axes = ("embed", kv_heads_axis(K, mesh))
         self.k_proj = make((D, K * Dh), kv_axes, std)
         self.v_proj = make((D, K * Dh), kv_axes, std)
         # The published initialisation divides the std by the factor but not the cut.
@@ -161,6 +161,11 @@ def check_heads(config: ModelConfig, mesh: Mesh) -> None:
             f"model.num_kv_heads={K} neither divides over mesh.tensor={tensor} nor divides it, so "
             "some device would need parts of several; change one of them"
         )
+
+
+def kv_heads_axis(num_kv_heads: int, mesh: Mesh | None) -> str:
+    """The logical axis of KV heads: each device has whole ones, or all where they are too few."""
+    return "shared_kv_heads" if _devices_of_head(num_kv_heads, mesh) > 1 else "kv_heads"
 
 
 def _devices_of_head(num_kv_heads: int, mesh: Mesh | None) -> int:

@@ -109,10 +109,14 @@ def _project_back(x: jax.Array, kernel_OxI: jax.Array) -> jax.Array:
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale, computed in float32 and returned in the dtype of x."""
+    """x / rms(x) * scale, computed in float32 and returned in the dtype of x.
 
-    def __init__(self, dim: int, eps: float):
-        self.scale = nnx.Param(jnp.ones((dim,), jnp.float32), logical_axes=("norm",))
+    initial: every number of the scale at first.
+    """
+
+    def __init__(self, dim: int, eps: float, initial: float = 1.0):
+        scale = jnp.full((dim,), initial, jnp.float32)
+        self.scale = nnx.Param(scale, logical_axes=("norm",))
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
