@@ -41,6 +41,7 @@ from stem_jax.checkpoints.store_handler import table_handler
 from stem_jax.checkpoints.tables import (
     Stores,
     copies_of_tables,
+    needed_items,
     saved_stores,
     table_items,
     table_layouts,
@@ -275,8 +276,7 @@ class Checkpointer:
             config=config,
             format=layout["format"],
         )
-        items = [item for name in memories for item in table_items(name)]
-        if missing := [name for name in items if not (folder / name).is_dir()]:
+        if missing := [name for name in needed_items(config) if not (folder / name).is_dir()]:
             raise self._damaged(step, f"without {', '.join(missing)}")
         for name, value in table_layouts(config).items():
             if layout.get(name) != value:

@@ -129,7 +129,11 @@ def _missing_items(folder: Path) -> str | None:
     config = _plain(folder / "config" / _JSON) or {}
     model = config.get("model")
     has_tables = isinstance(model, dict) and model.get("stem_layers")
-    wanted = (*ITEMS, *TABLE_ITEMS) if has_tables else ITEMS
+    optimizer = config.get("optimizer")
+    trains = not isinstance(optimizer, dict) or optimizer.get("train") != "backbone"
+    # Of rows that stay as they are, nothing else is kept.
+    of_tables = TABLE_ITEMS if trains else TABLE_ITEMS[:1]
+    wanted = (*ITEMS, *of_tables) if has_tables else ITEMS
     missing = [name for name in wanted if not any((folder / name).glob("*"))]
     if len(missing) == len(ITEMS) == len(wanted):
         return f"without {LIST} and any item"

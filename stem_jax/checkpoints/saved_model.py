@@ -109,8 +109,7 @@ class SavedModel:
             return
         fields = {"rows": rows}
         for field in spec.fields[1:]:
-            found = part if field.by_row else wanted
-            fields[field.name] = self._read("table_slots", field.name, found)
+            fields[field.name] = self._read("table_slots", field.name, wanted[: len(field.axes)])
         size = max(1, _SLICE_BYTES // rows[0].nbytes)
         for first in range(0, len(rows), size):
             places = slice(first, first + size)
@@ -125,7 +124,7 @@ class SavedModel:
         @jax.jit
         def catch_up(piece: dict) -> jax.Array:
             state = TableState(**{name: stored(field) for name, field in piece.items()})
-            places = jnp.arange(len(state.last_step))
+            places = jnp.arange(state.rows.shape[1])
             return logical(optimizer.read(state, places, updates, history).rows)
 
         return catch_up

@@ -27,6 +27,12 @@ def table_items(name: str) -> tuple[str, str]:
     return f"{prefix(name)}_rows", f"{prefix(name)}_{'slots' if name == STEM else 'moments'}"
 
 
+def needed_items(config: Config) -> list[str]:
+    """The items of all tables; of rows that stay as they are, the optimizer keeps nothing."""
+    specs = table_specs(config).items()
+    return [item for name, spec in specs for item in table_items(name)[: len(spec.fields)]]
+
+
 def copies_of_tables(config: Config, tables: dict[str, TableState]) -> Stores:
     """What this process saves of arrays; they may change as soon as this returns."""
     specs = table_specs(config)
@@ -68,7 +74,8 @@ def saved_stores(stores: Stores, snapshots: dict[str, StoreSnapshot]) -> dict[st
         fields = {field: StoreField(store, field, snapshots[name]) for field in store.fields}
         rows, moments = table_items(name)
         items[rows] = ocp.args.PyTreeSave({"rows": fields.pop("rows")})
-        items[moments] = ocp.args.PyTreeSave(fields)
+        if fields:
+            items[moments] = ocp.args.PyTreeSave(fields)
     return items
 
 
@@ -115,7 +122,7 @@ def _placed(array: jax.Array) -> tuple[PartitionSpec, Mesh]:
 
 def _placed_as(spec: TableSpec, table: TableState) -> tuple[TableSpec, Mesh]:
     """The table of a specification, on the devices that these arrays are meant for."""
-    partition, mesh = _placed(table.last_step)
-    axes = partition[0] or ()
+    partition, mesh = _placed(table.rows)
+    axes = partition[1] or ()
     axes = (axes,) if isinstance(axes, str) else tuple(axes)
     return dataclasses.replace(spec, vocab_axes=axes, resident_rows=None), mesh

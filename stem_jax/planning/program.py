@@ -32,7 +32,7 @@ from stem_jax.tables.block_sizes import (
 from stem_jax.tables.exchange import Exchange
 from stem_jax.tables.hops import owner_hops
 from stem_jax.tables.row_coast import RowBlock
-from stem_jax.tables.row_optimizer import adamw
+from stem_jax.tables.row_rules import adamw
 from stem_jax.training.batch import Batch
 from stem_jax.training.reads import ReadSizes
 from stem_jax.training.schedule import make_schedule

@@ -306,9 +306,9 @@ def _local_blocks(spec: TableSpec, mesh: Mesh) -> list[HostBlock]:
             continue
         ids = {device.id for device in local}
         whole = lowest[rows, columns] in ids
-        # A number of a row has no columns: of all shards with these rows, one writes it.
+        # What has no columns: of all shards with these rows, one writes it.
         first = min(device for (r, _), device in lowest.items() if r == rows) in ids
-        saves = {field.name for field in spec.fields if (first if field.by_row else whole)}
+        saves = {f.name for f in spec.fields if (whole if "F" in f.axes else first)}
         shard = rows.start // len(rows)
         blocks.append(HostBlock(len(blocks), shard, rows, columns, local, frozenset(saves), {}))
     return blocks

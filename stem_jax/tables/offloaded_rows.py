@@ -100,7 +100,7 @@ def caught_up_store(store: HostStore, step: int, history: UpdateHistory) -> Host
     @jax.jit
     def caught_up(piece):
         state = TableState(**{name: stored(field) for name, field in piece.items()})
-        places = jnp.arange(len(state.last_step))
+        places = jnp.arange(state.rows.shape[1])
         return logical(optimizer.read(state, places, step, history).rows)
 
     blocks = []

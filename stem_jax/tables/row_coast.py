@@ -8,6 +8,8 @@ moment v, both shrinking without a gradient:
     c_j = lr_{s+j} * prod_{i=s+j+1..t}(1 - lr_i wd) * b1^j / (1 - b1^{s+j})
     a_j = sqrt(b2^j / (1 - b2^{s+j}))
 
+With rowwise moments there is no m: v <- b2^k v and p <- p * prod(1 - lr_i wd), exactly.
+
 c_j and a_j are numbers per row. The terms are cut into a few groups; a group with the weight
 C = sum c_j gets the one a = C / sum(c_j / a_j), exact for eps -> 0. That takes one square root
 and one division per group and element, whatever k is.
@@ -15,23 +17,31 @@ and one division per group and element, whatever k is.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from stem_jax.tables.coast_groups import group_edges, num_terms
-from stem_jax.tables.spec import TableSpec
+from stem_jax.tables.spec import ROWWISE, TableSpec
 from stem_jax.tables.update_history import UpdateHistory
+
+# Of what a table does not have.
+_NONE: Any = None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowBlock:
-    """Rows [S, O, F] with their moments, all float32, as of one update."""
+    """Rows [S, O, F] with their moments, all float32, as of one update.
+
+    mu, nu: [S, O, F]. v: [S, O, 1]. What a table does not have is None.
+    """
 
     rows: jax.Array
-    mu: jax.Array
-    nu: jax.Array
+    mu: jax.Array = _NONE
+    nu: jax.Array = _NONE
+    v: jax.Array = _NONE
 
 
 @jax.tree_util.register_dataclass
@@ -40,6 +50,7 @@ class Coast:
     """What catching up does to rows, as columns [O, 1]; of the G groups of terms, [G, O, 1].
 
     weight, over: C and a of a group, see above. decay, mu, nu: factors of the row and its moments.
+    Of rowwise moments there are decay and nu alone: without a first moment nothing coasts.
     """
 
     weight: jax.Array
@@ -57,6 +68,10 @@ def coast_of(
     edges: tuple[int, ...] | None = None,
 ) -> Coast:
     """From each row's last update to `step` completed updates; arguments as for `catch_up`."""
+    if spec.moments == ROWWISE:
+        decay_O = history.decay_between(last_step_O, step)
+        nu_O = spec.beta2 ** (step - last_step_O).astype(jnp.float32)
+        return Coast(_NONE, _NONE, decay_O[:, None], _NONE, nu_O[:, None])
     terms = num_terms(spec.beta1, spec.beta2)
     edges = edges or group_edges(spec.beta1, spec.beta2)
     terms_J = jnp.arange(1, terms + 1)
@@ -94,6 +109,8 @@ def coast_of(
 
 def coasted(spec: TableSpec, block: RowBlock, coast: Coast) -> RowBlock:
     """Rows [.., O, F] after their coast, without gradients."""
+    if spec.moments == ROWWISE:
+        return RowBlock(block.rows * coast.decay, v=block.v * coast.nu)
     root = jnp.sqrt(block.nu)
     moved = jnp.zeros_like(block.rows)
     for weight_Ox1, a_Ox1 in zip(coast.weight, coast.over, strict=True):

@@ -229,7 +229,8 @@ class ShardedTable:
         """Update `step + 1` from the owners' summed gradients; see `RowOptimizer.update`."""
 
         def local(state, requests, *arguments):
-            return self._optimizer.update(state, self._places(requests), *arguments)
+            places = self._places(requests)
+            return self._optimizer.update(state, places, *arguments, numbers_O=requests.owned)
 
         whole, sums = PartitionSpec(), self.spec.row_spec
         specs = (self._state_specs, self.request_specs, sums, *(whole,) * 4)
@@ -237,26 +238,31 @@ class ShardedTable:
             state, requests, gradient, step, keep, history, jnp.float32(scale)
         )
 
-    def caught_up_rows(self, state: TableState, step, history: UpdateHistory) -> jax.Array:
+    def caught_up_rows(
+        self, state: TableState, step, history: UpdateHistory, dtype="float32"
+    ) -> jax.Array:
         """All rows as of update `step`, stored: [S, V_pad, F]; of the state, its rows are taken.
 
-        Works through each shard in pieces, so that where the rows are donated it needs no second
-        copy of any of them.
+        Works through each shard in pieces, so that where the rows are donated, and have the dtype
+        already, it needs no second copy of any of them.
         """
 
         def local(state, step, history):
-            size = state.last_step.shape[0]
+            in_place = state.rows.dtype == dtype
+            begun = state.rows if in_place else jax.lax.empty(state.rows.shape, dtype)
+            size = state.rows.shape[1]
             piece = next(n for n in range(min(_PIECE, size), 0, -1) if size % n == 0)
 
             def one_piece(first, found):
                 # Of rows that are behind, pieces that have not been found yet.
-                behind = dataclasses.replace(state, rows=found)
+                behind = dataclasses.replace(state, rows=found) if in_place else state
                 places = first + jnp.arange(piece)
                 rows = self._optimizer.read(behind, places, step=step, history=history).rows
+                rows = rows.astype(dtype)
                 return jax.lax.dynamic_update_slice_in_dim(found, rows, first, axis=1)
 
             return jax.lax.fori_loop(
-                0, size // piece, lambda n, found: one_piece(n * piece, found), state.rows
+                0, size // piece, lambda n, found: one_piece(n * piece, found), begun
             )
 
         whole = PartitionSpec()
@@ -276,12 +282,15 @@ class ShardedTable:
 
     @property
     def _optimizer(self) -> RowOptimizer:
+        columns = self.mesh.shape["tensor"]
         if way_on(self.mesh) not in SORTED:
-            return RowOptimizer(self.spec)
-        width = self.spec.width // self.mesh.shape["tensor"]
+            return RowOptimizer(self.spec, column_shards=columns)
+        width = self.spec.width // columns
         tiles = max(1, _CHIP_NUMBERS // width // _SUBLANES)
         passes = way_on(self.mesh) == "blocks"
-        return RowOptimizer(self.spec, piece=tiles * _SUBLANES, passes=passes)
+        return RowOptimizer(
+            self.spec, piece=tiles * _SUBLANES, passes=passes, column_shards=columns
+        )
 
     @property
     def _state_specs(self) -> TableState:

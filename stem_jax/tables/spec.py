@@ -22,18 +22,22 @@ from stem_jax.tables.layout import TableLayout
 
 # The row optimizer of a run that trains the backbone alone.
 FROZEN = "frozen"
+# What row optimizers keep of a row.
+ADAMW, ROWWISE = "adamw", "rowwise"
+# Of a field that a table does not have.
+_NONE: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Field:
     """One array of a table, of the name that it has in `TableState`.
 
-    dtype: NumPy's name. by_row: whether it is a number for each row, [R]; else it is its vectors.
+    dtype: NumPy's name. axes: its logical dimensions, of R rows, S vectors and F columns.
     """
 
     name: str
     dtype: str
-    by_row: bool = False
+    axes: str = "RSF"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +55,10 @@ class TableSpec:
         weight_decay, beta1, beta2, epsilon, clip_norm: AdamW of the rows.
         capacity: rows per pair of devices and round of the exchange; None chooses.
         resident_rows: rows that the devices hold together; None for all.
-        row_format: dtype of the rows.
+        row_format: dtype of the rows, and of AdamW's moments: float32, or bfloat16, to which
+            updates are rounded at random (`rounding`).
+        moments: `ADAMW`, mu and nu for every number; `ROWWISE`, a v for every vector.
+        rounding_seed: of that rounding.
     """
 
     layout: TableLayout
@@ -69,6 +76,8 @@ class TableSpec:
     capacity: int | None
     resident_rows: int | None = None
     row_format: str = "float32"
+    moments: str = ADAMW
+    rounding_seed: int = 0
 
     @property
     def num_rows(self) -> int:
@@ -97,9 +106,19 @@ class TableSpec:
 
     @property
     def fields(self) -> tuple[Field, ...]:
-        """The rows, and what their optimizer keeps of each."""
-        moments = Field("mu", "float32"), Field("nu", "float32")
-        return Field("rows", self.row_format), *moments, Field("last_step", "int32", by_row=True)
+        """The rows, and what their optimizer keeps of each; of rows that stay, nothing."""
+        rows = Field("rows", self.row_format)
+        if self.optimizer == FROZEN:
+            return (rows,)
+        last_step = Field("last_step", "int32", "R")
+        if self.moments == ROWWISE:
+            return rows, Field("v", "float32", "RS"), last_step
+        return rows, Field("mu", self.row_format), Field("nu", self.row_format), last_step
+
+    @property
+    def moved_fields(self) -> tuple[Field, ...]:
+        """Those that an update computes."""
+        return tuple(field for field in self.fields if "S" in field.axes)
 
     def field(self, name: str) -> Field:
         """The field of a name."""
@@ -109,7 +128,8 @@ class TableSpec:
         """Logical shape of a field; of the whole table unless told how many rows and columns."""
         rows = self.num_rows if rows is None else rows
         columns = self.width if columns is None else columns
-        return (rows,) if self.field(name).by_row else (rows, self.vectors, columns)
+        sizes = {"R": rows, "S": self.vectors, "F": columns}
+        return tuple(sizes[axis] for axis in self.field(name).axes)
 
     def row_bytes(self, *names: str) -> int:
         """Bytes of a row in these fields; in all of them if none is named."""
@@ -121,11 +141,12 @@ class TableSpec:
 
     def partition(self, name: str) -> PartitionSpec:
         """Partition of a field, stored; every device has the same numbers of its logical form."""
-        return self.index_spec if self.field(name).by_row else self.row_spec
+        return PartitionSpec(*stored_shape(tuple(self.logical_partition(name))))
 
     def logical_partition(self, name: str) -> PartitionSpec:
         """Partition of a field, logical."""
-        return self.index_spec if self.field(name).by_row else self.logical_spec
+        parts = {"R": self.vocab_axes or None, "S": None, "F": "tensor"}
+        return PartitionSpec(*(parts[axis] for axis in self.field(name).axes))
 
     @property
     def row_spec(self) -> PartitionSpec:
@@ -166,27 +187,32 @@ class TableSpec:
 class TableState:
     """The rows on the devices, with what their optimizer keeps; see `TableSpec.fields`.
 
-    rows, mu, nu: [S, R, F] float32, stored. last_step: [R] int32, the last update whose batch
-    asked for the row, from 1; 0 is never. With all rows resident R is V_pad and a row lies at its
-    own number.
+    rows, mu, nu: [S, R, F], stored. v: [S, R] float32, likewise. last_step: [R] int32, the last
+    update whose batch asked for the row, from 1; 0 is never. With all rows resident R is V_pad and
+    a row lies at its own number. What a table does not have is None, and not among its `vars`.
     """
 
-    rows: jax.Array
-    mu: jax.Array
-    nu: jax.Array
-    last_step: jax.Array
+    rows: jax.Array = _NONE
+    mu: jax.Array = _NONE
+    nu: jax.Array = _NONE
+    last_step: jax.Array = _NONE
+    v: jax.Array = _NONE
+
+    def __post_init__(self):
+        for name in [name for name, array in vars(self).items() if array is None]:
+            object.__delattr__(self, name)
 
 
 def stored(field):
     """Rows [R, S, F], of NumPy or JAX, in the form in which devices hold a table: [S, R, F].
 
-    Fields of one number for a row, [R], have one form.
+    Fields of a number for each vector, [R, S], likewise; of one for a row, [R], there is one form.
     """
     return field.swapaxes(0, 1) if field.ndim > 1 else field
 
 
-def stored_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of `stored` of an array of this logical shape."""
+def stored_shape(shape: tuple) -> tuple:
+    """The shape, or partition, of `stored` of an array of this logical shape, or partition."""
     return (shape[1], shape[0], *shape[2:]) if len(shape) > 1 else shape
 
 
@@ -196,13 +222,16 @@ def logical(field):
 
 
 def initial_rows(spec: TableSpec, key: jax.Array, rows: jax.Array) -> jax.Array:
-    """Normal rows [len(rows), S, F] of std `init_std`; a row depends on its number alone."""
+    """Normal rows [len(rows), S, F] of std `init_std`; a row depends on its number alone.
+
+    In the table's format, each number the nearest.
+    """
 
     def one_row(row):
         shape = (spec.vectors, spec.width)
         return jax.random.normal(jax.random.fold_in(key, row), shape, jnp.float32)
 
-    return jax.vmap(one_row)(rows) * spec.init_std
+    return (jax.vmap(one_row)(rows) * spec.init_std).astype(spec.row_format)
 
 
 def init_table(
