@@ -1,5 +1,7 @@
 """Value embeddings: what is added to attention's values, and the way back, on every mesh."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,6 +92,16 @@ def test_meshes_give_the_same(device_mesh, shape, heads):
     assert y.sharding.is_equivalent_to(
         NamedSharding(mesh, token_spec(None if whole else "tensor")), y.ndim
     )
+
+
+def test_devices_with_heads_of_their_own_send_nothing(device_mesh):
+    mesh = device_mesh((2, 2, 2))
+    reader = taken_apart(_reader(mesh))
+    inputs, _, params = _inputs()
+    arguments = placed_params(reader, params, mesh), *placed_inputs(*inputs, mesh)
+    run = jax.jit(lambda params, *inputs: reader.bind(params)(*inputs, None, None)[0])
+    program = run.lower(*arguments).compile().as_text()
+    assert not re.findall(r"(all-(?:gather|reduce|to-all)|collective-permute)\(", program)
 
 
 def test_gates_begin_near_the_middle_of_their_range():
