@@ -33,6 +33,10 @@ LOGICAL_TO_MESH = {
     "memory": "tensor",
     # A dozen.
     "gate_inputs": None,
+    # Of a token's rows, which all go to the same place.
+    "row_keys": None,
+    # Of a short convolution.
+    "taps": None,
     "vocab": "tensor",
     "norm": None,
     # Each device has its share of every layer.

@@ -14,6 +14,20 @@ from stem_jax.memory.ngram import NGramMemory
 
 # Of the two layers that read.
 LAYERS = (1, 4)
+EOS = 3
+
+
+def tokens_with_eos(vocab_size: int, length: int, seed: int = 0) -> np.ndarray:
+    """[8, L]: eos nowhere, at the start, at the end, twice in a row, often; others are drawn."""
+    rng = np.random.default_rng(seed)
+    tokens_BxL = rng.integers(4, vocab_size, (8, length), np.int32)
+    middle = length // 2
+    tokens_BxL[1, 0] = tokens_BxL[2, -1] = EOS
+    tokens_BxL[3, middle : middle + 2] = EOS
+    tokens_BxL[4, :2] = tokens_BxL[5, -2:] = EOS
+    tokens_BxL[6:][rng.random((2, length)) < 0.4] = EOS
+    tokens_BxL[7, middle:] = vocab_size - 1
+    return tokens_BxL
 
 
 def memory(vocab_size=97, max_order=3, heads=2, keys_per_head=None, **others) -> NGramMemory:
@@ -23,7 +37,7 @@ def memory(vocab_size=97, max_order=3, heads=2, keys_per_head=None, **others) ->
         "keys_per_head": keys_per_head or vocab_size,
         "total_width": 6 * (max_order - 1) * heads,
         "seed": 1234,
-        "eos_id": 3,
+        "eos_id": EOS,
     }
     return NGramMemory(vocab_size=vocab_size, max_order=max_order, heads=heads, **(fields | others))
 

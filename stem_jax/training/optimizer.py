@@ -81,8 +81,8 @@ def _with_consistent_rms(update: jax.Array) -> jax.Array:
 
 
 def _is_matrix(axes: Axes) -> bool:
-    """Whether a parameter of each layer is one, and not a vector."""
-    return sum(axis != LAYERS for axis in axes) > 1
+    """Whether a parameter of each layer is one, and not a vector, or one for each tap."""
+    return sum(axis not in (LAYERS, "taps") for axis in axes) > 1
 
 
 def _is_of_blocks(axes: Axes) -> bool:

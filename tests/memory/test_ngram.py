@@ -14,22 +14,7 @@ import pytest
 
 from stem_jax.errors import InputError
 from stem_jax.memory import ngram
-from tests.qwen4_exp import memory, ngram_embedding, their_ids
-
-EOS = 3
-
-
-def _tokens(vocab_size: int, length: int, seed: int = 0) -> np.ndarray:
-    """[8, L]: eos nowhere, at the start, at the end, twice in a row, often; others are drawn."""
-    rng = np.random.default_rng(seed)
-    tokens_BxL = rng.integers(4, vocab_size, (8, length), np.int32)
-    middle = length // 2
-    tokens_BxL[1, 0] = tokens_BxL[2, -1] = EOS
-    tokens_BxL[3, middle : middle + 2] = EOS
-    tokens_BxL[4, :2] = tokens_BxL[5, -2:] = EOS
-    tokens_BxL[6:][rng.random((2, length)) < 0.4] = EOS
-    tokens_BxL[7, middle:] = vocab_size - 1
-    return tokens_BxL
+from tests.qwen4_exp import EOS, memory, ngram_embedding, their_ids, tokens_with_eos
 
 
 def _equal_to_theirs(ours: ngram.NGramMemory, tokens_BxL: np.ndarray) -> bool:
@@ -49,7 +34,7 @@ def _equal_to_theirs(ours: ngram.NGramMemory, tokens_BxL: np.ndarray) -> bool:
 def test_keys_are_those_of_transformers(max_order, vocab_size):
     ours = memory(vocab_size, max_order)
     for length in (1, 2, 3, 40):
-        assert _equal_to_theirs(ours, _tokens(vocab_size, length)), length
+        assert _equal_to_theirs(ours, tokens_with_eos(vocab_size, length)), length
 
 
 def test_tables_of_layers_follow_each_other():
@@ -80,7 +65,7 @@ ngram_preceding = ngram.preceding
 
 @pytest.mark.parametrize("mutant", ["multiplier", "offset", "eos", "own_eos", "layer", "order"])
 def test_another_rule_gives_other_keys(mutant, monkeypatch):
-    ours, tokens_BxL = memory(), _tokens(97, 40)
+    ours, tokens_BxL = memory(), tokens_with_eos(97, 40)
     assert _equal_to_theirs(ours, tokens_BxL)
     if mutant == "multiplier":
         first, second = ours.multipliers
@@ -106,7 +91,7 @@ def _keys(ours, xp):
 @pytest.mark.parametrize("xp", [np, jnp])
 def test_packed_documents_have_the_keys_that_they_have_alone(xp):
     ours, lengths = memory(max_order=4), (1, 2, 9, 3, 15)
-    parts = [_tokens(97, 16, seed)[:, -length:] for seed, length in enumerate(lengths)]
+    parts = [tokens_with_eos(97, 16, seed)[:, -length:] for seed, length in enumerate(lengths)]
     packed_BxL = np.concatenate(parts, 1)
     numbers = np.repeat([2, 1, 5, 6, 0], lengths)
     segments_BxL = np.broadcast_to(numbers, packed_BxL.shape)
@@ -117,7 +102,7 @@ def test_packed_documents_have_the_keys_that_they_have_alone(xp):
 
 @pytest.mark.parametrize("xp", [np, jnp])
 def test_windows_of_decoding_have_the_keys_of_the_whole(xp):
-    ours, tokens_BxL = memory(max_order=4), _tokens(97, 20)
+    ours, tokens_BxL = memory(max_order=4), tokens_with_eos(97, 20)
     ones_BxL = np.ones_like(tokens_BxL)
     whole = ours.keys(tokens_BxL, ones_BxL)
     history = np.concatenate([np.full((8, ours.reach), EOS, np.int32), tokens_BxL], 1)
