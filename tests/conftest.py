@@ -70,7 +70,13 @@ _TINY = {
     "train.loss_chunk": 8,
 }
 
-# The files that take longest, in seconds of CPU, begin.
+# The files that take longest, in seconds of CPU, begin; with --long, others do.
+_LONGEST_OF_LONG_FIRST = """
+multihost earlier offload step readme gpu_benchmark work_folder stacked_layers context_parallelism
+layer_plan offload_processes exchange_processes evaluation_tasks optimizers evaluation_processes
+plan llama_conversion levels_ahead float8 export offload_run fine_tuning tpu_pod_train slurm
+hash_moe stem_site memories cost table_memory gpu_plan exchange_hops needle_model
+""".split()
 _LONGEST_FIRST = """
 run tpu_pod_train offload step multihost earlier evaluation_processes exchange_hops import export
 offload_faults parity continuing stacked_layers evaluation_scoring edit_measurement resharding
@@ -86,7 +92,8 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     # pytest-xdist gives out files in this order: what runs at the end is small.
-    place = {f"test_{name}": place for place, name in enumerate(_LONGEST_FIRST)}
+    names = _LONGEST_OF_LONG_FIRST if config.getoption("--long") else _LONGEST_FIRST
+    place = {f"test_{name}": place for place, name in enumerate(names)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
     if config.getoption("--long"):
         return
@@ -109,11 +116,12 @@ def pytest_runtest_setup(item):
 
     Most quick tests ask what a program does, and half of their time was LLVM's. Those that need the
     roundings of users' programs, or read what was compiled, are marked; the long ones are as users
-    run them. Programs that should give the same bits give them with little effort too, as each is
-    compiled in one part.
+    run them, but for those about processes, their faults and what they say, which are marked, too.
+    Programs that should give the same bits give them with little effort too, as each is compiled in
+    one part.
     """
-    users = item.config.getoption("--long") or item.get_closest_marker("optimized")
-    effort.set_effort(little=not users)
+    long = item.config.getoption("--long") and not item.get_closest_marker("little_effort")
+    effort.set_effort(little=not (long or item.get_closest_marker("optimized")))
 
 
 def pytest_configure(config):
