@@ -198,15 +198,19 @@ FAULTS: dict[str, Callable[[Run, random.Random], int]] = {
 }
 
 
-def campaign(folder: Path, rounds: int, seed: int, every: int, faults: list[str]) -> list[dict]:
+def campaign(
+    folder: Path, rounds: int, seed: int, every: int, faults: list[str], cache: Path | None = None
+) -> list[dict]:
     """Runs all rounds and compares the end with an undisturbed run.
+
+    cache: of compiled programs; None: one below `folder`.
 
     Returns one record per round. Raises AssertionError where the two differ.
     """
     rng = random.Random(seed)
     # A fault comes at most 14 steps after a start, and the run goes on until it strikes.
     steps = 20 * rounds + 3 * every
-    cache = folder / "compiled"
+    cache = cache or folder / "compiled"
     calm = Run(folder / "calm", steps, every, cache)
     calm.workdir.mkdir()
     calm.start()
