@@ -19,7 +19,7 @@ from stem_jax.checkpoints.loading import load_run
 from stem_jax.data.token_store import TokenStore
 from stem_jax.data.tokenizer import load_tokenizer_folder
 from stem_jax.editing.patch import read_patch
-from tests import earlier
+from tests import earlier, effort
 from tests.children import child
 from tests.earlier import COMMIT, END, FOLDER, ROOT, STEP, STEP_BEFORE, TWENTY_BEFORE
 
@@ -42,6 +42,9 @@ LATER = [str(step) for step in range(STEP + 1, END + 1)]
 # to it at each update then, and are float32 since: 0.03 of a validation loss of 6.35 was seen.
 TOLERANCE = dict.fromkeys(earlier.RUNS, 1e-5) | {"bfloat16": 0.05}
 STORE = FOLDER / "store"
+# What is printed at the end would compile the decoding of each, and measure baselines.
+SILENT = {"train__sample_prompt": "", "eval__baselines": False}
+pytestmark = pytest.mark.little_effort
 # These and their programs are another kind each; of two tokenizer.json, one is read here.
 LONG = ("offloaded", "dense", "bfloat16", "hf_words")
 
@@ -84,15 +87,13 @@ def trained(stopped, tmp_path_factory):
     """Kept runs continued, and two that begin with what was kept: folder, failures by name."""
     folder = tmp_path_factory.mktemp("trained") / "runs"
     shutil.copytree(stopped, folder)
-    # What is printed at the end would compile the decoding of each.
-    silent = {"train__sample_prompt": ""}
-    commands = {name: earlier.train_flags(name, folder / name, **silent) for name in earlier.RUNS}
+    commands = {name: earlier.train_flags(name, folder / name, **SILENT) for name in earlier.RUNS}
     before = folder / TWENTY_BEFORE
-    commands[TWENTY_BEFORE] = earlier.train_flags("sentencepiece", before, **silent)
+    commands[TWENTY_BEFORE] = earlier.train_flags("sentencepiece", before, **SILENT)
     # A list of files is not in checkpoints of still earlier versions.
     (folder / "sentencepiece" / "checkpoints" / str(STEP) / LIST).unlink()
     tokenizer = STORE / "tokenizer" / "tokenizer.model"
-    fresh = silent | {"train__steps": 2, "eval__every": 0, "checkpoint__every": 0}
+    fresh = SILENT | {"train__steps": 2, "eval__every": 0, "checkpoint__every": 0}
     store = {"data__sources": STORE, "data__tokenizer_path": tokenizer}
     commands["store"] = earlier.train_flags("sentencepiece", folder / "store", **fresh, **store)
     origin = {"train__init_from": stopped / "sentencepiece"}
@@ -297,11 +298,12 @@ def test_continues_as_the_version_that_made_it(trained, tmp_path):
     shutil.copytree(FOLDER, checkout / earlier.SHOWN)
     names = [name for name in earlier.RUNS if name != "bfloat16"]
     commands = {
-        name: earlier.train_flags(name, earlier.unpack(name, tmp_path / "then")) for name in names
+        name: earlier.train_flags(name, earlier.unpack(name, tmp_path / "then"), **SILENT)
+        for name in names
     }
     environment = os.environ | {
         "PYTHONPATH": str(checkout),
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": effort.flags(),
         "JAX_PLATFORMS": "cpu",
     }
     out = subprocess.run(

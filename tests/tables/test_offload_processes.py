@@ -22,6 +22,7 @@ from tests.children import finish, pair
 from tests.logical import logical_table
 from tests.offloading import SIZES, run
 
+pytestmark = pytest.mark.little_effort
 STEPS = 20
 # One layer: three processes compile.
 OVERRIDES = SIZES | {
