@@ -24,6 +24,7 @@ from stem_jax.training.schedule import make_schedule
 from stem_jax.training.state import init_state
 from tests.saved_models import BYTES
 
+pytestmark = pytest.mark.little_effort
 KEYS = {
     "model.stem_layers": "none",
     "model.hash_moe_layers": "half",

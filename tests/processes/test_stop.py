@@ -113,6 +113,7 @@ def test_a_stop_saves_before_a_validation_that_is_made_up(trained, undisturbed, 
 
 
 @pytest.mark.long
+@pytest.mark.little_effort
 def test_a_stop_inside_a_validation_with_rows_on_their_way(trained, undisturbed, tmp_path):
     workdir, offloaded = tmp_path / "run", {"tables__resident_rows": 256}
     assert trained(3 + 1, workdir, **offloaded) == (Ending.STOPPED, 4)

@@ -181,7 +181,7 @@ def test_a_checkpoint_is_by_layer(trained, tiny_config):
     [
         (True, False, (1, 1, 1)),
         (False, True, (2, 2, 2)),
-        pytest.param(True, True, (1, 1, 1), marks=pytest.mark.long),
+        pytest.param(True, True, (1, 1, 1), marks=[pytest.mark.long, pytest.mark.little_effort]),
     ],
 )
 def test_a_run_goes_on_scanned_or_not(trained, train_step, make_batch, before, after, shape):
