@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -119,9 +120,19 @@ def pod(tmp_path):
         pod.end()
 
 
+@pytest.fixture(scope="session")
+def workers_with_code(tmp_path_factory):
+    """The folder of workers on which `setup` has put the code."""
+    pod = Pod(tmp_path_factory.mktemp("workers"))
+    with pod.started:
+        pod.run("create", *SHAPE)
+        pod.run("setup")
+        yield pod.state / "workers"
+
+
 @pytest.fixture
-def ready(pod):
-    """A slice with the code on it."""
+def ready(pod, workers_with_code):
+    """A slice with the code on it. Packing and unpacking it each time costs seconds."""
     pod.run("create", *SHAPE)
-    pod.run("setup")
+    shutil.copytree(workers_with_code, pod.state / "workers", symlinks=True, dirs_exist_ok=True)
     return pod

@@ -15,6 +15,7 @@ from tests.pod import SHAPE, WORKDIR, finish
 
 
 @pytest.mark.long
+@pytest.mark.little_effort
 def test_end_to_end(pod, tmp_path):
     """Two processes of a real run; one is killed on the way, and the script sees it through."""
     pod.environment["GCLOUD_PYTHON"] = sys.executable
@@ -124,7 +125,8 @@ def test_preempted_slice_is_made_again(ready):
     creations = ready.called("queued-resources", "create")
     assert len(creations) == 2 and creations[0] == creations[1]
     assert len(ready.called("queued-resources", "delete")) == 1
-    assert len(ready.called("tpu-vm", "scp")) == 2
+    # The new one has the code, too.
+    assert len(ready.called("tpu-vm", "scp")) == 1
 
 
 def test_machines_that_are_not_to_be_had_at_once(ready):
