@@ -9,6 +9,7 @@ import pytest
 from tests import launching
 from tests.children import finish, gang, train_flags
 
+pytestmark = pytest.mark.little_effort
 STEPS = 20
 # 768 rows over sixteen owners, asked in two hops of four.
 SMALL = launching.SMALL | {
