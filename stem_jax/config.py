@@ -68,6 +68,7 @@ class TablesConfig:
 
     optimizer: str = key(Role.FIXED)
     row_format: str = key(Role.FIXED, formerly="tables.param_dtype")
+    moments: str = key(Role.FIXED, before="adamw")
     lr_multiplier: float = key(Role.FIXED)
     weight_decay: float | None = key(Role.FIXED)
     clip_norm: float = key(Role.CONTINUED)

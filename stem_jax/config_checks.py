@@ -19,6 +19,8 @@ _CHOICES = {
     "model.remat": ("none", "full", "attention", "dots", "offload"),
     "tables.cache_policy": ("lfu", "lru"),
     "tables.optimizer": ("deferred_adamw", "lazy_adamw", "dense_adamw"),
+    "tables.row_format": ("float32", "bfloat16"),
+    "tables.moments": ("adamw", "rowwise"),
     "data.tokenizer": ("sentencepiece", "hf", "bytes"),
     "data.format": ("auto", "text", "jsonl", "json", "parquet"),
     "optimizer.name": ("adamw", "muon"),
@@ -182,11 +184,11 @@ def _check_tables(config: Config) -> None:
             "the tables follow the tensor axis"
         )
 
-    if config.tables.row_format != "float32":
+    if config.tables.row_format != "float32" and config.tables.optimizer == "dense_adamw":
         raise InputError(
-            f"tables.row_format={config.tables.row_format!r} is refused: updates smaller than a "
-            "rounding step would be lost without stochastic rounding; use float32 (rows travel in "
-            "model.compute_dtype all the same)"
+            f"tables.row_format={config.tables.row_format} rounds the rows that a batch touches, "
+            "and tables.optimizer=dense_adamw moves every row in every step. Use deferred_adamw, "
+            "or tables.row_format=float32"
         )
     if config.tables.resident_rows is not None and config.tables.optimizer == "dense_adamw":
         raise InputError(
@@ -194,7 +196,9 @@ def _check_tables(config: Config) -> None:
             "tables.optimizer=dense_adamw moves every row in every step. Use deferred_adamw, or "
             "leave tables.resident_rows unset"
         )
-    deferred = config.tables.optimizer == "deferred_adamw"
+    # Without a first moment no row coasts.
+    adamw = config.tables.moments == "adamw"
+    deferred = adamw and config.tables.optimizer == "deferred_adamw"
     beta1, beta2 = config.optimizer.beta1, config.optimizer.beta2
     if deferred and config.model.stem_layers and beta1 >= max(beta2, 0) ** 0.5:
         raise InputError(

@@ -44,8 +44,9 @@ def check_first_start(config: Config) -> None:
         )
     _check_schedule(config)
     beta1, beta2 = config.optimizer.beta1, config.optimizer.beta2
-    deferred = config.model.stem_layers and config.tables.optimizer == "deferred_adamw"
-    if deferred and (terms := num_terms(beta1, beta2)) > MOST_TERMS:
+    tables = config.tables
+    coasts = (tables.optimizer, tables.moments) == ("deferred_adamw", "adamw")
+    if config.model.stem_layers and coasts and (terms := num_terms(beta1, beta2)) > MOST_TERMS:
         raise InputError(
             f"optimizer.beta1={beta1} is so close to the square root of optimizer.beta2={beta2} "
             f"that a row coasts for {terms:,} updates, of which tables.optimizer=deferred_adamw "

@@ -25,7 +25,7 @@ from stem_jax.training.step import TrainStep
 from stem_jax.training.working_set import working_set
 from tests.logical import logical_table
 
-# The arrays of a table, and their dtypes.
+# The arrays of a table in float32 with AdamW's moments, and their dtypes.
 FIELDS = {"rows": np.float32, "mu": np.float32, "nu": np.float32, "last_step": np.int32}
 STEPS = 60
 VOCAB = 2048
@@ -228,12 +228,13 @@ def _local(array: jax.Array) -> np.ndarray:
 
 def store_arrays(store: HostStore) -> Arrays:
     """The whole table, zero where another process has it."""
-    whole = {name: np.zeros(store.spec.shape(name), FIELDS[name]) for name in FIELDS}
+    spec = store.spec
+    whole = {name: np.zeros(spec.shape(name), spec.field(name).dtype) for name in store.fields}
     for block in store.blocks:
         rows = slice(block.row_range.start, block.row_range.stop)
         columns = slice(block.column_range.start, block.column_range.stop)
         for name, array in block.arrays.items():
-            whole[name][rows if name == "last_step" else (rows, slice(None), columns)] = array
+            whole[name][(rows, slice(None), columns)[: array.ndim]] = array
     return whole
 
 

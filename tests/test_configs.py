@@ -258,7 +258,12 @@ REFUSED = [
         {"model.remat": "all"},
         "model.remat='all' is unknown; choose one of none, full, attention, dots, offload",
     ),
-    ({"tables.row_format": "bfloat16"}, "without stochastic rounding; use float32"),
+    ({"tables.row_format": "float16"}, "row_format='float16' is unknown; choose one of float32, b"),
+    ({"tables.moments": "lion"}, "tables.moments='lion' is unknown; choose one of adamw, rowwise"),
+    (
+        {"tables.row_format": "bfloat16", "tables.optimizer": "dense_adamw"},
+        "tables.row_format=bfloat16 rounds the rows that a batch touches",
+    ),
     ({"tables.weight_decay": -0.1}, "tables.weight_decay=-0.1 must be 0 or more, or none"),
     ({"optimizer.learning_rate": float("inf")}, "optimizer.learning_rate=inf must be more than 0"),
     ({"tables.optimizer": "sgd"}, "tables.optimizer='sgd' is unknown; choose one of"),

@@ -7,6 +7,7 @@ from stem_jax.analysis.flop_check import PROGRAMS, FlopCheck, cache_slots, check
 from stem_jax.analysis.flop_check import checked_config as cut
 from stem_jax.config import Config
 from stem_jax.layer_patterns import layer_indices
+from stem_jax.memory.catalogue import read_row_format
 from stem_jax.model.cost import (
     count_parameters,
     decode_reads,
@@ -56,9 +57,10 @@ def _with_stem_layers(config: Config, stem_layers: str | tuple[int, ...]) -> Con
 
 def _record(config: Config, name: str) -> dict[str, Any]:
     model, context, slots = config.model, config.train.seq_len, cache_slots(config)
-    count, reads = count_parameters(model), decode_reads(model, slots)
+    row_format = read_row_format(config)
+    count, reads = count_parameters(model), decode_reads(model, slots, row_format)
     prefill = generation_flops(model, context, context).matmul
-    cacheless = decode_reads(model, 0).bytes
+    cacheless = decode_reads(model, 0, row_format).bytes
     return {
         "pattern": name,
         "stem_layers": list(model.stem_layers),

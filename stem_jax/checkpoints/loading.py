@@ -18,7 +18,7 @@ from stem_jax.config import Config, model_keys
 from stem_jax.config_checks import validate
 from stem_jax.data.tokenizer import Tokenizer, load_tokenizer_folder
 from stem_jax.errors import InputError
-from stem_jax.memory.catalogue import table_specs
+from stem_jax.memory.catalogue import read_row_format, table_specs
 from stem_jax.memory.memory import STEM
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.offloaded_rows import OffloadedRows, caught_up_store
@@ -184,15 +184,15 @@ def _rows(
         return NoRows()
     updates, spec = info.updates, specs[STEM]
     history = make_schedule(config, updates + 1, past=info.past).tables[STEM]
+    row_format = read_row_format(config)
     if store is not None:
-        return OffloadedRows(
-            caught_up_store(store, updates, history), mesh, config.tables.cache_policy
-        )
+        store = caught_up_store(store, updates, history, row_format)
+        return OffloadedRows(store, mesh, config.tables.cache_policy)
     assert table is not None, "rows are in the store or on the devices"
 
     def caught_up(rows, others) -> jax.Array:
         table = dataclasses.replace(others, rows=rows)
-        return ShardedTable(spec, mesh, 1).caught_up_rows(table, updates, history)
+        return ShardedTable(spec, mesh, 1).caught_up_rows(table, updates, history, row_format)
 
     # Beside rows and moments, nothing of their size.
     nothing: Any = None

@@ -4,7 +4,6 @@ import dataclasses
 from pathlib import Path
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from stem_jax.checkpoints.checkpointer import FOLDER, Checkpointer, CheckpointInfo
@@ -123,17 +122,25 @@ def begin_from(origin: Origin, programs: TrainStep) -> tuple[TrainState, dict[st
     stores = _allocated(specs, mesh)
     with Checkpointer(origin.folder, read_only=True) as checkpoints:
         params, tables = checkpoints.restore_model(info.step, abstract, stores)
-    for name, store in stores.items():
-        caught_up_store(store, info.updates, histories[name])
-        for block in store.blocks:
-            for field in set(store.fields) - {"rows"}:
-                block.arrays[field][...] = np.zeros((), block.arrays[field].dtype)
-        stores[name] = HostStore(programs.reads.specs[name], store.blocks)
-    rows = {}
+    here, rows = programs.reads.specs, {}
+    for name in list(stores):
+        store = caught_up_store(
+            stores.pop(name), info.updates, histories[name], here[name].row_format
+        )
+        stores[name] = _with_fresh_moments(here[name], mesh, store)
     for name, table in tables.items():
-        catch_up = jax.jit(ShardedTable(specs[name], mesh, 1).caught_up_rows)
-        rows[name] = catch_up(table, info.updates, histories[name])
+        caught_up_rows = ShardedTable(specs[name], mesh, 1).caught_up_rows
+        catch_up = jax.jit(caught_up_rows, static_argnames="dtype")
+        rows[name] = catch_up(table, info.updates, histories[name], dtype=here[name].row_format)
     return init_state(programs.blueprint, params, rows), stores
+
+
+def _with_fresh_moments(spec: TableSpec, mesh: Mesh, rows: HostStore) -> HostStore:
+    """A store that takes over the rows of another, which have its format already."""
+    store = HostStore.zeros(spec, mesh)
+    for block, old in zip(store.blocks, rows.blocks, strict=True):
+        block.arrays["rows"] = old.arrays["rows"]
+    return store
 
 
 def _allocated(specs: dict[str, TableSpec], mesh: Mesh) -> dict[str, HostStore]:

@@ -75,8 +75,9 @@ class SavedModel:
     def table_pieces(self) -> Iterator[tuple[np.ndarray, slice, np.ndarray]]:
         """Token ids [n], columns, and these columns of their rows [n, S, columns].
 
-        Together they are the rows of all ids below the vocabulary size, each once, as the next
-        training step would see them: rows of `deferred_adamw` that lag behind catch up here.
+        Together they are the rows of all ids below the vocabulary size, each once, in float32, as
+        the next training step would see them: rows of `deferred_adamw` that lag behind catch up
+        here.
         """
         spec = table_specs(self.config)[STEM]
         lagging = spec.optimizer == "deferred_adamw" and self.info.updates > 0
@@ -105,7 +106,7 @@ class SavedModel:
         wanted = (part, slice(None), columns)
         rows = self._read("table_rows", "rows", wanted)
         if catch_up is None:
-            yield slice(0, len(rows)), rows
+            yield slice(0, len(rows)), rows.astype(np.float32)
             return
         fields = {"rows": rows}
         for field in spec.fields[1:]:

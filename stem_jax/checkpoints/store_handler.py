@@ -174,8 +174,9 @@ def _parts(block: HostBlock, name: str, chunk: tuple[int, ...]) -> Iterator[tupl
     """
     row_bytes = block.arrays[name][:1].nbytes
     for rows in _cut(block.row_range, chunk[0], _READ_BYTES // row_bytes):
-        if block.arrays[name].ndim == 1:
-            yield (_within(rows, block.row_range),), (_within(rows),)
+        if (dimensions := block.arrays[name].ndim) < 3:
+            here, there = ((_within(rows, of), slice(None)) for of in (block.row_range, range(0)))
+            yield here[:dimensions], there[:dimensions]
             continue
         narrow = len(rows) * row_bytes > _READ_BYTES
         for columns in _cut(block.column_range, chunk[2], 1 if narrow else block.column_range.stop):

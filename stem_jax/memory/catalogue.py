@@ -1,5 +1,7 @@
 """Which memories a configuration has, and the table of each."""
 
+import zlib
+
 from stem_jax.config import Config
 from stem_jax.memory.memory import STEM, Memory
 from stem_jax.memory.stem import StemMemory
@@ -24,6 +26,15 @@ def table_specs(config: Config) -> dict[str, TableSpec]:
     return {name: _table_spec(memory, config) for name, memory in memories(config).items()}
 
 
+def read_row_format(config: Config) -> str:
+    """The dtype of rows that are only read, which hold all updates: as exact as a model asks for.
+
+    What is rounded to the nearest for the model anyway needs no more room than in training.
+    """
+    row_format = config.tables.row_format
+    return row_format if config.model.compute_dtype == row_format else "float32"
+
+
 def _table_spec(memory: Memory, config: Config) -> TableSpec:
     tables, trains = config.tables, config.optimizer.trains_tables
     layout = TableLayout(memory.num_keys, tables.pad_multiple)
@@ -44,4 +55,6 @@ def _table_spec(memory: Memory, config: Config) -> TableSpec:
         capacity=tables.capacity,
         resident_rows=resident if resident and resident < layout.num_rows else None,
         row_format=tables.row_format,
+        moments=tables.moments,
+        rounding_seed=zlib.crc32(f"{memory.name} {config.train.seed}".encode()),
     )

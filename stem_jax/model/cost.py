@@ -115,8 +115,8 @@ def generation_flops(model: ModelConfig, length: int, slots: int) -> PassFlops:
     return PassFlops(matmul, length * _elementwise(model, slots))
 
 
-def decode_reads(model: ModelConfig, slots: int) -> DecodeReads:
-    """What a decode step with a cache of `slots` reads."""
+def decode_reads(model: ModelConfig, slots: int, row_format: str = "float32") -> DecodeReads:
+    """What a decode step with a cache of `slots` reads. row_format: dtype of the tables' rows."""
     count = count_parameters(model)
     dropped = model.embed_dim if model.token_embedding_dropout > 0 else 0
     # Of an embedding of its own one vector is read; a tied one is the head too, and read whole.
@@ -126,8 +126,8 @@ def decode_reads(model: ModelConfig, slots: int) -> DecodeReads:
     cache = 2 * model.num_layers * model.num_kv_heads * model.head_dim * slots
     parameter_bytes = jnp.dtype(model.param_dtype).itemsize
     cache_bytes = jnp.dtype(model.compute_dtype).itemsize
-    # Rows are float32 in every table.
-    size = backbone * parameter_bytes + row * 4 + cache * cache_bytes
+    row_bytes = jnp.dtype(row_format).itemsize
+    size = backbone * parameter_bytes + row * row_bytes + cache * cache_bytes
     return DecodeReads(backbone, row, cache, size)
 
 

@@ -27,7 +27,7 @@ _FEW_KEYS = 64
 class SlotRows:
     """Rows that lie in slots, as a compiled program reads them.
 
-    rows: stored, [S, R, F] float32. slots: [U] int32 of the distinct keys. inverse: index of each
+    rows: stored, [S, R, F]. slots: [U] int32 of the distinct keys. inverse: index of each
     key's row among them, int32 of the shape of the keys.
     """
 
@@ -90,26 +90,32 @@ class OffloadedRows:
         )
 
 
-def caught_up_store(store: HostStore, step: int, history: UpdateHistory) -> HostStore:
-    """The rows of a store as of update `step`, in place, without moments.
+def caught_up_store(
+    store: HostStore, step: int, history: UpdateHistory, row_format: str = "float32"
+) -> HostStore:
+    """The rows of a store as of update `step`, without moments, each number the nearest.
 
-    The store that is given must not be used any more: it shares its rows with the new one.
+    In place, where they have that format already: the store that is given must not be used any
+    more, as it shares its rows with the new one.
     """
     optimizer = RowOptimizer(store.spec)
+    dtype = jnp.dtype(row_format)
 
     @jax.jit
     def caught_up(piece):
         state = TableState(**{name: stored(field) for name, field in piece.items()})
         places = jnp.arange(state.rows.shape[1])
-        return logical(optimizer.read(state, places, step, history).rows)
+        return logical(optimizer.read(state, places, step, history).rows.astype(dtype))
 
     blocks = []
     for block in store.blocks:
         rows = block.arrays["rows"]
+        rows = rows if rows.dtype == dtype else np.empty(rows.shape, dtype)
         size = min(_PIECE, len(rows))
         # The last piece is shorter, not an overlap: a row must not catch up twice.
         for first in range(0, len(rows), size):
             piece = {name: array[first : first + size] for name, array in block.arrays.items()}
             rows[first : first + size] = caught_up(piece)
         blocks.append(dataclasses.replace(block, arrays={"rows": rows}))
-    return HostStore(store.spec, tuple(blocks))
+    spec = dataclasses.replace(store.spec, row_format=row_format)
+    return HostStore(spec, tuple(blocks))

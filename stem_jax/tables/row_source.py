@@ -65,7 +65,7 @@ class NoRows:
 class ResidentRows:
     """A table that lies whole on the devices; each key gets a row of the block of its own.
 
-    rows: stored, [S, V_pad, F] float32. spec: its layout and sharding. mesh: None on a single
+    rows: stored, [S, V_pad, F]. spec: its layout and sharding. mesh: None on a single
     device without a mesh.
     """
 

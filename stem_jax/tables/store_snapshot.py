@@ -79,7 +79,7 @@ class _Shelf:
 
     def put(self, row: np.ndarray) -> tuple[int | None, np.ndarray]:
         """The place of a copy, None for a copy off the shelf, and the copy."""
-        if not row.ndim or not self._free:
+        if row.shape != self._rows.shape[1:] or not self._free:
             return None, row.copy()
         place = self._free.pop()
         self._rows[place] = row
@@ -109,7 +109,7 @@ class StoreSnapshot:
         self._unread = {name for block in self._tracks for name in block}
         self._changed = threading.Condition()
         total = sum(array.nbytes for block in arrays for array in block.values())
-        # A number of a row is not worth a place on the shelf.
+        # A number of a row, or one of each vector, is not worth a place on the shelf.
         # None once nothing is kept any more.
         self._kept_rows: _Shelf | None = _Shelf(arrays[0]["rows"][0], kept_bytes(total))
         self._stalled = False
@@ -162,7 +162,7 @@ class StoreSnapshot:
                 for track in self._tracks[block].values()
                 for piece, row in track.endangered(rows)
             ]:
-                places = sum(track.array.ndim > 1 for track, _, _ in new)
+                places = sum(track.array.ndim > 2 for track, _, _ in new)
                 # Nothing is worth a hang: without progress more is kept than was meant to be.
                 if self._stalled or self._shelf.has_room(places):
                     break
