@@ -258,6 +258,7 @@ def test_rows_are_caught_up(run_folder):
 
 
 @pytest.mark.long
+@pytest.mark.little_effort
 def test_rows_in_host_memory_make_the_same_files(tmp_path):
     for name, resident in (("all", "none"), ("few", "192")):
         flags = [f"--workdir={tmp_path / name}", *OFFLOADABLE]

@@ -103,6 +103,7 @@ def job(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.little_effort
 def test_end_to_end(job):
     """A real run of two tasks is told to stop, saves, is queued again, and gets to its end."""
     job.environment["STEM_PYTHON"] = sys.executable

@@ -149,6 +149,7 @@ def test_nearly_filled():
 
 
 @pytest.mark.long
+@pytest.mark.little_effort
 def test_a_run_finds_the_program_of_its_next_size(train_step, tmp_path, monkeypatch):
     """A step that takes a level which the thread compiled compiles nothing."""
     # Offloaded: the slots, too, have another size.
