@@ -145,6 +145,7 @@ def test_its_rows_are_those_that_tokens_asked_for(alone):
 
 
 @pytest.mark.long
+@pytest.mark.little_effort
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
 def test_it_is_the_same_on_every_mesh(alone, make_step, shape):
     _, expected, _, losses = alone
