@@ -26,6 +26,7 @@ from tests.children import child, finish, free_port, gang
 from tests.saved_models import SIZES, save_run, trained_state
 
 TASKS = Path(__file__).parents[1] / "data" / "lm_eval_tasks"
+pytestmark = pytest.mark.little_effort
 MODES = {
     "perplexity": ["--perplexity=facts,needles", "--limit=8", "--resident-rows=104"],
     "tasks": [f"--tasks={TASKS}", "--limit=6", "--log-samples"],
