@@ -19,6 +19,7 @@ from stem_jax.tables.row_optimizer import RowOptimizer
 from stem_jax.tables.spec import TableSpec, TableState, logical, stored
 from stem_jax.tables.update_history import make_history
 
+pytestmark = pytest.mark.little_effort
 ROWS, LAYERS, WIDTH, STEPS, TOKENS = 256, 1, 16, 600, 48
 
 
