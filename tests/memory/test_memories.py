@@ -156,7 +156,10 @@ def test_it_is_the_same_on_every_mesh(alone, make_step, shape):
         np.testing.assert_allclose(state.tables[name].rows, table.rows, atol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 1), pytest.param((2, 2, 2), marks=[pytest.mark.long, pytest.mark.little_effort])],
+)
 def test_rows_in_host_memory_are_the_resident_ones(make_step, shape):
     state, _, losses = _trained(make_step(shape))
     _, stores, found = _trained(make_step(shape, **{"tables.resident_rows": 512}))

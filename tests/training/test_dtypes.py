@@ -14,6 +14,7 @@ from stem_jax.training.schedule import make_schedule
 from stem_jax.training.state import abstract_state, init_state
 from tests.saved_models import BYTES, save_run
 
+pytestmark = pytest.mark.little_effort
 STEPS = 6
 BFLOAT16 = {
     "model.param_dtype": "bfloat16",
