@@ -33,6 +33,7 @@ from stem_jax.tables.exchange import Exchange
 from stem_jax.tables.hops import owner_hops
 from stem_jax.tables.row_coast import RowBlock
 from stem_jax.tables.row_rules import adamw
+from stem_jax.tables.spec import ADAMW
 from stem_jax.training.batch import Batch
 from stem_jax.training.reads import ReadSizes
 from stem_jax.training.schedule import make_schedule
@@ -132,6 +133,8 @@ def naive_lookup_program(config: Config, mesh: Mesh) -> Program:
             "configuration"
         )
     check_divides(spec.num_rows, "padded vocabulary", spec.vocab_axes, mesh)
+    # In float32, whatever the tables have: what is compared is the lookup.
+    spec = dataclasses.replace(spec, moments=ADAMW)
     dtype = config.model.compute_dtype
     tokens_spec = NamedSharding(mesh, token_spec())
     rows_spec = NamedSharding(mesh, token_spec(None, "tensor"))

@@ -12,6 +12,7 @@ from stem_jax.model.attention import refusal, resolve_backend
 from stem_jax.model.cost import count_parameters, training_flops_per_token
 from stem_jax.tables.host_memory import available_host_bytes
 from stem_jax.tables.host_store import HostStore
+from stem_jax.tables.spec import ADAMW, TableSpec
 from stem_jax.training.blueprint import Blueprint
 from stem_jax.training.state import abstract_state
 
@@ -103,7 +104,7 @@ def _table_lines(blueprint: Blueprint, working_sets: dict[str, int]) -> list[str
         for layer in config.model.stem_layers
     ] + [
         f"             {spec.optimizer}, {spec.num_rows} rows of {spec.vectors} x {spec.width}, "
-        f"{spec.num_rows // owners} a shard"
+        f"{spec.num_rows // owners} a shard{_format(spec)}"
     ]
     if spec.offloaded:
         tables = config.tables
@@ -113,6 +114,12 @@ def _table_lines(blueprint: Blueprint, working_sets: dict[str, int]) -> list[str
             f"look-ahead of {tables.prefetch} batches, {tables.cache_policy} cache"
         )
     return lines
+
+
+def _format(spec: TableSpec) -> str:
+    """How rows are kept, where it is not as usual."""
+    usual = (spec.row_format, spec.moments) == ("float32", ADAMW)
+    return "" if usual else f", {spec.row_format} with {spec.moments} moments"
 
 
 def _batch_lines(config: Config, mesh: Mesh) -> list[str]:

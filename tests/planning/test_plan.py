@@ -11,14 +11,16 @@ import pytest
 from stem_jax import cli, plan
 from stem_jax.errors import InputError
 from stem_jax.hardware import CHIPS, Chip
+from stem_jax.memory.catalogue import table_specs
 from stem_jax.mesh import make_mesh
 from stem_jax.parts import STEP
 from stem_jax.planning import compiled
 from stem_jax.planning import plan as plans
 from stem_jax.planning.plan_text import as_json, as_text
-from stem_jax.planning.program import train_step_program
+from stem_jax.planning.program import Program, naive_lookup_program, train_step_program
 from stem_jax.planning.topology import KNOWN, Topology
 from stem_jax.tables.hops import Hop
+from stem_jax.tables.sharded_table import ShardedTable
 
 pytestmark = pytest.mark.optimized
 
@@ -157,6 +159,29 @@ def test_a_plan_for_cpu_devices(capsys):
     assert found["open_ended_loops"] == 0
     assert found["memory"]["aliased"] > 0.9 * found["memory"]["arguments"] > 0
     assert found["roofline"] is None
+
+
+@pytest.mark.parametrize(
+    ("row_format", "moments", "of_rows", "of_moments"),
+    [("bfloat16", "adamw", 2, 4 * 128 + 4), ("bfloat16", "rowwise", 2, 4 + 4)],
+)
+def test_a_plan_counts_rows_in_their_format(
+    tiny_config, device_mesh, row_format, moments, of_rows, of_moments
+):
+    """One vector of 128 numbers; host memory has all fields of all rows."""
+    keys = {"model.vocab_size": 512, "model.ffn_dim": 128, "model.stem_layers": (1,)}
+    keys |= {"tables.row_format": row_format, "tables.moments": moments}
+    config = tiny_config(**keys, **{"tables.resident_rows": 256})
+    mesh = device_mesh((8, 1, 1))
+    exchange = ShardedTable(table_specs(config)["stem"], mesh, 16).exchange
+    found = plans._table_bytes(config, mesh, Program(None, 0, exchange))
+    assert found.rows == 256 * 128 * of_rows // 8
+    assert found.moments == 256 * of_moments // 8
+    assert found.host == 512 * (128 * of_rows + of_moments)
+    # Compared with a lookup in float32, which says nothing of formats.
+    plain = tiny_config(**{k: v for k, v in keys.items() if not k.startswith("tables.")})
+    sizes = {naive_lookup_program(c, mesh).argument_bytes for c in (config, plain)}
+    assert len(sizes) == 1
 
 
 def test_a_plan_reads_well_and_fails_clearly(monkeypatch, capsys):

@@ -23,6 +23,8 @@ from stem_jax.tables.spec import (
     table_shardings,
 )
 from stem_jax.tables.update_history import make_history
+from stem_jax.training.blueprint import Blueprint
+from stem_jax.training.start_report import describe_run
 from tests.tables.test_row_optimizer import ROWS, STEPS, make_spec, warmup_cosine, zipf_run
 
 FORMATS = [
@@ -234,3 +236,12 @@ def test_bytes_of_a_table_parameter(device_mesh, row_format, moments, expected):
     np.testing.assert_array_equal(store.blocks[0].arrays["rows"], logical(np.asarray(state.rows)))
     shardings = vars(table_shardings(spec, mesh))
     assert {n: a.sharding for n, a in vars(state).items()} == shardings
+
+
+def test_the_start_report_says_how_rows_are_kept(tiny_config, device_mesh):
+    mesh, said = device_mesh((1, 1, 1)), []
+    for keys in ({}, {"tables.row_format": "bfloat16", "tables.moments": "rowwise"}):
+        report = describe_run(Blueprint(tiny_config(**keys), mesh))
+        said.append([line for line in report.splitlines() if "deferred_adamw" in line])
+    assert [line.endswith("a shard") for (line,) in said] == [True, False]
+    assert said[1][0] == said[0][0] + ", bfloat16 with rowwise moments"
