@@ -245,3 +245,13 @@ def test_the_start_report_says_how_rows_are_kept(tiny_config, device_mesh):
         said.append([line for line in report.splitlines() if "deferred_adamw" in line])
     assert [line.endswith("a shard") for (line,) in said] == [True, False]
     assert said[1][0] == said[0][0] + ", bfloat16 with rowwise moments"
+
+
+def test_what_has_no_columns_is_saved_once(device_mesh):
+    """Of two blocks with the columns of the same rows, one writes v and last_step."""
+    spec = make_spec(layout=TableLayout(64, 32), moments="rowwise", row_format="bfloat16")
+    first, second = HostStore.zeros(spec, device_mesh((1, 1, 2))).blocks
+    assert (first.saves, second.saves) == ({"rows", "v", "last_step"}, {"rows"})
+    assert {name: array.shape for name, array in second.arrays.items()} == {
+        "rows": (64, 1, 8), "v": (64, 1), "last_step": (64,)
+    }  # fmt: skip
