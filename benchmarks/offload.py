@@ -157,7 +157,7 @@ def _result(args, config: Config, runs: dict[str, Run], seconds: dict) -> dict:
     result = {
         "shape": args.shape,
         "tokens_per_step": config.tokens_per_step,
-        "table_bytes_with_slots": 12 * spec.num_rows * spec.vectors * spec.width,
+        "table_bytes_with_slots": spec.num_rows * spec.row_bytes(),
         "resident_share": args.resident,
         "step_seconds": {
             name: statistics.median(times) / args.steps for name, times in seconds.items()

@@ -255,3 +255,24 @@ def test_what_has_no_columns_is_saved_once(device_mesh):
     assert {name: array.shape for name, array in second.arrays.items()} == {
         "rows": (64, 1, 8), "v": (64, 1), "last_step": (64,)
     }  # fmt: skip
+
+
+def test_a_snapshot_keeps_what_is_overwritten(device_mesh):
+    """Rows in bfloat16 on the shelf, and beside it what has a number for each vector."""
+    spec = make_spec(
+        layout=TableLayout(64, 32), vectors=3, moments="rowwise", row_format="bfloat16"
+    )
+    store, rng = HostStore.zeros(spec, device_mesh((1, 1, 1))), np.random.default_rng(0)
+    [block] = store.blocks
+    for array in block.arrays.values():
+        array[...] = rng.integers(1, 100, array.shape).astype(array.dtype)
+    before = {name: array.copy() for name, array in block.arrays.items()}
+    snapshot = store.snapshot()
+    rows = np.arange(10, 40)
+    store.write(block, rows, {name: np.zeros_like(array[rows]) for name, array in before.items()})
+    for name, expected in before.items():
+        found = np.concatenate([piece for _, piece in snapshot.pieces(0, name)])
+        np.testing.assert_array_equal(found, expected)
+        assert not np.any(np.float32(block.arrays[name][rows]))
+        snapshot.finish(name)
+    assert snapshot.closed
