@@ -64,7 +64,7 @@ def main() -> None:
     }
     tokenizer = load_tokenizer("bytes")
     decoding = {
-        name: Decoding(Generator(config, state.params, rows, tokenizer, mesh))
+        name: Decoding(Generator(config, state.params, {"stem": rows}, tokenizer, mesh))
         for name, rows in sources.items()
     }
     seconds = interleave(decoding, args.rounds)

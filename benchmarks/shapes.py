@@ -65,7 +65,7 @@ def main() -> None:
     for name, config in configs.items():
         step_seconds = statistics.median(seconds[name]) / args.steps
         rate = config.tokens_per_step / step_seconds
-        flops = rate * training_flops_per_token(config.model, config.train.seq_len)
+        flops = rate * training_flops_per_token(config, config.train.seq_len)
         result[name] = {
             "step_ms": round(1e3 * step_seconds, 2),
             "tokens_per_second": round(rate),

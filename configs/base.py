@@ -91,6 +91,42 @@ def get_config() -> config_dict.ConfigDict:
     config.tables.prefetch = 2  # batches that the loop looks ahead; 0: it waits for each one's rows
     config.tables.cache_policy = "lfu"  # which rows stay: lfu (with aging) or lru
 
+    # Memories beside STEM's, each with a table and an optimizer of its own (docs/memories.md). Of
+    # each: the layers that read it, as model.stem_layers; and what is its own, where None is the
+    # value of tables.*, of betas that of optimizer.*. resident_rows None: all of its rows.
+    own = {
+        "lr_multiplier": None,
+        "weight_decay": None,
+        "beta1": None,
+        "beta2": None,
+        "clip_norm": None,
+        "init_std": None,  # None: value D^-0.5 (nanochat), per_layer width^-0.5, ngram 0.02
+        "row_format": None,
+        "moments": None,
+        "resident_rows": None,
+    }
+
+    # Value embeddings: v += 3 sigmoid(W x)_head * row of the token.
+    config.value = config_dict.ConfigDict(own)
+    config.value.layers = config_dict.FieldReference("none", field_type=object)
+
+    # Per-layer embeddings: behind each FFN the token's row gates the residual stream (Gemma).
+    config.per_layer = config_dict.ConfigDict(own)
+    config.per_layer.layers = config_dict.FieldReference("none", field_type=object)
+    config.per_layer.width = 256  # P, of a row
+
+    # Hashed n-grams. reader: engram, before attention; value, as value embeddings; embedding, once
+    # before layer 0, whose layers are "0".
+    config.ngram = config_dict.ConfigDict(own)
+    config.ngram.layers = config_dict.FieldReference("none", field_type=object)
+    config.ngram.reader = "engram"
+    config.ngram.max_order = 3  # N: n-grams of 2 to N tokens
+    config.ngram.heads = 8  # H, hashes of each n-gram
+    config.ngram.keys_per_head = 2**20  # the primes of the hashes are the next ones; at least V
+    config.ngram.width = 1024  # of all rows that a layer reads of a token; (N - 1) H divides it
+    config.ngram.seed = 0  # of the hashes' multipliers
+    config.ngram.eos_id = None  # n-grams end at this token; None: that of the run's tokenizer
+
     config.data = config_dict.ConfigDict()
     # Comma-separated name=weight: built-in corpora (pydoc, stdlib, facts; synthetic: needles,
     # roll_calls, name_pairs), prepared token stores (folders), or text files ("data/*.jsonl.zst").

@@ -14,6 +14,8 @@ from stem_jax.config_keys import NOTHING, Key, Role, key
 
 # A pattern, or indices.
 _LAYERS = str | tuple[int, ...]
+# Of the memories beside STEM's, whose table has `tables`.
+MEMORY_SECTIONS = ("value", "per_layer", "ngram")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +29,11 @@ class ModelConfig:
     num_kv_heads: int = key(Role.SHAPE)
     head_dim: int = key(Role.SHAPE, written=int | None)
     ffn_dim: int = key(Role.SHAPE)
-    stem_layers: tuple[int, ...] = key(Role.SHAPE, written=_LAYERS, kind="stem")
+    stem_layers: tuple[int, ...] = key(Role.SHAPE, written=_LAYERS, layers=True, kind="stem")
     stem_site: str = key(Role.SHAPE, before="up", of_kind="stem")
-    hash_moe_layers: tuple[int, ...] = key(Role.SHAPE, written=_LAYERS, before=(), kind="hash_moe")
+    hash_moe_layers: tuple[int, ...] = key(
+        Role.SHAPE, written=_LAYERS, layers=True, before=(), kind="hash_moe"
+    )
     hash_moe_experts: int = key(Role.SHAPE, before=16, of_kind="hash_moe")
     tie_embeddings: bool = key(Role.SHAPE)
     token_embedding_dropout: float = key(Role.SHAPE, before=0.0)
@@ -79,6 +83,51 @@ class TablesConfig:
     resident_rows: int | None = key(Role.HARMLESS)
     prefetch: int = key(Role.HARMLESS)
     cache_policy: str = key(Role.HARMLESS)
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryConfig:
+    """What a memory beside STEM's has of its own. layers: that read it; none: there is no such.
+
+    None takes the value of the same key of `tables`, betas that of `optimizer`; of resident_rows it
+    means all.
+    """
+
+    layers: tuple[int, ...] = key(Role.SHAPE, written=_LAYERS, layers=True, before=())
+    lr_multiplier: float | None = key(Role.FIXED, before=None)
+    weight_decay: float | None = key(Role.FIXED, before=None)
+    beta1: float | None = key(Role.FIXED, before=None)
+    beta2: float | None = key(Role.FIXED, before=None)
+    clip_norm: float | None = key(Role.CONTINUED, before=None)
+    init_std: float | None = key(Role.CONTINUED, before=None)
+    row_format: str | None = key(Role.FIXED, before=None)
+    moments: str | None = key(Role.FIXED, before=None)
+    resident_rows: int | None = key(Role.HARMLESS, before=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueConfig(MemoryConfig):
+    """Value embeddings."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PerLayerConfig(MemoryConfig):
+    """Per-layer embeddings."""
+
+    width: int = key(Role.SHAPE, before=256)
+
+
+@dataclasses.dataclass(frozen=True)
+class NGramConfig(MemoryConfig):
+    """Hashed n-grams. eos_id: None until the run's tokenizer is known."""
+
+    reader: str = key(Role.SHAPE, before="engram")
+    max_order: int = key(Role.SHAPE, before=3)
+    heads: int = key(Role.SHAPE, before=8)
+    keys_per_head: int = key(Role.SHAPE, before=2**20)
+    width: int = key(Role.SHAPE, before=1024)
+    seed: int = key(Role.SHAPE, before=0)
+    eos_id: int | None = key(Role.SHAPE, before=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +236,9 @@ class Config:
 
     model: ModelConfig
     tables: TablesConfig
+    value: ValueConfig
+    per_layer: PerLayerConfig
+    ngram: NGramConfig
     data: DataConfig
     mesh: MeshConfig
     optimizer: OptimizerConfig
@@ -224,17 +276,17 @@ class Config:
         own = self.tables.init_std
         return (2.0 / fan_sum) ** 0.5 if own is None else own
 
-    def value(self, name: str) -> Any:
-        """Of a key "section.name"."""
+    def value_of(self, name: str) -> Any:
+        """The value of a key "section.name"."""
         section, _, field = name.partition(".")
         return getattr(getattr(self, section), field)
 
     def to_json(self) -> str:
         """As JSON, keys sorted; `config_file.config_from_json` reads it back."""
         raw = dataclasses.asdict(self)
-        for name in layer_lists():
+        for name in layer_keys():
             section, _, field = name.partition(".")
-            raw[section][field] = self.value(name) or "none"
+            raw[section][field] = self.value_of(name) or "none"
         return json.dumps(raw, indent=2, sort_keys=True) + "\n"
 
 
@@ -269,6 +321,11 @@ def layer_fields() -> dict[str, str]:
     return {key.kind: field for field, key in model_keys().items() if key.kind is not None}
 
 
+def layer_keys() -> list[str]:
+    """The keys that list layers, of a kind or that read a memory."""
+    return [name for name, key in declared_keys().items() if key.layers]
+
+
 def layer_lists() -> list[str]:
     """The keys that list the layers of a kind."""
     return [f"model.{field}" for field in layer_fields().values()]
@@ -281,4 +338,4 @@ def keys_of(*roles: Role) -> list[str]:
 
 def differing_keys(one: Config, other: Config) -> list[str]:
     """Keys whose values differ."""
-    return [name for name in declared_keys() if one.value(name) != other.value(name)]
+    return [name for name in declared_keys() if one.value_of(name) != other.value_of(name)]

@@ -5,7 +5,7 @@ Each check names the value, the field and the remedy.
 
 import math
 
-from stem_jax.config import Config, layer_lists
+from stem_jax.config import MEMORY_SECTIONS, Config, layer_keys, layer_lists
 from stem_jax.errors import InputError
 
 _CHOICES = {
@@ -17,6 +17,7 @@ _CHOICES = {
     "model.attention": ("auto", "xla", "chunked", "cudnn", "tokamax", "splash"),
     "model.rope_scaling": ("none", "llama3", "yarn"),
     "model.remat": ("none", "full", "attention", "dots", "offload"),
+    "ngram.reader": ("engram", "embedding", "value"),
     "tables.cache_policy": ("lfu", "lru"),
     "tables.optimizer": ("deferred_adamw", "lazy_adamw", "dense_adamw"),
     "tables.row_format": ("float32", "bfloat16"),
@@ -36,6 +37,7 @@ _AT_LEAST_ONE = [
     "model.num_kv_heads",
     "model.ffn_dim",
     "model.hash_moe_experts",
+    "per_layer.width",
     "tables.pad_multiple",
     "train.steps",
     "train.global_batch_size",
@@ -84,7 +86,7 @@ _OPTIONAL_POSITIVE = [
 def validate(config: Config) -> None:
     """Raises InputError for the first value that cannot work; returns nothing otherwise."""
     for key, allowed in _CHOICES.items():
-        if (value := config.value(key)) not in allowed:
+        if (value := config.value_of(key)) not in allowed:
             raise InputError(
                 f"{key}={value!r} is unknown; choose one of {', '.join(map(_word, allowed))}"
             )
@@ -97,6 +99,7 @@ def validate(config: Config) -> None:
     _check_range(
         config, ["tables.weight_decay"], lambda v: v is None or v >= 0, "0 or more, or none"
     )
+    _check_memories(config)
     _check_model(config)
     _check_optimizer(config)
     _check_tables(config)
@@ -109,8 +112,44 @@ def _word(choice: str | None) -> str:
 
 def _check_range(config: Config, keys: list[str], accepts, rule: str) -> None:
     for key in keys:
-        if not accepts(value := config.value(key)):
+        if not accepts(value := config.value_of(key)):
             raise InputError(f"{key}={value} must be {rule}")
+
+
+# Of each section of a memory beside STEM's; None takes another key's value, which is checked there.
+_OF_MEMORIES = {
+    "lr_multiplier": (lambda v: v > 0, "more than 0"),
+    "weight_decay": (lambda v: v >= 0, "0 or more"),
+    "beta1": (lambda v: 0 <= v < 1, "in [0, 1)"),
+    "beta2": (lambda v: 0 <= v < 1, "in [0, 1)"),
+    "clip_norm": (lambda v: v > 0, "more than 0"),
+    "init_std": (lambda v: v > 0, "more than 0"),
+    "row_format": (lambda v: v in _CHOICES["tables.row_format"], "float32 or bfloat16"),
+    "moments": (lambda v: v in _CHOICES["tables.moments"], "adamw or rowwise"),
+    "resident_rows": (lambda v: v > 0, "more than 0"),
+}
+
+
+def _check_memories(config: Config) -> None:
+    for section in MEMORY_SECTIONS:
+        own = getattr(config, section)
+        for field, (accepts, rule) in _OF_MEMORIES.items():
+            value = getattr(own, field)
+            if value is not None and not accepts(value):
+                raise InputError(f"{section}.{field}={value} must be {rule}, or none")
+        if not own.layers:
+            continue
+        keys = [
+            f"{'optimizer' if getattr(own, beta) is None else section}.{beta}"
+            for beta in ("beta1", "beta2")
+        ]
+        _check_coasting(config, own.moments or config.tables.moments, *keys)
+        if own.resident_rows is not None and config.tables.optimizer == "dense_adamw":
+            raise InputError(
+                f"{section}.resident_rows={own.resident_rows} needs an optimizer that touches only "
+                "the rows of a batch; tables.optimizer=dense_adamw moves every row in every step. "
+                "Use deferred_adamw"
+            )
 
 
 def _check_model(config: Config) -> None:
@@ -146,8 +185,8 @@ def _check_layers(config: Config) -> None:
     """Each layer is there, and of one kind."""
     count = config.model.num_layers
     listed_by: dict[int, str] = {}
-    for key in layer_lists():
-        layers = config.value(key)
+    for key in layer_keys():
+        layers = config.value_of(key)
         if any(not 0 <= layer < count for layer in layers):
             raise InputError(
                 f"{key}={layers} is out of range; layers count from 0 to {count - 1} "
@@ -155,6 +194,8 @@ def _check_layers(config: Config) -> None:
             )
         if list(layers) != sorted(set(layers)):
             raise InputError(f"{key}={layers} must be increasing, each layer once")
+    for key in layer_lists():
+        layers = config.value_of(key)
         for layer in layers:
             if layer in listed_by:
                 raise InputError(
@@ -196,13 +237,18 @@ def _check_tables(config: Config) -> None:
             "tables.optimizer=dense_adamw moves every row in every step. Use deferred_adamw, or "
             "leave tables.resident_rows unset"
         )
+    if config.model.stem_layers:
+        _check_coasting(config, config.tables.moments, "optimizer.beta1", "optimizer.beta2")
+
+
+def _check_coasting(config: Config, moments: str, key1: str, key2: str) -> None:
+    """Of the rows of one memory, whose betas have these keys."""
+    beta1, beta2 = config.value_of(key1), config.value_of(key2)
     # Without a first moment no row coasts.
-    adamw = config.tables.moments == "adamw"
-    deferred = adamw and config.tables.optimizer == "deferred_adamw"
-    beta1, beta2 = config.optimizer.beta1, config.optimizer.beta2
-    if deferred and config.model.stem_layers and beta1 >= max(beta2, 0) ** 0.5:
+    coasts = moments == "adamw" and config.tables.optimizer == "deferred_adamw"
+    if coasts and beta1 >= max(beta2, 0) ** 0.5:
         raise InputError(
-            f"optimizer.beta1={beta1} must be less than the square root of optimizer.beta2={beta2} "
+            f"{key1}={beta1} must be less than the square root of {key2}={beta2} "
             "for tables.optimizer=deferred_adamw: the steps a row missed would not die out; choose "
             "other betas, or tables.optimizer=dense_adamw"
         )

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stem_jax.config import Config, declared_keys, layer_lists
+from stem_jax.config import Config, declared_keys, layer_keys
 from stem_jax.config_checks import validate
 from stem_jax.config_keys import NOTHING
 from stem_jax.config_program import read_config_file
@@ -40,7 +40,7 @@ def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> Co
         raw[section][field] = _parse_override(text, _written_types().get(name))
     config = build(raw)
     for name, key in declared_keys().items():
-        if key.path and (value := config.value(name)) is not None:
+        if key.path and (value := config.value_of(name)) is not None:
             local_path(value, name)
     return config
 
@@ -54,14 +54,14 @@ def config_from_json(text: str) -> Config:
     raw = json.loads(text)
     for name, key in declared_keys().items():
         section, _, field = name.partition(".")
-        values = raw.get(section, {})
+        values = raw.setdefault(section, {})
         if key.formerly is not None:
             old_section, _, old = key.formerly.partition(".")
             if old in raw.get(old_section, {}):
                 values.setdefault(field, raw[old_section].pop(old))
         if key.before is not NOTHING:
             # Lists of layers are written so.
-            values.setdefault(field, "none" if key.before == () else key.before)
+            values.setdefault(field, "none" if key.layers else key.before)
     return build(raw)
 
 
@@ -92,11 +92,11 @@ def _values(section: str, raw: dict[str, dict[str, Any]]) -> Iterator[tuple[str,
 
 def _resolve(written: dict[str, Any]) -> None:
     """Puts what they stand for in the place of values that follow from others."""
-    for key in layer_lists():
+    for key in layer_keys():
         layers, count = written[key], written["model.num_layers"]
         chosen = layer_indices(key, layers, count)
         if layers != "none" and not chosen and count > 0:
-            raise InputError(f'{key} is empty; write "none" for a dense model')
+            raise InputError(f'{key} is empty; write "none" for no layers')
         written[key] = chosen
     width, heads = written["model.embed_dim"], written["model.num_heads"]
     if written["model.head_dim"] is None:

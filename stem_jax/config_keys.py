@@ -37,6 +37,7 @@ class Key:
         path: whether it names a file or a folder.
         kind: the kind of layer whose layers it lists.
         of_kind: the kind of layer without which it does nothing.
+        layers: whether it lists layers, by a pattern or by indices.
     """
 
     role: Role
@@ -46,6 +47,7 @@ class Key:
     path: bool = False
     kind: str | None = None
     of_kind: str | None = None
+    layers: bool = False
 
 
 def key(role: Role, **more: Any) -> Any:

@@ -19,6 +19,7 @@ from stem_jax.config import Config
 from stem_jax.data.loader import Share
 from stem_jax.errors import InputError
 from stem_jax.lock import Lock
+from stem_jax.memory.catalogue import with_eos
 from stem_jax.mesh import BATCH_AXES, axis_size, check_placement, make_mesh, own_batch_shards
 from stem_jax.processes.agreement import (
     PREPARING_SECONDS,
@@ -89,6 +90,7 @@ def _train(config: Config, workdir: Path, clock: StartClock, own_log: Path, lock
         mesh = make_mesh(config.mesh)
         info = _latest(workdir)
         if info is not None:
+            config = with_eos(config, info.config.ngram.eos_id)
             check_resumable(info.config, config, info.updates, info.past)
         under_way = info is not None and info.updates > 0
         check_mesh(config, mesh, under_way)
@@ -99,6 +101,7 @@ def _train(config: Config, workdir: Path, clock: StartClock, own_log: Path, lock
         origin = find_origin(config) if info is None else None
     latest, past = _behind(info, origin)
     data = _open_data(config, workdir, mesh, info, past.first_step)
+    config = with_eos(config, data.tokenizer.special.eos_id)
     record, owed = data_record(config, data), owes_validation(workdir, info)
     check_same(
         {"the newest checkpoint": str(latest), "the tokenizer": data.tokenizer.fingerprint}

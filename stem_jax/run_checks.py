@@ -11,9 +11,10 @@ import socket
 import jaxlib
 from jax.sharding import Mesh
 
-from stem_jax.config import Config
+from stem_jax.config import MEMORY_SECTIONS, Config
 from stem_jax.errors import InputError
 from stem_jax.kernels import float8
+from stem_jax.memory.catalogue import table_specs, with_eos
 from stem_jax.mesh import BATCH_AXES, axis_size, check_context
 from stem_jax.model.attention import check_heads, resolve_backend
 from stem_jax.processes.agreement import exchange
@@ -21,6 +22,7 @@ from stem_jax.tables.coast_groups import MOST_TERMS, num_terms
 from stem_jax.tables.host_memory import available_host_bytes, check_host_memory
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.row_slots import too_few_slots
+from stem_jax.tables.spec import ADAMW
 from stem_jax.training.run_data import RunData
 from stem_jax.training.schedule import ENDING, schedule_length
 from stem_jax.training.step import TrainStep
@@ -37,21 +39,25 @@ def check_first_start(config: Config) -> None:
         InputError: nothing to train, a schedule whose rates jump, or betas with which rows coast
             for too long.
     """
-    if not config.optimizer.trains_backbone and not config.model.stem_layers:
+    has_memories = config.model.stem_layers or any(
+        getattr(config, section).layers for section in MEMORY_SECTIONS
+    )
+    if not config.optimizer.trains_backbone and not has_memories:
         raise InputError(
             f"optimizer.train={config.optimizer.train} trains nothing: with model.stem_layers=none "
             "there are no tables; set it to all, or choose STEM layers"
         )
     _check_schedule(config)
-    beta1, beta2 = config.optimizer.beta1, config.optimizer.beta2
-    tables = config.tables
-    coasts = (tables.optimizer, tables.moments) == ("deferred_adamw", "adamw")
-    if config.model.stem_layers and coasts and (terms := num_terms(beta1, beta2)) > MOST_TERMS:
-        raise InputError(
-            f"optimizer.beta1={beta1} is so close to the square root of optimizer.beta2={beta2} "
-            f"that a row coasts for {terms:,} updates, of which tables.optimizer=deferred_adamw "
-            f"can make up for {MOST_TERMS:,}; choose other betas, or tables.optimizer=dense_adamw"
-        )
+    # Of sizes and rates: which token ends n-grams is not known yet.
+    for name, spec in table_specs(with_eos(config, 0)).items():
+        coasts = (spec.optimizer, spec.moments) == ("deferred_adamw", ADAMW)
+        if coasts and (terms := num_terms(spec.beta1, spec.beta2)) > MOST_TERMS:
+            raise InputError(
+                f"beta1={spec.beta1} is so close to the square root of beta2={spec.beta2} that a "
+                f"row of {name} coasts for {terms:,} updates, of which tables.optimizer="
+                f"deferred_adamw can make up for {MOST_TERMS:,}; choose other betas (optimizer's, "
+                "or the memory's own), or tables.optimizer=dense_adamw"
+            )
 
 
 def _check_schedule(config: Config) -> None:

@@ -13,7 +13,9 @@ from stem_jax.checkpoints.loading import LoadedRun
 from stem_jax.data.tokenizer import Tokenizer, load_tokenizer
 from stem_jax.generation.generator import Generator
 from stem_jax.generation.sampling import Sampling
-from stem_jax.model.transformer import Inputs
+from stem_jax.memory.catalogue import memories
+from stem_jax.model.inputs import Inputs
+from stem_jax.model.memory_rows import MemoryRows
 from stem_jax.training.blueprint import ModelDef
 from stem_jax.training.schedule import make_schedule
 from stem_jax.training.state import TrainState, init_state
@@ -104,15 +106,16 @@ def logits(run: LoadedRun, tokens_BxL: np.ndarray) -> np.ndarray:
     """Our logits [B, L, V] of whole sequences."""
     B, L = tokens_BxL.shape
     tokens = jnp.asarray(tokens_BxL, jnp.int32)
-    rows = run.rows.serve(tokens)
+    sources = MemoryRows(memories(run.config), run.rows)
+    rows = sources.serve(tokens)
 
     @jax.jit
     def forward(params, rows):
-        block, inverse = rows.block(tokens, run.config.model.compute_dtype)
+        ones, dtype = jnp.ones_like(tokens), run.config.model.compute_dtype
+        blocks, index = sources.blocks(rows, tokens, ones, dtype)
         positions = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), (B, L))
         model = ModelDef(run.config).bind(params)
-        hidden, _, _ = model(Inputs(tokens, inverse, positions, jnp.ones_like(tokens)), block)
-        return model.logits(hidden)
+        return model.logits(model(Inputs(tokens, positions, ones, index), blocks).hidden)
 
     return np.asarray(forward(run.params, rows))
 

@@ -64,8 +64,8 @@ def test_texts_of_before_a_key(tiny_config):
             del raw[section][field]
     earlier = config_from_json(json.dumps(raw))
     for name, key in declared_keys().items():
-        expected = config.value(name) if key.before is NOTHING else key.before
-        assert earlier.value(name) == expected, name
+        expected = config.value_of(name) if key.before is NOTHING else key.before
+        assert earlier.value_of(name) == expected, name
 
 
 def test_the_key_that_it_was(tiny_config):

@@ -276,7 +276,7 @@ REFUSED = [
     ({"model.stem_layers": (1, 4)}, "model.stem_layers=(1, 4) is out of range; layers count from"),
     ({"model.stem_layers": (3, 1)}, "model.stem_layers=(3, 1) must be increasing, each layer once"),
     ({"model.stem_layers": (1, 1)}, "model.stem_layers=(1, 1) must be increasing, each layer once"),
-    ({"model.stem_layers": ()}, 'model.stem_layers is empty; write "none" for a dense model'),
+    ({"model.stem_layers": ()}, 'model.stem_layers is empty; write "none" for no layers'),
     ({"tables.vocab_axes": ("tensor",)}, "tables.vocab_axes=('tensor',) must be a selection of"),
     ({"tables.vocab_axes": ("data", "data")}, "must be a selection of data, fsdp"),
     ({"optimizer.beta1": 1.0}, "optimizer.beta1=1.0 must be in [0, 1)"),

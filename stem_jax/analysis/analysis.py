@@ -51,7 +51,7 @@ class Subject:
         run = load_run(workdir, step, resident_rows, flag)
         clips = run.config.optimizer.clip_norm, run.config.tables.clip_norm
         stability = read_stability(workdir, run.step, *clips)
-        return cls(workdir, run, count_parameters(run.config.model), stability)
+        return cls(workdir, run, count_parameters(run.config), stability)
 
     def record(self) -> dict[str, Any]:
         """As JSON, without the training."""
@@ -232,4 +232,4 @@ def _differences(own: Subject, dense: Subject) -> list[tuple[str, Any, Any]]:
     ]
     steps = own.run.step, dense.run.step
     found = [] if steps[0] == steps[1] else [("checkpoint", *steps)]
-    return found + [(key, mine.value(key), theirs.value(key)) for key in compared]
+    return found + [(key, mine.value_of(key), theirs.value_of(key)) for key in compared]

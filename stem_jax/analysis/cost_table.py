@@ -7,7 +7,6 @@ from stem_jax.analysis.flop_check import PROGRAMS, FlopCheck, cache_slots, check
 from stem_jax.analysis.flop_check import checked_config as cut
 from stem_jax.config import Config
 from stem_jax.layer_patterns import layer_indices
-from stem_jax.memory.catalogue import read_row_format
 from stem_jax.model.cost import (
     count_parameters,
     decode_reads,
@@ -57,18 +56,17 @@ def _with_stem_layers(config: Config, stem_layers: str | tuple[int, ...]) -> Con
 
 def _record(config: Config, name: str) -> dict[str, Any]:
     model, context, slots = config.model, config.train.seq_len, cache_slots(config)
-    row_format = read_row_format(config)
-    count, reads = count_parameters(model), decode_reads(model, slots, row_format)
-    prefill = generation_flops(model, context, context).matmul
-    cacheless = decode_reads(model, 0, row_format).bytes
+    count, reads = count_parameters(config), decode_reads(config, slots)
+    prefill = generation_flops(config, context, context).matmul
+    cacheless = decode_reads(config, 0).bytes
     return {
         "pattern": name,
         "stem_layers": list(model.stem_layers),
         "active": count.active,
         "table": count.table,
-        "training_flops": training_flops_per_token(model, context),
+        "training_flops": training_flops_per_token(config, context),
         "prefill_flops": prefill / context,
-        "decode_flops": generation_flops(model, 1, slots).matmul,
+        "decode_flops": generation_flops(config, 1, slots).matmul,
         "read_parameters": reads.backbone + reads.row,
         "read_bytes": reads.bytes,
         "cache_bytes": reads.bytes - cacheless,

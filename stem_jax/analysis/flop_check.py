@@ -23,7 +23,7 @@ from stem_jax.mesh import make_mesh
 from stem_jax.model.cost import generation_flops, training_flops_per_token
 from stem_jax.model.layer_plan import layer_kinds, with_layers
 from stem_jax.planning.program import train_step_program
-from stem_jax.tables.row_source import NoRows, ResidentRows, RowSource
+from stem_jax.tables.row_source import ResidentRows
 from stem_jax.tables.spec import abstract_table
 from stem_jax.training.blueprint import ModelDef
 
@@ -110,7 +110,7 @@ def check_flops(config: Config, programs: Sequence[str] = PROGRAMS) -> list[Flop
     if "training" in programs:
         mesh = make_mesh(config.mesh, jax.devices()[:1])
         lowered = train_step_program(config, mesh, all_distinct=True).lowered
-        matmul = training_flops_per_token(config.model, config.train.seq_len)
+        matmul = training_flops_per_token(config, config.train.seq_len)
         matmul *= config.tokens_per_step
         stem = config.model.stem_layers
         found.append(FlopCheck("training", stem, matmul, 0, 0, _count(lowered)))
@@ -124,9 +124,10 @@ def cache_slots(config: Config) -> int:
 
 def _generation(config: Config, programs: Sequence[str]) -> list[FlopCheck]:
     model, length, slots = config.model, config.train.seq_len, cache_slots(config)
-    rows: RowSource = NoRows()
-    for spec in table_specs(config).values():
-        rows = ResidentRows(abstract_table(spec).rows, spec, None)
+    rows = {
+        name: ResidentRows(abstract_table(spec).rows, spec, None)
+        for name, spec in table_specs(config).items()
+    }
     params: Any = ModelDef(config).shapes()
     generator = Generator(config, params, rows, None)
     tokens_1xL = jax.ShapeDtypeStruct((1, length), jnp.int32)
@@ -137,7 +138,7 @@ def _generation(config: Config, programs: Sequence[str]) -> list[FlopCheck]:
     sampling = _sampling(model, seeds_1, scalars)
 
     def check(program: str, lowered: jax.stages.Lowered, length: int, met: int) -> FlopCheck:
-        flops = generation_flops(model, length, met)
+        flops = generation_flops(config, length, met)
         terms = (flops.matmul, flops.elementwise, sampling)
         return FlopCheck(program, model.stem_layers, *terms, _count(lowered))
 

@@ -16,8 +16,9 @@ import numpy as np
 from stem_jax.data.loader import HostBatch
 from stem_jax.kernels.row_sums import order_of, sum_by_row, way_on
 from stem_jax.model.ffn import DenseFFN
+from stem_jax.model.inputs import Inputs
 from stem_jax.model.rotary import rotary_angles
-from stem_jax.model.transformer import Inputs, Transformer
+from stem_jax.model.transformer import Transformer
 from stem_jax.training.batch import Batch
 from stem_jax.training.blueprint import Params
 from stem_jax.training.step import TrainStep
@@ -81,9 +82,7 @@ class UpMeans:
 def _ffn_inputs(model: Transformer, batch: Batch, layers: tuple[int, ...]) -> list[jax.Array]:
     """What the feed-forward layers read: [B, L, D] for each of some layers."""
     streams: list[jax.Array] = []
-    nowhere = jnp.zeros_like(batch.tokens)
-    inputs = Inputs(batch.tokens, nowhere, batch.positions, batch.segment_ids)
-    model(inputs, None, collect=streams)
+    model(Inputs(batch.tokens, batch.positions, batch.segment_ids), {}, collect=streams)
     angles = rotary_angles(batch.positions, model.config)
     vectors = []
     for layer in layers:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,13 @@ from stem_jax.config import Config, model_keys
 from stem_jax.config_checks import validate
 from stem_jax.data.tokenizer import Tokenizer, load_tokenizer_folder
 from stem_jax.errors import InputError
-from stem_jax.memory.catalogue import read_row_format, table_specs
-from stem_jax.memory.memory import STEM
+from stem_jax.memory.catalogue import read_row_format
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.offloaded_rows import OffloadedRows, caught_up_store
-from stem_jax.tables.row_source import NoRows, ResidentRows, RowSource
+from stem_jax.tables.row_source import ResidentRows, RowSource
 from stem_jax.tables.sharded_table import ShardedTable
-from stem_jax.tables.spec import TableState
+from stem_jax.tables.spec import TableSpec, TableState
+from stem_jax.tables.update_history import UpdateHistory
 from stem_jax.training.blueprint import Blueprint, Params
 from stem_jax.training.schedule import make_schedule
 from stem_jax.training.state import abstract_state
@@ -35,13 +35,14 @@ class LoadedRun:
     """A checkpoint of a run on devices of this process.
 
     config: as trained, but for the mesh and the attention kernel, which are this machine's.
-    step: of the checkpoint. params: backbone by dotted name. rows: up to date, wherever they lie.
+    step: of the checkpoint. params: backbone by dotted name. rows: of each memory, up to date,
+    wherever they lie.
     """
 
     config: Config
     step: int
     params: Params
-    rows: RowSource
+    rows: Mapping[str, RowSource]
     tokenizer: Tokenizer
     mesh: Mesh
 
@@ -53,7 +54,12 @@ class LoadedRun:
 
     def close(self) -> None:
         """Ends the threads that bring rows from the host, if there are any."""
-        self.rows.close()
+        for source in self.rows.values():
+            source.close()
+
+    def with_rows(self, name: str, rows: RowSource) -> "LoadedRun":
+        """The run with other rows of a memory."""
+        return dataclasses.replace(self, rows={**self.rows, name: rows})
 
 
 def checkpoint_fingerprint(
@@ -168,27 +174,27 @@ def load_run(
         }
         abstract = dataclasses.replace(abstract, params=copies)
         params, tables = found.checkpoints.restore_model(found.step, abstract, stores)
-    rows = _rows(config, info, tables.get(STEM), stores.get(STEM), mesh)
+    schedule = make_schedule(config, info.updates + 1, past=info.past)
+    rows: dict[str, RowSource] = {}
+    for name, spec in blueprint.specs.items():
+        history, row_format = schedule.tables[name], read_row_format(config, spec)
+        if name in stores:
+            store = caught_up_store(stores[name], info.updates, history, row_format)
+            rows[name] = OffloadedRows(store, mesh, config.tables.cache_policy)
+        else:
+            rows[name] = _resident_rows(spec, tables[name], info.updates, history, row_format, mesh)
     return LoadedRun(config, found.step, params, rows, found.tokenizer, mesh)
 
 
-def _rows(
-    config: Config,
-    info: CheckpointInfo,
-    table: TableState | None,
-    store: HostStore | None,
+def _resident_rows(
+    spec: TableSpec,
+    table: TableState,
+    updates: int,
+    history: UpdateHistory,
+    row_format: str,
     mesh: Mesh,
 ) -> RowSource:
     """The rows as the next training step would see them; the checkpoint holds some that lag."""
-    if not (specs := table_specs(config)):
-        return NoRows()
-    updates, spec = info.updates, specs[STEM]
-    history = make_schedule(config, updates + 1, past=info.past).tables[STEM]
-    row_format = read_row_format(config)
-    if store is not None:
-        store = caught_up_store(store, updates, history, row_format)
-        return OffloadedRows(store, mesh, config.tables.cache_policy)
-    assert table is not None, "rows are in the store or on the devices"
 
     def caught_up(rows, others) -> jax.Array:
         table = dataclasses.replace(others, rows=rows)

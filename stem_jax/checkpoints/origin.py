@@ -96,7 +96,7 @@ def find_origin(config: Config) -> Origin | None:
 
 def _check_shapes(key: str, folder: Path, there: Config, here: Config) -> None:
     for shaping in keys_of(Role.SHAPE):
-        before, now = there.value(shaping), here.value(shaping)
+        before, now = there.value_of(shaping), here.value_of(shaping)
         if before != now:
             raise InputError(
                 f"{key}={folder} was trained with {shaping}={before}, this run has {now}; "

@@ -6,7 +6,7 @@ from its step alone.
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Self
 
 import grain
@@ -16,6 +16,10 @@ from stem_jax.data.token_store import TokenStore
 from stem_jax.errors import InputError
 
 HostBatch = dict[str, np.ndarray]
+# Keys of rows, by (tokens, segment ids), for what they belong to; they go with the batch under that
+# name behind this prefix.
+KeysOf = Callable[[np.ndarray, np.ndarray], Mapping[str, np.ndarray]]
+KEYS = "keys of "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +71,7 @@ class GlobalBatches:
         first_step: int = 0,
         num_threads: int = 4,
         prefetch: int = 8,
+        keys_of: KeysOf | None = None,
     ):
         """stores: (store, weight); a batch holds rows in proportion to the weights.
 
@@ -74,6 +79,7 @@ class GlobalBatches:
         share: the parts of a batch that this process reads.
         first_step: the number of the first batch; there are none before.
         prefetch: batches that `iterate` reads ahead, on `num_threads` threads.
+        keys_of: gives keys that go with each batch, made on these threads.
         Raises InputError if the batch does not divide into parts, a weight is not positive, or a
         store is shorter than a row.
         """
@@ -95,7 +101,7 @@ class GlobalBatches:
         mixture = grain.MapDataset.mix(sources, weights)
         # Dropping a remainder that never comes: grain rounds the other length up past sys.maxsize.
         parts = mixture.batch(rows_of_part, drop_remainder=True)
-        self._batches = grain.MapDataset.source(_Shares(parts, share))
+        self._batches = grain.MapDataset.source(_Shares(parts, share, keys_of))
         self._first_step = first_step
         self._read_options = grain.ReadOptions(
             num_threads=num_threads, prefetch_buffer_size=prefetch
@@ -164,6 +170,7 @@ class ValidationBatches:
         global_batch_size: int,
         share: Share = WHOLE,
         max_batches: int | None = None,
+        keys_of: KeysOf | None = None,
     ):
         """Raises InputError if there is no store, or the batch does not divide into parts."""
         if not stores:
@@ -173,6 +180,7 @@ class ValidationBatches:
         self.stores = tuple(stores)
         self._seq_len = seq_len
         self._global_batch_size = global_batch_size
+        self._keys_of = keys_of
         rows_of_part = share.rows_of_part(global_batch_size)
         # Rows of this process in a global batch.
         self._own_rows = [
@@ -206,7 +214,9 @@ class ValidationBatches:
             raise IndexError(f"validation batch {index} of {self.num_batches}")
         first = index * self._global_batch_size
         rows = [self._row(first + offset) for offset in self._own_rows]
-        return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+        return _with_keys(
+            {key: np.stack([row[key] for row in rows]) for key in rows[0]}, self._keys_of
+        )
 
     def document_ids(self) -> Iterator[np.ndarray]:
         """Ids [n] of each document that is scored, up to its last scored token, in order.
@@ -266,9 +276,10 @@ class _Rows:
 class _Shares:
     """A process's share of each global batch, from a data set of the parts of all batches."""
 
-    def __init__(self, parts: grain.MapDataset, share: Share):
+    def __init__(self, parts: grain.MapDataset, share: Share, keys_of: KeysOf | None):
         self._parts = parts
         self._share = share
+        self._keys_of = keys_of
 
     def __len__(self) -> int:
         return sys.maxsize // self._share.num_parts
@@ -276,7 +287,15 @@ class _Shares:
     def __getitem__(self, step: int) -> HostBatch:
         first = int(step) * self._share.num_parts
         found = [self._parts[first + part] for part in self._share.parts]
-        return {key: np.concatenate([part[key] for part in found]) for key in found[0]}
+        batch = {key: np.concatenate([part[key] for part in found]) for key in found[0]}
+        return _with_keys(batch, self._keys_of)
 
     def __repr__(self) -> str:
         return f"_Shares({self._share})"
+
+
+def _with_keys(batch: HostBatch, keys_of: KeysOf | None) -> HostBatch:
+    if keys_of is None:
+        return batch
+    keys = keys_of(batch["tokens"], batch["segment_ids"])
+    return batch | {f"{KEYS}{name}": array for name, array in keys.items()}

@@ -11,7 +11,9 @@ import numpy as np
 from stem_jax.checkpoints.loading import LoadedRun
 from stem_jax.generation.generator import Generator
 from stem_jax.generation.sampling import Sampling
+from stem_jax.memory.catalogue import memories
 from stem_jax.model.cache import NewCache
+from stem_jax.model.memory_rows import MemoryRows
 
 _COLUMN = 46
 _GREEDY = Sampling(0.0, 0, 1.0)
@@ -77,7 +79,8 @@ def _probabilities(
     program: Callable, generator: Generator, run: LoadedRun, prompt: str
 ) -> np.ndarray:
     tokens_1xL = jnp.asarray([generator.encode(prompt)], jnp.int32)
-    return np.asarray(program(run.params, run.rows.serve(tokens_1xL), tokens_1xL))
+    rows = MemoryRows(memories(run.config), run.rows).serve(tokens_1xL)
+    return np.asarray(program(run.params, rows, tokens_1xL))
 
 
 def _prompt_program(generator: Generator) -> Callable:

@@ -11,6 +11,7 @@ from stem_jax.editing.measurement import lay_edits
 from stem_jax.editing.swaps import swap_recipes
 from stem_jax.generation.generator import Generator
 from stem_jax.generation.sampling import Sampling
+from stem_jax.memory.memory import STEM
 from stem_jax.tables.overlaid_rows import SequenceKeys
 
 # Of the n-gram entropies, as for CounterFact.
@@ -54,7 +55,8 @@ def fluency(
     keys += laid.keys
     assert laid.rows is not None
     rows = SequenceKeys(laid.rows, run.config.model.vocab_size, keys)
-    generator = Generator(run.config, run.params, rows, run.tokenizer, run.mesh)
+    of_run = run.with_rows(STEM, rows).rows
+    generator = Generator(run.config, run.params, of_run, run.tokenizer, run.mesh)
     prompts = 2 * [case.prompt for case in chosen]
     completions = generator.complete(prompts, max_new_tokens, _SAMPLING, batch_size=len(prompts))
     entropies = [ngram_entropy(found.text) for found in completions]

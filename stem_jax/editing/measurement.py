@@ -19,6 +19,7 @@ from stem_jax.errors import InputError
 from stem_jax.evaluation.answers import Question, Verdict, answer_all
 from stem_jax.evaluation.progress import bars_off
 from stem_jax.evaluation.scoring import Scorer
+from stem_jax.memory.memory import STEM
 from stem_jax.tables.overlaid_rows import OverlaidRows
 
 NOT_READ = "not read"
@@ -156,8 +157,8 @@ def lay_edits(
         keys.append({recipe.token_id: number + i for i, recipe in enumerate(recipes)})
         number += len(recipes)
     # No token id is led anywhere for all questions alike.
-    rows = OverlaidRows(run.rows, V, rows_ExSxF, np.full(len(flat), -1))
-    return LaidEdits(dataclasses.replace(run, rows=rows), keys, rows)
+    rows = OverlaidRows(run.rows[STEM], V, rows_ExSxF, np.full(len(flat), -1))
+    return LaidEdits(run.with_rows(STEM, rows), keys, rows)
 
 
 def _embedded(case: EditCase, recipes: Sequence[RowRecipe]) -> dict[int, int]:

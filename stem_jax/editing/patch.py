@@ -25,6 +25,7 @@ from stem_jax.editing.array_file import FLOAT32, INTEGERS, check_rows, read_arra
 from stem_jax.editing.swaps import RowRecipe
 from stem_jax.errors import InputError
 from stem_jax.files import check_writable, write_whole
+from stem_jax.memory.memory import STEM
 from stem_jax.tables.overlaid_rows import OverlaidRows
 from stem_jax.tables.row_source import RowSource, ServedRows
 from stem_jax.tables.spec import logical
@@ -312,14 +313,16 @@ def edited_run(run: LoadedRun, patches: Sequence[Patch], beside: Sequence[Patch]
     stack = stack_of(run, patches)
     ids = stack_of(run, [*patches, *beside]).token_ids
     rows = stack.apply(ids, read_rows(run, ids))
-    laid = OverlaidRows(run.rows, run.config.model.vocab_size, rows, ids)
-    return dataclasses.replace(run, rows=laid)
+    laid = OverlaidRows(run.rows[STEM], run.config.model.vocab_size, rows, ids)
+    return run.with_rows(STEM, laid)
 
 
 def read_rows(run: LoadedRun, ids_n: np.ndarray) -> np.ndarray:
     """Rows [n, S, F] float32 of token ids, read in pieces: an offloaded table has few slots."""
     size = min(_PIECE, run.config.tables.resident_rows or _PIECE)
-    pieces = [_read_piece(run.rows, ids_n[at : at + size]) for at in range(0, len(ids_n), size)]
+    pieces = [
+        _read_piece(run.rows[STEM], ids_n[at : at + size]) for at in range(0, len(ids_n), size)
+    ]
     return np.concatenate(pieces)
 
 

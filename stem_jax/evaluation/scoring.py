@@ -21,9 +21,13 @@ from stem_jax.errors import InputError
 from stem_jax.evaluation.division import divide
 from stem_jax.evaluation.limits import check_batch_size
 from stem_jax.kernels.head_loss import head_loss
+from stem_jax.memory.catalogue import memories
+from stem_jax.memory.memory import STEM
 from stem_jax.mesh import BATCH_AXES, axis_size, divided, replicated
 from stem_jax.model.attention import resolve_backend
-from stem_jax.model.transformer import Inputs, Transformer
+from stem_jax.model.inputs import Inputs
+from stem_jax.model.memory_rows import MemoryRows
+from stem_jax.model.transformer import Transformer
 from stem_jax.training.blueprint import ModelDef
 
 _SMALLEST_BUCKET = 16
@@ -60,6 +64,7 @@ class Scorer:
         model = dataclasses.replace(run.config.model, remat="none", scan_layers=False)
         self._config = dataclasses.replace(run.config, model=model)
         self._model = ModelDef(self._config, divided(run.mesh))
+        self._rows = MemoryRows(memories(self._config), run.rows)
         splash = resolve_backend(model, run.mesh) == "splash"
         self._smallest = _SMALLEST_SPLASH_BUCKET if splash else _SMALLEST_BUCKET
         self._whole = replicated(run.mesh)
@@ -81,8 +86,8 @@ class Scorer:
         Args:
             sequences: of 2 to `context` + 1 ids, the same in every process.
             on_scored: called with a number of sequences whenever that many more are done.
-            keys: of the rows that are read at the ids of each sequence, as the run's row source
-                knows them; None: the ids.
+            keys: of STEM's rows that are read at the ids of each sequence, as the run's source of
+                them knows them; None: the ids.
 
         Raises:
             InputError: a sequence of another length, an unknown id, or batches with more distinct
@@ -129,7 +134,8 @@ class Scorer:
         tokens_BxL, targets_BxL, lengths_B, keys_BxL = (
             jax.device_put(x, self._whole) for x in arrays
         )
-        rows = self._run.rows.serve(keys_BxL)
+        segment_ids_BxL = _within(lengths_B, length)
+        rows = self._rows.serve(tokens_BxL, segment_ids_BxL, keys={STEM: keys_BxL})
         return self.program(self._run.params, rows, tokens_BxL, targets_BxL, lengths_B, keys_BxL)
 
     def _bucket(self, length: int) -> int:
@@ -141,10 +147,11 @@ class Scorer:
         B, L = tokens_BxL.shape
         model = self._model.bind(params)
         positions_BxL = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), (B, L))
-        segment_ids_BxL = (positions_BxL < lengths_B[:, None]).astype(jnp.int32)
-        rows_SxUxF, inverse_BxL = rows.block(keys_BxL, self._config.model.compute_dtype)
-        inputs = Inputs(tokens_BxL, inverse_BxL, positions_BxL, segment_ids_BxL)
-        hidden_BxLxD = model(inputs, rows_SxUxF).hidden
+        segment_ids_BxL = _within(lengths_B, L)
+        dtype, keys = self._config.model.compute_dtype, {STEM: keys_BxL}
+        blocks, index = self._rows.blocks(rows, tokens_BxL, segment_ids_BxL, dtype, keys=keys)
+        inputs = Inputs(tokens_BxL, positions_BxL, segment_ids_BxL, index)
+        hidden_BxLxD = model(inputs, blocks).hidden
         chunk = max(1, _LOGITS_BYTES // (4 * B * self._config.model.vocab_size))
         if chunk >= L:
             return _chunk_scores(model, hidden_BxLxD, targets_BxL)
@@ -170,6 +177,10 @@ class Scorer:
                     f"sequence {number} has ids from {min(ids)} to {max(ids)}, the model knows 0 "
                     f"to {vocab_size - 1}; use the tokenizer that it was trained with"
                 )
+
+
+def _within(lengths_B: jax.Array, length: int) -> jax.Array:
+    return (jnp.arange(length) < lengths_B[:, None]).astype(jnp.int32)
 
 
 def _read(batch: _Batch, scores: tuple[jax.Array, jax.Array]) -> list[Scores]:

@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,9 +24,11 @@ from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
 from stem_jax.generation.completion import Completion, Progress
 from stem_jax.generation.sampling import Sampling, sample
+from stem_jax.memory.catalogue import memories
 from stem_jax.mesh import BATCH_AXES, axis_size, batch_sharding, divided, replicated
 from stem_jax.model.cache import LayerCache, NewCache
-from stem_jax.model.transformer import Inputs
+from stem_jax.model.inputs import Inputs
+from stem_jax.model.memory_rows import MemoryRows, last_tokens
 from stem_jax.tables.row_source import RowSource, ServedRows
 from stem_jax.training.blueprint import ModelDef, Params
 
@@ -38,10 +40,14 @@ _SMALLEST_BUCKET = 16
 class DecodeState:
     """What a decode step replaces.
 
-    caches: one per layer. seeds: [B] uint32. step: scalar int32, tokens drawn so far.
+    caches: one per layer. readers: see `Outputs.states`. before: [B, R] int32, the tokens before
+    the next that keys of rows depend on; None without such. seeds: [B] uint32. step: scalar int32,
+    tokens drawn so far.
     """
 
     caches: list[LayerCache]
+    readers: list[dict[str, Any]]
+    before: jax.Array | None
     seeds: jax.Array
     step: jax.Array
 
@@ -53,12 +59,12 @@ class Generator:
         self,
         config: Config,
         params: Params,
-        rows: RowSource,
+        rows: Mapping[str, RowSource],
         tokenizer: Tokenizer | None,
         mesh: Mesh | None = None,
     ):
-        """Args: `rows` are up to date; without `tokenizer` only the programs can be had; `mesh` is
-        where rows and parameters lie, None for one device without a mesh.
+        """Args: `rows` of each memory are up to date; without `tokenizer` only the programs can be
+        had; `mesh` is where rows and parameters lie, None for one device without a mesh.
 
         Several devices divide the batch over the batch axes, and the heads of a cache over
         `tensor`.
@@ -68,7 +74,7 @@ class Generator:
         self.config = dataclasses.replace(config, model=model)
         self.tokenizer = tokenizer
         self._params = params
-        self._rows = rows
+        self._rows = MemoryRows(memories(config), rows)
         self._model = ModelDef(self.config, divided(mesh))
         self._shards = 1 if mesh is None else axis_size(mesh, BATCH_AXES)
         # Ids that decode to nothing are never drawn; mostly there are none.
@@ -81,10 +87,10 @@ class Generator:
         self.prefill = jax.jit(self._prefill, static_argnames="slots", out_shardings=places)
         self.decode = jax.jit(self._decode, donate_argnames="state", out_shardings=places)
 
-    def with_rows(self, rows: RowSource) -> "Generator":
+    def with_rows(self, rows: Mapping[str, RowSource]) -> "Generator":
         """The same programs on other rows; rows of the same kind and number compile nothing."""
         other = copy.copy(self)
-        other._rows = rows
+        other._rows = MemoryRows(self._rows.memories, rows)
         return other
 
     @property
@@ -178,11 +184,12 @@ class Generator:
         missing = -len(prompts) % self._shards
         batch = [*prompts, *[prompts[0]] * missing]
         tokens_BxL = self._place(_padded(batch, length))
+        lengths_B = np.array([*map(len, batch)], np.int32)
         token_B, state = self.prefill(
             self._params,
-            self._rows.serve(tokens_BxL),
+            self._rows.serve(tokens_BxL, self._place(_within(lengths_B, length))),
             tokens_BxL,
-            self._place(np.array([*map(len, batch)], np.int32)),
+            self._place(lengths_B),
             self._place(np.pad(seeds_B, (0, missing))),
             scalars,
             slots=_bucket(length + last),
@@ -192,7 +199,7 @@ class Generator:
         for step in range(last + 1):
             next_B = None
             if step < last:
-                rows = self._rows.serve(token_B)
+                rows = self._rows.serve(token_B[:, None], before_BxR=state.before)
                 next_B, state = self.decode(self._params, rows, token_B, scalars, state=state)
             read = np.asarray(token_B).tolist()[: len(prompts)]
             yield [None if end else token for end, token in zip(ended, read)]
@@ -207,15 +214,17 @@ class Generator:
     def _prefill(self, params, rows, tokens_BxL, lengths_B, seeds_B, scalars, *, slots: int):
         """The first new token [B], and the state after the prompts."""
         begun = [NewCache(slots)] * self.config.model.num_layers
-        logits_BxV, caches = self.advance(params, rows, tokens_BxL, lengths_B, begun)
-        first = DecodeState(caches, seeds_B, jnp.int32(1))
+        logits_BxV, read = self.advance(params, rows, tokens_BxL, lengths_B, begun)
+        first = DecodeState(*read, seeds_B, jnp.int32(1))
         return self._draw(logits_BxV, seeds_B, jnp.int32(0), scalars), first
 
     def _decode(self, params, rows, token_B, scalars, *, state: DecodeState):
         """The token [B] that follows `token_B`, and the state after it."""
         ones_B = jnp.ones_like(token_B)
-        logits_BxV, caches = self.advance(params, rows, token_B[:, None], ones_B, state.caches)
-        following = DecodeState(caches, state.seeds, state.step + 1)
+        logits_BxV, read = self.advance(
+            params, rows, token_B[:, None], ones_B, state.caches, state.readers, state.before
+        )
+        following = DecodeState(*read, state.seeds, state.step + 1)
         return self._draw(logits_BxV, state.seeds, state.step, scalars), following
 
     def _draw(self, logits_BxV, seeds_B, step, scalars):
@@ -226,29 +235,37 @@ class Generator:
     def advance(
         self,
         params: Params,
-        rows: ServedRows,
+        rows: Mapping[str, ServedRows],
         tokens_BxL: jax.Array,
         lengths_B: jax.Array,
         caches: list[NewCache] | list[LayerCache],
-    ) -> tuple[jax.Array, list[LayerCache]]:
+        readers: list[dict[str, Any]] | None = None,
+        before_BxR: jax.Array | None = None,
+    ) -> tuple[jax.Array, tuple[list[LayerCache], list[dict[str, Any]], jax.Array | None]]:
         """Reads the first `lengths_B` of L tokens, one or more of each sequence.
 
+        Args:
+            caches, readers, before_BxR: see `DecodeState`.
+
         Returns:
-            Float32 logits [B, V] after the last that was read, and the longer caches.
+            Float32 logits [B, V] after the last that was read, and these three after it.
         """
-        model = self._model.bind(params)
-        rows_SxUxF, inverse_BxL = rows.block(tokens_BxL, self.config.model.compute_dtype)
-        places_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
+        model, length = self._model.bind(params), tokens_BxL.shape[1]
+        places_BxL = jnp.broadcast_to(jnp.arange(length), tokens_BxL.shape)
         first, positions_BxL = caches[0], places_BxL
         if isinstance(first, LayerCache):
             positions_BxL = places_BxL + first.lengths[:, None]
-        segment_ids_BxL = (places_BxL < lengths_B[:, None]).astype(jnp.int32)
-        inputs = Inputs(tokens_BxL, inverse_BxL, positions_BxL, segment_ids_BxL)
-        hidden_BxLxD, longer, _ = model(inputs, rows_SxUxF, caches)
-        assert longer is not None
+        segment_ids_BxL = _within(lengths_B, length)
+        blocks, index = self._rows.blocks(
+            rows, tokens_BxL, segment_ids_BxL, self.config.model.compute_dtype, before_BxR
+        )
+        inputs = Inputs(tokens_BxL, positions_BxL, segment_ids_BxL, index)
+        hidden_BxLxD, longer, _, after = model(inputs, blocks, caches, states=readers)
+        assert longer is not None and after is not None
+        following = last_tokens(tokens_BxL, lengths_B, before_BxR, self._rows.reach)
         last_Bx1x1 = lengths_B[:, None, None] - 1
         last_Bx1xD = jnp.take_along_axis(hidden_BxLxD, last_Bx1x1, axis=1)
-        return model.logits(last_Bx1xD)[:, 0], longer
+        return model.logits(last_Bx1xD)[:, 0], (longer, after, following)
 
     def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         if not prompts:
@@ -278,7 +295,13 @@ def _state_places(model: ModelConfig, mesh: Mesh) -> DecodeState:
     batch: Any = batch_sharding(mesh)
     whole: Any = replicated(mesh)
     cache = LayerCache(slots, slots, batch)
-    return DecodeState([cache] * model.num_layers, whole, whole)
+    readers: Any = batch
+    return DecodeState([cache] * model.num_layers, readers, batch, whole, whole)
+
+
+def _within(lengths_B, length: int):
+    """Which of so many positions are of each sequence: 1, else 0; [B, L] int32."""
+    return (np.arange(length) < lengths_B[:, None]).astype(np.int32)
 
 
 def sequence_seeds(seed: int, prompts: Sequence[Sequence[int]]) -> list[int]:

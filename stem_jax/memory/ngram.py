@@ -24,6 +24,8 @@ from stem_jax.errors import InputError
 from stem_jax.memory.preceding import preceding
 
 NGRAM = "ngram"
+# Names of readers that take rows of n-grams, and of value embeddings.
+ENGRAM, EMBEDDING = "engram", "embedding"
 # Row numbers are int32.
 MOST_KEYS = 2**31 - 1
 _MASK = 2**64 - 1
@@ -56,6 +58,7 @@ class NGramMemory:
     eos_id: int | None
     pad_multiple: int = 128
     name: str = NGRAM
+    reader: str = ENGRAM
 
     def __post_init__(self):
         for field, least in (("max_order", 2), ("heads", 1), ("pad_multiple", 1)):

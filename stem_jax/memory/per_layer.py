@@ -12,3 +12,4 @@ class PerLayerMemory(TokenMemory):
     """Its width P is its own, 256 in Gemma; read by `PerLayerReader`."""
 
     name: str = PER_LAYER
+    reader: str | None = PER_LAYER

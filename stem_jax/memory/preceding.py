@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from stem_jax.memory.memory import NO_TOKEN
+
 
 def preceding(tokens, segment_ids, before, reach: int, eos_id, xp: Any = np) -> list:
     """What n-grams read at each position: its token, the one before, ..., `reach` places before.
@@ -11,8 +13,8 @@ def preceding(tokens, segment_ids, before, reach: int, eos_id, xp: Any = np) -> 
     Args:
         tokens: [..., L].
         segment_ids: [..., L], numbers of their documents.
-        before: [..., reach], the tokens before them, of the first one's document, eos where there
-            are none; None where a row begins.
+        before: [..., reach], the tokens before them, of the first one's document, eos or NO_TOKEN
+            where there are none; None where a row begins.
         xp: numpy or jax.numpy.
 
     Returns:
@@ -21,6 +23,7 @@ def preceding(tokens, segment_ids, before, reach: int, eos_id, xp: Any = np) -> 
     length = tokens.shape[-1]
     if before is None:
         before = xp.full((*tokens.shape[:-1], reach), eos_id, tokens.dtype)
+    before = xp.where(before == NO_TOKEN, eos_id, before)
     tokens = xp.concatenate([before.astype(tokens.dtype), tokens], -1)
     first = xp.repeat(segment_ids[..., :1], reach, -1)
     segments = xp.concatenate([first, segment_ids], -1)

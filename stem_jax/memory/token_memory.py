@@ -15,6 +15,7 @@ class TokenMemory:
     width: int
     layers: tuple[int, ...]
     name: str
+    reader: str | None = None
     reach: int = 0
 
     @property

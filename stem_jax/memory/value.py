@@ -12,3 +12,4 @@ class ValueMemory(TokenMemory):
     """Its width is K * Dh, that of the values of all KV heads; read by `ValueReader`."""
 
     name: str = VALUE
+    reader: str | None = VALUE

@@ -51,7 +51,7 @@ class Attention(nnx.Module):
         self.mesh = mesh
 
     @part("rotary")
-    def __call__(self, x_BxLxD, angles, segment_ids_BxL, cache=None):
+    def __call__(self, x_BxLxD, angles, segment_ids_BxL, cache=None, more_BxLxKxD=None):
         """Attends within x, or, with `cache`, within what the cache holds and x.
 
         Args:
@@ -61,6 +61,7 @@ class Attention(nnx.Module):
             cache: None, or what to read from and extend: a `cache.NewCache`, with which the
                 positions attend within x as in training, or a `cache.LayerCache`. Of x it gets the
                 positions up to the padding.
+            more_BxLxKxD: None, or what is added to the values.
 
         Returns:
             The [B, L, D] output and the extended cache (None without one).
@@ -69,10 +70,11 @@ class Attention(nnx.Module):
         inside = cache is None or isinstance(cache, NewCache)
         backend = resolve_backend(self.config, self.mesh, L) if inside else None
         if cache is None and backend == "splash":
-            return self._with_splash(x_BxLxD, angles, segment_ids_BxL), None
+            return self._with_splash(x_BxLxD, angles, segment_ids_BxL, more_BxLxKxD), None
         q = rotate(self.q_proj(x_BxLxD).reshape(B, L, -1, self.head_dim), angles)
         k = rotate(self.k_proj(x_BxLxD).reshape(B, L, -1, self.head_dim), angles)
         v = self.v_proj(x_BxLxD).reshape(B, L, -1, self.head_dim)
+        v = v if more_BxLxKxD is None else v + more_BxLxKxD
         before = cache
         if cache is not None:
             cache = cache.extend(k, v, jnp.sum(segment_ids_BxL != 0, axis=1, dtype=jnp.int32))
@@ -82,13 +84,14 @@ class Attention(nnx.Module):
             out = cached_attention(q, cache.keys, cache.values, before.lengths)
         return self.o_proj(out.reshape(B, L, -1)), cache
 
-    def _with_splash(self, x_BxLxD, angles, segment_ids_BxL):
+    def _with_splash(self, x_BxLxD, angles, segment_ids_BxL, more_BxLxKxD):
         """The same from projections that lie as its kernel reads them."""
         B, L, _ = x_BxLxD.shape
         q, k, v = (
             project.positions_last(x_BxLxD).reshape(B, -1, self.head_dim, L)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
+        v = v if more_BxLxKxD is None else v + more_BxLxKxD.transpose(0, 2, 3, 1)
         angles = tuple(a.swapaxes(1, 2) for a in angles)
         out_BxHxDxL = _splash(q, k, v, angles, segment_ids_BxL, self.mesh)
         return self.o_proj.of_positions_last(out_BxHxDxL.reshape(B, -1, L))

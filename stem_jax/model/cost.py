@@ -4,9 +4,13 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from stem_jax.config import ModelConfig
+from stem_jax.config import Config, ModelConfig
+from stem_jax.memory.catalogue import read_row_format, table_specs
+from stem_jax.memory.memory import INPUT_LAYER
 from stem_jax.model.feed_forward import kinds_of
 from stem_jax.model.kind import LayerCost
+from stem_jax.model.readers import READERS
+from stem_jax.model.row_reads import RowReads, row_reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,17 +61,18 @@ class DecodeReads:
     bytes: int
 
 
-def count_parameters(model: ModelConfig) -> ParameterCount:
+def count_parameters(config: Config) -> ParameterCount:
     """Counts from the shapes alone."""
-    D, ffn = model.embed_dim, _feed_forward(model)
+    model, layers, reads = config.model, _layers(config), row_reads(config)
+    D = model.embed_dim
     norms = (2 * model.num_layers + 1) * D
     embeddings = (1 if model.tie_embeddings else 2) * model.vocab_size * D
     dropped = D if model.token_embedding_dropout > 0 else 0
     others = model.num_layers * _attention_weights(model) + norms + embeddings + dropped
-    active = others + ffn.reads
-    return ParameterCount(
-        active, model.vocab_size * ffn.row, active + ffn.row, ffn.parameters - ffn.reads
-    )
+    active = others + layers.reads
+    table = sum(m.num_keys * m.vectors * m.width for m in reads.memories.values())
+    rows = sum(_row_numbers(reads, name) for name in reads.memories)
+    return ParameterCount(active, table, active + rows, layers.parameters - layers.reads)
 
 
 def _attention_weights(model: ModelConfig) -> int:
@@ -76,32 +81,45 @@ def _attention_weights(model: ModelConfig) -> int:
     return 2 * D * model.num_heads * Dh + 2 * D * model.num_kv_heads * Dh
 
 
-def _feed_forward(model: ModelConfig) -> LayerCost:
-    """Of all layers together."""
-    costs = [dataclasses.astuple(kind.cost(model)) for kind in kinds_of(model)]
-    return LayerCost(*map(sum, zip(*costs, strict=True)))
+def _layers(config: Config) -> LayerCost:
+    """The feed-forward parts and readers of all layers together."""
+    costs = [kind.cost(config.model) for kind in kinds_of(config.model)]
+    reads = row_reads(config)
+    for layer in (INPUT_LAYER, *range(config.model.num_layers)):
+        costs += [
+            READERS[read.reader].cost_of(config, reads.memories[read.memory])
+            for read in reads.of(layer)
+            if read.reader is not None
+        ]
+    return LayerCost(*map(sum, zip(*map(dataclasses.astuple, costs), strict=True)))
 
 
-def forward_flops_per_token(model: ModelConfig, context: int) -> int:
+def _row_numbers(reads: RowReads, name: str) -> int:
+    """Numbers of a token's rows of a memory; whole rows come, whichever vectors are read."""
+    memory = reads.memories[name]
+    return reads.keys_of_a_token(name) * memory.vectors * memory.width
+
+
+def forward_flops_per_token(config: Config, context: int) -> int:
     """Matmul FLOPs of one token's forward pass, head included.
 
     Attention scores and values are counted over the full `context`, not its causal half, as in
     PaLM (arXiv 2204.02311, appendix B).
     """
-    return _block_matmuls(model, context) + _head_matmul(model)
+    return _block_matmuls(config, context) + _head_matmul(config.model)
 
 
-def projection_flops_per_token(model: ModelConfig) -> int:
+def projection_flops_per_token(config: Config) -> int:
     """Of those, what the blocks' projections multiply: all but attention and head."""
-    return _block_matmuls(model, 0)
+    return _block_matmuls(config, 0)
 
 
-def training_flops_per_token(model: ModelConfig, seq_len: int) -> int:
+def training_flops_per_token(config: Config, seq_len: int) -> int:
     """Forward and backward: the backward pass has two matmuls for each of the forward's."""
-    return 3 * forward_flops_per_token(model, seq_len)
+    return 3 * forward_flops_per_token(config, seq_len)
 
 
-def generation_flops(model: ModelConfig, length: int, slots: int) -> PassFlops:
+def generation_flops(config: Config, length: int, slots: int) -> PassFlops:
     """What `Generator.advance` computes for one sequence.
 
     Args:
@@ -111,13 +129,13 @@ def generation_flops(model: ModelConfig, length: int, slots: int) -> PassFlops:
 
     The head sees the last token alone.
     """
-    matmul = length * _block_matmuls(model, slots) + _head_matmul(model)
-    return PassFlops(matmul, length * _elementwise(model, slots))
+    matmul = length * _block_matmuls(config, slots) + _head_matmul(config.model)
+    return PassFlops(matmul, length * _elementwise(config, slots))
 
 
-def decode_reads(model: ModelConfig, slots: int, row_format: str = "float32") -> DecodeReads:
-    """What a decode step with a cache of `slots` reads. row_format: dtype of the tables' rows."""
-    count = count_parameters(model)
+def decode_reads(config: Config, slots: int) -> DecodeReads:
+    """What a decode step with a cache of `slots` reads."""
+    model, count = config.model, count_parameters(config)
     dropped = model.embed_dim if model.token_embedding_dropout > 0 else 0
     # Of an embedding of its own one vector is read; a tied one is the head too, and read whole.
     other_vectors = 0 if model.tie_embeddings else (model.vocab_size - 1) * model.embed_dim
@@ -126,28 +144,34 @@ def decode_reads(model: ModelConfig, slots: int, row_format: str = "float32") ->
     cache = 2 * model.num_layers * model.num_kv_heads * model.head_dim * slots
     parameter_bytes = jnp.dtype(model.param_dtype).itemsize
     cache_bytes = jnp.dtype(model.compute_dtype).itemsize
-    row_bytes = jnp.dtype(row_format).itemsize
-    size = backbone * parameter_bytes + row * row_bytes + cache * cache_bytes
+    reads, specs = row_reads(config), table_specs(config)
+    row_bytes = sum(
+        _row_numbers(reads, name) * jnp.dtype(read_row_format(config, spec)).itemsize
+        for name, spec in specs.items()
+    )
+    size = backbone * parameter_bytes + row_bytes + cache * cache_bytes
     return DecodeReads(backbone, row, cache, size)
 
 
-def _block_matmuls(model: ModelConfig, context: int) -> int:
+def _block_matmuls(config: Config, context: int) -> int:
     """Matmul FLOPs of a token in all blocks, attending over `context` positions."""
+    model = config.model
     scores = 2 * context * model.num_heads * model.head_dim
     attention = model.num_layers * (_attention_weights(model) + scores)
-    return 2 * (attention + _feed_forward(model).matmuls)
+    return 2 * (attention + _layers(config).matmuls)
 
 
 def _head_matmul(model: ModelConfig) -> int:
     return 2 * model.vocab_size * model.embed_dim
 
 
-def _elementwise(model: ModelConfig, slots: int) -> int:
+def _elementwise(config: Config, slots: int) -> int:
     """Elementwise FLOPs of a token, operation by operation as the modules write them."""
+    model = config.model
     D, H, Dh = model.embed_dim, model.num_heads, model.head_dim
     norm = 4 * D  # square, sum, times 1 / rms, times scale
     rotary = 3 * (H + model.num_kv_heads) * Dh  # four products and two sums a pair
     softmax = 6 * H * slots  # scale, mask, maximum, difference, sum, quotient
     residuals = 2 * D
     block = 2 * norm + rotary + softmax + residuals
-    return model.num_layers * block + _feed_forward(model).elementwise + norm
+    return model.num_layers * block + _layers(config).elementwise + norm

@@ -12,17 +12,21 @@ those before in a row.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from stem_jax.config import Config
 from stem_jax.context_order import in_sequence_order
 from stem_jax.context_order import slots as context_slots
+from stem_jax.memory.memory import Memory
 from stem_jax.mesh import CONTEXT, constrain_tokens
 from stem_jax.model.kind import LayerCost
 from stem_jax.model.layers import RMSNorm
+from stem_jax.model.reader import BEFORE_ATTENTION, Reader
 from stem_jax.model.row_projection import RowProjection
 
 # Under the root, where its slope has no end.
@@ -63,10 +67,11 @@ class ShortConvolution(nnx.Module):
         return y, jnp.where((numbers == numbers[:, -1:])[..., None], kept, 0)
 
 
-class Engram(nnx.Module):
+class Engram(Reader):
     """See above."""
 
-    site = "before_attention"
+    site = BEFORE_ATTENTION
+    silent = ("value_proj.kernel",)
 
     def __init__(
         self,
@@ -98,6 +103,34 @@ class Engram(nnx.Module):
         self.conv_norm = RMSNorm(embed_dim, norm_eps)
         self.conv = ShortConvolution(embed_dim, taps, max_order)
         self.mesh = mesh
+
+    @classmethod
+    def of(cls, config: Config, memory: Memory, mesh: Mesh | None, *, rngs: nnx.Rngs):
+        """See `Reader`."""
+        model, sizes = config.model, cls._sizes(config, memory)
+        return cls(
+            **sizes,
+            max_order=config.ngram.max_order,
+            norm_eps=model.norm_eps,
+            base_std=model.init_base_std,
+            mesh=mesh,
+            rngs=rngs,
+        )
+
+    @classmethod
+    def weights_of(cls, config: Config, memory: Memory) -> dict[str, tuple[int, ...]]:
+        """See `Reader`."""
+        return cls.weights(**cls._sizes(config, memory))
+
+    @classmethod
+    def cost_of(cls, config: Config, memory: Memory) -> LayerCost:
+        """See `Reader`."""
+        return cls.cost(**cls._sizes(config, memory))
+
+    @staticmethod
+    def _sizes(config: Config, memory: Memory) -> dict[str, Any]:
+        keys = config.ngram.width // memory.width
+        return {"embed_dim": config.model.embed_dim, "keys": keys, "width": memory.width}
 
     @classmethod
     def weights(

@@ -12,7 +12,7 @@ all weights each time. Elsewhere parameters go by layer. A stack is called as Py
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -73,21 +73,24 @@ class LayerGroups:
         return f"blocks.{place}:{self.end}:{self.period}"
 
 
-def repeating_groups(config: ModelConfig) -> LayerGroups | None:
-    """The groups that leave the fewest layers to compile; None if no layer can be saved."""
-    kinds = layer_kinds(config)
+def repeating_groups(forms: Sequence[Hashable]) -> LayerGroups | None:
+    """The groups that leave the fewest layers to compile; None if no layer can be saved.
+
+    Args:
+        forms: of each layer; layers of one form are the same program.
+    """
     found = [
         LayerGroups(first, period, repeats)
-        for period in range(1, len(kinds) // 2 + 1)
-        for first in range(len(kinds) - 2 * period + 1)
-        if (repeats := _repeats(kinds, first, period)) > 1
+        for period in range(1, len(forms) // 2 + 1)
+        for first in range(len(forms) - 2 * period + 1)
+        if (repeats := _repeats(forms, first, period)) > 1
     ]
-    return min(found, key=lambda g: len(kinds) - g.period * (g.repeats - 1), default=None)
+    return min(found, key=lambda g: len(forms) - g.period * (g.repeats - 1), default=None)
 
 
-def _repeats(kinds: tuple[str, ...], first: int, period: int) -> int:
+def _repeats(forms: Sequence[Hashable], first: int, period: int) -> int:
     end = first + period
-    while end + period <= len(kinds) and kinds[end : end + period] == kinds[first : first + period]:
+    while end + period <= len(forms) and forms[end : end + period] == forms[first : first + period]:
         end += period
     return (end - first) // period
 

@@ -15,15 +15,19 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from stem_jax.config import Config
+from stem_jax.memory.memory import Memory
 from stem_jax.mesh import constrain_tokens
 from stem_jax.model.kind import LayerCost
 from stem_jax.model.layers import Linear, RMSNorm
+from stem_jax.model.reader import AFTER_FEED_FORWARD, Reader
 
 
-class PerLayerReader(nnx.Module):
+class PerLayerReader(Reader):
     """See above. A row is [P]."""
 
-    site = "after_feed_forward"
+    site = AFTER_FEED_FORWARD
+    silent = ("out_norm.scale",)
 
     def __init__(
         self,
@@ -51,6 +55,29 @@ class PerLayerReader(nnx.Module):
         self.out_proj = Linear((P, D), ("memory", "embed"), out_std, 3 * out_std, rngs=rngs)
         self.out_norm = RMSNorm(D, norm_eps, output_scale)
         self.width, self.mesh = P, mesh
+
+    @classmethod
+    def of(cls, config: Config, memory: Memory, mesh: Mesh | None, *, rngs: nnx.Rngs):
+        """See `Reader`."""
+        model = config.model
+        return cls(
+            embed_dim=model.embed_dim,
+            width=memory.width,
+            norm_eps=model.norm_eps,
+            base_std=model.init_base_std,
+            mesh=mesh,
+            rngs=rngs,
+        )
+
+    @classmethod
+    def weights_of(cls, config: Config, memory: Memory) -> dict[str, tuple[int, ...]]:
+        """See `Reader`."""
+        return cls.weights(embed_dim=config.model.embed_dim, width=memory.width)
+
+    @classmethod
+    def cost_of(cls, config: Config, memory: Memory) -> LayerCost:
+        """See `Reader`."""
+        return cls.cost(embed_dim=config.model.embed_dim, width=memory.width)
 
     @classmethod
     def weights(cls, *, embed_dim: int, width: int) -> dict[str, tuple[int, ...]]:

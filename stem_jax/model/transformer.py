@@ -1,162 +1,201 @@
-"""The decoder: it takes a block of rows and indices into it, wherever the table lives."""
+"""The decoder: it takes blocks of rows and indices into them, wherever the tables live."""
 
-import dataclasses
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from stem_jax.config import ModelConfig
+from stem_jax.config import Config, ModelConfig
 from stem_jax.kernels.kept_names import ATTENTION, PROJECTION
-from stem_jax.kernels.row_sums import RowOrder
+from stem_jax.memory.memory import INPUT_LAYER, Memory
 from stem_jax.mesh import constrain_tokens
+from stem_jax.model import reader as sites
 from stem_jax.model.attention import Attention
 from stem_jax.model.embedding import Embedding
 from stem_jax.model.feed_forward import kinds_of
+from stem_jax.model.inputs import Inputs, Outputs
 from stem_jax.model.kind import Aux, FeedForward, Read
 from stem_jax.model.layer_plan import LayerGroups, repeating_groups
+from stem_jax.model.layer_rows import LayerVectors, OpenRows
 from stem_jax.model.layers import Linear, RMSNorm
+from stem_jax.model.reader import Reader
+from stem_jax.model.readers import READERS
 from stem_jax.model.rotary import rotary_angles
+from stem_jax.model.row_reads import RowRead, layer_forms, row_reads
 from stem_jax.parts import part
-from stem_jax.tables.lookup import LayerRows, close_rows, lookup, open_rows
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """What the decoder reads for one batch.
-
-    tokens: [B, L] int32 ids. inverse: [B, L] int32, index of each token's row in the row block of
-    its device. positions: [B, L] int32 within the document. segment_ids: [B, L] int32, 0 = padding.
-    dropped: [B, L] bool, tokens whose embedding is replaced (their rows stay), or None. order: of
-    `inverse`, for gradients of the rows; without it they sort in every layer.
-    """
-
-    tokens: jax.Array
-    inverse: jax.Array
-    positions: jax.Array
-    segment_ids: jax.Array
-    dropped: jax.Array | None = None
-    order: RowOrder | None = None
-
-
-class Outputs(NamedTuple):
-    """What the decoder makes of a batch.
-
-    hidden: the normalised final hidden states [B, L, D]. caches: the extended ones, one per layer;
-    None without caches. aux: of all layers.
-    """
-
-    hidden: jax.Array
-    caches: list | None
-    aux: Aux
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x)), the latter of one of the kinds of layers."""
+    """x + attention(norm(x)), then x + ffn(norm(x)), the latter of one of the kinds of layers.
+
+    Readers take rows in before, in and after these.
+    """
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: Config,
         layer: int,
         kind: type[FeedForward],
         mesh: Mesh | None,
+        reads: tuple[RowRead, ...] = (),
+        memories: Mapping[str, Memory] | None = None,
         *,
         rngs: nnx.Rngs,
     ):
-        factor = residual_factor(config, layer)
-        norm = functools.partial(RMSNorm, config.embed_dim, config.norm_eps)
+        model = config.model
+        factor = residual_factor(model, layer)
+        norm = functools.partial(RMSNorm, model.embed_dim, model.norm_eps)
         self.attention_norm = norm()
-        self.attention = Attention(config, factor, mesh, rngs=rngs)
+        self.attention = Attention(model, factor, mesh, rngs=rngs)
         self.ffn_norm = norm()
         # Each kind is made alike; the base itself is none.
         make: Callable[..., FeedForward] = kind
-        self.ffn = make(config, factor, mesh, rngs=rngs)
+        self.ffn = make(model, factor, mesh, rngs=rngs)
+        self.readers = _readers(config, layer, reads, memories or {}, mesh)
         self.mesh = mesh
 
     @part("block_rest")
-    def __call__(self, x_BxLxD, rows: LayerRows | None, vector, inputs: Inputs, angles, cache=None):
-        """`vector` is the number of the layer's vectors in the rows; None for one that reads none.
+    def __call__(
+        self,
+        x_BxLxD,
+        vectors: LayerVectors,
+        inputs: Inputs,
+        angles,
+        embedded_BxLxD=None,
+        cache=None,
+        states=None,
+    ):
+        """The layer's part of the residual stream, added.
+
+        Args:
+            vectors: what the layer reads of rows.
+            embedded_BxLxD: the token embeddings; None without readers.
+            states: of the readers, by memory, for the tokens before; None where texts begin.
 
         Returns:
-            The residual stream, the layer's Aux, the rows' thread for the next layer (None of one
-            that reads none), and the longer cache.
+            The residual stream, the layer's Aux, what is left of the rows for the next layer, the
+            longer cache and the readers' new states.
         """
-        attended, cache = self.attention(
-            self.attention_norm(x_BxLxD), angles, inputs.segment_ids, cache
-        )
-        x_BxLxD = x_BxLxD + attended
+        segments = inputs.segment_ids
         # In here, so that rematerialisation looks rows up again and keeps no [B, L, F].
-        values_BxLxF = thread = None
-        if vector is not None:
-            assert rows is not None
-            values_BxLxF, thread = lookup(rows, vector, inputs.inverse, inputs.order, self.mesh)
-        read = Read(inputs.tokens, inputs.segment_ids, values_BxLxF)
+        found, rest = vectors.look_up(inputs.index, self.mesh)
+        new_states = {}
+
+        def read_at(site: str, x):
+            results = []
+            for name in self.readers:
+                reader = self.readers[name]
+                if reader.site == site:
+                    rows_BxLxKxF = found[name]
+                    before = None if states is None else states[name]
+                    y, new_states[name] = reader(x, embedded_BxLxD, rows_BxLxKxF, segments, before)
+                    results.append(y)
+                    x = x if site == sites.VALUES else y
+            return results, x
+
+        _, x_BxLxD = read_at(sites.BEFORE_ATTENTION, x_BxLxD)
+        normed_BxLxD = self.attention_norm(x_BxLxD)
+        added, _ = read_at(sites.VALUES, normed_BxLxD)
+        more_BxLxKxD = functools.reduce(jnp.add, added) if added else None
+        attended, cache = self.attention(normed_BxLxD, angles, segments, cache, more_BxLxKxD)
+        x_BxLxD = x_BxLxD + attended
+        # Of all memories but one a reader takes the rows.
+        of_kind = [found[name] for name in found if name not in self.readers]
+        read = Read(inputs.tokens, segments, of_kind[0] if of_kind else None)
         y_BxLxD, aux = self.ffn(self.ffn_norm(x_BxLxD), read)
-        return x_BxLxD + y_BxLxD, aux, thread, cache
+        x_BxLxD = x_BxLxD + y_BxLxD
+        _, x_BxLxD = read_at(sites.AFTER_FEED_FORWARD, x_BxLxD)
+        return x_BxLxD, aux, rest, cache, new_states
+
+
+def _readers(
+    config: Config,
+    layer: int,
+    reads: Iterable[RowRead],
+    memories: Mapping[str, Memory],
+    mesh: Mesh | None,
+) -> nnx.Dict:
+    """By memory; of a layer, or of INPUT_LAYER."""
+    made = {}
+    for read in reads:
+        if read.reader is not None:
+            # The backbone begins with the same bits whatever reads beside it.
+            key = jax.random.fold_in(
+                jax.random.key(config.train.seed), zlib.crc32(f"{layer} {read.memory}".encode())
+            )
+            make: type[Reader] = READERS[read.reader]
+            made[read.memory] = make.of(
+                config, memories[read.memory], mesh, rngs=nnx.Rngs(params=key)
+            )
+    return nnx.Dict(made)
 
 
 class Transformer(nnx.Module):
-    """Decoder-only language model; STEM layers read their up values from a row block."""
+    """Decoder-only language model; what it reads of tables comes as row blocks."""
 
-    def __init__(self, config: ModelConfig, mesh: Mesh | None = None, *, rngs: nnx.Rngs):
+    def __init__(self, config: Config, mesh: Mesh | None = None, *, rngs: nnx.Rngs):
+        model, reads = config.model, row_reads(config)
         self.embed = Embedding(
-            config.vocab_size,
-            config.embed_dim,
+            model.vocab_size,
+            model.embed_dim,
             mesh,
-            has_dropout=config.token_embedding_dropout > 0,
+            has_dropout=model.token_embedding_dropout > 0,
             rngs=rngs,
         )
+        self.readers = _readers(config, INPUT_LAYER, reads.of(INPUT_LAYER), reads.memories, mesh)
         self.blocks = nnx.List(
             [
-                Block(config, layer, kind, mesh, rngs=rngs)
-                for layer, kind in enumerate(kinds_of(config))
+                Block(config, layer, kind, mesh, reads.of(layer), reads.memories, rngs=rngs)
+                for layer, kind in enumerate(kinds_of(model))
             ]
         )
-        self.norm = RMSNorm(config.embed_dim, config.norm_eps)
-        std = config.embed_dim**-0.5
+        self.norm = RMSNorm(model.embed_dim, model.norm_eps)
+        std = model.embed_dim**-0.5
         self.head = (
             None
-            if config.tie_embeddings
+            if model.tie_embeddings
             else Linear(
-                (config.embed_dim, config.vocab_size),
+                (model.embed_dim, model.vocab_size),
                 ("embed", "vocab"),
                 std,
                 3 * std,
                 rngs=rngs,
             )
         )
-        self.config = config
+        self.config = model
         self.mesh = mesh
         # Of places in the groups of a scan: their blocks' parameters, stacked. Whoever has them so
         # says it here; else a scan stacks those of the blocks.
         self.stacks: list[nnx.State] | None = None
-        # Of the layers that read rows: the number of their vectors in a row.
-        self._vectors = {layer: number for number, layer in enumerate(config.stem_layers)}
+        self._groups = repeating_groups(layer_forms(config)) if model.scan_layers else None
+        self._reads = reads
 
     def __call__(
         self,
         inputs: Inputs,
-        rows_SxUxF: jax.Array | None,
+        rows: Mapping[str, jax.Array],
         caches=None,
         collect=None,
-        row_sums=None,
+        row_sums: Mapping[str, jax.Array] | None = None,
+        states=None,
     ) -> Outputs:
         """Runs the blocks.
 
         Args:
             inputs: the batch, B over the batch axes of the mesh and L over context.
-            rows_SxUxF: the row block; with several devices the concatenation of each device's
-                block of U rows, which its `inverse` indexes.
+            rows: of each memory the row block [S, U, F]; with several devices the concatenation of
+                each device's block of U rows, which its index names.
             caches: None, or one `cache.NewCache` or `cache.LayerCache` per layer.
             collect: None, or a list that receives the residual stream after the embedding and
                 after every block (tests and analysis).
-            row_sums: None, or [S, U, F] float32 to which the gradients of the rows are added: their
-                gradient is the sum, and the rows have none.
+            row_sums: None, or of each memory [S, U, F] float32 to which the gradients of the rows
+                are added: their gradient is the sum, and the rows have none.
+            states: `Outputs.states` of the tokens before; None where texts begin.
 
         Returns:
             Outputs.
@@ -165,74 +204,103 @@ class Transformer(nnx.Module):
         with part("rotary"):
             angles = rotary_angles(inputs.positions, config)
         x = self.embed(inputs.tokens, config.compute_dtype, inputs.dropped)
-        x = constrain_tokens(x, self.mesh)
-        seen, new_caches, aux = [x], [], Aux()
+        embedded = x = constrain_tokens(x, self.mesh)
+        opened = OpenRows.of(self._reads, rows, row_sums or {}, inputs.index, self.mesh)
+        x, state = self._read_input(x, opened, inputs, None if states is None else states[0])
+        seen, new_caches, new_states, aux = [x], [], [state], Aux()
         # Caches and what is collected are lists of layers; only training runs groups.
-        plain = caches is not None or collect is not None
-        groups = None if plain or not config.scan_layers else repeating_groups(config)
-        rows = open_rows(rows_SxUxF, row_sums) if config.stem_layers else None
+        groups = None if caches is not None or collect is not None else self._groups
         layer = 0
         while layer < config.num_layers:
             if groups is not None and layer == groups.first:
-                x, more, rows = self._run_groups(groups, x, rows, inputs, angles)
+                x, more, opened = self._run_groups(groups, x, opened, inputs, angles, embedded)
                 aux += more
                 layer = groups.end
                 continue
             cache = None if caches is None else caches[layer]
+            before = None if states is None else states[layer + 1]
             graph, state = nnx.split(self.blocks[layer])
-            vector = self._vectors.get(layer)
-            x, more, rows, cache = self._run(graph, state, x, rows, vector, inputs, angles, cache)
+            places = opened.places(self._reads.of(layer))
+            x, more, opened, cache, after = self._run(
+                graph, state, layer, x, opened, places, inputs, angles, embedded, cache, before
+            )
             aux += more
             seen.append(x)
             new_caches.append(cache)
+            new_states.append(after)
             layer += 1
         if collect is not None:
             collect.extend(seen)
-        x = x if rows is None else close_rows(x, rows, self.mesh)
-        return Outputs(self.norm(x), None if caches is None else new_caches, aux)
+        x = opened.close(x, self.mesh)
+        if caches is None:
+            return Outputs(self.norm(x), None, aux)
+        return Outputs(self.norm(x), new_caches, aux, new_states)
 
-    def _run(self, graph, state, x_BxLxD, rows, vector, inputs: Inputs, angles, cache=None):
-        """One block, given as nnx has it split, under the rematerialisation policy."""
+    def _read_input(self, x_BxLxD, opened: OpenRows, inputs: Inputs, states):
+        """The residual stream with the rows that are read before the layers."""
+        reads, embedded = self._reads.of(INPUT_LAYER), x_BxLxD
+        after: dict[str, Any] = {}
+        if not reads:
+            return x_BxLxD, after
+        found, _ = opened.of_layer(reads, opened.places(reads)).look_up(inputs.index, self.mesh)
+        for name in self.readers:
+            before = None if states is None else states[name]
+            x_BxLxD, after[name] = self.readers[name](
+                x_BxLxD, embedded, found[name], inputs.segment_ids, before
+            )
+        return constrain_tokens(x_BxLxD, self.mesh), after
+
+    def _run(
+        self, graph, state, layer, x_BxLxD, opened, places, inputs, angles, embedded, *carried
+    ):
+        """One block, given as nnx has it split, under the rematerialisation policy.
+
+        Args:
+            layer: or one that reads as it does.
+            places: where it reads, see `OpenRows.places`.
+        """
+        reads = self._reads.of(layer)
         run = _remat(lambda state, *args: nnx.merge(graph, state)(*args), self.config.remat)
-        read = None if vector is None else rows
-        x_BxLxD, aux, thread, cache = run(state, x_BxLxD, read, vector, inputs, angles, cache)
-        if vector is not None:
-            # Alone: vectors that had come out of a block would be kept for every group of a scan.
-            rows = dataclasses.replace(rows, thread=thread)
-        return constrain_tokens(x_BxLxD, self.mesh), aux, rows, cache
+        vectors = opened.of_layer(reads, places)
+        # Who does not read them keeps none.
+        embedded = embedded if any(read.reader for read in reads) else None
+        x_BxLxD, aux, rest, *carried = run(
+            state, x_BxLxD, vectors, inputs, angles, embedded, *carried
+        )
+        return constrain_tokens(x_BxLxD, self.mesh), aux, opened.after(rest), *carried
 
-    def _run_groups(self, groups: LayerGroups, x_BxLxD, rows, inputs: Inputs, angles):
+    def _run_groups(self, groups: LayerGroups, x_BxLxD, opened, inputs: Inputs, angles, embedded):
         """The same blocks as a scan over groups of them."""
-        places = groups.places
-        graphs = [nnx.graphdef(self.blocks[place]) for place in places]
+        graphs = [nnx.graphdef(self.blocks[place]) for place in groups.places]
         states = self.stacks or [
             jax.tree.map(
                 lambda *layers: jnp.stack(layers),
                 *(nnx.state(self.blocks[layer]) for layer in groups.layers(place)),
             )
-            for place in places
+            for place in groups.places
         ]
-        vectors = {
-            place: jnp.array([self._vectors[layer] for layer in groups.layers(place)])
-            for place in places
-            if place in self._vectors
-        }
+        places = [
+            jax.tree.map(
+                lambda *numbers: jnp.array(numbers),
+                *(opened.places(self._reads.of(layer)) for layer in groups.layers(place)),
+            )
+            for place in groups.places
+        ]
 
         def one_group(carry, group):
-            x, thread = carry
-            states, vectors = group
+            x, threads = carry
             # What is read is the same in every group; in the carry, each would keep a copy of it.
-            rows_, aux = rows if rows is None else dataclasses.replace(rows, thread=thread), Aux()
-            for place, graph, state in zip(places, graphs, states, strict=True):
-                vector = vectors.get(place)
-                x, more, rows_, _ = self._run(graph, state, x, rows_, vector, inputs, angles)
+            opened_, aux = opened.after(threads), Aux()
+            for layer, graph, state, places in zip(groups.places, graphs, *group, strict=True):
+                x, more, opened_, *_ = self._run(
+                    graph, state, layer, x, opened_, places, inputs, angles, embedded
+                )
                 aux += more
-            return (x, None if rows is None else rows_.thread), aux
+            return (x, opened_.threads), aux
 
-        thread = None if rows is None else rows.thread
-        (x, thread), aux = jax.lax.scan(one_group, (x_BxLxD, thread), (states, vectors))
-        rows = None if rows is None else dataclasses.replace(rows, thread=thread)
-        return x, aux.summed(), rows
+        carry = x_BxLxD, opened.threads
+        (x, threads), aux = jax.lax.scan(one_group, carry, (states, places))
+        return x, aux.summed(), opened.after(threads)
 
     def head_weight(self) -> jax.Array:
         """The output head [D, V] in the dtype of the parameters."""

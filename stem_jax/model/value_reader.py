@@ -13,11 +13,14 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from stem_jax.config import Config
 from stem_jax.errors import InputError
+from stem_jax.memory.memory import Memory
 from stem_jax.mesh import LOGICAL_TO_MESH, constrain_tokens
 from stem_jax.model.attention import kv_heads_axis
 from stem_jax.model.kind import LayerCost
 from stem_jax.model.layers import Linear
+from stem_jax.model.reader import VALUES, Reader
 
 # As many numbers of x as the gate reads, and the most that it gives.
 GATE_INPUTS = 12
@@ -26,10 +29,10 @@ _MOST = 3
 _GATE_CUT = 0.02
 
 
-class ValueReader(nnx.Module):
+class ValueReader(Reader):
     """See above. A row is [K * Dh], head by head as attention's values are."""
 
-    site = "values"
+    site = VALUES
 
     def __init__(self, *, embed_dim: int, num_kv_heads: int, mesh: Mesh | None, rngs: nnx.Rngs):
         if embed_dim < GATE_INPUTS:
@@ -43,6 +46,23 @@ class ValueReader(nnx.Module):
         self.num_kv_heads, self.mesh = num_kv_heads, mesh
         # Of the heads, and of the columns of rows in which they lie one after the other.
         self.heads_axis = LOGICAL_TO_MESH[axis]
+
+    @classmethod
+    def of(cls, config: Config, memory: Memory, mesh: Mesh | None, *, rngs: nnx.Rngs):
+        """See `Reader`."""
+        model = config.model
+        return cls(embed_dim=model.embed_dim, num_kv_heads=model.num_kv_heads, mesh=mesh, rngs=rngs)
+
+    @classmethod
+    def weights_of(cls, config: Config, memory: Memory) -> dict[str, tuple[int, ...]]:
+        """See `Reader`."""
+        return cls.weights(num_kv_heads=config.model.num_kv_heads)
+
+    @classmethod
+    def cost_of(cls, config: Config, memory: Memory) -> LayerCost:
+        """See `Reader`."""
+        model = config.model
+        return cls.cost(num_kv_heads=model.num_kv_heads, head_dim=model.head_dim)
 
     @classmethod
     def weights(cls, *, num_kv_heads: int) -> dict[str, tuple[int, ...]]:

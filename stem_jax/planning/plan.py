@@ -10,7 +10,6 @@ from stem_jax.errors import InputError
 from stem_jax.hardware import Chip, chip_of
 from stem_jax.kernels.head_loss import tokens_at_a_time
 from stem_jax.memory.catalogue import table_specs
-from stem_jax.memory.memory import STEM
 from stem_jax.mesh import AXES, BATCH_AXES, CONTEXT, axis_size, make_mesh
 from stem_jax.planning import gpus
 from stem_jax.planning.account import Account, make_account
@@ -24,6 +23,8 @@ from stem_jax.planning.roofline import Roofline, roofline, step_flops
 from stem_jax.planning.topology import Topology
 from stem_jax.planning.traffic import hbm_bytes
 from stem_jax.planning.work_account import WorkAccount, make_work_account
+from stem_jax.tables.exchange import Exchange
+from stem_jax.tables.spec import TableSpec
 from stem_jax.training.start_report import attention_kernel
 
 _NAIVE = ("the train step, without --naive-lookup: there distinct rows travel once",)
@@ -82,7 +83,7 @@ class Plan:
     fits: bool
     refused: str
     buffers: tuple[Buffer, ...]
-    table: TableBytes | None
+    tables: dict[str, TableBytes]
     model_flops: int
     all_flops: int
     compiler_flops: float | None
@@ -161,7 +162,7 @@ def make_plan(
         fits=fits,
         refused=compiled.refused,
         buffers=compiled.buffers,
-        table=_table_bytes(config, mesh, program),
+        tables=_table_bytes(config, mesh, program),
         model_flops=model_flops,
         all_flops=all_flops,
         compiler_flops=compiled.flops,
@@ -199,14 +200,17 @@ def _compile(
     return program, compile_program(program, full_effort=True, options=gpus.OPTIONS)
 
 
-def _table_bytes(config: Config, mesh: Mesh, program: Program) -> TableBytes | None:
-    if not (specs := table_specs(config)):
-        return None
-    spec = specs[STEM]
+def _table_bytes(config: Config, mesh: Mesh, program: Program) -> dict[str, TableBytes]:
+    return {
+        name: _bytes_of(spec, config, mesh, program.exchanges.get(name))
+        for name, spec in table_specs(config).items()
+    }
+
+
+def _bytes_of(spec: TableSpec, config: Config, mesh: Mesh, exchange: Exchange | None) -> TableBytes:
     rows, *moments = (array.device_bytes(mesh) for array in spec.placed())
     row = spec.row_size // mesh.shape["tensor"]
     row *= 2 if config.model.compute_dtype == "bfloat16" else 4
-    exchange = program.exchange
     if exchange is None:
         return TableBytes(rows, sum(moments), 0, 0, 0, 0)
     return TableBytes(

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 
-from stem_jax.planning.plan import Plan
+from stem_jax.planning.plan import Plan, TableBytes
 
 # Origins are paths of calls; what is left says which one.
 _ORIGIN_LENGTH = 90
@@ -70,10 +70,15 @@ def _memory_lines(plan: Plan) -> list[str]:
 
 
 def _table_lines(plan: Plan) -> list[str]:
-    table = plan.table
-    if table is None:
+    if not plan.tables:
         return ["table        none: a dense model"]
-    lines = [f"table        per chip: rows {_bytes(table.rows)}, moments {_bytes(table.moments)}"]
+    return [line for name, table in plan.tables.items() for line in _lines_of(name, table)]
+
+
+def _lines_of(name: str, table: TableBytes) -> list[str]:
+    lines = [
+        f"table        {name}, per chip: rows {_bytes(table.rows)}, moments {_bytes(table.moments)}"
+    ]
     if table.row_block:
         lines.append(
             f"             row block {_bytes(table.row_block)}, room for {table.unique_rows:,} "

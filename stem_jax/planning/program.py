@@ -35,7 +35,7 @@ from stem_jax.tables.row_coast import RowBlock
 from stem_jax.tables.row_rules import adamw
 from stem_jax.tables.spec import ADAMW
 from stem_jax.training.batch import Batch
-from stem_jax.training.reads import ReadSizes
+from stem_jax.training.reads import Reads, ReadSizes
 from stem_jax.training.schedule import make_schedule
 from stem_jax.training.state import abstract_state
 from stem_jax.training.step import TrainStep
@@ -43,15 +43,15 @@ from stem_jax.training.step import TrainStep
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """lowered: ready to compile. argument_bytes: of one chip's share of the arguments. exchange:
-    the sizes of the row exchange; None without one. rounds: of it, to be expected of loops whose
+    """lowered: ready to compile. argument_bytes: of one chip's share of the arguments. exchanges:
+    the sizes of each memory's row exchange. rounds: of it, to be expected of loops whose
     end only the device knows. distinct: how many rows the tokens of a micro-batch have on a device,
     over these tokens.
     """
 
     lowered: jax.stages.Lowered
     argument_bytes: int
-    exchange: Exchange | None
+    exchanges: dict[str, Exchange]
     rounds: int = 1
     distinct: float = 1.0
 
@@ -81,26 +81,43 @@ def train_step_program(config: Config, mesh: Mesh, *, all_distinct: bool = False
     shape = (config.train.micro_batches, config.micro_batch_size, config.train.seq_len)
     ints: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=step.batch_sharding)
     mask: Any = jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=step.batch_sharding)
-    batch = Batch(ints, ints, ints, ints, mask)
+    batch = Batch(ints, ints, ints, ints, mask, _host_keys(step.reads, ints))
     schedule = jax.eval_shape(lambda: make_schedule(config, config.train.steps))
     tables, sizes, slots = step.reads.tables(batch), None, {}
     if tables and not all_distinct:
         needed = zipf_needs(config, mesh)
-        chosen = choose_sizes(needed, needed, tables[STEM].largest_sizes)
-        sizes = ReadSizes(((STEM, chosen),))
+        sizes = ReadSizes(
+            tuple(
+                # Of hashed keys each is taken as distinct.
+                (name, table.largest_sizes)
+                if step.reads.memories[name].reach
+                else (name, choose_sizes(needed, needed, table.largest_sizes))
+                for name, table in tables.items()
+            )
+        )
         tables = step.reads.tables(batch, sizes)
     for name in step.reads.offloaded:
         exchange = tables[name].exchange
         size = exchange.num_owners * exchange.owned_rows
         sharding = NamedSharding(mesh, tables[name].spec.index_spec)
         slots[name] = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=sharding)
-    own = tables[STEM].exchange if tables else None
-    program = _program(step.update, (state, batch, schedule, slots), own, sizes=sizes)
+    exchanges = {name: table.exchange for name, table in tables.items()}
+    program = _program(step.update, (state, batch, schedule, slots), exchanges, sizes=sizes)
     if not tables or all_distinct:
         return program
     tokens = config.micro_batch_size * config.train.seq_len // axis_size(mesh, TOKEN_AXES)
     share = expected_distinct(tokens, _zipf_shares(config)) / tokens
     return dataclasses.replace(program, distinct=share)
+
+
+def _host_keys(reads: Reads, tokens: Any) -> dict[str, Any]:
+    """Those that come with a batch whose tokens are described so."""
+
+    def described(memory):
+        keys = jax.eval_shape(memory.keys, tokens, tokens)
+        return jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=tokens.sharding)
+
+    return {name: described(memory) for name, memory in reads.memories.items() if memory.reach}
 
 
 def zipf_needs(config: Config, mesh: Mesh) -> BlockSizes:
@@ -159,13 +176,13 @@ def naive_lookup_program(config: Config, mesh: Mesh) -> Program:
     scale = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=tokens_spec)
     scalars = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
     compiled = jax.jit(update, donate_argnums=(0, 1, 2), out_shardings=(table_spec,) * 3)
-    return _program(compiled, (table, table, table, ids, scale, *scalars), None)
+    return _program(compiled, (table, table, table, ids, scale, *scalars), {})
 
 
-def _program(jitted, arguments: tuple, exchange: Exchange | None, **static) -> Program:
+def _program(jitted, arguments: tuple, exchanges: dict[str, Exchange], **static) -> Program:
     def share(x: jax.ShapeDtypeStruct) -> int:
         shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
         return math.prod(shape) * x.dtype.itemsize
 
     size = sum(share(x) for x in jax.tree.leaves(arguments))
-    return Program(jitted.lower(*arguments, **static), size, exchange)
+    return Program(jitted.lower(*arguments, **static), size, exchanges)

@@ -37,9 +37,9 @@ class Roofline:
 def step_flops(config: Config) -> tuple[int, int]:
     """Matmul FLOPs of a step on all devices: the model's, and with what is recomputed."""
     model, seq_len = config.model, config.train.seq_len
-    flops = training_flops_per_token(model, seq_len)
+    flops = training_flops_per_token(config, seq_len)
     # The loss takes its gradient in the forward pass, so remat never repeats the head.
-    blocks = forward_flops_per_token(model, seq_len) - 2 * model.vocab_size * model.embed_dim
+    blocks = forward_flops_per_token(config, seq_len) - 2 * model.vocab_size * model.embed_dim
     scores = 4 * seq_len * model.num_heads * model.head_dim * model.num_layers
     again = {"full": blocks, "attention": blocks - scores, "dots": scores}.get(model.remat, 0)
     return flops * config.tokens_per_step, (flops + again) * config.tokens_per_step
@@ -51,7 +51,7 @@ def _float8_flops(config: Config) -> int:
     if model.matmul_dtype != "float8":
         return 0
     passes = 4 if model.remat in ("full", "attention") else 3
-    return passes * projection_flops_per_token(model) * config.tokens_per_step
+    return passes * projection_flops_per_token(config) * config.tokens_per_step
 
 
 def roofline(

@@ -31,30 +31,34 @@ class LayerRows:
     `open_rows` to `close_rows`: on the way back it is the array that gathers the gradients. Or sums
     of gradients to which those of these layers are added where they lie; the gradient of the sums
     is then the new sums.
-    added: whether the thread has sums.
+    added: whether the thread has sums. whole: whether each of the S vectors is looked up.
     """
 
     vectors: jax.Array
     thread: jax.Array
     added: bool = dataclasses.field(default=False, metadata={"static": True})
+    whole: bool = dataclasses.field(default=True, metadata={"static": True})
 
 
 @part("row_copies")
-def open_rows(vectors_SxUxF: jax.Array, sums_SxUxF: jax.Array | None = None) -> LayerRows:
+def open_rows(
+    vectors_SxUxF: jax.Array, sums_SxUxF: jax.Array | None = None, whole: bool = True
+) -> LayerRows:
     """From the rows of a block, or of the blocks of several devices, concatenated along U.
 
     Args:
         sums_SxUxF: float32 gradients of other micro-batches; with them the vectors have none.
+        whole: each of the S vectors will be looked up, once; else some at most once.
     """
     vectors = jax.lax.stop_gradient(vectors_SxUxF)
     if sums_SxUxF is None:
-        return LayerRows(vectors, vectors_SxUxF)
-    return LayerRows(vectors, sums_SxUxF, added=True)
+        return LayerRows(vectors, vectors_SxUxF, whole=whole)
+    return LayerRows(vectors, sums_SxUxF, added=True, whole=whole)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def close_rows(x: jax.Array, rows: LayerRows, mesh: Mesh | None) -> jax.Array:
-    """x, after the last layer. Every one of the S vectors must have been looked up once."""
+    """x, after the last layer and all lookups."""
     return x
 
 
@@ -66,14 +70,16 @@ def _reopen(mesh, rows, gradient):
     # Each layer overwrites its own.
     thread = rows.thread
     if rows.added:
-        return gradient, LayerRows(None, thread, added=True)
+        return gradient, LayerRows(None, thread, added=True, whole=rows.whole)
+    # What nobody looks up has no gradient.
+    begin = jax.lax.empty if rows.whole else jnp.zeros
     if mesh is None:
-        return gradient, LayerRows(None, jax.lax.empty(thread.shape, thread.dtype))
+        return gradient, LayerRows(None, begin(thread.shape, thread.dtype), whole=rows.whole)
     # Partitioned automatically, every GPU would make room for the rows of all.
     own = NamedSharding(mesh, _VECTORS).shard_shape(thread.shape)
-    local = functools.partial(jax.lax.empty, own, thread.dtype)
+    local = functools.partial(begin, own, thread.dtype)
     make = jax.shard_map(local, mesh=mesh, in_specs=(), out_specs=_VECTORS, check_vma=False)
-    return gradient, LayerRows(None, make())
+    return gradient, LayerRows(None, make(), whole=rows.whole)
 
 
 close_rows.defvjp(_close, _reopen)

@@ -7,7 +7,7 @@ the keys in `serve` and returns the rows it has transferred.
 """
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +26,11 @@ class ServedRows(Protocol):
     @property
     def blocks(self) -> int: ...
 
-    def block(self, keys_BxL: jax.Array, dtype) -> tuple[Any, jax.Array]:
+    def block(self, keys_BxL: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
         """Rows [S, P * U, F] in `dtype`, the block of each shard of the batch after the other, and
-        the index [B, L] of each key's row in the block of its shard. Of a dense model there are no
-        rows: None.
+        the index of each key's row in the block of its shard: int32 [B, L], or [B, L, K].
         """
+        ...
 
 
 class RowSource(Protocol):
@@ -41,23 +41,6 @@ class RowSource(Protocol):
 
     def close(self) -> None:
         """Ends the threads that bring rows, if it or the source it reads from has any."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class NoRows:
-    """The source of a dense model."""
-
-    blocks = 1
-
-    def serve(self, keys: jax.Array) -> "NoRows":
-        return self
-
-    def close(self) -> None:
-        """See `RowSource`."""
-
-    def block(self, keys_BxL: jax.Array, dtype) -> tuple[None, jax.Array]:
-        return None, jnp.zeros_like(keys_BxL)
 
 
 @jax.tree_util.register_dataclass

@@ -22,6 +22,7 @@ from stem_jax.model.layer_plan import (
     stack_names,
     stacked,
 )
+from stem_jax.model.row_reads import layer_forms
 from stem_jax.model.transformer import Transformer
 from stem_jax.training.optimizer import make_optimizer
 
@@ -54,7 +55,7 @@ class ModelDef:
 
     def __init__(self, config: Config, mesh: Mesh | None = None):
         def make():
-            return Transformer(config.model, mesh, rngs=nnx.Rngs(params=config.train.seed))
+            return Transformer(config, mesh, rngs=nnx.Rngs(params=config.train.seed))
 
         self._make = make
         self._param_dtype = config.model.param_dtype
@@ -63,7 +64,7 @@ class ModelDef:
             _name(path): variable.get_metadata()["logical_axes"]
             for path, variable in nnx.to_flat_state(self.abstract)
         }
-        self._groups = repeating_groups(config.model) if config.model.scan_layers else None
+        self._groups = repeating_groups(layer_forms(config)) if config.model.scan_layers else None
         # What a state calls its parameters.
         self.state_names = stack_names(self._axes, self._groups)
         self.optimizer = make_optimizer(config.optimizer, self.axes_of)

@@ -213,7 +213,7 @@ class _Reporter:
         # A non-finite loss is logged as null.
         losses = [math.nan if loss is None else loss for loss in logged]
         self._spikes = SpikeCounter(losses)
-        self._flops = training_flops_per_token(config.model, config.train.seq_len)
+        self._flops = training_flops_per_token(config, config.train.seq_len)
         chip = chip_of(jax.devices()[0])
         self._peak = chip.peak(config.model.matmul_dtype) * num_devices if chip else None
         self._bar = tqdm(

@@ -68,7 +68,9 @@ class Reads:
     def keys(self, batch: Batch) -> dict[str, jax.Array]:
         """The keys of a batch: [A, B, L], or [A, B, L, K]."""
         return {
-            name: memory.keys(batch.tokens, batch.segment_ids)
+            name: batch.keys[name]
+            if name in batch.keys
+            else memory.keys(batch.tokens, batch.segment_ids)
             for name, memory in self.memories.items()
         }
 

@@ -39,7 +39,7 @@ def check_resumable(
     )
     if refused:
         listed = "; ".join(
-            f"{key}: {saved.value(key)!r} -> {current.value(key)!r}" for key in refused
+            f"{key}: {saved.value_of(key)!r} -> {current.value_of(key)!r}" for key in refused
         )
         raise InputError(
             f"the checkpoint was trained with another configuration ({listed}); {remedy}"
@@ -64,7 +64,7 @@ def check_continuable(folder: Path, step: int, saved: Config, current: Config) -
     refused = [key for key in differing_keys(saved, current) if key not in may_change]
     if refused:
         listed = "; ".join(
-            f"{key}: {saved.value(key)!r} -> {current.value(key)!r}" for key in refused
+            f"{key}: {saved.value_of(key)!r} -> {current.value_of(key)!r}" for key in refused
         )
         raise InputError(
             f"train.continue_from={folder} was trained with another configuration ({listed}), "
@@ -81,7 +81,7 @@ def check_continuable(folder: Path, step: int, saved: Config, current: Config) -
 
 def _flag(config: Config, key: str) -> str:
     """The override that gives a key the value that it has here."""
-    value = config.value(key)
+    value = config.value_of(key)
     if isinstance(value, tuple):
         value = ",".join(map(str, value)) or "none"
     elif value is None or isinstance(value, bool):

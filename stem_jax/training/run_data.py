@@ -19,6 +19,7 @@ from stem_jax.data.sources import (
 from stem_jax.data.token_store import TokenStore
 from stem_jax.data.tokenizer import Tokenizer, load_tokenizer, load_tokenizer_folder
 from stem_jax.errors import InputError
+from stem_jax.memory.catalogue import keys_on_the_host, memories, with_eos
 from stem_jax.processes.process_log import log
 from stem_jax.storage import local_path
 
@@ -77,6 +78,7 @@ def open_run_data(
         "seq_len": train.seq_len,
         "global_batch_size": train.global_batch_size,
         "share": share,
+        "keys_of": keys_on_the_host(memories(with_eos(config, tokenizer.special.eos_id))),
     }
     held_out = [source.validation for source in sources if source.validation is not None]
     return RunData(

@@ -37,7 +37,7 @@ def describe_run(blueprint: Blueprint, working_sets: dict[str, int] | None = Non
 
 
 def _parameter_lines(config: Config) -> list[str]:
-    count = count_parameters(config.model)
+    count = count_parameters(config)
     model = config.model
     layers = ", ".join(map(str, model.stem_layers)) or "none"
     return [
@@ -86,22 +86,36 @@ def _backbone_bytes(blueprint: Blueprint) -> int:
 
 
 def _table_lines(blueprint: Blueprint, working_sets: dict[str, int]) -> list[str]:
-    config, mesh, specs = blueprint.config, blueprint.mesh, blueprint.specs
-    if not specs:
+    if not blueprint.specs:
         return ["tables       none: every layer has an up projection"]
-    spec, working_set = specs[STEM], working_sets.get(STEM)
+    return [
+        line
+        for name in blueprint.specs
+        for line in _lines_of_table(blueprint, name, working_sets.get(name))
+    ]
+
+
+def _lines_of_table(blueprint: Blueprint, name: str, working_set: int | None) -> list[str]:
+    config, mesh, spec = blueprint.config, blueprint.mesh, blueprint.specs[name]
+    memory = blueprint.memories[name]
     owners = axis_size(mesh, spec.vocab_axes)
     columns = mesh.shape["tensor"]
     where = "resident on device"
     if spec.offloaded:
         share = spec.num_slots / spec.num_rows
         where = f"in host memory, {share:.0%} of the rows resident on device"
-    vector_bytes = spec.row_bytes("rows") // spec.vectors
+    size = _mib(memory.num_keys * spec.row_bytes("rows") // spec.vectors)
+    of_layers = [layer for layer in range(config.model.num_layers) if memory.reads(layer)]
+    if name == STEM:
+        begins = [f"table        layer {layer}: " for layer in of_layers]
+    else:
+        layers = ", ".join(map(str, of_layers))
+        of_all = f"{memory.vectors} x " if memory.vectors > 1 else ""
+        begins = [f"table        {name}, layers {layers}: {of_all}"]
     lines = [
-        f"table        layer {layer}: {config.model.vocab_size} x {spec.width} "
-        f"{_mib(config.model.vocab_size * vector_bytes)}, {where}, rows over {owners} shards, "
+        f"{begin}{memory.num_keys} x {spec.width} {size}, {where}, rows over {owners} shards, "
         f"columns over {columns}"
-        for layer in config.model.stem_layers
+        for begin in begins
     ] + [
         f"             {spec.optimizer}, {spec.num_rows} rows of {spec.vectors} x {spec.width}, "
         f"{spec.num_rows // owners} a shard{_format(spec)}"
@@ -125,7 +139,7 @@ def _format(spec: TableSpec) -> str:
 def _batch_lines(config: Config, mesh: Mesh) -> list[str]:
     train = config.train
     devices = axis_size(mesh, BATCH_AXES)
-    flops = training_flops_per_token(config.model, train.seq_len) * config.tokens_per_step
+    flops = training_flops_per_token(config, train.seq_len) * config.tokens_per_step
     context = mesh.shape[CONTEXT]
     each = f", {train.seq_len // context} of them on a device" if context > 1 else ""
     return [

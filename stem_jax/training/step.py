@@ -9,12 +9,11 @@ from jax.sharding import Mesh
 from stem_jax.compiler_options import compiler_options
 from stem_jax.config import Config
 from stem_jax.context_order import slots as context_slots
-from stem_jax.data.loader import HostBatch
+from stem_jax.data.loader import KEYS, HostBatch
 from stem_jax.kernels.head_loss import head_loss
 from stem_jax.kernels.row_sums import adds, way_on
-from stem_jax.memory.memory import STEM
 from stem_jax.mesh import CONTEXT
-from stem_jax.model.transformer import Inputs
+from stem_jax.model.inputs import Inputs, RowIndex
 from stem_jax.parts import part
 from stem_jax.tables.asked_rows import AskedRows
 from stem_jax.tables.requests import Requests
@@ -59,16 +58,23 @@ class TrainStep:
         shape = (train.micro_batches, self.config.micro_batch_size, train.seq_len)
 
         def whole(share_BxL) -> jax.Array:
-            share_AxBxL = self._in_context_order(share_BxL).reshape(shape[0], -1, shape[2])
-            return jax.make_array_from_process_local_data(self.batch_sharding, share_AxBxL, shape)
+            more = share_BxL.shape[2:]
+            share = self._in_context_order(share_BxL, 1).reshape(shape[0], -1, shape[2], *more)
+            return jax.make_array_from_process_local_data(
+                self.batch_sharding, share, (*shape, *more)
+            )
 
         scored = {"loss_mask": batch["loss_mask"] > 0}
-        return Batch(**{name: whole(array) for name, array in (batch | scored).items()})
+        arrays = {name: whole(array) for name, array in (batch | scored).items()}
+        keys = {
+            name.removeprefix(KEYS): arrays.pop(name) for name in batch if name.startswith(KEYS)
+        }
+        return Batch(**arrays, keys=keys)
 
-    def _in_context_order(self, x):
-        """An array [..., L], each position in its place along `context`."""
+    def _in_context_order(self, x, axis: int):
+        """An array, each position along an axis in its place along `context`."""
         devices = self.mesh.shape[CONTEXT]
-        return x if devices == 1 else x[..., context_slots(x.shape[-1], devices)]
+        return x if devices == 1 else x.take(context_slots(x.shape[axis], devices), axis)
 
     def _caught_up_rows(self, state: TrainState, schedule: Schedule) -> dict[str, jax.Array]:
         """All rows as the next forward would see them, stored: [S, V_pad, F]."""
@@ -170,7 +176,7 @@ class TrainStep:
         if rate == 0:
             return None
         key = jax.random.fold_in(dropout_key(self.config), step)
-        return self._in_context_order(jax.random.bernoulli(key, rate, tokens_AxBxL.shape))
+        return self._in_context_order(jax.random.bernoulli(key, rate, tokens_AxBxL.shape), 2)
 
     def _gradients(self, params, rows, requests, batch: Batch, dropped, scored):
         """Loss, layers' metrics and gradients, means over all micro-batches' scored positions.
@@ -223,14 +229,12 @@ class TrainStep:
         """
         train = self.config.train
         model = self.model.bind(params)
-        inverse, order = index.get(STEM, (batch.tokens, None))
-        inputs = Inputs(batch.tokens, inverse, batch.positions, batch.segment_ids, dropped, order)
-        row_sums = None if row_sums is None else row_sums.get(STEM)
-        hidden, _, aux = model(inputs, rows.get(STEM), row_sums=row_sums)
-        aux /= train.micro_batches
+        inputs = Inputs(batch.tokens, batch.positions, batch.segment_ids, index, dropped)
+        outputs = model(inputs, rows, row_sums=row_sums)
+        aux = outputs.aux / train.micro_batches
         weights = batch.loss_mask / jnp.maximum(scored, 1).astype(jnp.float32)
         loss, cross_entropy = head_loss(
-            hidden,
+            outputs.hidden,
             model.head_weight(),
             batch.targets,
             weights,
@@ -268,9 +272,9 @@ def _added(totals, fresh):
     return jax.tree.map(lambda total, new: total + new.astype(total.dtype), totals, fresh)
 
 
-def _index(requests: dict[str, Requests]):
-    """Of each token's row in the row block, and its order; one for each micro-batch."""
-    return {name: (found.inverse, found.order) for name, found in requests.items()}
+def _index(requests: dict[str, Requests]) -> dict[str, RowIndex]:
+    """Where the rows of each micro-batch are in the row blocks."""
+    return {name: RowIndex(found.inverse, found.order) for name, found in requests.items()}
 
 
 def global_norm(tree) -> jax.Array:

@@ -155,7 +155,7 @@ def test_the_figures_are_those_of_the_rows(folder_of, run, text, tmp_path):
     geometry = record["geometry"]["rows"]
     assert [layer["layer"] for layer in geometry] == [0, 2]
     # Small enough that the sample is all of it.
-    places = loaded.rows.spec.layout.row_numbers(np.array(seen))
+    places = loaded.rows["stem"].spec.layout.row_numbers(np.array(seen))
     rows = logical(np.asarray(loaded.rows.rows))[places]
     for index, layer in enumerate(geometry):
         found = Spread.of(rows[:, index]).mean_abs_cosine

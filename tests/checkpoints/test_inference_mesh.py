@@ -56,7 +56,9 @@ def runs(run_folder):
 
 
 def _generator(run, rows=None) -> Generator:
-    return Generator(run.config, run.params, rows or run.rows, run.tokenizer, run.mesh)
+    return Generator(
+        run.config, run.params, {"stem": rows} if rows else run.rows, run.tokenizer, run.mesh
+    )
 
 
 def _tokens(generator: Generator, prompts=PROMPTS) -> list[list[int]]:
@@ -114,7 +116,8 @@ def test_rows_of_a_patch_are_read_on_every_device(runs):
     ids = np.array(BYTES.encode_prompt("b")[-1:])
     extra_1xSxF = np.random.default_rng(0).normal(size=(1, 1, 512)).astype(np.float32)
     said = [
-        _tokens(_generator(run, OverlaidRows(run.rows, 258, 9 * extra_1xSxF, ids))) for run in runs
+        _tokens(_generator(run, OverlaidRows(run.rows["stem"], 258, 9 * extra_1xSxF, ids)))
+        for run in runs
     ]
     assert said[0] == said[1] != _tokens(_generator(runs[0]))
 

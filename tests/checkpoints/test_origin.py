@@ -77,7 +77,7 @@ def test_parameters_and_rows_are_those_of_the_next_step(trained, shape, resident
     stored = [store_arrays(store) for store in stores.values()]
     [table] = stored or [logical_table(state.tables["stem"])]
     # Rows that lag behind in the checkpoint have caught up; nothing else is remembered.
-    np.testing.assert_allclose(table["rows"], logical(loaded.rows.rows), rtol=0, atol=1e-7)
+    np.testing.assert_allclose(table["rows"], logical(loaded.rows["stem"].rows), rtol=0, atol=1e-7)
     assert not any(np.any(np.asarray(table[name])) for name in ("mu", "nu", "last_step"))
     assert not any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(state.opt_state))
     assert [int(x) for x in (state.step, state.updates, state.touched_rows["stem"])] == [0, 0, 0]

@@ -276,7 +276,7 @@ def test_fluency_reads_the_edited_rows(run, cases):
 def test_each_sequence_reads_rows_of_its_own(run):
     germany, spain = (word_ids(run.tokenizer, x)[0] for x in ("Germany", "Spain"))
     laid = lay_edits(run, [swap_recipes(run.tokenizer, "Spain=>Germany")])
-    keys = SequenceKeys(laid.run.rows, run.config.model.vocab_size, [{}, laid.keys[0]])
+    keys = SequenceKeys(laid.run.rows["stem"], run.config.model.vocab_size, [{}, laid.keys[0]])
     tokens_2x2 = jnp.asarray([[spain, germany], [spain, germany]], jnp.int32)
     rows_SxUxF, inverse_2x2 = keys.serve(tokens_2x2).block(tokens_2x2, jnp.float32)
     own, other = read_rows(run, np.array([spain, germany]))

@@ -54,7 +54,7 @@ def make_run(tiny_config, device_mesh, offloaded=False) -> LoadedRun:
             blocks.append(dataclasses.replace(block, arrays=arrays))
         store = HostStore(store.spec, tuple(blocks))
         rows = OffloadedRows(store, mesh, "lfu")
-    return LoadedRun(config, 7, state.params, rows, BYTES, mesh)
+    return LoadedRun(config, 7, state.params, {"stem": rows}, BYTES, mesh)
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +85,10 @@ def test_an_edited_run_is_the_run_of_an_edited_table(loaded):
         # The tables are in layers 1 and 2.
         expected[source, 1] = before[target, 1]
     np.testing.assert_array_equal(all_rows(laid), expected)
-    spec = loaded.rows.spec
-    table = np.asarray(loaded.rows.rows).copy()
+    spec = loaded.rows["stem"].spec
+    table = np.asarray(loaded.rows["stem"].rows).copy()
     table[:, spec.layout.row_numbers(np.arange(258))] = stored(expected)
-    really = dataclasses.replace(loaded, rows=ResidentRows(jnp.asarray(table), spec, loaded.mesh))
+    really = loaded.with_rows("stem", ResidentRows(jnp.asarray(table), spec, loaded.mesh))
     for prompt in ("the cab", "xyz", "zzz abc"):
         np.testing.assert_array_equal(probabilities(laid, prompt), probabilities(really, prompt))
     assert np.abs(probabilities(laid, "the cab") - probabilities(loaded, "the cab")).max() > 1e-4
@@ -110,8 +110,8 @@ def test_offloaded_rows_are_edited_alike(loaded, tiny_config, device_mesh):
     )
     assert row_threads()
     # Whatever lies over the rows ends their threads.
-    by_sequence = SequenceKeys(edited.rows, 258, [{}])
-    dataclasses.replace(edited, rows=by_sequence).close()
+    by_sequence = SequenceKeys(edited.rows["stem"], 258, [{}])
+    edited.with_rows("stem", by_sequence).close()
     assert row_threads() == []
     loaded.close()
 

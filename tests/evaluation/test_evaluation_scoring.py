@@ -85,8 +85,8 @@ def test_rows_in_host_memory_give_the_same(run_folder, sequences):
         try:
             Scorer(few, 7).score(sequences)
         finally:
-            few.rows.close()
-    run.rows.close()
+            few.close()
+    run.close()
 
 
 def test_few_programs_and_one_product_of_the_head(run_folder, sequences):

@@ -22,10 +22,10 @@ from stem_jax.generation.generator import Generator, sequence_seeds
 from stem_jax.generation.sampling import Sampling
 from stem_jax.memory.catalogue import table_specs
 from stem_jax.model.cache import NewCache
-from stem_jax.model.transformer import Inputs
-from stem_jax.tables.row_source import NoRows, ResidentRows
+from stem_jax.tables.row_source import ResidentRows
 from stem_jax.training.blueprint import Blueprint, ModelDef
 from stem_jax.training.state import init_state
+from tests.stem_inputs import stem_inputs
 
 CONTEXT = 48
 BYTES = load_tokenizer("bytes")
@@ -39,8 +39,9 @@ PROMPTS = ["abc", "one more.", "a longer prompt: 123"]
 def rows_of(config, state, mesh=None):
     """The rows of a fresh state, which lag behind nothing."""
     if not state.tables:
-        return NoRows()
-    return ResidentRows(state.tables["stem"].rows, table_specs(config)["stem"], mesh)
+        return {}
+    source = ResidentRows(state.tables["stem"].rows, table_specs(config)["stem"], mesh)
+    return {"stem": source}
 
 
 @pytest.fixture(scope="module")
@@ -101,15 +102,16 @@ def test_cached_logits_equal_the_training_forward(
     tokens_BxL = np.random.default_rng(0).integers(0, config.model.vocab_size, (2, L), np.int32)
 
     positions_BxL = np.broadcast_to(np.arange(L, dtype=np.int32), (2, L))
-    inputs = Inputs(
+    inputs = stem_inputs(
         tokens_BxL,
         np.arange(2 * L, dtype=np.int32).reshape(2, L),
         positions_BxL,
         np.ones_like(tokens_BxL),
     )
-    rows = None
+    rows = {}
     if state.tables:
-        rows = state.tables["stem"].rows[:, spec.layout.row_numbers(tokens_BxL.reshape(-1))]
+        places = spec.layout.row_numbers(tokens_BxL.reshape(-1))
+        rows = {"stem": state.tables["stem"].rows[:, places]}
 
     @jax.jit
     def train_forward(params, rows):
@@ -118,12 +120,12 @@ def test_cached_logits_equal_the_training_forward(
 
     expected_BxLxV = np.asarray(train_forward(state.params, rows))
 
-    source = ResidentRows(state.tables["stem"].rows, spec, None) if state.tables else NoRows()
-    advance = jax.jit(Generator(config, state.params, rows_of(config, state), BYTES).advance)
+    source = rows_of(config, state)
+    advance = jax.jit(Generator(config, state.params, source, BYTES).advance)
     width = max(prefixes) + 2
     tokens = np.stack([np.pad(t[:p], (0, width - p)) for t, p in zip(tokens_BxL, prefixes)])
     caches = [NewCache(24)] * config.model.num_layers
-    logits, caches = advance(state.params, source, tokens, np.array(prefixes, np.int32), caches)
+    logits, after = advance(state.params, source, tokens, np.array(prefixes, np.int32), caches)
     compared = 0
     for step in range(max(n - p for n, p in zip(lengths, prefixes))):
         place = np.asarray(prefixes) + step
@@ -133,7 +135,7 @@ def test_cached_logits_equal_the_training_forward(
                 np.testing.assert_allclose(np.asarray(logits)[b], expected_V, atol=1e-4, rtol=0)
                 compared += 1
         token = np.take_along_axis(tokens_BxL, place[:, None], axis=1)
-        logits, caches = advance(state.params, source, token, np.ones(2, np.int32), caches)
+        logits, after = advance(state.params, source, token, np.ones(2, np.int32), *after)
     assert compared == sum(lengths) - sum(prefixes)
 
 
@@ -146,8 +148,8 @@ def test_greedy_tokens_are_those_of_the_whole_forward(generator, bytes_config, b
     def whole_forward(ids_BxL, inverse_BxL):
         ones, positions = jnp.ones_like(ids_BxL), jnp.arange(CONTEXT)[None]
         bound = model.bind(state.params)
-        inputs = Inputs(ids_BxL, inverse_BxL, positions, ones)
-        return bound.logits(bound(inputs, rows_SxVxF)[0])
+        inputs = stem_inputs(ids_BxL, inverse_BxL, positions, ones)
+        return bound.logits(bound(inputs, {"stem": rows_SxVxF})[0])
 
     for prompt, completion in zip(PROMPTS, generator.complete(PROMPTS, 12, GREEDY)):
         ids = generator.encode(prompt)
@@ -364,13 +366,13 @@ def test_a_loaded_run_is_the_saved_one(run_folder, bytes_state):
     assert (run.step, run.config.model.attention) == (7, "auto")
     for name, value in bytes_state().params.items():
         assert np.array_equal(run.params[name], value)
-    assert np.array_equal(run.rows.rows, bytes_state().tables["stem"].rows)
+    assert np.array_equal(run.rows["stem"].rows, bytes_state().tables["stem"].rows)
 
 
 def test_ids_that_stand_for_nothing_are_never_drawn(generator, device_mesh):
     """A model's vocabulary is often padded; what decodes to nothing is no token to give."""
     few = dataclasses.replace(BYTES, vocab_size=120)
-    model = generator.config, generator._params, generator._rows
+    model = generator.config, generator._params, generator._rows.sources
     padded = Generator(*model, few, device_mesh((1, 1, 1)))
     hot = Sampling(1e6, 0, 1.0)
     drawn = {token for c in padded.complete(PROMPTS, 12, hot) for token in c.tokens}

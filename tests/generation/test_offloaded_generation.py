@@ -61,43 +61,45 @@ def _tokens(run, sampling, tokens=20):
 def test_offloaded_rows_give_the_same_tokens(run_folder, sampling, resident_rows):
     resident, offloaded = load_run(run_folder), load_run(run_folder, resident_rows=resident_rows)
     # The device holds these rows and no more.
-    served = offloaded.rows.serve(jnp.arange(5))
+    served = offloaded.rows["stem"].serve(jnp.arange(5))
     assert served.rows.shape[1] == resident_rows
     assert _tokens(offloaded, sampling) == _tokens(resident, sampling)
-    offloaded.rows.close()
+    offloaded.close()
 
 
 def test_offloaded_rows_are_the_caught_up_ones(run_folder):
     resident, offloaded = load_run(run_folder), load_run(run_folder, resident_rows=32)
     for first in (0, 96, 224, 32):
         keys = np.arange(first, first + 32, dtype=np.int32)
-        rows, inverse = offloaded.rows.serve(keys).block(keys, jnp.float32)
-        expected, places = resident.rows.block(jnp.asarray(keys), jnp.float32)
+        rows, inverse = offloaded.rows["stem"].serve(keys).block(keys, jnp.float32)
+        expected, places = resident.rows["stem"].block(jnp.asarray(keys), jnp.float32)
         np.testing.assert_allclose(rows[:, inverse], expected[:, places], atol=1e-7)
-    offloaded.rows.close()
+    offloaded.close()
 
 
 def test_a_prompt_is_deduplicated(run_folder):
     run = load_run(run_folder, resident_rows=16)
     keys = np.tile(np.arange(8, dtype=np.int32), (2, 40))
-    rows, inverse = run.rows.serve(keys).block(keys, jnp.float32)
+    rows, inverse = run.rows["stem"].serve(keys).block(keys, jnp.float32)
     assert (rows.shape[1], inverse.shape) == (8, keys.shape)
-    run.rows.close()
+    run.close()
 
 
 def test_more_distinct_tokens_than_slots_are_refused(run_folder):
     run = load_run(run_folder, resident_rows=4)
     with pytest.raises(InputError, match=r"distinct tokens.*resident_rows=4.*--resident-rows="):
         _tokens(run, Sampling())
-    run.rows.close()
+    run.close()
     with pytest.raises(InputError, match="resident_rows=0 must be more than 0"):
         load_run(run_folder, resident_rows=0)
 
 
 def test_no_row_travels_back(run_folder, monkeypatch):
     run = load_run(run_folder, resident_rows=16)
-    store = run.rows._prefetch.store
+    store = run.rows["stem"]._prefetch.store
     monkeypatch.setattr(store, "write", lambda *_: pytest.fail("rows do not change here"))
     for first in range(0, 96, 16):
-        jax.block_until_ready(run.rows.serve(np.arange(first, first + 16, dtype=np.int32)).rows)
-    run.rows.close()
+        jax.block_until_ready(
+            run.rows["stem"].serve(np.arange(first, first + 16, dtype=np.int32)).rows
+        )
+    run.close()

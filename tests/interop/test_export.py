@@ -247,11 +247,11 @@ def test_transformers_saves_it_again(exported, tmp_path):
 
 def test_rows_are_caught_up(run_folder):
     saved, run = open_saved_model(run_folder("stem_gqa")), load_run(run_folder("stem_gqa"))
-    rows, ids, layout = np.full((258, 2, 48), np.nan), np.arange(258), run.rows.spec.layout
+    rows, ids, layout = np.full((258, 2, 48), np.nan), np.arange(258), run.rows["stem"].spec.layout
     for some, columns, piece in saved.table_pieces():
         assert np.isnan(rows[some, :, columns]).all()
         rows[some, :, columns] = piece
-    expected = logical(np.asarray(run.rows.rows))[layout.row_numbers(ids)]
+    expected = logical(np.asarray(run.rows["stem"].rows))[layout.row_numbers(ids)]
     np.testing.assert_allclose(rows, expected, atol=1e-7)
     lagging = saved._read("table_rows", "rows", ...)[layout.row_numbers(ids)]
     assert np.abs(lagging - expected).max() > 1e-3

@@ -192,7 +192,7 @@ def test_a_new_run_begins_with_it(trained, tmp_path):
     for name, value in again.params.items():
         # One step moves a parameter by about the learning rate: it began with that of the import.
         np.testing.assert_allclose(run.params[name], value, atol=1e-5, rtol=0)
-    np.testing.assert_allclose(run.rows.rows, again.rows.rows, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(run.rows["stem"].rows, again.rows["stem"].rows, atol=1e-5, rtol=0)
     changed = [not np.array_equal(run.params[name], again.params[name]) for name in again.params]
     assert any(changed)
 

@@ -193,7 +193,9 @@ def test_without_training_the_tables(llama, text, tmp_path, capsys):
     with torch.no_grad():
         embedding = _torch_model(llama).model.embed_tokens.weight[250:255]
         alone = block.mlp.up_proj(block.post_attention_layernorm(embedding)).numpy()
-    rows = np.asarray(run.rows.rows)[0, run.rows.spec.layout.row_numbers(np.arange(250, 255))]
+    rows = np.asarray(run.rows["stem"].rows)[
+        0, run.rows["stem"].spec.layout.row_numbers(np.arange(250, 255))
+    ]
     np.testing.assert_allclose(rows, alone, atol=1e-5, rtol=0)
 
 

@@ -134,5 +134,5 @@ def test_a_run_states_its_share_of_the_peak_of_eight_bits(tiny_config, monkeypat
         shares[kind] = log.records[-1]["train/mfu"]
         reporter.close()
         log.close()
-    flops = 1e6 * training_flops_per_token(config.model, config.train.seq_len)
+    flops = 1e6 * training_flops_per_token(config, config.train.seq_len)
     assert shares == {None: flops / 4e12, "float8": flops / 8e12}

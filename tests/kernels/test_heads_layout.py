@@ -45,7 +45,7 @@ def _compiled(config, mesh) -> hlo.Module:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
     def make():
-        return Block(config.model, 0, KINDS["dense"], mesh, rngs=nnx.Rngs(0))
+        return Block(config, 0, KINDS["dense"], mesh, rngs=nnx.Rngs(0))
 
     def placed(variable):
         axes = variable.get_metadata()["logical_axes"]

@@ -10,7 +10,6 @@ import pytest
 from stem_jax.generation.generator import Generator
 from stem_jax.model.cache import NewCache
 from stem_jax.model.einsum_attention import cached_attention
-from stem_jax.tables.row_source import NoRows
 from stem_jax.training.blueprint import Blueprint
 from stem_jax.training.state import init_state
 
@@ -73,10 +72,10 @@ def test_a_prompt_goes_through_the_kernel_of_training(tiny_config, device_mesh):
     config = make()
     params = init_state(Blueprint(config, device_mesh((1, 1, 1)))).params
     tokens_BxL = np.random.default_rng(2).integers(0, 88, (2, 128), np.int32)
-    arguments = params, NoRows(), tokens_BxL, np.array([128, 70], np.int32), [NewCache(256)]
+    arguments = params, {}, tokens_BxL, np.array([128, 70], np.int32), [NewCache(256)]
 
     def advance(kernel: str):
-        generator = Generator(make(**{"model.attention": kernel}), params, NoRows(), None)
+        generator = Generator(make(**{"model.attention": kernel}), params, {}, None)
         return jax.jit(generator.advance)
 
     program = {kernel: str(advance(kernel).trace(*arguments).jaxpr) for kernel in ("splash", "xla")}
@@ -88,7 +87,5 @@ def test_a_prompt_goes_through_the_kernel_of_training(tiny_config, device_mesh):
     np.testing.assert_allclose(found[0], expected[0], atol=1e-4)
     # The next token reads what either has left in the cache.
     token, one = np.array([[5], [6]], np.int32), np.ones(2, np.int32)
-    longer = [
-        advance("xla")(params, NoRows(), token, one, caches)[0] for _, caches in (found, expected)
-    ]
+    longer = [advance("xla")(params, {}, token, one, *after)[0] for _, after in (found, expected)]
     np.testing.assert_allclose(*longer, atol=1e-4)

@@ -81,7 +81,7 @@ def test_decoding_reads_the_arrays_that_there_are(tiny_config, tied, dtype):
     if not tied:
         sizes["embed.weight"] = 32
     keys_and_values = 2 * 16 * config.model.num_kv_heads * config.model.head_dim
-    reads = decode_reads(config.model, 16)
+    reads = decode_reads(config, 16)
     assert reads.backbone == sum(sizes.values())
     assert reads.row == 2 * 48
     assert reads.cache == 3 * keys_and_values
@@ -99,6 +99,6 @@ def test_the_table_goes_from_dense_to_all_layers(tiny_config):
         assert values == sorted(values, reverse=True) and values[0] > values[-1], key
     assert [record["table"] for record in records[:2]] == [0, 88 * 48]
     # A whole prompt costs what its tokens cost, but for the head, which sees one of them.
-    model, head = config.model, 2 * 88 * 32
-    prompt = generation_flops(model, 16, 16).matmul
-    assert prompt == 16 * (forward_flops_per_token(model, 16) - head) + head
+    head = 2 * 88 * 32
+    prompt = generation_flops(config, 16, 16).matmul
+    assert prompt == 16 * (forward_flops_per_token(config, 16) - head) + head

@@ -7,9 +7,10 @@ import pytest
 
 from stem_jax.errors import InputError
 from stem_jax.model.cost import count_parameters
-from stem_jax.model.transformer import Inputs, Transformer
+from stem_jax.model.transformer import Transformer
 from stem_jax.training.schedule import make_schedule
 from stem_jax.training.state import init_state
+from tests.stem_inputs import stem_inputs
 
 RATE = {"model.token_embedding_dropout": 0.3}
 
@@ -28,15 +29,15 @@ def _losses(step, make_batch, updates=3):
 def test_dropped_tokens_keep_their_rows(tiny_config):
     from flax import nnx
 
-    config = tiny_config(**RATE).model
-    model = Transformer(config, rngs=nnx.Rngs(params=0))
+    whole = tiny_config(**RATE)
+    config, model = whole.model, Transformer(whole, rngs=nnx.Rngs(params=0))
     tokens = jnp.asarray([[3, 4, 5, 6]])
     places, ones = jnp.arange(4)[None], jnp.ones((1, 4), jnp.int32)
     rows = jax.random.normal(jax.random.key(0), (config.num_stem_layers, 88, config.ffn_dim))
 
     def run(tokens, dropped):
         seen = []
-        model(Inputs(tokens, tokens, places, ones, dropped), rows, collect=seen)
+        model(stem_inputs(tokens, tokens, places, ones, dropped), {"stem": rows}, collect=seen)
         return seen
 
     dropped = jnp.asarray([[False, True, False, False]])
@@ -71,7 +72,7 @@ def test_the_vector_is_trained_and_counted(train_step, make_batch, stem_layers):
     _, state = _losses(step, make_batch)
     start = init_state(step.blueprint)
     assert np.abs(state.params["embed.dropped"] - start.params["embed.dropped"]).max() > 0
-    counted = count_parameters(step.config.model).active
+    counted = count_parameters(step.config).active
     assert sum(array.size for array in start.params.values()) == counted
 
 

@@ -15,10 +15,9 @@ from stem_jax.generation.generator import Generator
 from stem_jax.generation.sampling import Sampling
 from stem_jax.mesh import parameter_spec, token_spec
 from stem_jax.model.hash_moe import HashExperts, experts_of, groups_of
+from stem_jax.model.inputs import Inputs
 from stem_jax.model.kind import Read
 from stem_jax.model.layer_plan import by_layer
-from stem_jax.model.transformer import Inputs
-from stem_jax.tables.row_source import NoRows
 from stem_jax.training.blueprint import ModelDef
 from stem_jax.training.schedule import make_schedule
 from stem_jax.training.state import init_state
@@ -202,14 +201,14 @@ def test_generation_says_what_the_whole_sequence_says(tiny_config):
     config = tiny_config(**KEYS | {"model.vocab_size": 258, "model.num_layers": 2})
     model = ModelDef(config)
     params = model.init()
-    generator = Generator(config, params, NoRows(), BYTES)
+    generator = Generator(config, params, {}, BYTES)
     prompts = [[1, 2, 3], [9, 8, 7, 6, 5]]
     columns = list(zip(*generator.steps(prompts, 3, Sampling(temperature=0.0)), strict=True))
     bound = model.bind(params)
     for prompt, column in zip(prompts, columns, strict=True):
         ids = jnp.array([[*prompt, *column]], jnp.int32)
         places = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
-        hidden = bound(Inputs(ids, ids, places, jnp.ones_like(ids)), None).hidden
+        hidden = bound(Inputs(ids, places, jnp.ones_like(ids)), {}).hidden
         said = bound.logits(hidden)[0, len(prompt) - 1 : -1].argmax(-1)
         assert said.tolist() == list(column)
 

@@ -43,7 +43,7 @@ def test_a_model_of_these_kinds_has_them(tiny_config, kinds):
 
 @given(st.lists(st.sampled_from(sorted(KINDS)), min_size=2, max_size=10))
 def test_equal_places_of_groups_are_of_one_kind(tiny_config, kinds):
-    groups = repeating_groups(with_layers(tiny_config().model, kinds))
+    groups = repeating_groups(layer_kinds(with_layers(tiny_config().model, kinds)))
     if groups is not None:
         for place in groups.places:
             assert len({kinds[layer] for layer in groups.layers(place)}) == 1
@@ -84,23 +84,23 @@ def test_a_kind_counts_the_parameters_that_it_makes(tiny_config, kind):
     assert made == KINDS[kind].weights(model)
     cost = KINDS[kind].cost(model)
     assert cost.parameters == sum(map(math.prod, made.values()))
-    count = count_parameters(model)
+    count = count_parameters(config)
     assert count.active + count.idle == sum(map(math.prod, shapes.values()))
     assert count.table == model.vocab_size * model.num_stem_layers * model.ffn_dim
 
 
 def test_costs_of_whole_models_are_what_they_were(tiny_config):
     """D 32, F 48, heads of 8 (4 and 2), V 88, 3 layers of which 2 read rows; counted by hand."""
-    model = tiny_config().model
+    config = tiny_config()
     attention = 2 * 32 * 4 * 8 + 2 * 32 * 2 * 8
     ffn = (3 + 2 + 2) * 32 * 48
     active = 3 * attention + ffn + 7 * 32 + 2 * 88 * 32
-    count = count_parameters(model)
+    count = count_parameters(config)
     assert dataclasses.astuple(count) == (active, 88 * 2 * 48, active + 2 * 48, 0)
     assert count.total == active + 88 * 2 * 48
     head, scores = 2 * 88 * 32, 2 * 2 * 10 * 4 * 8
-    assert forward_flops_per_token(model, 10) == 2 * 3 * attention + 3 * scores + 2 * ffn + head
-    reads = decode_reads(model, 16)
+    assert forward_flops_per_token(config, 10) == 2 * 3 * attention + 3 * scores + 2 * ffn + head
+    reads = decode_reads(config, 16)
     assert (reads.backbone, reads.row) == (active - 87 * 32, 2 * 48)
 
 

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stem_jax.model.layer_plan import LayerGroups, by_layer, repeating_groups
-from stem_jax.model.transformer import Inputs
+from stem_jax.model.layer_plan import LayerGroups, by_layer, layer_kinds, repeating_groups
 from stem_jax.training.blueprint import ModelDef
 from stem_jax.training.schedule import make_schedule
 from stem_jax.training.state import init_state
+from tests.stem_inputs import stem_inputs
 
 
 @pytest.mark.parametrize(
@@ -27,14 +27,14 @@ from stem_jax.training.state import init_state
 )
 def test_groups_of_usual_patterns(tiny_config, num_layers, stem_layers, groups):
     sizes = {"model.num_layers": num_layers, "model.stem_layers": stem_layers}
-    assert repeating_groups(tiny_config(**sizes).model) == groups
+    assert repeating_groups(layer_kinds(tiny_config(**sizes).model)) == groups
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=12))
 def test_groups_repeat_and_no_choice_is_smaller(tiny_config, kinds):
     stem = tuple(layer for layer, is_stem in enumerate(kinds) if is_stem) or "none"
     config = tiny_config(**{"model.num_layers": len(kinds), "model.stem_layers": stem}).model
-    groups = repeating_groups(config)
+    groups = repeating_groups(layer_kinds(config))
 
     def left(first, period, repeats):
         equal = kinds[first : first + period] * repeats
@@ -89,11 +89,11 @@ def test_a_scan_keeps_the_rows_once(tiny_config):
     config = tiny_config(**changes, **{"model.remat": "full"})
     model = ModelDef(config)
     tokens_BxL = jnp.zeros((2, 24), jnp.int32)
-    inputs = Inputs(tokens_BxL, tokens_BxL, tokens_BxL, tokens_BxL + 1)
+    inputs = stem_inputs(tokens_BxL, tokens_BxL, tokens_BxL, tokens_BxL + 1)
     rows_SxUxF = jnp.zeros((3, 40, config.model.ffn_dim))
 
     def total(params, rows_SxUxF):
-        return jnp.sum(model.bind(params)(inputs, rows_SxUxF)[0])
+        return jnp.sum(model.bind(params)(inputs, {"stem": rows_SxUxF})[0])
 
     gradients = jax.jit(jax.grad(total, argnums=(0, 1)))
     text = gradients.lower(model.init(), rows_SxUxF).compile().as_text()

@@ -19,13 +19,13 @@ from stem_jax.interop.names import (
     rows_to_table,
     table_to_rows,
 )
-from stem_jax.model.transformer import Inputs
 from stem_jax.tables.spec import TableState, logical, stored
 from stem_jax.training.batch import Batch
 from stem_jax.training.blueprint import ModelDef
 from stem_jax.training.schedule import make_schedule, multiplier
 from stem_jax.training.state import TrainState
 from stem_jax.training.step import TrainStep
+from tests.stem_inputs import stem_inputs
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 MODELS = ["stem_small", "stem_gqa", "dense_small"]
@@ -144,14 +144,14 @@ def test_forward(name, train_step):
     batch = _batch(step, stored["tokens"], stored["targets"])
     tokens = batch.tokens[0]
     # The block of rows is the whole table by token id, so a token is its own index.
-    rows = None if table is None else jnp.asarray(table).swapaxes(0, 1)
+    rows = {} if table is None else {"stem": jnp.asarray(table).swapaxes(0, 1)}
 
     @jax.jit
     def run(params, rows):
         places = []
-        inputs = Inputs(tokens, tokens, batch.positions[0], batch.segment_ids[0])
+        inputs = stem_inputs(tokens, tokens, batch.positions[0], batch.segment_ids[0])
         model = ModelDef(step.config).bind(params)
-        hidden, _, _ = model(inputs, rows, collect=places)
+        hidden = model(inputs, rows, collect=places).hidden
         return model.logits(hidden), places
 
     logits, places = run(params, rows)

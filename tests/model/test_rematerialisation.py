@@ -15,7 +15,7 @@ from stem_jax.errors import InputError
 from stem_jax.kernels.document_attention import document_attention
 from stem_jax.kernels.kept_names import attention
 from stem_jax.mesh import make_mesh, replicated
-from stem_jax.model.transformer import Inputs
+from stem_jax.model.inputs import Inputs
 from stem_jax.planning import gpus
 from stem_jax.planning.plan import make_plan
 from stem_jax.planning.plan_text import as_json, as_text
@@ -38,10 +38,10 @@ def _gradients(tiny_config, length: int, mesh: Mesh | None = None, **model):
     )
     model = ModelDef(config, mesh)
     ones = np.ones((1, length), np.int32)
-    inputs = Inputs(ones, ones, np.arange(length, dtype=np.int32)[None], ones)
+    inputs = Inputs(ones, np.arange(length, dtype=np.int32)[None], ones)
 
     def loss(params):
-        hidden, _, _ = model.bind(params)(inputs, None)
+        hidden = model.bind(params)(inputs, {}).hidden
         # Square: the forward pass cannot be left out.
         return jnp.sum(jnp.square(hidden.astype(jnp.float32)))
 

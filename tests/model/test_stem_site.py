@@ -20,12 +20,12 @@ from stem_jax.model.cost import count_parameters, forward_flops_per_token, gener
 from stem_jax.model.feed_forward import KINDS
 from stem_jax.model.ffn import SITES
 from stem_jax.model.kind import Read
-from stem_jax.model.transformer import Inputs
 from stem_jax.tables.row_source import ResidentRows
 from stem_jax.training.blueprint import ModelDef
 from stem_jax.training.schedule import make_schedule
 from stem_jax.training.state import init_state
 from tests.saved_models import BYTES
+from tests.stem_inputs import stem_inputs
 
 pytestmark = pytest.mark.little_effort
 OTHER_SITES = [site for site in SITES if site != before("stem_site")]
@@ -68,15 +68,15 @@ def test_a_layer_is_its_formula(tiny_config, site):
 def test_parameters_and_flops_are_those_that_there_are(tiny_config, site):
     config = tiny_config(**{"model.stem_site": site})
     shapes = ModelDef(config).shapes()
-    assert count_parameters(config.model).active == sum(
+    assert count_parameters(config).active == sum(
         math.prod(shape.shape) for shape in shapes.values()
     )
-    published = tiny_config().model
+    published = tiny_config()
     more = 2 * 2 * 32 * 48 if site == "up_add" else 0
-    found = [forward_flops_per_token(m, 16) for m in (config.model, published)]
+    found = [forward_flops_per_token(c, 16) for c in (config, published)]
     assert found[0] - found[1] == more
     # Of two STEM layers, an addition for each of F numbers.
-    adds = [generation_flops(m, 1, 16).elementwise for m in (config.model, published)]
+    adds = [generation_flops(c, 1, 16).elementwise for c in (config, published)]
     assert adds[0] - adds[1] == (2 * 48 if site == "up_add" else 0)
 
 
@@ -129,11 +129,11 @@ def test_rows_and_projections_learn(tiny_config, site):
     )
     model = ModelDef(config)
     tokens = jnp.arange(12, dtype=jnp.int32).reshape(1, 12)
-    inputs = Inputs(tokens, tokens, tokens, jnp.ones_like(tokens))
+    inputs = stem_inputs(tokens, tokens, tokens, jnp.ones_like(tokens))
     rows_SxUxF = jax.random.normal(jax.random.key(0), (1, 12, 48))
 
     def total(params, rows_SxUxF):
-        return jnp.sum(jnp.sin(model.bind(params)(inputs, rows_SxUxF).hidden))
+        return jnp.sum(jnp.sin(model.bind(params)(inputs, {"stem": rows_SxUxF}).hidden))
 
     gradients = jax.jit(jax.grad(total, argnums=(0, 1)))(model.init(), rows_SxUxF)
     del gradients[0]["head.kernel"]
@@ -149,11 +149,11 @@ def test_generation_says_what_the_whole_sequence_says(tiny_config, site):
     params = model.init()
     rows = jax.random.normal(jax.random.key(0), (1, 288, 48))
     source = ResidentRows(rows, table_specs(step)["stem"], None)
-    generator = Generator(step, params, source, BYTES)
+    generator = Generator(step, params, {"stem": source}, BYTES)
     [column] = zip(*generator.steps([[1, 2, 3]], 3, Sampling(temperature=0.0)), strict=True)
     ids = jnp.array([[1, 2, 3, *column]], jnp.int32)
     block, inverse = source.serve(ids).block(ids, "float32")
     places = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
     bound = model.bind(params)
-    hidden = bound(Inputs(ids, inverse, places, jnp.ones_like(ids)), block).hidden
+    hidden = bound(stem_inputs(ids, inverse, places, jnp.ones_like(ids)), {"stem": block}).hidden
     assert bound.logits(hidden)[0, 2:-1].argmax(-1).tolist() == list(column)

@@ -150,9 +150,9 @@ def test_a_plan_for_cpu_devices(capsys):
     assert (found["program"], found["chips"], found["fits"]) == ("train step", 8, True)
     assert found["mesh"] == {"data": 8, "fsdp": 1, "context": 1, "tensor": 1}
     # One STEM layer: 512 rows of 128 floats over 8 devices, mu, nu and last_step beside them.
-    assert found["table"]["rows"] == 512 * 128 * 4 // 8
-    assert found["table"]["moments"] == 2 * found["table"]["rows"] + 512 * 4 // 8
-    assert found["table"]["row_block"] == found["table"]["unique_rows"] * 128 * 4
+    assert found["tables"]["stem"]["rows"] == 512 * 128 * 4 // 8
+    assert found["tables"]["stem"]["moments"] == 2 * found["tables"]["stem"]["rows"] + 512 * 4 // 8
+    assert found["tables"]["stem"]["row_block"] == found["tables"]["stem"]["unique_rows"] * 128 * 4
     assert found["collectives"]["all-to-all"]["bytes"] > 0
     assert found["collectives"]["all-reduce"]["bytes"] > 0
     # The rounds of the exchange are known beforehand.
@@ -253,7 +253,9 @@ def test_slices_send_each_other_what_the_last_hop_has_room_for(tiny_config):
     sizes = {"train.global_batch_size": 8, "mesh.data": 2, "mesh.fsdp": 4}
     config = tiny_config(**sizes, **{"model.compute_dtype": "bfloat16"})
     topology = Topology.parse("v5e:2x2", 2)
-    exchange = train_step_program(config, make_mesh(config.mesh, topology.devices())).exchange
+    exchange = train_step_program(config, make_mesh(config.mesh, topology.devices())).exchanges[
+        "stem"
+    ]
     assert exchange.hops == (Hop(4, 1), Hop(2, 4))
     width = len(config.model.stem_layers) * config.model.ffn_dim
     found = plans.make_plan(config, topology).collectives["all-to-all"]
@@ -298,10 +300,10 @@ def test_a_plan_of_an_offloaded_table(tiny_config):
         for name, c in (("offloaded", config), ("resident", resident))
     }
     rows, width = 96, 2 * 48
-    assert plan_of["resident"].table.host == 0
-    assert plan_of["offloaded"].table.host == rows * (3 * 4 * width + 4)
-    assert plan_of["offloaded"].table.rows == 32 // 8 * 4 * width
-    assert plan_of["resident"].table.rows == rows // 8 * 4 * width
+    assert plan_of["resident"].tables["stem"].host == 0
+    assert plan_of["offloaded"].tables["stem"].host == rows * (3 * 4 * width + 4)
+    assert plan_of["offloaded"].tables["stem"].rows == 32 // 8 * 4 * width
+    assert plan_of["resident"].tables["stem"].rows == rows // 8 * 4 * width
     assert "host memory, over all hosts" in as_text(plan_of["offloaded"])
 
 

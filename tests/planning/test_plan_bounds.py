@@ -193,7 +193,7 @@ def test_products_of_eight_bits_are_bounded_by_their_own_peak(tiny_config):
                 for peak in (0.0, 4e6)
             ]
     flops, _ = step_flops(config)
-    projections = projection_flops_per_token(config.model) * config.tokens_per_step
+    projections = projection_flops_per_token(config) * config.tokens_per_step
     assert 0 < 3 * projections < flops
     for remat, passes in (("none", 3), ("full", 4)):
         (plain, other), (without, with_units) = found[None, remat], found["float8", remat]

@@ -1,7 +1,6 @@
 """Several processes as one run: real processes over gloo, real signals, what they refuse.
 
-The file is its own child: `python .../test_multihost.py FOLDER CONFIG...` prints a digest of
-every global batch.
+Its own child: `python .../test_multihost.py FOLDER CONFIG...` digests every global batch.
 """
 
 import contextlib

@@ -138,7 +138,7 @@ def test_readers_see_what_the_next_step_would(train_step, make_batch, tmp_path, 
     rounded = expected[spec.layout.row_numbers(ids[0])].astype(compute)
     for resident in (None, 64):
         loaded = load_run(tmp_path, resident_rows=resident)
-        block, inverse = loaded.rows.serve(ids).block(ids, compute)
+        block, inverse = loaded.rows["stem"].serve(ids).block(ids, compute)
         found = np.asarray(block)[:, np.asarray(inverse)[0]].swapaxes(0, 1)
         np.testing.assert_allclose(np.float32(found), np.float32(rounded), rtol=0, atol=1e-8)
         loaded.close()

@@ -17,6 +17,7 @@ from stem_jax.checkpoints.origin import Origin, begin_from
 from stem_jax.checkpoints.params import saved_params
 from stem_jax.model.layer_plan import (
     by_layer,
+    layer_kinds,
     layer_names,
     repeating_groups,
     stack_and_free,
@@ -69,7 +70,7 @@ def assert_same(found, expected, **tolerance) -> None:
 def test_names_say_which_layers_are_stacked(tiny_config, kinds):
     stem = tuple(layer for layer, is_stem in enumerate(kinds) if is_stem) or "none"
     config = tiny_config(**{"model.num_layers": len(kinds), "model.stem_layers": stem}).model
-    groups = repeating_groups(config)
+    groups = repeating_groups(layer_kinds(config))
     names = ["norm.scale", *(f"blocks.{layer}.ffn.kernel" for layer in range(len(kinds)))]
     whole = stack_names(names, groups)
     assert sorted(layer for name in whole for layer in layer_names(name)) == sorted(names)
