@@ -145,8 +145,8 @@ def _table_spec(memory: Memory, config: Config) -> TableSpec:
         mine = None if own is None else getattr(own, key)
         return shared if mine is None else mine
 
-    # Hashed keys are spread over the rows as they are.
-    layout = TableLayout(memory.num_keys, tables.pad_multiple, spread=memory.reach == 0)
+    # Keys of several tokens are hashes: spread over all numbers as they are.
+    layout = TableLayout(memory.num_keys, tables.pad_multiple, spread=memory.reach > 0)
     resident = tables.resident_rows if own is None else own.resident_rows
     init_std = tables.init_std if own is None else own.init_std
     return TableSpec(

@@ -174,7 +174,7 @@ def test_a_plan_counts_rows_in_their_format(
     config = tiny_config(**keys, **{"tables.resident_rows": 256})
     mesh = device_mesh((8, 1, 1))
     exchange = ShardedTable(table_specs(config)["stem"], mesh, 16).exchange
-    found = plans._table_bytes(config, mesh, Program(None, 0, exchange))
+    found = plans._table_bytes(config, mesh, Program(None, 0, {"stem": exchange}))["stem"]
     assert found.rows == 256 * 128 * of_rows // 8
     assert found.moments == 256 * of_moments // 8
     assert found.host == 512 * (128 * of_rows + of_moments)
