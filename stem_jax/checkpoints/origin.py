@@ -1,25 +1,30 @@
 """What a new run begins with: the newest checkpoint of another work folder, or its weights."""
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from stem_jax.checkpoints.checkpointer import FOLDER, Checkpointer, CheckpointInfo
-from stem_jax.config import Config, keys_of
+from stem_jax.config import MEMORY_SECTIONS, Config, keys_of
 from stem_jax.config_keys import Role
 from stem_jax.errors import InputError
-from stem_jax.memory.catalogue import table_specs
+from stem_jax.memory.catalogue import table_specs, with_eos
+from stem_jax.model.readers import READERS
+from stem_jax.model.transformer import reader_of
 from stem_jax.storage import local_path
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.offloaded_rows import caught_up_store
 from stem_jax.tables.sharded_table import ShardedTable
 from stem_jax.tables.spec import TableSpec
+from stem_jax.training.blueprint import Params
 from stem_jax.training.past_updates import NO_PAST, PastUpdates
 from stem_jax.training.resume import check_continuable
 from stem_jax.training.schedule import learning_rates, make_schedule
-from stem_jax.training.state import TrainState, abstract_state, init_state
+from stem_jax.training.state import TrainState, abstract_state, init_state, table_key
 from stem_jax.training.step import TrainStep
 
 
@@ -52,7 +57,9 @@ class Origin:
     def describe(self, config: Config) -> str:
         """What a run of this configuration takes over, in a line."""
         if not self.continues:
-            return f"beginning with checkpoint {self.info.step} of {self.folder}"
+            fresh = ", ".join(grafted(self.info.config, config))
+            more = f"; it has no {fresh}, which begin anew" if fresh else ""
+            return f"beginning with checkpoint {self.info.step} of {self.folder}{more}"
         updates = self.info.updates
         rates = learning_rates(config, updates + 1, self.past)
         before = f"{rates[-2]:.3g}" if updates else "none"
@@ -87,20 +94,33 @@ def find_origin(config: Config) -> Origin | None:
         if step is None:
             raise InputError(f"{key}={folder} has no complete checkpoint yet")
         info = checkpoints.info(step)
-    _check_shapes(key, folder, info.config, config)
     origin = Origin(key, folder, info)
+    _check_shapes(origin, config)
     if origin.continues:
         check_continuable(folder, step, info.config, config)
     return origin
 
 
-def _check_shapes(key: str, folder: Path, there: Config, here: Config) -> None:
+def grafted(there: Config, here: Config) -> list[str]:
+    """Memories that a run has and its origin has not."""
+    return [
+        section
+        for section in MEMORY_SECTIONS
+        if getattr(here, section).layers and not getattr(there, section).layers
+    ]
+
+
+def _check_shapes(origin: Origin, here: Config) -> None:
+    there = origin.info.config
+    here = with_eos(here, there.ngram.eos_id)
+    # Optimizer state that is continued has no place for them.
+    free = () if origin.continues else grafted(there, here)
     for shaping in keys_of(Role.SHAPE):
         before, now = there.value_of(shaping), here.value_of(shaping)
-        if before != now:
+        if before != now and shaping.partition(".")[0] not in free:
             raise InputError(
-                f"{key}={folder} was trained with {shaping}={before}, this run has {now}; "
-                f"set --config.{shaping} to the former"
+                f"{origin.key}={origin.folder} was trained with {shaping}={before}, this run has "
+                f"{now}; set --config.{shaping} to the former"
             )
 
 
@@ -109,7 +129,8 @@ def begin_from(origin: Origin, programs: TrainStep) -> tuple[TrainState, dict[st
 
     A run that continues the origin's has what is in its checkpoint, bit for bit. Others are at step
     0 with its parameters and rows and fresh optimizer state; rows that lag behind catch up with the
-    last update of the origin first.
+    last update of the origin first. Memories that the origin has not begin as those of a new run
+    do, and their readers silently, where they can.
     """
     config, mesh, info = programs.config, programs.mesh, origin.info
     abstract = abstract_state(programs.blueprint)
@@ -117,11 +138,18 @@ def begin_from(origin: Origin, programs: TrainStep) -> tuple[TrainState, dict[st
         stores = _allocated(programs.reads.specs, mesh)
         with Checkpointer(origin.folder, read_only=True) as checkpoints:
             return checkpoints.restore(info.step, abstract, stores), stores
-    specs = _specs_there(info.config, config)
+    specs, fresh = _specs_there(info.config, config), grafted(info.config, config)
     histories = make_schedule(info.config, info.updates + 1, past=info.past).tables
     stores = _allocated(specs, mesh)
+    old = dataclasses.replace(
+        abstract,
+        params={n: p for n, p in abstract.params.items() if reader_of(n) not in fresh},
+        tables={name: abstract.tables[name] for name in specs},
+    )
     with Checkpointer(origin.folder, read_only=True) as checkpoints:
-        params, tables = checkpoints.restore_model(info.step, abstract, stores)
+        params, tables = checkpoints.restore_model(info.step, old, stores)
+    if fresh:
+        params |= _silent_readers(programs, fresh)
     here, rows = programs.reads.specs, {}
     for name in list(stores):
         store = caught_up_store(
@@ -132,7 +160,21 @@ def begin_from(origin: Origin, programs: TrainStep) -> tuple[TrainState, dict[st
         caught_up_rows = ShardedTable(specs[name], mesh, 1).caught_up_rows
         catch_up = jax.jit(caught_up_rows, static_argnames="dtype")
         rows[name] = catch_up(table, info.updates, histories[name], dtype=here[name].row_format)
+    for name in fresh:
+        if here[name].offloaded:
+            stores[name] = HostStore.create(here[name], table_key(config, name), mesh)
     return init_state(programs.blueprint, params, rows), stores
+
+
+def _silent_readers(programs: TrainStep, names: Collection[str]) -> Params:
+    """The first parameters of these memories' readers, by layer."""
+    found = {}
+    for name, value in programs.model.init(programs.mesh).items():
+        if (memory := reader_of(name)) in names:
+            reader = READERS[programs.reads.memories[memory].reader]
+            is_silent = name.endswith(tuple(f".{of_reader}" for of_reader in reader.silent))
+            found[name] = jnp.zeros_like(value) if is_silent else value
+    return found
 
 
 def _with_fresh_moments(spec: TableSpec, mesh: Mesh, rows: HostStore) -> HostStore:
@@ -154,4 +196,10 @@ def _specs_there(there: Config, here: Config) -> dict[str, TableSpec]:
         vocab_axes=here.tables.vocab_axes,
         resident_rows=here.tables.resident_rows,
     )
-    return table_specs(dataclasses.replace(there, tables=tables))
+    own = {
+        section: dataclasses.replace(
+            getattr(there, section), resident_rows=getattr(here, section).resident_rows
+        )
+        for section in MEMORY_SECTIONS
+    }
+    return table_specs(dataclasses.replace(there, tables=tables, **own))

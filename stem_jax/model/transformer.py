@@ -312,6 +312,13 @@ class Transformer(nnx.Module):
         return jnp.einsum("bld,dv->blv", hidden_BxLxD, head_DxV, preferred_element_type=jnp.float32)
 
 
+def reader_of(name: str) -> str | None:
+    """The memory whose reader has the parameter of this name, by layer or of a state."""
+    before, _, rest = name.rpartition("readers.")
+    is_readers = not before or before.startswith("blocks.")
+    return rest.partition(".")[0] if is_readers and rest != name else None
+
+
 def residual_factor(config: ModelConfig, layer: int) -> float:
     """Divisor of the std of projections into the residual stream, official `init_std_factor`."""
     return {

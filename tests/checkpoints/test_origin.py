@@ -15,8 +15,10 @@ from stem_jax.checkpoints.origin import begin_from, find_origin
 from stem_jax.data.sentencepiece_training import train_sentencepiece
 from stem_jax.errors import InputError
 from stem_jax.mesh import make_mesh
+from stem_jax.model.transformer import reader_of
 from stem_jax.tables.spec import logical
 from stem_jax.train import main
+from stem_jax.training.schedule import make_schedule
 from stem_jax.training.step import TrainStep
 from tests.children import train_flags
 from tests.logical import logical_table
@@ -56,6 +58,61 @@ def records(workdir: Path) -> list[dict]:
 
 
 PLACES = [((1, 1, 1), None), ((2, 2, 2), None), ((2, 2, 2), 256), ((1, 1, 1), 128)]
+
+
+@pytest.mark.parametrize("resident", [None, 128])
+def test_memories_that_it_has_not_begin_silently(trained, resident):
+    """The model gives the origin's losses, and beside it learns what is new."""
+    config = load_run(trained).config
+    ngram = dataclasses.replace(
+        config.ngram,
+        layers=(0,),
+        heads=1,
+        keys_per_head=config.model.vocab_size,
+        width=16,
+        eos_id=1,
+        resident_rows=resident,
+    )
+    per_layer = dataclasses.replace(config.per_layer, layers=(0,), width=8, resident_rows=resident)
+    mesh, losses, states = make_mesh(config.mesh, jax.devices()[:1]), [], []
+    init = dataclasses.replace(config.train, init_from=str(trained))
+    for more in ({}, {"ngram": ngram, "per_layer": per_layer}):
+        whole = dataclasses.replace(config, train=init, **more)
+        origin, step = find_origin(whole), TrainStep(whole, mesh)
+        assert ("begin anew" in origin.describe(whole)) == bool(more)
+        state, stores = begin_from(origin, step)
+        states.append(state)
+        assert set(stores) == (set(more) if resident else set())
+        if resident:
+            continue
+        tokens = np.random.default_rng(0).integers(
+            0, config.model.vocab_size, (config.train.global_batch_size, config.train.seq_len)
+        )
+        places = np.broadcast_to(np.arange(config.train.seq_len), tokens.shape)
+        arrays = {"tokens": tokens, "targets": tokens, "positions": places}
+        batch = {name: array.astype(np.int32) for name, array in arrays.items()}
+        batch |= {"segment_ids": np.ones_like(batch["tokens"]), "loss_mask": np.ones(tokens.shape)}
+        schedule = make_schedule(whole, 10)
+        total, _ = step.evaluate(state, step.place(batch), schedule)
+        losses.append(float(total))
+    old, new = states
+    assert {reader_of(name) for name in new.params.keys() - old.params.keys()} == {
+        "ngram",
+        "per_layer",
+    }
+    for name, value in old.params.items():
+        np.testing.assert_array_equal(new.params[name], value, err_msg=name)
+    if not resident:
+        assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+        assert np.any(np.asarray(new.tables["ngram"].rows))
+
+
+def test_optimizer_state_has_no_place_for_another_memory(trained):
+    config = load_run(trained).config
+    value = dataclasses.replace(config.value, layers=(0,))
+    train = dataclasses.replace(config.train, continue_from=str(trained))
+    with pytest.raises(InputError, match=r"continue_from=.* with value\.layers=\(\), .* \(0,\)"):
+        find_origin(dataclasses.replace(config, value=value, train=train))
 
 
 @pytest.mark.parametrize(("shape", "resident"), PLACES)

@@ -233,7 +233,10 @@ def test_who_reads_a_checkpoint_brings_rows_up_to_date_by_the_rates_that_were(co
     state = restored(continued, END, config, mesh)
     with Checkpointer(continued, read_only=True) as checkpoints:
         past = checkpoints.info(END).past
-    programs, found = TrainStep(config, mesh), np.asarray(logical(load_run(continued).rows.rows))
+    programs, found = (
+        TrainStep(config, mesh),
+        np.asarray(logical(load_run(continued).rows["stem"].rows)),
+    )
     right, wrong = (
         programs.caught_up_rows(state, make_schedule(config, END + 1, past=p))["stem"]
         for p in (past, PastUpdates())
