@@ -82,7 +82,7 @@ def hf_config(config: Config, tokenizer: Tokenizer, dtype: str) -> dict[str, Any
         InputError: a shape that Llama has not, or a key that `said_keys` does not list.
     """
     model = config.model
-    check_format(model, "hf")
+    check_format(config, "hf")
     if not model.stem_layers and model.embed_dim % model.num_heads:
         raise InputError(
             f"model.embed_dim={model.embed_dim} does not divide by model.num_heads="

@@ -21,7 +21,7 @@ from stem_jax.config_keys import Role
 from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
 from stem_jax.files import new_folder
-from stem_jax.interop.said_keys import unsaid_keys
+from stem_jax.interop.said_keys import memories_beside_stem, unsaid_keys
 from stem_jax.memory.catalogue import table_specs
 from stem_jax.memory.memory import STEM
 from stem_jax.mesh import make_mesh, replicated
@@ -75,6 +75,12 @@ def import_config(
         raise InputError(
             f"{path} has model.{field}={getattr(config.model, field)}, which the imported model is "
             "not; take it out of the file, or give another --config"
+        )
+    for key, layers in memories_beside_stem(config):
+        raise InputError(
+            f"{key}={layers} is a memory that the imported model has not; take it out of the flags "
+            f"and of {path}. A run with train.init_from=WORKDIR begins one beside what was "
+            "imported"
         )
     train, data = config.train, config.data
     if "train.seq_len" not in overrides:

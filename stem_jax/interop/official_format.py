@@ -87,7 +87,7 @@ def official_params(config: Config, dtype: str) -> dict[str, Any]:
         InputError: the model has what the official code has not, see `said_keys`.
     """
     model = config.model
-    check_format(model, "official")
+    check_format(config, "official")
     sizes = {
         "dim": model.embed_dim,
         "n_layers": model.num_layers,

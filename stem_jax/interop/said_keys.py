@@ -1,12 +1,14 @@
 """What the formats of other code can say of a model: each key of the model section, or not.
 
+Memories beside STEM's none of them says.
+
 A closed world: what a format does not list must be as it was before there was such a key, or the
 export is refused by name. So a new key is refused everywhere until a format says it.
 """
 
 from collections.abc import Iterator
 
-from stem_jax.config import ModelConfig, before, model_keys
+from stem_jax.config import MEMORY_SECTIONS, Config, ModelConfig, before, model_keys
 from stem_jax.config_keys import Role
 from stem_jax.errors import InputError
 
@@ -29,8 +31,26 @@ _OF_TRAINING = frozenset(
 )
 
 
-def check_format(model: ModelConfig, name: str) -> None:
+def check_format(config: Config, name: str) -> None:
     """Raises InputError for a key that matters, and that a format of FORMATS cannot say."""
+    check_model(config.model, name)
+    for key, layers in memories_beside_stem(config):
+        raise InputError(
+            f"{key}={layers} has no counterpart in {_CALLED[name]}, and no other format says it; "
+            "generate, evaluate and edit such a run where it is, or export one that was trained "
+            f"with {key}=none"
+        )
+
+
+def memories_beside_stem(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Of each memory that a model has beside STEM's, the key of its layers and their indices."""
+    for section in MEMORY_SECTIONS:
+        if layers := getattr(config, section).layers:
+            yield f"{section}.layers", layers
+
+
+def check_model(model: ModelConfig, name: str) -> None:
+    """As `check_format`, of the model section alone."""
     for field in _unsaid(model, name):
         others = [other for other in FORMATS if not any(_unsaid(model, other))]
         remedy = (

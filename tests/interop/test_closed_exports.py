@@ -5,14 +5,14 @@ import dataclasses
 import pytest
 
 from stem_jax import config as config_module
-from stem_jax.config import ModelConfig, before, model_keys
+from stem_jax.config import MEMORY_SECTIONS, ModelConfig, before, model_keys
 from stem_jax.config_keys import NOTHING, Role, key
 from stem_jax.data.tokenizer import load_tokenizer
 from stem_jax.errors import InputError
 from stem_jax.interop import said_keys
 from stem_jax.interop.hf_export import hf_config
 from stem_jax.interop.official_format import official_params
-from stem_jax.interop.said_keys import FORMATS, check_format
+from stem_jax.interop.said_keys import FORMATS, check_model
 
 BYTES = load_tokenizer("bytes")
 # Each key with a value off its default; a new key needs one here, and the formats' word on it.
@@ -62,6 +62,15 @@ def test_a_format_says_a_key_or_refuses_it_by_name(tiny_config, name, field):
     assert f"model.{field}={OTHERS[field]} has no counterpart in" in str(refusal.value)
 
 
+@pytest.mark.parametrize("section", MEMORY_SECTIONS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_memories_beside_stem_are_refused_by_name(tiny_config, name, section):
+    """Their rows and readers would be left out, and another model written."""
+    config = tiny_config(**{f"{section}.layers": (0,), "ngram.width": 32, "ngram.eos_id": 0})
+    with pytest.raises(InputError, match=rf"{section}.layers=\(0,\) has no counterpart in"):
+        _export(name, config)
+
+
 def test_every_key_can_be_decided():
     """A key that no format says has a value from before it, or passes as one of training alone."""
     sizes = set.intersection(*map(set, FORMATS.values()))
@@ -96,15 +105,15 @@ def later(tiny_config, monkeypatch):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_new_key_is_refused_until_a_format_says_it(later, name, monkeypatch):
-    check_format(later(), name)
+    check_model(later(), name)
     for values in ({"sauce": "hot"}, {"soup": 3}):
         [(field, value)] = values.items()
         message = f"model.{field}={value} has no counterpart in .*no other format says it"
         with pytest.raises(InputError, match=message):
-            check_format(later(**values), name)
+            check_model(later(**values), name)
     # One of a kind of layer that the model has none of does nothing.
-    check_format(later(sauce="hot", stem_layers=()), name)
+    check_model(later(sauce="hot", stem_layers=()), name)
     [other] = FORMATS.keys() - {name}
     monkeypatch.setitem(FORMATS, other, FORMATS[other] | {"sauce"})
     with pytest.raises(InputError, match=f"use --format={other}"):
-        check_format(later(sauce="hot"), name)
+        check_model(later(sauce="hot"), name)

@@ -231,6 +231,10 @@ def test_bad_llamas(spoil, message, tmp_path, monkeypatch, capsys):
             ["--tokenizer=bytes", "--config.model.stem_site=gate"],
             "the model has up; leave the flag out",
         ),
+        (
+            ["--tokenizer=bytes", "--config.value.layers=0"],
+            "value.layers=(0,) is a memory that the imported model has not",
+        ),
         (["--tokenizer=bytes", "--path=nowhere"], "--path=nowhere is not a folder"),
         (["--tokenizer=bytes", "--workdir=."], "--workdir=. exists; choose a new folder"),
         (["--tokenizer=bytes", "--config.model.ffn=9"], "unknown config key model.ffn"),
