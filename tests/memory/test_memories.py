@@ -205,7 +205,8 @@ def test_rows_in_host_memory_are_the_resident_ones(make_step, shape):
         )
 
 
-def test_its_checkpoint_comes_back(alone, tmp_path):
+@pytest.mark.parametrize("shape", [(1, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.long)])
+def test_its_checkpoint_comes_back(alone, make_step, tmp_path, shape):
     step, state, _, _ = alone
     touched = {name: int(n) for name, n in state.touched_rows.items()}
     info = CheckpointInfo(STEPS, STEPS, 0, touched, "none", {}, step.config)
@@ -215,7 +216,7 @@ def test_its_checkpoint_comes_back(alone, tmp_path):
         items = {path.name for path in (tmp_path / "checkpoints" / str(STEPS)).iterdir()}
         assert {"table_rows", "table_slots", "pairs_rows", "pairs_moments"} <= items
         assert checkpoints.info(STEPS).touched_rows == touched
-        found = checkpoints.restore(STEPS, abstract_state(step.blueprint))
+        found = checkpoints.restore(STEPS, abstract_state(make_step(shape).blueprint))
     jax.tree.map(np.testing.assert_array_equal, found, state)
 
 
@@ -250,21 +251,29 @@ def test_scanned_layers_read_the_same(make_step, monkeypatch, reads):
         )
 
 
-@pytest.mark.parametrize("offloaded", [False, True], ids=["resident", "offloaded"])
-def test_decoding_goes_on_where_the_prompt_ended(make_step, offloaded):
+@pytest.mark.parametrize(
+    ("shape", "offloaded"),
+    [
+        pytest.param((1, 1, 1), False, id="resident"),
+        pytest.param((1, 1, 1), True, id="offloaded"),
+        pytest.param((8, 1, 1), False, id="data", marks=pytest.mark.long),
+        pytest.param((2, 2, 2), False, id="all axes", marks=pytest.mark.long),
+    ],
+)
+def test_decoding_goes_on_where_the_prompt_ended(make_step, shape, offloaded):
     """Token by token, the logits of whole sequences: keys and states reach back over the cut."""
-    step = make_step()
-    config, specs = step.config, step.reads.specs
+    step, B = make_step(shape), shape[0] * shape[1] * (2 if shape[0] == 1 else 1)
+    config, specs, mesh = step.config, step.reads.specs, step.mesh
     state = init_state(step.blueprint)
-    rows = {name: ResidentRows(state.tables[name].rows, specs[name], None) for name in specs}
-    tokens_BxL = np.random.default_rng(0).integers(0, config.model.vocab_size, (2, 12), np.int32)
+    rows = {name: ResidentRows(state.tables[name].rows, specs[name], mesh) for name in specs}
+    tokens_BxL = np.random.default_rng(0).integers(0, config.model.vocab_size, (B, 12), np.int32)
     ones = jnp.ones_like(tokens_BxL)
     memory_rows = MemoryRows(step.reads.memories, rows)
 
     def whole(params, served):
         model = step.model.bind(params)
         blocks, index = memory_rows.blocks(served, jnp.asarray(tokens_BxL), ones, "float32")
-        positions = jnp.broadcast_to(jnp.arange(12), (2, 12))
+        positions = jnp.broadcast_to(jnp.arange(12), (B, 12))
         return model.logits(model(Inputs(tokens_BxL, positions, ones, index), blocks).hidden)
 
     expected_BxLxV = jax.jit(whole)(state.params, memory_rows.serve(tokens_BxL))
@@ -278,9 +287,9 @@ def test_decoding_goes_on_where_the_prompt_ended(make_step, offloaded):
             for name, spec in few.items()
         }
         rows = {name: OffloadedRows(store, step.mesh, "lfu") for name, store in stores.items()}
-    generator = Generator(config, state.params, rows, None)
+    generator = Generator(config, state.params, rows, None, mesh)
     served = MemoryRows(step.reads.memories, rows)
-    lengths_B, advance = np.array([3, 7], np.int32), jax.jit(generator.advance)
+    lengths_B, advance = np.resize([3, 7], B).astype(np.int32), jax.jit(generator.advance)
     segments = (np.arange(8) < lengths_B[:, None]).astype(np.int32)
     prompts = np.where(segments > 0, tokens_BxL[:, :8], 0)
     caches = [NewCache(16)] * config.model.num_layers
@@ -293,6 +302,6 @@ def test_decoding_goes_on_where_the_prompt_ended(make_step, offloaded):
             np.testing.assert_allclose(logits[b], expected_BxLxV[b, place - 1], atol=1e-4)
         token = np.take_along_axis(tokens_BxL, places_B[:, None], 1)
         next_rows = served.serve(token, before_BxR=read[2])
-        logits, read = advance(state.params, next_rows, token, np.ones(2, np.int32), *read)
+        logits, read = advance(state.params, next_rows, token, np.ones(B, np.int32), *read)
     for source in rows.values():
         source.close()
