@@ -86,12 +86,9 @@ class Prefetch:
         self._slots = RowSlots(self.spec, self._owners, policy)
         self._numbers = 0
         self._stall = 0.0
-        # Of each row of a local shard: the last ticket that took it off the device.
-        self._left_with = {
-            block.shard: np.zeros(len(block.row_range), np.int64) for block in store.blocks
-        }
-        self._held = {shard: self._slots.held(shard) for shard in self._left_with}
-        self._under_way: dict[int, Future] = {}
+        self._held = {block.shard: self._slots.held(block.shard) for block in store.blocks}
+        # Tickets whose rows have not all travelled back.
+        self._under_way: dict[int, Ticket] = {}
         self._waiting: deque[Ticket] = deque()
         self._returning: deque[Future] = deque()
         self._ahead = ahead
@@ -124,10 +121,10 @@ class Prefetch:
     def close(self) -> None:
         """Drops what is under way and ends the threads."""
         self._returners.shutdown(wait=True)
-        for returned in self._under_way.values():
+        for ticket in self._under_way.values():
             # A ticket that is never applied returns nothing; who waits for it must not wait on.
-            if not returned.done():
-                returned.set_exception(CancelledError())
+            if not ticket.returned.done():
+                ticket.returned.set_exception(CancelledError())
         for pool in (self._stagers, self._copiers):
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -178,14 +175,10 @@ class Prefetch:
         ticket = Ticket(self._numbers, move, None, Future())
         if not move.size:
             return ticket
-        self._under_way[ticket.number] = ticket.returned
-        waits: set[int] = set()
-        for shard, left_with in self._left_with.items():
-            assignment = move.assignments[shard]
-            waits.update(np.unique(left_with[assignment.missing]).tolist())
-            left_with[assignment.evicted] = ticket.number
         # A returned ticket is struck off by its thread, perhaps at this moment.
-        futures = [f for number in waits if (f := self._under_way.get(number)) is not None]
+        earlier = list(self._under_way.values())
+        futures = [other.returned for other in earlier if self._takes_away(other, move)]
+        self._under_way[ticket.number] = ticket
         ticket.staged = self._stagers.submit(self._stage, ticket, futures)
         self._waiting.append(ticket)
         return ticket
@@ -247,6 +240,15 @@ class Prefetch:
         """Seconds since the last call in which devices had no work because rows were missing."""
         stall, self._stall = self._stall, 0.0
         return stall
+
+    def _takes_away(self, ticket: Ticket, move: Move) -> bool:
+        """Whether a row that enters a local shard left it with a ticket.
+
+        A row that went and came more than once left with several, of which only the last may be
+        under way still: it came back after all before that had returned.
+        """
+        pairs = ((ticket.move.assignments[n], move.assignments[n]) for n in self._held)
+        return any(_in_common(left.evicted, entering.missing) for left, entering in pairs)
 
     def _wait_for(self, staged: Future, arrays: DeviceArrays) -> DeviceArrays:
         """The staged rows; counts as stall the time in which the devices have nothing else to do.
@@ -380,6 +382,11 @@ class Prefetch:
         return jax.make_array_from_callback(
             flat.shape, NamedSharding(self._mesh, self.spec.index_spec), lambda index: flat[index]
         )
+
+
+def _in_common(some: np.ndarray, others: np.ndarray) -> bool:
+    """Whether two rising arrays have a number in common."""
+    return bool((np.searchsorted(some, others, "right") > np.searchsorted(some, others)).any())
 
 
 def _nbytes(arrays: Arrays) -> int:

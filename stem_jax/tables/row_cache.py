@@ -5,13 +5,17 @@ in exactly one place, in a slot or on the host. With 3 slots that hold rows 4 0 
 and 4 finds row 4 in slot 0 and evicts row 0 or 7 for row 2, the one that the policy values less.
 
 A policy is only how the scores of the asked rows grow; the rows of the smallest scores make room.
-The scores belong to all rows, also those on the host: a row that comes back has its history. Which
-rows leave depends on nothing but what was asked, in which order.
+A row on the host keeps its score, so that it has its history when it comes back. The books hold all
+rows of a table up to 16 times the slots. Of a larger one they hold at least four times as many rows
+as there are slots; when they are full, half are forgotten: those on the host of the smallest
+scores. Which rows leave depends on nothing but what was asked, in which order.
 """
 
 import dataclasses
 
 import numpy as np
+
+from stem_jax.tables.row_index import RowIndex
 
 POLICIES = ("lfu", "lru")
 
@@ -81,10 +85,13 @@ class RowCache:
                 f"cache policy {policy!r} is unknown: use one of {', '.join(POLICIES)}"
             )
         self._rows = np.array(resident, np.int64)
-        self._slot_of_row = np.full(num_rows, _NOT_RESIDENT, np.int32)
-        self._slot_of_row[self._rows] = np.arange(self.num_slots, dtype=np.int32)
+        self._index = RowIndex(num_rows, self.num_slots)
+        # By place in the index; the last is of rows that have none.
+        self._slots = np.full(self._index.size + 1, _NOT_RESIDENT, np.int32)
+        self._scores = np.zeros(self._index.size + 1)
+        self._places = self._index.add(self._rows).copy()  # of the row in each slot
+        self._slots[self._places] = np.arange(self.num_slots, dtype=np.int32)
         self._policy = policy
-        self._scores = np.zeros(num_rows)
         self._worth = 1.0  # of a request in the next recorded batch
         self._growth = 2.0 ** (1.0 / half_life)
 
@@ -114,19 +121,27 @@ class RowCache:
         """
         rows = np.asarray(rows, np.int64)
         pinned = np.empty(0, np.int64) if pinned is None else np.asarray(pinned, np.int64)
-        slots = self._slot_of_row[rows]
+        known = self._index.find(rows)
+        slots = self._slots[known]
         absent = slots == _NOT_RESIDENT
         missing = rows[absent]
         places = self._choose_places(len(missing), slots[~absent], pinned)
         if places is None:
             raise CacheTooSmall(len(np.union1d(rows, pinned)), self.num_slots)
         evicted = self._rows[places]
-        self._slot_of_row[evicted] = _NOT_RESIDENT
-        self._slot_of_row[missing] = places
+        entered = known[absent]
+        if not self._index.has_room(len(missing)):
+            self._forget()
+            entered = self._index.find(missing)
+        unknown = entered == self._index.absent
+        entered[unknown] = self._index.add(missing[unknown])
+        self._slots[self._places[places]] = _NOT_RESIDENT
+        self._places[places] = entered
+        self._slots[self._places[places]] = places
         self._rows[places] = missing
         slots[absent] = places
         if record:
-            self._record(rows)
+            self._record(self._places[slots])
         return Assignment(slots=slots, missing=missing, places=places, evicted=evicted)
 
     def _choose_places(self, count: int, held: np.ndarray, pinned: np.ndarray) -> np.ndarray | None:
@@ -138,30 +153,53 @@ class RowCache:
             return np.empty(0, np.int32)
         stays = np.zeros(self.num_slots, bool)
         stays[held] = True
-        pinned_slots = self._slot_of_row[pinned]
+        pinned_slots = self._slots[self._index.find(pinned)]
         stays[pinned_slots[pinned_slots != _NOT_RESIDENT]] = True
         free = np.flatnonzero(~stays)
         if count > len(free):
             return None
         rows = self._rows[free]
-        scores = self._scores[rows]
-        # Of equal scores the lower row goes, so that which rows leave does not depend on slots.
-        last = np.partition(scores, count - 1)[count - 1]
-        leaving = np.flatnonzero(scores < last)
-        equal = np.flatnonzero(scores == last)
-        left = count - len(leaving)
-        leaving = np.concatenate([leaving, equal[np.argpartition(rows[equal], left - 1)[:left]]])
+        leaving = _least(self._scores[self._places[free]], rows, count)
         leaving = leaving[np.argsort(rows[leaving])]
         return free[leaving].astype(np.int32)
 
-    def _record(self, rows: np.ndarray) -> None:
+    def _forget(self) -> None:
+        """Makes room in the index: of the rows on the host, those of the largest scores stay."""
+        rows, places = self._index.known()
+        away = np.flatnonzero(self._slots[places] == _NOT_RESIDENT)
+        leaving = _least(self._scores[places[away]], rows[away], len(rows) - self._index.most // 2)
+        stays = np.ones(len(rows), bool)
+        stays[away[leaving]] = False
+        rows, places = rows[stays], places[stays]
+        slots, scores = self._slots[places], self._scores[places]
+        self._index.clear()
+        self._slots[:] = _NOT_RESIDENT
+        self._scores[:] = 0
+        places = self._index.add(rows)
+        self._slots[places], self._scores[places] = slots, scores
+        self._places = self._index.find(self._rows)
+
+    def _record(self, places: np.ndarray) -> None:
+        """Counts a request for the rows that have these places."""
         if self._policy == "lru":
-            self._scores[rows] = self._worth
+            self._scores[places] = self._worth
             self._worth += 1
             return
         # New requests being worth more is old ones being worth less, without touching all scores.
-        self._scores[rows] += self._worth
+        self._scores[places] += self._worth
         self._worth *= self._growth
         if self._worth > _LARGEST_WORTH:
             self._scores /= self._worth
             self._worth = 1.0
+
+
+def _least(scores: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
+    """[count] which scores are the smallest, in any order.
+
+    Of equal scores those of lower rows, so that which rows go does not depend on slots.
+    """
+    last = np.partition(scores, count - 1)[count - 1]
+    found = np.flatnonzero(scores < last)
+    equal = np.flatnonzero(scores == last)
+    left = count - len(found)
+    return np.concatenate([found, equal[np.argpartition(rows[equal], left - 1)[:left]]])

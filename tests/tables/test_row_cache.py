@@ -145,6 +145,54 @@ def test_lru_evicts_what_was_not_asked_for_longest(num_slots, batches):
             last[list(rows)] = number
 
 
+@given(
+    order=st.permutations(range(ROWS)),
+    num_slots=st.integers(1, ROWS),
+    batches=batches,
+    policy=st.sampled_from(POLICIES),
+)
+def test_a_table_of_a_thousand_million_rows_is_treated_alike(order, num_slots, batches, policy):
+    """The books of a small table know all rows, those of a large one find them by hashing."""
+    apart = 10**8
+    small = RowCache(np.array(order[:num_slots]), ROWS, policy)
+    large = RowCache(apart * np.array(order[:num_slots]), apart * ROWS, policy)
+    for rows, pinned, record in batches:
+        try:
+            found = assign(small, rows, pinned, record)
+        except CacheTooSmall:
+            with pytest.raises(CacheTooSmall):
+                assign(large, {apart * row for row in rows}, {apart * r for r in pinned}, record)
+            continue
+        other = assign(large, {apart * row for row in rows}, {apart * r for r in pinned}, record)
+        assert other.slots.tolist() == found.slots.tolist()
+        assert other.places.tolist() == found.places.tolist()
+        assert other.missing.tolist() == (apart * found.missing).tolist()
+        assert other.evicted.tolist() == (apart * found.evicted).tolist()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_full_books_forget_rows_on_the_host_that_are_worth_least(policy):
+    """Rows pass by until the books were full several times; which row lies where stays true."""
+    num_rows, hot = 10**9, np.arange(5)
+    cache = RowCache(np.arange(10), num_rows, policy)
+    books = cache._slots.nbytes + cache._scores.nbytes
+    for _ in range(50):
+        assign(cache, hot)
+    passing = np.arange(10, 10 + 10 * 4_000).reshape(-1, 10) * 7919
+    for number, rows in enumerate(passing):
+        slots = assign(cache, rows).slots
+        assert (cache.rows[slots] == rows).all()
+        if policy == "lfu":
+            # All of them had to leave, but what they are worth is known.
+            assert (cache._index.find(hot) != cache._index.absent).all()
+            if number % 20 == 0:
+                assign(cache, hot)
+    assert sorted(cache._slots[cache._slots >= 0]) == list(range(10))
+    assert cache._slots.nbytes + cache._scores.nbytes == books
+    slots = cache._slots[cache._index.find(np.array(cache.rows))]
+    assert slots.tolist() == list(range(10))
+
+
 @pytest.mark.parametrize(("policy", "missed"), [("lfu", 0), ("lru", 184)])
 def test_a_scan_costs_hot_rows_under_lru_alone(policy, missed):
     """Two of eight hot rows per batch in turn, beside five rows that are never asked for again.

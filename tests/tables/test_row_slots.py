@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import tracemalloc
 
 import hypothesis
 import hypothesis.strategies as st
@@ -11,6 +12,7 @@ import pytest
 from stem_jax.errors import InputError
 from stem_jax.memory.catalogue import table_specs
 from stem_jax.tables.asked_rows import AskedRows
+from stem_jax.tables.layout import TableLayout
 from stem_jax.tables.row_slots import RowSlots, _room
 
 ROWS = 64
@@ -41,6 +43,31 @@ def test_the_lowest_keys_are_resident_at_first(table_spec):
     for owner, rows in enumerate(held(slots, 4)):
         keys = spec.layout.key_numbers(owner * 16 + np.arange(16))
         assert sorted(keys[rows]) == sorted(keys)[:4]
+
+
+@hypothesis.given(st.integers(1, 400), st.sampled_from([1, 2, 3, 8]), st.booleans(), st.data())
+def test_the_lowest_keys_are_found_as_by_sorting_all(table_spec, tens, owners, spread, data):
+    layout = TableLayout(10 * tens, owners, spread)
+    per_owner = layout.num_rows // owners
+    resident = owners * data.draw(st.integers(1, per_owner))
+    spec = dataclasses.replace(table_spec(resident), layout=layout)
+    slots = RowSlots(spec, owners, "lfu")
+    keys_PxN = layout.key_numbers(np.arange(layout.num_rows)).reshape(owners, -1)
+    for keys, rows in zip(keys_PxN, held(slots, owners), strict=True):
+        np.testing.assert_array_equal(rows, np.argsort(keys)[: resident // owners])
+
+
+def test_books_of_a_large_table_are_as_small_as_those_of_a_small_one(table_spec):
+    """A table of 2^30 rows, hashed or not, in a moment and in a few MiB."""
+    for spread in (False, True):
+        layout = TableLayout(2**30, 8, spread)
+        spec = dataclasses.replace(table_spec(2**13), layout=layout)
+        tracemalloc.start()
+        slots = RowSlots(spec, 8, "lfu")
+        rows = np.arange(0, 2**30, 2**20)
+        slots.assign(AskedRows.of_tokens(rows, 2**30, 8))
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+        tracemalloc.stop()
 
 
 def test_a_move_by_hand(table_spec):
