@@ -14,7 +14,6 @@ process was gone. recovered: seconds from the fault to the first new step, with 
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import os
 import platform
@@ -31,10 +30,7 @@ import jax
 import numpy as np
 import psutil
 
-from stem_jax.checkpoints.checkpointer import Checkpointer
-from stem_jax.mesh import make_mesh
-from stem_jax.training.blueprint import Blueprint
-from stem_jax.training.state import abstract_state
+from benchmarks.saved_state import losses, saved_arrays
 
 ROOT = Path(__file__).parent.parent
 PROCESSES = 2
@@ -115,23 +111,6 @@ class Run:
         newest = log[log.rindex("INFO process 0 on ") :]
         found = re.search(r"resuming from step (\d+)", newest)
         return int(found[1]) if found else 0
-
-    def state(self) -> dict[str, np.ndarray]:
-        """Every array of its last checkpoint."""
-        with Checkpointer(self.workdir, read_only=True) as checkpoints:
-            config = checkpoints.info(self.steps).config
-            tables = dataclasses.replace(config.tables, resident_rows=None)
-            config = dataclasses.replace(config, tables=tables)
-            mesh = make_mesh(config.mesh, jax.devices()[:1])
-            target = abstract_state(Blueprint(config, mesh))
-            state = checkpoints.restore(self.steps, target)
-        leaves = jax.tree_util.tree_leaves_with_path(state)
-        return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
-
-    def losses(self) -> list[float]:
-        """The training loss of each step."""
-        lines = (self.workdir / "metrics.jsonl").read_text().splitlines()
-        return [r["train/loss"] for r in map(json.loads, lines) if "train/loss" in r]
 
 
 def _kill_one(run: Run, rng: random.Random) -> int:
@@ -247,11 +226,11 @@ def campaign(
             )
             step = reached + 1
         assert run.wait() == 0, f"see {run.workdir}.log"
-        expected, found = calm.state(), run.state()
+        expected, found = (saved_arrays(each.workdir, steps) for each in (calm, run))
         assert expected.keys() == found.keys()
         for name, array in expected.items():
             np.testing.assert_array_equal(found[name], array, err_msg=name)
-        assert run.losses() == calm.losses()
+        assert losses(run.workdir) == losses(calm.workdir)
     return records
 
 
