@@ -7,6 +7,7 @@ there can never be read again. What only a training cannot do is refused here.
 import json
 import re
 import socket
+from collections.abc import Sequence
 
 import jaxlib
 from jax.sharding import Mesh
@@ -22,7 +23,7 @@ from stem_jax.tables.coast_groups import MOST_TERMS, num_terms
 from stem_jax.tables.host_memory import available_host_bytes, check_host_memory
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.row_slots import too_few_slots
-from stem_jax.tables.spec import ADAMW
+from stem_jax.tables.spec import ADAMW, TableSpec
 from stem_jax.training.run_data import RunData
 from stem_jax.training.schedule import ENDING, schedule_length
 from stem_jax.training.step import TrainStep
@@ -45,7 +46,7 @@ def check_first_start(config: Config) -> None:
     if not config.optimizer.trains_backbone and not has_memories:
         raise InputError(
             f"optimizer.train={config.optimizer.train} trains nothing: with model.stem_layers=none "
-            "there are no tables; set it to all, or choose STEM layers"
+            "and no other memory there are no tables; set it to all, or choose STEM layers"
         )
     _check_schedule(config)
     # Of sizes and rates: which token ends n-grams is not known yet.
@@ -172,21 +173,22 @@ def check_tables(config: Config, programs: TrainStep, data: RunData, start: int)
 
     # Each process has seen its memory and its share of the data; all come to one verdict.
     parts = [json.loads(part) for part in exchange(own_part)]
-    check_hosts([tuple(memory) for _, memory in parts])
+    check_hosts([tuple(memory) for _, memory in parts], list(offloaded.values()))
     in_flight = {}
     for place, (name, spec) in enumerate(offloaded.items()):
         batch, in_flight[name] = (max(part[0][place][n] for part in parts) for n in (0, 1))
         if batch > spec.num_slots:
-            raise InputError(too_few_slots(spec.num_slots, batch))
+            raise InputError(too_few_slots(spec, batch))
     return in_flight
 
 
-def check_hosts(parts: list[tuple[str, int, int | None]]) -> None:
+def check_hosts(parts: list[tuple[str, int, int | None]], specs: Sequence[TableSpec] = ()) -> None:
     """Checks what the tables need of each host, over all of its processes.
 
     Args:
         parts: of each process: its host, the bytes of its tables, and those that are available on
             the host; None if unknown.
+        specs: of the tables.
 
     Raises:
         InputError: names the host and both figures.
@@ -195,4 +197,5 @@ def check_hosts(parts: list[tuple[str, int, int | None]]) -> None:
         own = [(needed, available) for name, needed, available in parts if name == host]
         known = [available for _, available in own if available is not None]
         where = f"host {host}" if len(own) == 1 else f"host {host} for its {len(own)} processes"
-        check_host_memory(sum(needed for needed, _ in own), min(known, default=None), where)
+        needed = sum(needed for needed, _ in own)
+        check_host_memory(needed, min(known, default=None), where, specs)

@@ -49,11 +49,12 @@ def _check(config: Config, mesh: Mesh) -> None:
     check_heads(config.model, mesh)
     blueprint = Blueprint(config, mesh)
     check_placement(blueprint.placed(), mesh, math.inf)
+    most = max((spec.num_rows for spec in blueprint.specs.values()), default=0)
     for spec in blueprint.specs.values():
         owners = axis_size(mesh, spec.vocab_axes)
         if spec.offloaded and owners > 1:
             raise InputError(
-                f"tables.resident_rows={spec.resident_rows} keeps rows in host memory, which "
-                f"{owners} devices would divide; give --resident-rows={spec.num_rows} to keep all "
+                f"{spec.resident_key}={spec.resident_rows} keeps rows in host memory, which "
+                f"{owners} devices would divide; give --resident-rows={most} to keep all "
                 "rows on them"
             )

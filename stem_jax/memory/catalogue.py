@@ -90,6 +90,12 @@ _INIT_STD: dict[str, Callable[[Config], float]] = {
     # As the configurations of transformers' qwen4_exp.
     NGRAM: lambda config: 0.02,
 }
+# See `TableSpec.size_keys`.
+_SIZE_KEYS = {
+    VALUE: ("model.head_dim", "model.num_kv_heads", "value.layers", "model.vocab_size"),
+    PER_LAYER: ("per_layer.width", "per_layer.layers", "model.vocab_size"),
+    NGRAM: ("ngram.width", "ngram.keys_per_head", "ngram.layers"),
+}
 
 
 def memories(config: Config) -> dict[str, Memory]:
@@ -167,4 +173,5 @@ def _table_spec(memory: Memory, config: Config) -> TableSpec:
         row_format=chosen("row_format", tables.row_format),
         moments=chosen("moments", tables.moments),
         rounding_seed=zlib.crc32(f"{name} {config.train.seed}".encode()),
+        **({} if own is None else {"section": name, "size_keys": _SIZE_KEYS[name]}),
     )

@@ -1,9 +1,10 @@
 """How much memory the host has left for tables, and the refusal when that is too little."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from stem_jax.errors import InputError
+from stem_jax.tables.spec import TableSpec
 
 _GIB = 2**30
 
@@ -22,7 +23,10 @@ def available_host_bytes(root: Path = Path("/")) -> int | None:
 
 
 def check_host_memory(
-    needed_bytes: int, available_bytes: int | None, where: str = "this host"
+    needed_bytes: int,
+    available_bytes: int | None,
+    where: str = "this host",
+    specs: Sequence[TableSpec] = (),
 ) -> None:
     """Refuses tables that do not fit, before anything is allocated.
 
@@ -30,16 +34,19 @@ def check_host_memory(
         needed_bytes: of the part of the tables that lies there.
         available_bytes: from `available_host_bytes`; None checks nothing.
         where: the host, for the message.
+        specs: the tables, likewise.
 
     Raises:
         InputError: both figures and the remedies.
     """
     if available_bytes is not None and needed_bytes > available_bytes:
+        keys = " and ".join(spec.resident_key for spec in specs) or "resident_rows"
+        sizes = ", ".join(dict.fromkeys(key for spec in specs for key in spec.size_keys))
         raise InputError(
-            f"tables.resident_rows keeps the table in host memory: {needed_bytes / _GIB:.2f} GiB "
-            f"on {where}, {available_bytes / _GIB:.2f} GiB are available; give the host or its "
-            "container more memory, use more hosts, lower model.stem_layers, model.ffn_dim or "
-            "model.vocab_size, or leave tables.resident_rows unset to keep the table on devices"
+            f"with {keys} rows are kept in host memory: {needed_bytes / _GIB:.2f} GiB on {where}, "
+            f"{available_bytes / _GIB:.2f} GiB are available; give the host or its container more "
+            f"memory, use more hosts, lower {sizes or 'sizes of the tables'}, or leave {keys} "
+            "unset to keep all rows on devices"
         )
 
 

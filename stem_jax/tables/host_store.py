@@ -97,7 +97,7 @@ class HostStore:
             InputError: the host has too little memory.
         """
         needed = cls.peak_bytes if moments else functools.partial(cls.needed_bytes, moments=False)
-        check_host_memory(needed(spec, mesh), available_host_bytes())
+        check_host_memory(needed(spec, mesh), available_host_bytes(), specs=[spec])
         return cls.zeros(spec, mesh, moments=moments)
 
     @classmethod
@@ -323,7 +323,7 @@ def _cpu_device() -> jax.Device:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError as error:
         raise InputError(
-            "tables.resident_rows needs JAX's CPU backend to create the table in host memory; add "
+            "resident_rows needs JAX's CPU backend to create a table in host memory; add "
             f"cpu to JAX_PLATFORMS, as in JAX_PLATFORMS=cuda,cpu ({error})"
         ) from error
 

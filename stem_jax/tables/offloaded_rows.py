@@ -70,10 +70,11 @@ class OffloadedRows:
         rows = self.spec.layout.row_numbers(np.asarray(keys).reshape(-1))
         distinct_U, inverse, tokens_U = np.unique(rows, return_inverse=True, return_counts=True)
         if len(distinct_U) > self.spec.num_slots:
+            what = "tokens" if keys.ndim < 3 else "n-grams"
             raise InputError(
-                f"the prompts have {len(distinct_U)} distinct tokens at a time and "
-                f"tables.resident_rows={self.spec.num_slots} keeps fewer rows on the device; give "
-                f"--resident-rows={len(distinct_U)} or more, or fewer prompts at a time"
+                f"the prompts have {len(distinct_U)} distinct {what} at a time and "
+                f"{self.spec.resident_key}={self.spec.num_slots} keeps fewer rows on the device; "
+                f"give --resident-rows={len(distinct_U)} or more, or fewer prompts at a time"
             )
         ticket = self._prefetch.ticket(AskedRows((distinct_U,), (tokens_U,)))
         self._arrays = self._prefetch.apply(self._arrays, ticket)

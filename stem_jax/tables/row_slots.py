@@ -58,7 +58,7 @@ class RowSlots:
     def __init__(self, spec: TableSpec, num_owners: int, policy: str):
         """At first the rows of the lowest keys are resident: the frequent ones, in a vocabulary."""
         self._rows_per_owner = spec.num_rows // num_owners
-        self._num_slots = spec.num_slots
+        self._spec, self._num_slots = spec, spec.num_slots
         self._caches = [
             RowCache(rows, self._rows_per_owner, policy)
             for rows in _of_lowest_keys(spec, num_owners)
@@ -74,7 +74,7 @@ class RowSlots:
 
     def too_few(self, asked: AskedRows) -> TooFewSlots:
         """The refusal of a batch that does not fit."""
-        return TooFewSlots(too_few_slots(self._num_slots, asked.slots_needed))
+        return TooFewSlots(too_few_slots(self._spec, asked.slots_needed))
 
     def assign(
         self, asked: AskedRows, pinned: AskedRows | None = None, *, record: bool = True
@@ -111,10 +111,10 @@ class RowSlots:
         )
 
 
-def too_few_slots(resident_rows: int, needed: int) -> str:
+def too_few_slots(spec: TableSpec, needed: int) -> str:
     """The refusal of batches that need more slots than there are, with a number that will do."""
     return (
-        f"tables.resident_rows={resident_rows} is less than the rows that one of the batches needs "
+        f"{spec.resident_key}={spec.num_slots} is less than the rows that one of the batches needs "
         f"at a time; the smallest that works for them is {needed}. Raise it to that or more, or "
         "lower train.global_batch_size"
     )

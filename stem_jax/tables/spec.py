@@ -59,6 +59,8 @@ class TableSpec:
             updates are rounded at random (`rounding`).
         moments: `ADAMW`, mu and nu for every number; `ROWWISE`, a v for every vector.
         rounding_seed: of that rounding.
+        section: of the configuration, which has its `resident_rows`; for messages, as what follows.
+        size_keys: keys that make it as large as it is, that of the width first.
     """
 
     layout: TableLayout
@@ -78,6 +80,13 @@ class TableSpec:
     row_format: str = "float32"
     moments: str = ADAMW
     rounding_seed: int = 0
+    section: str = "tables"
+    size_keys: tuple[str, ...] = ("model.ffn_dim", "model.stem_layers", "model.vocab_size")
+
+    @property
+    def resident_key(self) -> str:
+        """The key that says how many rows the devices hold."""
+        return f"{self.section}.resident_rows"
 
     @property
     def num_rows(self) -> int:
@@ -165,9 +174,9 @@ class TableSpec:
 
     def placed(self) -> list[Placed]:
         """The arrays on the devices, for the placement check and the start-up report."""
-        multiple = "tables.resident_rows" if self.offloaded else "tables.pad_multiple"
+        multiple = self.resident_key if self.offloaded else "tables.pad_multiple"
         remedy = (
-            f"make {multiple} a multiple of the row shards and model.ffn_dim of "
+            f"make {multiple} a multiple of the row shards and {self.size_keys[0]} of "
             "mesh.tensor, or change tables.vocab_axes or the mesh"
         )
         return [
