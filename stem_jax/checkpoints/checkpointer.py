@@ -26,6 +26,7 @@ from stem_jax.checkpoints.files import (
     ITEMS,
     PLAIN_ITEMS,
     check_format,
+    table_items,
     write_list,
     write_loss,
 )
@@ -43,7 +44,6 @@ from stem_jax.checkpoints.tables import (
     copies_of_tables,
     needed_items,
     saved_stores,
-    table_items,
     table_layouts,
     table_targets,
     tables_on_devices,

@@ -11,8 +11,10 @@ import os
 import shutil
 from pathlib import Path
 
+from stem_jax.config import MEMORY_SECTIONS
 from stem_jax.errors import InputError
 from stem_jax.files import read_json, write_whole
+from stem_jax.memory.memory import STEM, prefix
 
 # What is written, and what is read.
 FORMAT_VERSION = 3
@@ -21,8 +23,6 @@ FORMATS = (2, FORMAT_VERSION)
 BEST = "eval/loss"
 PLAIN_ITEMS = ("data", "config", "layout")
 ITEMS = ("params", "opt_state", *PLAIN_ITEMS)
-# Of a model with tables.
-TABLE_ITEMS = ("table_rows", "table_slots")
 FOLDER = "checkpoints"
 LIST = "files.json"
 ASIDE = "damaged_checkpoints"
@@ -44,6 +44,11 @@ def check_outside(path: str | Path, flag: str) -> None:
                 f"{flag}={path} is among the checkpoints of {folder.parent}, which could not be "
                 "read any more; choose another place"
             )
+
+
+def table_items(name: str) -> tuple[str, str]:
+    """The items of a memory's rows, and of what their optimizer keeps."""
+    return f"{prefix(name)}_rows", f"{prefix(name)}_{'slots' if name == STEM else 'moments'}"
 
 
 def write_list(folder: Path) -> None:
@@ -127,13 +132,17 @@ def set_aside_damaged(checkpoints: Path) -> list[str]:
 def _missing_items(folder: Path) -> str | None:
     """Which items a checkpoint without a list lacks; None if none."""
     config = _plain(folder / "config" / _JSON) or {}
-    model = config.get("model")
-    has_tables = isinstance(model, dict) and model.get("stem_layers")
-    optimizer = config.get("optimizer")
-    trains = not isinstance(optimizer, dict) or optimizer.get("train") != "backbone"
+
+    def value_of(section: str, key: str):
+        values = config.get(section)
+        return values.get(key) if isinstance(values, dict) else None
+
+    readers = {STEM: ("model", "stem_layers")} | {n: (n, "layers") for n in MEMORY_SECTIONS}
+    # Written as a list, by earlier versions also where there is none.
+    memories = [n for n, key in readers.items() if value_of(*key) not in (None, "none", [])]
     # Of rows that stay as they are, nothing else is kept.
-    of_tables = TABLE_ITEMS if trains else TABLE_ITEMS[:1]
-    wanted = (*ITEMS, *of_tables) if has_tables else ITEMS
+    kept = 1 if value_of("optimizer", "train") == "backbone" else 2
+    wanted = (*ITEMS, *(item for name in memories for item in table_items(name)[:kept]))
     missing = [name for name in wanted if not any((folder / name).glob("*"))]
     if len(missing) == len(ITEMS) == len(wanted):
         return f"without {LIST} and any item"

@@ -11,20 +11,16 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from stem_jax.checkpoints.files import table_items
 from stem_jax.checkpoints.store_handler import StoreField, store_args
 from stem_jax.config import Config
 from stem_jax.memory.catalogue import table_specs
-from stem_jax.memory.memory import STEM, prefix
+from stem_jax.memory.memory import STEM
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.spec import TableSpec, TableState
 from stem_jax.tables.store_snapshot import StoreSnapshot
 
 Stores = dict[str, HostStore]
-
-
-def table_items(name: str) -> tuple[str, str]:
-    """The items of a memory's rows, and of what their optimizer keeps."""
-    return f"{prefix(name)}_rows", f"{prefix(name)}_{'slots' if name == STEM else 'moments'}"
 
 
 def needed_items(config: Config) -> list[str]:
