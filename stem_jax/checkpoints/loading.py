@@ -14,11 +14,13 @@ from jax.sharding import Mesh
 
 from stem_jax.checkpoints.checkpointer import FOLDER, Checkpointer, CheckpointInfo
 from stem_jax.checkpoints.inference_mesh import inference_mesh
-from stem_jax.config import Config, model_keys
+from stem_jax.config import MEMORY_SECTIONS, Config, keys_of, model_keys
 from stem_jax.config_checks import validate
+from stem_jax.config_keys import Role
 from stem_jax.data.tokenizer import Tokenizer, load_tokenizer_folder
 from stem_jax.errors import InputError
-from stem_jax.memory.catalogue import read_row_format
+from stem_jax.memory.catalogue import memories, read_row_format
+from stem_jax.memory.memory import STEM
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.offloaded_rows import OffloadedRows, caught_up_store
 from stem_jax.tables.row_source import ResidentRows, RowSource
@@ -74,9 +76,17 @@ def checkpoint_fingerprint(
         if (key.kind or key.of_kind) and config.model.is_as_before(field):
             model.pop(field)
     facts = [step, tokenizer.fingerprint, model]
+    # Those of models without these memories stay what they were.
+    facts += [[name, _shape_of(config, name)] for name in memories(config) if name != STEM]
     digest = hashlib.sha256(json.dumps(facts, default=list).encode())
     digest.update(norm_D.astype(np.float32).tobytes())
     return digest.hexdigest()
+
+
+def _shape_of(config: Config, section: str) -> dict[str, Any]:
+    """What the keys of a section say of the model."""
+    shaping = (name for name in keys_of(Role.SHAPE) if name.startswith(f"{section}."))
+    return {name: config.value_of(name) for name in shaping}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,8 +161,8 @@ def load_run(
 
     Args:
         workdir, step, flag: see `open_checkpoint`, as for what is raised.
-        resident_rows: table rows to keep on the device, with the others in host memory; None: as
-            many as in training.
+        resident_rows: rows to keep on the device of each memory that has more, with the others in
+            host memory; None: as many as in training.
         devices: among which parameters and rows are divided.
 
     Raises:
@@ -209,11 +219,14 @@ def _resident_rows(
 
 def _reading_config(config: Config, resident_rows: int | None) -> Config:
     """The configuration for this machine, but for its mesh."""
-    tables = config.tables
+    changed: dict[str, Any] = {}
     if resident_rows is not None:
+        for section in ("tables", *MEMORY_SECTIONS):
+            own = getattr(config, section)
+            changed[section] = dataclasses.replace(own, resident_rows=resident_rows)
         # Rows of dense AdamW never lag behind, like those of the lazy one, which may be offloaded.
-        optimizer = tables.optimizer.replace("dense_adamw", "lazy_adamw")
-        tables = dataclasses.replace(tables, resident_rows=resident_rows, optimizer=optimizer)
+        optimizer = config.tables.optimizer.replace("dense_adamw", "lazy_adamw")
+        changed["tables"] = dataclasses.replace(changed["tables"], optimizer=optimizer)
     # The kernels it was trained with may not exist on this platform.
-    model = dataclasses.replace(config.model, attention="auto", matmul_dtype=None)
-    return dataclasses.replace(config, tables=tables, model=model)
+    changed["model"] = dataclasses.replace(config.model, attention="auto", matmul_dtype=None)
+    return dataclasses.replace(config, **changed)
