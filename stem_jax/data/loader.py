@@ -214,7 +214,7 @@ class ValidationBatches:
             raise IndexError(f"validation batch {index} of {self.num_batches}")
         first = index * self._global_batch_size
         rows = [self._row(first + offset) for offset in self._own_rows]
-        return _with_keys(
+        return with_keys(
             {key: np.stack([row[key] for row in rows]) for key in rows[0]}, self._keys_of
         )
 
@@ -288,13 +288,14 @@ class _Shares:
         first = int(step) * self._share.num_parts
         found = [self._parts[first + part] for part in self._share.parts]
         batch = {key: np.concatenate([part[key] for part in found]) for key in found[0]}
-        return _with_keys(batch, self._keys_of)
+        return with_keys(batch, self._keys_of)
 
     def __repr__(self) -> str:
         return f"_Shares({self._share})"
 
 
-def _with_keys(batch: HostBatch, keys_of: KeysOf | None) -> HostBatch:
+def with_keys(batch: HostBatch, keys_of: KeysOf | None) -> HostBatch:
+    """A batch with the keys that belong to it."""
     if keys_of is None:
         return batch
     keys = keys_of(batch["tokens"], batch["segment_ids"])

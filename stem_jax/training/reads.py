@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from stem_jax.memory.memory import prefix
-from stem_jax.mesh import TOKEN_AXES, axis_size
+from stem_jax.mesh import CONTEXT, TOKEN_AXES, axis_size
 from stem_jax.parts import part
 from stem_jax.tables.asked_rows import AskedRows
 from stem_jax.tables.block_sizes import (
@@ -67,6 +67,10 @@ class Reads:
 
     def keys(self, batch: Batch) -> dict[str, jax.Array]:
         """The keys of a batch: [A, B, L], or [A, B, L, K]."""
+        # Positions along `context` are not in their order: what looks back comes with the batch.
+        assert self._mesh.shape[CONTEXT] == 1 or all(
+            name in batch.keys for name, memory in self.memories.items() if memory.reach
+        )
         return {
             name: batch.keys[name]
             if name in batch.keys

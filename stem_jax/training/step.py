@@ -9,9 +9,10 @@ from jax.sharding import Mesh
 from stem_jax.compiler_options import compiler_options
 from stem_jax.config import Config
 from stem_jax.context_order import slots as context_slots
-from stem_jax.data.loader import KEYS, HostBatch
+from stem_jax.data.loader import KEYS, HostBatch, with_keys
 from stem_jax.kernels.head_loss import head_loss
 from stem_jax.kernels.row_sums import adds, way_on
+from stem_jax.memory.catalogue import keys_on_the_host
 from stem_jax.mesh import CONTEXT
 from stem_jax.model.inputs import Inputs, RowIndex
 from stem_jax.parts import part
@@ -35,6 +36,7 @@ class TrainStep:
         self.blueprint = Blueprint(config, mesh)
         self.model = self.blueprint.model
         self.reads = Reads(self.blueprint)
+        self._keys_of = keys_on_the_host(self.reads.memories)
         self.shardings = state_shardings(self.blueprint)
         self.batch_sharding = self.blueprint.batch_sharding
         # The first arguments of `_loss`: parameters and rows.
@@ -53,7 +55,11 @@ class TrainStep:
         self.caught_up_rows = jax.jit(self._caught_up_rows)
 
     def place(self, batch: HostBatch) -> Batch:
-        """A global batch on the devices, from this process's share [B_local, L] of it."""
+        """A global batch on the devices, from this process's share [B_local, L] of it.
+
+        Keys of several tokens that do not come with it are made here, where they still lie in their
+        order.
+        """
         train = self.config.train
         shape = (train.micro_batches, self.config.micro_batch_size, train.seq_len)
 
@@ -64,6 +70,8 @@ class TrainStep:
                 self.batch_sharding, share, (*shape, *more)
             )
 
+        if self._keys_of and not any(name.startswith(KEYS) for name in batch):
+            batch = with_keys(batch, self._keys_of)
         scored = {"loss_mask": batch["loss_mask"] > 0}
         arrays = {name: whole(array) for name, array in (batch | scored).items()}
         keys = {
