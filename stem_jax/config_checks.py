@@ -144,6 +144,12 @@ def _check_memories(config: Config) -> None:
             for beta in ("beta1", "beta2")
         ]
         _check_coasting(config, own.moments or config.tables.moments, *keys)
+        if own.row_format == "bfloat16" and config.tables.optimizer == "dense_adamw":
+            raise InputError(
+                f"{section}.row_format={own.row_format} rounds the rows that a batch touches, and "
+                "tables.optimizer=dense_adamw moves every row in every step. Use deferred_adamw, "
+                f"or {section}.row_format=float32"
+            )
         if own.resident_rows is not None and config.tables.optimizer == "dense_adamw":
             raise InputError(
                 f"{section}.resident_rows={own.resident_rows} needs an optimizer that touches only "

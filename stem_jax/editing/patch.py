@@ -223,7 +223,9 @@ def make_patch(
     """
     stem_layers = run.config.model.stem_layers
     if not stem_layers:
-        raise InputError("the model is dense and has no rows to edit; give a run with STEM layers")
+        others = ", ".join(run.rows)
+        what = f"has rows of {others} alone" if others else "is dense and has no rows to edit"
+        raise InputError(f"the model {what}; edits are made of STEM's, give a run with STEM layers")
     chosen = tuple(stem_layers if layers is None else layers)
     unknown = [layer for layer in chosen if layer not in stem_layers]
     if unknown or not chosen or len(set(chosen)) < len(chosen):
