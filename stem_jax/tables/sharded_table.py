@@ -238,6 +238,19 @@ class ShardedTable:
             state, requests, gradient, step, keep, history, jnp.float32(scale)
         )
 
+    @part("row_optimizer")
+    def never_updated(self, state: TableState, requests: Requests) -> jax.Array:
+        """Scalar int32, how many of the asked rows no update has had; looks at these alone."""
+
+        def local(state, requests):
+            places, size = self._places(requests), state.last_step.shape[0]
+            last_O = state.last_step[jnp.minimum(places, size - 1)]
+            found = jnp.sum((places < size) & (last_O == 0), dtype=jnp.int32)
+            return jax.lax.psum(found, self.spec.vocab_axes)
+
+        specs = (self._state_specs, self.request_specs)
+        return self._sharded(local, specs, PartitionSpec())(state, requests)
+
     def caught_up_rows(
         self, state: TableState, step, history: UpdateHistory, dtype="float32"
     ) -> jax.Array:

@@ -211,9 +211,8 @@ class Reads:
                 factor,
             )
             # Counted as they come: rows in host memory are not here to be counted.
-            touched[name] = state.touched_rows[name] + (
-                jnp.sum(new.last_step > 0) - jnp.sum(state.tables[name].last_step > 0)
-            )
+            first_time = table.never_updated(state.tables[name], requests[name])
+            touched[name] = state.touched_rows[name] + jnp.where(keep, first_time, 0)
             new_tables[name] = new
             begin, num_keys = prefix(name), table.spec.layout.num_keys
             metrics[f"{begin}_grad_norm"] = norms[name]
