@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import pytest
 
@@ -51,7 +52,11 @@ def test_roles_decide(tiny_config, tmp_path, role):
     assert _accepts(check_resumable, config, other, 5) == free
     continues = free or role in (Role.SCHEDULE, Role.CONTINUED)
     assert _accepts(check_continuable, tmp_path, 0, config, other) == continues
-    taken = _accepts(_check_shapes, "train.init_from", tmp_path, config, other)
+    info = types.SimpleNamespace(config=config)
+    origin = types.SimpleNamespace(
+        key="train.init_from", folder=tmp_path, info=info, continues=False
+    )
+    taken = _accepts(_check_shapes, origin, other)
     assert taken == (role is not Role.SHAPE)
 
 
