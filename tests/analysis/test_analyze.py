@@ -156,7 +156,7 @@ def test_the_figures_are_those_of_the_rows(folder_of, run, text, tmp_path):
     assert [layer["layer"] for layer in geometry] == [0, 2]
     # Small enough that the sample is all of it.
     places = loaded.rows["stem"].spec.layout.row_numbers(np.array(seen))
-    rows = logical(np.asarray(loaded.rows.rows))[places]
+    rows = logical(np.asarray(loaded.rows["stem"].rows))[places]
     for index, layer in enumerate(geometry):
         found = Spread.of(rows[:, index]).mean_abs_cosine
         assert layer["plain"]["mean_abs_cosine"] == pytest.approx(found, rel=1e-5)

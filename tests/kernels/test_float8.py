@@ -22,6 +22,7 @@ from stem_jax.training.metrics import MetricsLog
 from stem_jax.training.schedule import make_schedule
 from stem_jax.training.state import init_state
 from tests.model.test_attention_heads import StandIn
+from tests.stem_inputs import stem_inputs
 
 pytest.importorskip("qwix")
 STEPS = 50
@@ -70,16 +71,14 @@ def test_the_loss_after_fifty_steps_is_that_of_bfloat16(train_step, make_batch):
 
 def test_every_projection_multiplies_eight_bits(tiny_config):
     """In the program for a GPU: 7 of a dense block and 6 of a STEM block, three times each."""
-    from stem_jax.model.transformer import Inputs
-
     keys = {"num_layers": 2, "stem_layers": (1,), "compute_dtype": "bfloat16"}
     keys |= {"attention": "xla", "matmul_dtype": "float8"}
     model = ModelDef(tiny_config(**{f"model.{key}": value for key, value in keys.items()}))
     ones, rows = jnp.ones((1, 16), jnp.int32), jnp.ones((1, 4, 48), jnp.bfloat16)
-    inputs = Inputs(ones, ones, jnp.arange(16)[None], ones)
+    inputs = stem_inputs(ones, ones, jnp.arange(16)[None], ones)
 
     def loss(params):
-        return jnp.sum(model.bind(params)(inputs, rows)[0].astype(jnp.float32))
+        return jnp.sum(model.bind(params)(inputs, {"stem": rows}).hidden.astype(jnp.float32))
 
     traced = jax.jit(jax.grad(loss)).trace(model.shapes())
     text = traced.lower(lowering_platforms=("cuda",)).as_text()

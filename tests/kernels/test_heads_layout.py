@@ -12,8 +12,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from stem_jax.mesh import BATCH_AXES, make_mesh, parameter_spec
 from stem_jax.model.feed_forward import KINDS
+from stem_jax.model.inputs import Inputs
+from stem_jax.model.layer_rows import LayerVectors
 from stem_jax.model.rotary import rotary_angles
-from stem_jax.model.transformer import Block, Inputs
+from stem_jax.model.transformer import Block
 from stem_jax.planning import hlo
 from stem_jax.planning.topology import Topology
 
@@ -59,10 +61,10 @@ def _compiled(config, mesh) -> hlo.Module:
 
     def both_ways(state, x, places, gradient):
         angles = rotary_angles(places, config.model)
-        inputs = Inputs(places, places, places, places)
+        inputs, nothing = Inputs(places, places, places), LayerVectors({}, {}, {}, ())
 
         def run(state, x):
-            return nnx.merge(graph, state)(x, None, None, inputs, angles)[0]
+            return nnx.merge(graph, state)(x, nothing, inputs, angles)[0]
 
         y, pull = jax.vjp(run, state, x)
         return y, pull(gradient)
