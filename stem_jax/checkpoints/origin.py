@@ -170,10 +170,13 @@ def _silent_readers(programs: TrainStep, names: Collection[str]) -> Params:
     """The first parameters of these memories' readers, by layer."""
     found = {}
     for name, value in programs.model.init(programs.mesh).items():
-        if (memory := reader_of(name)) in names:
-            reader = READERS[programs.reads.memories[memory].reader]
-            is_silent = name.endswith(tuple(f".{of_reader}" for of_reader in reader.silent))
-            found[name] = jnp.zeros_like(value) if is_silent else value
+        memory = reader_of(name)
+        if memory is None or memory not in names:
+            continue
+        reader = programs.reads.memories[memory].reader
+        assert reader is not None, "it has parameters"
+        silent = tuple(f".{of_reader}" for of_reader in READERS[reader].silent)
+        found[name] = jnp.zeros_like(value) if name.endswith(silent) else value
     return found
 
 

@@ -6,6 +6,7 @@ A new one is a file with its keys, a section of the configuration, and an entry 
 import dataclasses
 import zlib
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from stem_jax.config import Config
 from stem_jax.data.loader import KeysOf
@@ -155,6 +156,10 @@ def _table_spec(memory: Memory, config: Config) -> TableSpec:
     layout = TableLayout(memory.num_keys, tables.pad_multiple, spread=memory.reach > 0)
     resident = tables.resident_rows if own is None else own.resident_rows
     init_std = tables.init_std if own is None else own.init_std
+    # What refusals call it.
+    named: dict[str, Any] = {}
+    if own is not None:
+        named = {"section": name, "size_keys": _SIZE_KEYS[name]}
     return TableSpec(
         layout=layout,
         vectors=memory.vectors,
@@ -173,5 +178,5 @@ def _table_spec(memory: Memory, config: Config) -> TableSpec:
         row_format=chosen("row_format", tables.row_format),
         moments=chosen("moments", tables.moments),
         rounding_seed=zlib.crc32(f"{name} {config.train.seed}".encode()),
-        **({} if own is None else {"section": name, "size_keys": _SIZE_KEYS[name]}),
+        **named,
     )
