@@ -44,7 +44,7 @@ _SIZES = {
     "model.ffn_dim": 64,
     # Large enough that AdamW does not turn rounding errors of tiny gradients into whole steps.
     "optimizer.epsilon": 1e-5,
-    "optimizer.learning_rate": 3e-3,
+    "optimizer.learning_rate": 1e-3,
     "train.global_batch_size": 8,
     "train.seq_len": 64,
     "train.log_every": 1,
