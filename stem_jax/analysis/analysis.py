@@ -26,6 +26,7 @@ from stem_jax.config import differing_keys, keys_of
 from stem_jax.config_keys import Role
 from stem_jax.editing.saved_tables import EditTable, read_edit_tables
 from stem_jax.errors import InputError
+from stem_jax.memory.memory import STEM
 from stem_jax.model.cost import ParameterCount, count_parameters
 from stem_jax.training.run_data import reading_of
 
@@ -192,6 +193,9 @@ def _means(
     """Of the twin's projections in the layers where the run has rows; without rows of its own."""
     model = own.run.config.model
     if not model.stem_layers:
+        # What layers read is asked of a model without any rows.
+        if own.run.rows:
+            return []
         layers = tuple(range(model.num_layers))
         return mean_geometry(own.run, sample, text, tokens, layers, bar)
     if dense is None:
@@ -202,6 +206,11 @@ def _means(
 
 
 def _check_twins(own: Subject, dense: Subject) -> None:
+    if others := [name for name in dense.run.rows if name != STEM]:
+        raise InputError(
+            f"--dense-workdir={dense.workdir} has rows of {', '.join(others)}; give a run that was "
+            "trained without such memories"
+        )
     if dense.run.config.model.stem_layers:
         layers = ",".join(map(str, dense.run.config.model.stem_layers))
         raise InputError(

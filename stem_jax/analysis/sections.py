@@ -42,7 +42,10 @@ def header(found: Analysis) -> tuple[str, str, list[tuple[str, str]]]:
 
 def sections_of(found: Analysis) -> list[Section]:
     """All sections that there is something to say in."""
-    made = [geometry_section(found), _capacity(found), cost_section(found), _training(found)]
+    made = [_capacity(found), cost_section(found), _training(found)]
+    # Of a model with other memories than STEM's there is neither.
+    if found.rows or found.means:
+        made.insert(0, geometry_section(found))
     if found.edits:
         made.append(_editing(found))
     made.append(_compared(found))
@@ -54,6 +57,8 @@ def _capacity(found: Analysis) -> Section:
     if capacity is None:
         active = count(found.own.parameters.active)
         lead = f"This model has no tables: every context touches the same {active} parameters."
+        if found.own.run.rows:
+            lead = f"This model has no rows of STEM's, but of {', '.join(found.own.run.rows)}."
         return Section(title, lead, [])
     at = min(capacity.lengths, key=lambda c: abs(math.log(c.length / capacity.context)))
     first = capacity.overtakes()

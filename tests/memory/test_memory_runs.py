@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from stem_jax import analyze
 from stem_jax.checkpoints.checkpointer import Checkpointer, CheckpointInfo
 from stem_jax.checkpoints.files import LIST, damage
 from stem_jax.checkpoints.loading import checkpoint_fingerprint, load_run
@@ -39,11 +40,18 @@ def config(tiny_config):
     return tiny_config(**SIZES)
 
 
+def _save(folder, config, state) -> None:
+    BYTES.save(folder / "tokenizer")
+    touched = dict.fromkeys(state.tables, 0)
+    info = CheckpointInfo(0, 0, 0, touched, BYTES.fingerprint, {"seed": 0}, config)
+    with Checkpointer(folder) as checkpoints:
+        checkpoints.save(state, info, None)
+
+
 @pytest.fixture(scope="module")
 def folder(config, device_mesh, tmp_path_factory):
     """A checkpoint of step 0 whose rows are large enough to matter."""
     folder = tmp_path_factory.mktemp("run")
-    BYTES.save(folder / "tokenizer")
     blueprint = Blueprint(config, device_mesh((1, 1, 1)))
     state, places = init_state(blueprint), state_shardings(blueprint).tables
     tables = {
@@ -52,10 +60,7 @@ def folder(config, device_mesh, tmp_path_factory):
         )
         for name, table in state.tables.items()
     }
-    touched = dict.fromkeys(tables, 0)
-    info = CheckpointInfo(0, 0, 0, touched, BYTES.fingerprint, {"seed": 0}, config)
-    with Checkpointer(folder) as checkpoints:
-        checkpoints.save(dataclasses.replace(state, tables=tables), info, None)
+    _save(folder, config, dataclasses.replace(state, tables=tables))
     return folder
 
 
@@ -153,3 +158,16 @@ def test_dense_adamw_rounds_no_rows_of_a_memory(tiny_config, section):
     keys = {f"{section}.row_format": "bfloat16", "tables.optimizer": "dense_adamw"}
     with pytest.raises(InputError, match=rf"{section}\.row_format=bfloat16 rounds the rows"):
         tiny_config(**SIZES | keys)
+
+
+@pytest.mark.long
+@pytest.mark.little_effort
+def test_a_run_without_stem_is_analysed(tiny_config, device_mesh, tmp_path, capsys):
+    """What its feed-forward layers read needs rows that an analysis of dense layers has not."""
+    only = {"model.stem_layers": "none", "value.layers": "none", "per_layer.layers": "none"}
+    config = tiny_config(**SIZES | only)
+    _save(tmp_path / "run", config, init_state(Blueprint(config, device_mesh((1, 1, 1)))))
+    text = tmp_path / "text.txt"
+    text.write_text("A text of some words, which is read. " * 40)
+    analyze.main([f"--workdir={tmp_path / 'run'}", f"--text={text}"])
+    assert "no rows of STEM's, but of ngram" in capsys.readouterr().out
