@@ -34,7 +34,6 @@ def main(argv: list[str]) -> None:
     hide_cuda_plugin()
     import jax
 
-    from stem_jax.memory.catalogue import with_eos
     from stem_jax.planning.plan import make_plan
     from stem_jax.planning.plan_text import as_json, as_text, verdict
     from stem_jax.planning.topology import Topology
@@ -42,8 +41,6 @@ def main(argv: list[str]) -> None:
     topology = Topology.parse(args.topology, args.slices)
     # The devices of a plan are descriptions; the process itself needs none but the CPU.
     jax.config.update("jax_platforms", "cpu")
-    # Which token ends n-grams changes no size, and there is no tokenizer here that says it.
-    config = with_eos(config, 0)
     plan = make_plan(
         config,
         topology,

@@ -9,7 +9,7 @@ from stem_jax.config import Config
 from stem_jax.errors import InputError
 from stem_jax.hardware import Chip, chip_of
 from stem_jax.kernels.head_loss import tokens_at_a_time
-from stem_jax.memory.catalogue import table_specs
+from stem_jax.memory.catalogue import table_specs, with_eos
 from stem_jax.mesh import AXES, BATCH_AXES, CONTEXT, axis_size, make_mesh
 from stem_jax.planning import gpus
 from stem_jax.planning.account import Account, make_account
@@ -119,6 +119,8 @@ def make_plan(
     Raises:
         InputError: the topology cannot be described, or the configuration does not suit it.
     """
+    # Which token ends n-grams changes no size, and there is no tokenizer here that says it.
+    config = with_eos(config, 0)
     mesh = make_mesh(config.mesh, topology.devices())
     chip = chip_of(mesh.devices.flat[0])
     if account and (naive_lookup or chip is None or not chip.clock):
