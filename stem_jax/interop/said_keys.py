@@ -37,7 +37,7 @@ def check_format(config: Config, name: str) -> None:
     for key, layers in memories_beside_stem(config):
         raise InputError(
             f"{key}={layers} has no counterpart in {_CALLED[name]}, and no other format says it; "
-            "generate, evaluate and edit such a run where it is, or export one that was trained "
+            "generate from such a run and evaluate it where it is, or export one that was trained "
             f"with {key}=none"
         )
 
