@@ -34,7 +34,7 @@ def check_resumable(
     # All of them at once: a shipped file may have changed in several.
     restored = refused + ([] if same_rates else of_rates)
     remedy = (
-        f"to continue the run add {' '.join(_flag(saved, key) for key in restored)}, or start in "
+        f"to continue the run add {' '.join(flag_of(saved, key) for key in restored)}, or start in "
         "another --workdir"
     )
     if refused:
@@ -69,7 +69,7 @@ def check_continuable(folder: Path, step: int, saved: Config, current: Config) -
         raise InputError(
             f"train.continue_from={folder} was trained with another configuration ({listed}), "
             "under which its optimizer state means something else; add "
-            f"{' '.join(_flag(saved, key) for key in refused)}, or begin with its weights alone "
+            f"{' '.join(flag_of(saved, key) for key in refused)}, or begin with its weights alone "
             "by train.init_from"
         )
     if current.train.steps <= step:
@@ -79,7 +79,7 @@ def check_continuable(folder: Path, step: int, saved: Config, current: Config) -
         )
 
 
-def _flag(config: Config, key: str) -> str:
+def flag_of(config: Config, key: str) -> str:
     """The override that gives a key the value that it has here."""
     value = config.value_of(key)
     if isinstance(value, tuple):

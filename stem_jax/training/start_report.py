@@ -106,12 +106,12 @@ def _lines_of_table(blueprint: Blueprint, name: str, working_set: int | None) ->
         where = f"in host memory, {share:.0%} of the rows resident on device"
     size = _mib(memory.num_keys * spec.row_bytes("rows") // spec.vectors)
     of_layers = [layer for layer in range(config.model.num_layers) if memory.reads(layer)]
+    where_read = "layers " + ", ".join(map(str, of_layers)) if of_layers else "before the layers"
     if name == STEM:
         begins = [f"table        layer {layer}: " for layer in of_layers]
     else:
-        layers = ", ".join(map(str, of_layers))
         of_all = f"{memory.vectors} x " if memory.vectors > 1 else ""
-        begins = [f"table        {name}, layers {layers}: {of_all}"]
+        begins = [f"table        {name}, {where_read}: {of_all}"]
     lines = [
         f"{begin}{memory.num_keys} x {spec.width} {size}, {where}, rows over {owners} shards, "
         f"columns over {columns}"

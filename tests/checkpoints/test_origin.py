@@ -107,6 +107,19 @@ def test_memories_that_it_has_not_begin_silently(trained, resident):
         assert np.any(np.asarray(new.tables["ngram"].rows))
 
 
+@pytest.mark.parametrize("trains", ["tables", "backbone"])
+def test_what_is_new_is_not_frozen(trained, trains):
+    config = load_run(trained).config
+    config = dataclasses.replace(
+        config,
+        per_layer=dataclasses.replace(config.per_layer, layers=(0,)),
+        optimizer=dataclasses.replace(config.optimizer, train=trains),
+        train=dataclasses.replace(config.train, init_from=str(trained)),
+    )
+    with pytest.raises(InputError, match=f"has no per_layer: .*optimizer.train={trains} keeps"):
+        find_origin(config)
+
+
 def test_optimizer_state_has_no_place_for_another_memory(trained):
     config = load_run(trained).config
     value = dataclasses.replace(config.value, layers=(0,))
@@ -173,7 +186,9 @@ def test_refusals_name_the_key_and_the_folder(trained, tmp_path):
     def start(**overrides):
         main(train_flags("tiny", tmp_path / "run", SMALL, overrides))
 
-    with pytest.raises(InputError, match=r"ffn_dim=48, this run has 64; set --config.model.ffn_"):
+    with pytest.raises(
+        InputError, match=r"ffn_dim=48, this run has 64; add --config.model.ffn_dim=48"
+    ):
         start(train__init_from=trained, model__ffn_dim=64)
     with pytest.raises(InputError, match=r"train.init_from=.*nowhere has no checkpoints folder"):
         start(train__init_from=tmp_path / "nowhere")

@@ -260,7 +260,7 @@ REFUSED = {
     "shape": (
         {"model__ffn_dim": 24},
         r"train.continue_from=.* was trained with model.ffn_dim=20, this run has 24; "
-        r"set --config.model.ffn_dim to the former",
+        r"add --config.model.ffn_dim=20",
     ),
     "layers": ({"model__stem_layers": "0"}, r"with model.stem_layers=\(0, 2\), this run has"),
     "rows": ({"tables__pad_multiple": 512}, r"with tables.pad_multiple=32, this run has 512"),
