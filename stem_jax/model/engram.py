@@ -12,7 +12,6 @@ those before in a row.
 """
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +25,8 @@ from stem_jax.memory.memory import Memory
 from stem_jax.mesh import CONTEXT, constrain_tokens
 from stem_jax.model.kind import LayerCost
 from stem_jax.model.layers import RMSNorm
-from stem_jax.model.reader import BEFORE_ATTENTION, Reader
+from stem_jax.model.ngram_reader import NGramReader
+from stem_jax.model.reader import BEFORE_ATTENTION
 from stem_jax.model.row_projection import RowProjection
 
 # Under the root, where its slope has no end.
@@ -67,7 +67,7 @@ class ShortConvolution(nnx.Module):
         return y, jnp.where((numbers == numbers[:, -1:])[..., None], kept, 0)
 
 
-class Engram(Reader):
+class Engram(NGramReader):
     """See above."""
 
     site = BEFORE_ATTENTION
@@ -107,7 +107,7 @@ class Engram(Reader):
     @classmethod
     def of(cls, config: Config, memory: Memory, mesh: Mesh | None, *, rngs: nnx.Rngs):
         """See `Reader`."""
-        model, sizes = config.model, cls._sizes(config, memory)
+        model, sizes = config.model, cls.sizes_of(config, memory)
         return cls(
             **sizes,
             max_order=config.ngram.max_order,
@@ -116,21 +116,6 @@ class Engram(Reader):
             mesh=mesh,
             rngs=rngs,
         )
-
-    @classmethod
-    def weights_of(cls, config: Config, memory: Memory) -> dict[str, tuple[int, ...]]:
-        """See `Reader`."""
-        return cls.weights(**cls._sizes(config, memory))
-
-    @classmethod
-    def cost_of(cls, config: Config, memory: Memory) -> LayerCost:
-        """See `Reader`."""
-        return cls.cost(**cls._sizes(config, memory))
-
-    @staticmethod
-    def _sizes(config: Config, memory: Memory) -> dict[str, Any]:
-        keys = config.ngram.width // memory.width
-        return {"embed_dim": config.model.embed_dim, "keys": keys, "width": memory.width}
 
     @classmethod
     def weights(

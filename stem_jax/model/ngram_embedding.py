@@ -7,7 +7,6 @@ which are narrower and have a matrix each. A trained backbone reads another x_0 
 """
 
 import math
-from typing import Any
 
 import jax
 from flax import nnx
@@ -17,11 +16,12 @@ from stem_jax.config import Config
 from stem_jax.memory.memory import Memory
 from stem_jax.mesh import constrain_tokens
 from stem_jax.model.kind import LayerCost
-from stem_jax.model.reader import INPUT, Reader
+from stem_jax.model.ngram_reader import NGramReader
+from stem_jax.model.reader import INPUT
 from stem_jax.model.row_projection import RowProjection
 
 
-class NGramEmbedding(Reader):
+class NGramEmbedding(NGramReader):
     """See above."""
 
     site = INPUT
@@ -44,23 +44,8 @@ class NGramEmbedding(Reader):
     @classmethod
     def of(cls, config: Config, memory: Memory, mesh: Mesh | None, *, rngs: nnx.Rngs):
         """See `Reader`."""
-        sizes, std = cls._sizes(config, memory), config.model.init_base_std
+        sizes, std = cls.sizes_of(config, memory), config.model.init_base_std
         return cls(**sizes, base_std=std, mesh=mesh, rngs=rngs)
-
-    @classmethod
-    def weights_of(cls, config: Config, memory: Memory) -> dict[str, tuple[int, ...]]:
-        """See `Reader`."""
-        return cls.weights(**cls._sizes(config, memory))
-
-    @classmethod
-    def cost_of(cls, config: Config, memory: Memory) -> LayerCost:
-        """See `Reader`."""
-        return cls.cost(**cls._sizes(config, memory))
-
-    @staticmethod
-    def _sizes(config: Config, memory: Memory) -> dict[str, Any]:
-        keys = config.ngram.width // memory.width
-        return {"embed_dim": config.model.embed_dim, "keys": keys, "width": memory.width}
 
     @classmethod
     def weights(cls, *, embed_dim: int, keys: int, width: int) -> dict[str, tuple[int, ...]]:
