@@ -169,7 +169,7 @@ def test_little_host_memory_is_refused_before_anything_is_allocated(
     monkeypatch.setattr(run_checks, "available_host_bytes", lambda: 10_000)
     monkeypatch.setattr(HostStore, "allocate", allocate)
     monkeypatch.setattr(run_module, "init_state", allocate)
-    with pytest.raises(InputError, match=r"resident_rows keeps the table in host memory: .* avail"):
+    with pytest.raises(InputError, match=r"resident_rows rows are kept in host memory: .* avail"):
         main(arguments(text_file, tmp_path / "run"))
 
 
