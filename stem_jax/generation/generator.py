@@ -25,6 +25,7 @@ from stem_jax.errors import InputError
 from stem_jax.generation.completion import Completion, Progress
 from stem_jax.generation.sampling import Sampling, sample
 from stem_jax.memory.catalogue import memories
+from stem_jax.memory.memory import NO_TOKEN
 from stem_jax.mesh import BATCH_AXES, axis_size, batch_sharding, divided, replicated
 from stem_jax.model.cache import LayerCache, NewCache
 from stem_jax.model.inputs import Inputs
@@ -241,30 +242,43 @@ class Generator:
         caches: list[NewCache] | list[LayerCache],
         readers: list[dict[str, Any]] | None = None,
         before_BxR: jax.Array | None = None,
+        segment_ids_BxL: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[list[LayerCache], list[dict[str, Any]], jax.Array | None]]:
         """Reads the first `lengths_B` of L tokens, one or more of each sequence.
 
         Args:
             caches, readers, before_BxR: see `DecodeState`.
+            segment_ids_BxL: of prompts, their documents as rows of training have them, also with
+                padding (0) in front: what follows goes on with the last document and knows of no
+                other. None: each is one document from the first place on.
 
         Returns:
             Float32 logits [B, V] after the last that was read, and these three after it.
         """
         model, length = self._model.bind(params), tokens_BxL.shape[1]
         places_BxL = jnp.broadcast_to(jnp.arange(length), tokens_BxL.shape)
-        first, positions_BxL = caches[0], places_BxL
+        first, positions_BxL, firsts_BxL = caches[0], places_BxL, None
         if isinstance(first, LayerCache):
             positions_BxL = places_BxL + first.lengths[:, None]
-        segment_ids_BxL = _within(lengths_B, length)
+        if segment_ids_BxL is None:
+            segment_ids_BxL = _within(lengths_B, length)
+        else:
+            segment_ids_BxL = jnp.where(_within(lengths_B, length) != 0, segment_ids_BxL, 0)
+            firsts_BxL = _firsts(segment_ids_BxL)
+            positions_BxL = places_BxL - firsts_BxL
         blocks, index = self._rows.blocks(
             rows, tokens_BxL, segment_ids_BxL, self.config.model.compute_dtype, before_BxR
         )
         inputs = Inputs(tokens_BxL, positions_BxL, segment_ids_BxL, index)
         hidden_BxLxD, longer, _, after = model(inputs, blocks, caches, states=readers)
         assert longer is not None and after is not None
+        last_Bx1 = lengths_B[:, None] - 1
+        if firsts_BxL is not None:
+            first_Bx1 = jnp.take_along_axis(firsts_BxL, last_Bx1, axis=1)
+            longer = [cache.beginning_at(first_Bx1[:, 0], lengths_B) for cache in longer]
+            tokens_BxL = jnp.where(places_BxL < first_Bx1, NO_TOKEN, tokens_BxL)
         following = last_tokens(tokens_BxL, lengths_B, before_BxR, self._rows.reach)
-        last_Bx1x1 = lengths_B[:, None, None] - 1
-        last_Bx1xD = jnp.take_along_axis(hidden_BxLxD, last_Bx1x1, axis=1)
+        last_Bx1xD = jnp.take_along_axis(hidden_BxLxD, last_Bx1[..., None], axis=1)
         return model.logits(last_Bx1xD)[:, 0], (longer, after, following)
 
     def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
@@ -302,6 +316,13 @@ def _state_places(model: ModelConfig, mesh: Mesh) -> DecodeState:
 def _within(lengths_B, length: int):
     """Which of so many positions are of each sequence: 1, else 0; [B, L] int32."""
     return (np.arange(length) < lengths_B[:, None]).astype(np.int32)
+
+
+def _firsts(segment_ids_BxL: jax.Array) -> jax.Array:
+    """The place at which the document of each position begins, [B, L] int32."""
+    before_BxL = jnp.pad(segment_ids_BxL, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    places_L = jnp.arange(segment_ids_BxL.shape[1], dtype=jnp.int32)
+    return jax.lax.cummax(jnp.where(segment_ids_BxL != before_BxL, places_L, 0), axis=1)
 
 
 def sequence_seeds(seed: int, prompts: Sequence[Sequence[int]]) -> list[int]:

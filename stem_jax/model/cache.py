@@ -49,3 +49,13 @@ class LayerCache:
 
         keys, values = write(self.keys, keys_BxLxKxD), write(self.values, values_BxLxKxD)
         return LayerCache(keys, values, self.lengths + lengths_B)
+
+    def beginning_at(self, first_B: jax.Array, end_B: jax.Array) -> "LayerCache":
+        """The positions from `first_B` up to `end_B` of each sequence alone; counted from 0."""
+        last = self.keys.shape[1] - 1
+        slots_BxT = jnp.minimum(first_B[:, None] + jnp.arange(last + 1), last)
+        keys, values = (
+            jnp.take_along_axis(x, slots_BxT[..., None, None], axis=1)
+            for x in (self.keys, self.values)
+        )
+        return LayerCache(keys, values, end_B - first_B)
