@@ -15,6 +15,7 @@ from stem_jax.checkpoints.checkpointer import FOLDER, Checkpointer, CheckpointIn
 from stem_jax.checkpoints.files import set_aside_damaged
 from stem_jax.checkpoints.loading import check_tokenizer
 from stem_jax.checkpoints.origin import Origin, begin_from, find_origin
+from stem_jax.checkpoints.tables import stores_for
 from stem_jax.config import Config
 from stem_jax.data.loader import Share
 from stem_jax.errors import InputError
@@ -239,7 +240,7 @@ def _open_state(
             for name, spec in offloaded.items()
         }
         return init_state(programs.blueprint), stores
-    stores = {name: HostStore.allocate(spec, mesh) for name, spec in offloaded.items()}
+    stores = stores_for(info.config, offloaded, mesh, info.first_rows, info.touched_rows)
     state = checkpoints.restore(info.step, abstract_state(programs.blueprint), stores)
     log.info(f"resuming from step {info.step}")
     return state, stores

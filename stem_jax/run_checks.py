@@ -27,7 +27,7 @@ from stem_jax.tables.spec import ADAMW, TableSpec
 from stem_jax.training.run_data import RunData
 from stem_jax.training.schedule import ENDING, schedule_length
 from stem_jax.training.step import TrainStep
-from stem_jax.training.working_set import working_set
+from stem_jax.training.working_set import most_rows, working_set
 
 # The first version of jaxlib whose programs for GPUs bring back what scanned layers had offloaded.
 _RIGHT_OFFLOAD = (0, 11, 2)
@@ -167,7 +167,10 @@ def check_tables(config: Config, programs: TrainStep, data: RunData, start: int)
             owners = axis_size(mesh, spec.vocab_axes)
             found = working_set(config, reads.memories[name], spec, owners, data, start)
             needed.append((found.batch, found.in_flight))
-        store_bytes = sum(HostStore.peak_bytes(spec, mesh) for spec in offloaded.values())
+        store_bytes = sum(
+            HostStore.peak_bytes(spec, mesh, most_rows(config, reads.memories[name], spec))
+            for name, spec in offloaded.items()
+        )
         memory = (socket.gethostname(), store_bytes, available_host_bytes())
         return json.dumps([needed, memory]).encode()
 

@@ -233,7 +233,12 @@ def store_arrays(store: HostStore) -> Arrays:
     for block in store.blocks:
         rows = slice(block.row_range.start, block.row_range.stop)
         columns = slice(block.column_range.start, block.column_range.stop)
-        for name, array in block.arrays.items():
+        numbers = np.arange(len(block.row_range))
+        found = {
+            n: np.empty((len(numbers), *a.shape[1:]), a.dtype) for n, a in block.arrays.items()
+        }
+        store.gather(block, numbers, found)
+        for name, array in found.items():
             whole[name][(rows, slice(None), columns)[: array.ndim]] = array
     return whole
 

@@ -42,6 +42,8 @@ from stem_jax.checkpoints.store_handler import table_handler
 from stem_jax.checkpoints.tables import (
     Stores,
     copies_of_tables,
+    first_rows_of,
+    first_rows_record,
     needed_items,
     saved_stores,
     table_layouts,
@@ -56,6 +58,7 @@ from stem_jax.data.special_tokens import SpecialTokens
 from stem_jax.errors import InputError
 from stem_jax.memory.catalogue import MEMORIES, table_specs
 from stem_jax.processes.agreement import is_first, unanimous
+from stem_jax.tables.first_rows import FirstRows
 from stem_jax.tables.spec import TableState
 from stem_jax.tables.store_snapshot import StoreSnapshot
 from stem_jax.training.past_updates import NO_PAST, PastUpdates
@@ -70,8 +73,9 @@ class CheckpointInfo:
     row. touched_rows: of each memory, rows that some update had. tokenizer: fingerprint of the one
     whose ids key the tables. data: seed, sources. past: see `schedule.learning_rates`.
     owes_validation: a stop came before the validation of this step. special: the special tokens of
-    the tokenizer; None in checkpoints that did not say yet. format: that it was read in; what is
-    saved has the newest.
+    the tokenizer; None in checkpoints that did not say yet. first_rows: of memories whose written
+    rows alone are saved, how the others are made. format: that it was read in; what is saved has
+    the newest.
     """
 
     step: int
@@ -84,6 +88,7 @@ class CheckpointInfo:
     past: PastUpdates = NO_PAST
     owes_validation: bool = False
     special: SpecialTokens | None = None
+    first_rows: dict[str, FirstRows] = dataclasses.field(default_factory=dict)
     format: int = FORMAT_VERSION
 
 
@@ -200,6 +205,7 @@ class Checkpointer:
                 {
                     "format": FORMAT_VERSION,
                     **table_layouts(info.config),
+                    **first_rows_record(stores or {}),
                     "tokenizer": info.tokenizer,
                     "special_tokens": None if info.special is None else info.special.record(),
                 }
@@ -272,6 +278,7 @@ class Checkpointer:
             touched_rows=touched_rows_of(data, memories),
             tokenizer=layout["tokenizer"],
             special=self._special(step, layout.get("special_tokens")),
+            first_rows=first_rows_of(layout, memories),
             data=data,
             config=config,
             format=layout["format"],
@@ -296,7 +303,7 @@ class Checkpointer:
             InputError: no such checkpoint, or a damaged one; a store then holds parts of it.
         """
         info = self.info(step)
-        targets, passing = table_targets(info.config, abstract.tables, stores)
+        targets, passing = table_targets(info.config, abstract.tables, stores, info.first_rows)
         params, opt_state = param_targets((abstract.params, abstract.opt_state))
         items = {
             "params": ocp.args.StandardRestore(params),
@@ -332,7 +339,7 @@ class Checkpointer:
         Tables for which there is a store are read into it as `restore` does, and not returned.
         """
         info = self.info(step)
-        targets, passing = table_targets(info.config, abstract.tables, stores)
+        targets, passing = table_targets(info.config, abstract.tables, stores, info.first_rows)
         items = {"params": ocp.args.StandardRestore(param_targets(abstract.params))}
         found = self._restore(step, items | targets)
         params = current_tree(found["params"], info.format, info.config.model)

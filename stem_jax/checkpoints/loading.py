@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from stem_jax.checkpoints.checkpointer import FOLDER, Checkpointer, CheckpointInfo
 from stem_jax.checkpoints.inference_mesh import inference_mesh
+from stem_jax.checkpoints.tables import stores_for
 from stem_jax.config import MEMORY_SECTIONS, Config, keys_of, model_keys
 from stem_jax.config_checks import validate
 from stem_jax.config_keys import Role
@@ -21,7 +22,6 @@ from stem_jax.data.tokenizer import Tokenizer, load_tokenizer_folder
 from stem_jax.errors import InputError
 from stem_jax.memory.catalogue import memories, read_row_format
 from stem_jax.memory.memory import STEM
-from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.offloaded_rows import OffloadedRows, caught_up_store
 from stem_jax.tables.row_source import ResidentRows, RowSource
 from stem_jax.tables.sharded_table import ShardedTable
@@ -173,8 +173,7 @@ def load_run(
         config, mesh = inference_mesh(_reading_config(info.config, resident_rows), devices)
         validate(config)
         blueprint = Blueprint(config, mesh)
-        specs = blueprint.specs.items()
-        stores = {n: HostStore.allocate(spec, mesh) for n, spec in specs if spec.offloaded}
+        stores = stores_for(info.config, blueprint.specs, mesh, info.first_rows, info.touched_rows)
         abstract = abstract_state(blueprint)
         # Nothing is updated here: the copies that training reads are enough.
         # Where they lie is said, too: else they would go to the first device of process 0.
@@ -188,7 +187,11 @@ def load_run(
     rows: dict[str, RowSource] = {}
     for name, spec in blueprint.specs.items():
         history, row_format = schedule.tables[name], read_row_format(config, spec)
-        if name in stores:
+        if name in stores and spec.made_when_asked:
+            # Not all at once: of a large table few are asked for.
+            policy = config.tables.cache_policy
+            rows[name] = OffloadedRows(stores[name], mesh, policy, info.updates, history)
+        elif name in stores:
             store = caught_up_store(stores[name], info.updates, history, row_format)
             rows[name] = OffloadedRows(store, mesh, config.tables.cache_policy)
         else:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from stem_jax.checkpoints.checkpointer import FOLDER, Checkpointer, CheckpointInfo
+from stem_jax.checkpoints.tables import stores_for
 from stem_jax.config import MEMORY_SECTIONS, Config, keys_of
 from stem_jax.config_keys import Role
 from stem_jax.errors import InputError
@@ -141,12 +142,14 @@ def begin_from(origin: Origin, programs: TrainStep) -> tuple[TrainState, dict[st
     config, mesh, info = programs.config, programs.mesh, origin.info
     abstract = abstract_state(programs.blueprint)
     if origin.continues:
-        stores = _allocated(programs.reads.specs, mesh)
+        stores = stores_for(
+            info.config, programs.reads.specs, mesh, info.first_rows, info.touched_rows
+        )
         with Checkpointer(origin.folder, read_only=True) as checkpoints:
             return checkpoints.restore(info.step, abstract, stores), stores
     specs, fresh = _specs_there(info.config, config), grafted(info.config, config)
     histories = make_schedule(info.config, info.updates + 1, past=info.past).tables
-    stores = _allocated(specs, mesh)
+    stores = stores_for(info.config, specs, mesh, info.first_rows, info.touched_rows)
     old = dataclasses.replace(
         abstract,
         params={n: p for n, p in abstract.params.items() if reader_of(n) not in fresh},
@@ -188,14 +191,17 @@ def _silent_readers(programs: TrainStep, names: Collection[str]) -> Params:
 
 def _with_fresh_moments(spec: TableSpec, mesh: Mesh, rows: HostStore) -> HostStore:
     """A store that takes over the rows of another, which have its format already."""
-    store = HostStore.zeros(spec, mesh)
-    for block, old in zip(store.blocks, rows.blocks, strict=True):
-        block.arrays["rows"] = old.arrays["rows"]
-    return store
-
-
-def _allocated(specs: dict[str, TableSpec], mesh: Mesh) -> dict[str, HostStore]:
-    return {name: HostStore.allocate(spec, mesh) for name, spec in specs.items() if spec.offloaded}
+    if rows.first is None:
+        store = HostStore.zeros(spec, mesh)
+    else:
+        store = HostStore.empty(spec, mesh, rows.first)
+    blocks = [
+        dataclasses.replace(
+            block, arrays={**block.arrays, "rows": old.arrays["rows"]}, kept=old.kept
+        )
+        for block, old in zip(store.blocks, rows.blocks, strict=True)
+    ]
+    return HostStore(spec, tuple(blocks), rows.first)
 
 
 def _specs_there(there: Config, here: Config) -> dict[str, TableSpec]:

@@ -3,10 +3,18 @@
 Orbax hands each leaf of a tree to a handler for its type. This one takes the fields of a store and
 writes chunks of the whole table's arrays, as Orbax writes sharded jax.Arrays, so that either can be
 restored from what the other saved. Reading fills the store in place.
+
+Of a store that keeps some rows alone, these are written, each row shard's in the order in which
+they came, with room for as many as the shard with the most has; `numbers` has 1 + the row at each
+place, 0 where there is none:
+
+    place       0  1  2  3 | 4  5  6  7
+    numbers     8  3  1  0 | 10 0  0  0      shard 0 keeps rows 7 2 0, shard 1 keeps row 9
 """
 
 import asyncio
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -17,7 +25,7 @@ from orbax.checkpoint import type_handlers
 from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals
 
 from stem_jax.tables.host_store import HostBlock, HostStore
-from stem_jax.tables.store_snapshot import StoreSnapshot, chunk_rows
+from stem_jax.tables.store_snapshot import NUMBERS, StoreSnapshot, chunk_rows, few_chunk_rows
 
 # Pieces of an item that are read or written at a time.
 _IN_FLIGHT = 2
@@ -30,22 +38,53 @@ Index = tuple[slice, ...]
 class StoreField:
     """A leaf: one array of the whole table, in this process's part of it.
 
-    snapshot: what to save; None to restore into the store.
+    snapshot: what to save; None to restore into the store. room: of each row shard, where some
+    rows alone are saved.
     """
 
     store: HostStore
     name: str
     snapshot: StoreSnapshot | None = None
+    room: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole table."""
-        return self.store.spec.shape(self.name)
+        """As a checkpoint has it."""
+        spec = self.store.spec
+        rows = spec.num_rows
+        if self.room is not None:
+            rows = self.room * (rows // len(self.store.blocks[0].row_range))
+        return (rows,) if self.name == NUMBERS else spec.shape(self.name, rows)
 
     @property
     def dtype(self) -> np.dtype:
         """Of the field."""
-        return np.dtype(self.store.spec.field(self.name).dtype)
+        return np.dtype(
+            np.int32 if self.name == NUMBERS else self.store.spec.field(self.name).dtype
+        )
+
+    @property
+    def chunk(self) -> tuple[int, ...]:
+        """What is stored as one value; no two shards have a part in it."""
+        shard = self.shape[1:]
+        block = self.store.blocks[0]
+        if len(shard) > 1:
+            shard = (*shard[:-1], len(block.column_range))
+        if self.room is None:
+            rows = len(block.row_range)
+            return chunk_rows(rows, self.dtype.itemsize * math.prod(shard)), *shard
+        return min(self.room, few_rows_of(self.store)), *shard
+
+    def place(self, block: HostBlock, first: int, size: int) -> Index:
+        """Where rows lie that are at these places of a block."""
+        begin = block.row_range.start if self.room is None else block.shard * self.room
+        rows = _within(range(begin + first, begin + first + size))
+        return (rows, slice(None), _within(block.column_range))[: len(self.shape)]
+
+
+def few_rows_of(store: HostStore) -> int:
+    """Rows of a chunk of every field of a store that keeps some rows alone."""
+    return few_chunk_rows(max(_row_bytes(array) for array in store.blocks[0].used().values()))
 
 
 @dataclasses.dataclass
@@ -107,20 +146,22 @@ class _StoreFieldHandler(type_handlers.TypeHandler):
         args: Sequence[StoreRestoreArgs] | None = None,
     ) -> Sequence[StoreField]:
         fields = [arg.field for arg in args or () if arg.field is not None]
-        for field, info in zip(fields, infos, strict=True):
-            await _read(field, info)
+        infos_of = dict(zip((field.name for field in fields), infos, strict=True))
+        for field in fields:
+            if NUMBERS not in infos_of:
+                await _read(field, infos_of[field.name])
+            elif field.name != NUMBERS:
+                await _read_some(field, infos_of[field.name], infos_of[NUMBERS])
         return fields
 
 
 async def _write(field: StoreField, info: type_handlers.ParamInfo) -> None:
     await info.await_path_creation()
-    shard = field.store.blocks[0].arrays[field.name]
-    chunk = (chunk_rows(len(shard), shard[:1].nbytes), *shard.shape[1:])
     spec = type_handlers.get_json_tspec_write(
         info,
         use_ocdbt=info.is_ocdbt_checkpoint,
         global_shape=field.shape,
-        local_shape=chunk,
+        local_shape=field.chunk,
         dtype=field.dtype,
         process_index=jax.process_index(),
         arg=ocp.SaveArgs(),
@@ -136,20 +177,28 @@ async def _write(field: StoreField, info: type_handlers.ParamInfo) -> None:
 
     assert field.snapshot is not None
     await _a_few_at_a_time(
-        write(rows, _place(block, field.name, first, len(rows)))
+        write(
+            rows + (block.row_range.start + 1) if field.name == NUMBERS else rows,
+            field.place(block, first, len(rows)),
+        )
         for block in field.store.blocks
         for first, rows in field.snapshot.pieces(block.index, field.name)
     )
 
 
-async def _read(field: StoreField, info: type_handlers.ParamInfo) -> None:
+async def _open(info: type_handlers.ParamInfo, *, whole: bool) -> ts.TensorStore:
+    """whole: every chunk was written; else those that were not are zeros."""
     await info.await_path_creation()
     spec = type_handlers.get_json_tspec_read(
         info,
         use_ocdbt=info.is_ocdbt_checkpoint,
-        raise_array_data_missing_error=info.raise_array_data_missing_error,
+        raise_array_data_missing_error=whole and info.raise_array_data_missing_error,
     )
-    source = await ts.open(ts.Spec(spec), open=True, context=info.ts_context)
+    return await ts.open(ts.Spec(spec), open=True, context=info.ts_context)
+
+
+async def _read(field: StoreField, info: type_handlers.ParamInfo) -> None:
+    source = await _open(info, whole=True)
     if (source.shape, source.dtype.numpy_dtype) != (field.shape, field.dtype):
         raise ValueError(
             f"{info.name} is {source.dtype.name} {source.shape}, not {field.dtype} {field.shape}"
@@ -165,6 +214,45 @@ async def _read(field: StoreField, info: type_handlers.ParamInfo) -> None:
         for block in field.store.blocks
         for part, place in _parts(block, field.name, chunk)
     )
+
+
+async def _read_some(
+    field: StoreField, info: type_handlers.ParamInfo, numbers: type_handlers.ParamInfo
+) -> None:
+    """Reads those rows of a checkpoint of some rows that lie on this process."""
+    source, numbered = await _open(info, whole=False), await _open(numbers, whole=False)
+    wanted = field.shape[1:], field.dtype
+    if (source.shape[1:], source.dtype.numpy_dtype) != wanted or numbered.shape != source.shape[:1]:
+        raise ValueError(f"{info.name} is {source.dtype.name} {source.shape}, not rows of {wanted}")
+    shape = source.chunk_layout.read_chunk.shape or ()
+    chunk = int(shape[0] or 1)
+    row_bytes = field.dtype.itemsize * math.prod(field.shape[1:])
+    step = chunk * max(1, _READ_BYTES // (chunk * row_bytes))
+
+    async def read(rows: slice) -> None:
+        found = (await numbered[rows].read()).astype(np.int64) - 1
+        blocks = [(b, _inside(found, b.row_range)) for b in field.store.blocks]
+        if not any(mine.any() for _, mine in blocks):
+            return
+        values = await source[rows].read()
+        for block, mine in blocks:
+            places = block.places(found[mine] - block.row_range.start)
+            columns = slice(block.column_range.start, block.column_range.stop)
+            part = values[mine]
+            block.arrays[field.name][places] = part[:, :, columns] if part.ndim > 2 else part
+
+    await _a_few_at_a_time(
+        read(slice(first, min(first + step, source.shape[0])))
+        for first in range(0, source.shape[0], step)
+    )
+
+
+def _inside(rows: np.ndarray, row_range: range) -> np.ndarray:
+    return (rows >= row_range.start) & (rows < row_range.stop)
+
+
+def _row_bytes(array: np.ndarray) -> int:
+    return array.itemsize * math.prod(array.shape[1:])
 
 
 def _parts(block: HostBlock, name: str, chunk: tuple[int, ...]) -> Iterator[tuple[Index, Index]]:
@@ -191,14 +279,6 @@ def _cut(whole: range, chunk: int, most: int) -> list[range]:
     step = chunk * max(1, most // chunk)
     ends = [*range((whole.start // step + 1) * step, whole.stop, step), whole.stop]
     return [range(start, stop) for start, stop in zip([whole.start, *ends], ends)]
-
-
-def _place(block: HostBlock, name: str, first: int, size: int) -> Index:
-    """Where rows of a block lie in the whole table."""
-    start = block.row_range.start + first
-    rows = _within(range(start, start + size))
-    whole = rows, slice(None), _within(block.column_range)
-    return whole[: block.arrays[name].ndim]
 
 
 def _within(part: range, whole: range = range(0)) -> slice:

@@ -4,7 +4,9 @@ Items are logical, so that nothing in them depends on the devices: arrays pass t
 """
 
 import dataclasses
-from collections.abc import Iterable
+import functools
+import json
+from collections.abc import Container, Iterable
 from typing import Any
 
 import jax
@@ -12,13 +14,17 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stem_jax.checkpoints.files import table_items
-from stem_jax.checkpoints.store_handler import StoreField, store_args
+from stem_jax.checkpoints.store_handler import StoreField, few_rows_of, store_args
 from stem_jax.config import Config
 from stem_jax.memory.catalogue import table_specs
-from stem_jax.memory.memory import STEM
+from stem_jax.memory.memory import STEM, prefix
+from stem_jax.processes.agreement import exchange
+from stem_jax.tables.first_rows import FirstRows
+from stem_jax.tables.host_memory import available_host_bytes, check_host_memory
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.spec import TableSpec, TableState
-from stem_jax.tables.store_snapshot import StoreSnapshot
+from stem_jax.tables.store_snapshot import NUMBERS, StoreSnapshot
+from stem_jax.training.state import table_key
 
 Stores = dict[str, HostStore]
 
@@ -39,20 +45,65 @@ def copies_of_tables(config: Config, tables: dict[str, TableState]) -> Stores:
 
 
 def table_targets(
-    config: Config, tables: dict[str, TableState], stores: Stores | None
+    config: Config,
+    tables: dict[str, TableState],
+    stores: Stores | None,
+    first_rows: dict[str, FirstRows],
 ) -> tuple[dict[str, Any], Stores]:
     """Where the items of tables are restored to, and the stores that those without one pass.
 
     Args:
         config: of the checkpoint.
-        tables: abstract arrays. stores: of some of them.
+        tables: abstract arrays.
+        stores: of some of them.
+        first_rows: of those of which the checkpoint has some rows alone; see `CheckpointInfo`.
     """
     specs, stores = table_specs(config), stores or {}
     others = {name: table for name, table in tables.items() if name not in stores}
     passing = {
         name: HostStore.zeros(*_placed_as(specs[name], table)) for name, table in others.items()
     }
-    return _targets(stores | passing), passing
+    found = stores | passing
+    for name, store in found.items():
+        if name not in first_rows:
+            store.keep_all()
+        elif store.first is None:
+            store.fill(first_rows[name])
+    return _targets(found, first_rows), passing
+
+
+def stores_for(
+    config: Config,
+    specs: dict[str, TableSpec],
+    mesh: Mesh,
+    first_rows: dict[str, FirstRows],
+    touched_rows: dict[str, int],
+) -> Stores:
+    """Stores of offloaded tables, for the items of a checkpoint to be read into.
+
+    Args:
+        config: of the checkpoint.
+        specs: of the tables.
+        mesh: where their device side lies.
+        first_rows, touched_rows: of the checkpoint, see `CheckpointInfo`.
+
+    Raises:
+        InputError: the host has too little memory.
+    """
+    stores = {}
+    for name, spec in specs.items():
+        if not spec.offloaded:
+            continue
+        if not spec.made_when_asked:
+            stores[name] = HostStore.allocate(spec, mesh)
+            continue
+        # Beside the touched ones, those that slots began with.
+        some = min(spec.num_rows, touched_rows[name] + spec.num_slots)
+        needed = HostStore.peak_bytes(spec, mesh, some if name in first_rows else None)
+        check_host_memory(needed, available_host_bytes(), specs=[spec])
+        first = first_rows.get(name) or FirstRows.of(spec, table_key(config, name))
+        stores[name] = HostStore.empty(spec, mesh, first)
+    return stores
 
 
 def tables_on_devices(stores: Stores, tables: dict[str, TableState]) -> dict[str, TableState]:
@@ -65,26 +116,46 @@ def tables_on_devices(stores: Stores, tables: dict[str, TableState]) -> dict[str
 
 def saved_stores(stores: Stores, snapshots: dict[str, StoreSnapshot]) -> dict[str, Any]:
     """The items of stores, as they were when the snapshots were taken."""
-    items = {}
+    some = {name: store for name, store in stores.items() if store.first is not None}
+    rooms = _rooms(some, snapshots)
+    items: dict[str, Any] = {}
     for name, store in stores.items():
-        fields = {field: StoreField(store, field, snapshots[name]) for field in store.fields}
-        rows, moments = table_items(name)
-        items[rows] = ocp.args.PyTreeSave({"rows": fields.pop("rows")})
-        if fields:
-            items[moments] = ocp.args.PyTreeSave(fields)
+        leaf = functools.partial(StoreField, store, snapshot=snapshots[name], room=rooms.get(name))
+        items |= _items(store, name, name in some, leaf, ocp.args.PyTreeSave)
     return items
 
 
-def _targets(stores: Stores) -> dict[str, Any]:
+def _targets(stores: Stores, first_rows: Container[str]) -> dict[str, Any]:
     """Items to be restored into stores; of one without moments, its rows alone."""
-    items = {}
+    items: dict[str, Any] = {}
     for name, store in stores.items():
-        fields = {field: StoreField(store, field) for field in store.fields}
-        rows, moments = table_items(name)
-        items[rows] = store_args({"rows": fields.pop("rows")})
-        if fields:
-            items[moments] = store_args(fields)
+        leaf = functools.partial(StoreField, store)
+        items |= _items(store, name, name in first_rows, leaf, store_args)
     return items
+
+
+def _items(store: HostStore, name: str, some: bool, leaf, item) -> dict[str, Any]:
+    """The items of a table, each with the numbers of its rows where they are `some` of them."""
+    numbers = {NUMBERS: leaf(NUMBERS)} if some else {}
+    fields = {field: leaf(field) for field in store.fields}
+    rows, moments = table_items(name)
+    items = {rows: item({"rows": fields.pop("rows"), **numbers})}
+    if fields:
+        items[moments] = item({**fields, **numbers})
+    return items
+
+
+def _rooms(stores: Stores, snapshots: dict[str, StoreSnapshot]) -> dict[str, int]:
+    """Room for the rows that the fullest shard of any process keeps, by memory: whole chunks."""
+    if not stores:
+        return {}
+    counts = {name: snapshots[name].count for name in stores}
+    parts = [json.loads(part) for part in exchange(lambda: json.dumps(counts).encode())]
+    rooms = {}
+    for name, store in stores.items():
+        most, chunk = max(1, *(part[name] for part in parts)), few_rows_of(store)
+        rooms[name] = most if most <= chunk else -(-most // chunk) * chunk
+    return rooms
 
 
 def touched_record(touched_rows: dict[str, int]) -> dict[str, int]:
@@ -107,6 +178,23 @@ def table_layouts(config: Config) -> dict[str, int]:
         found[f"{begin}num_rows"] = spec.num_rows
         found[f"{begin}multiplier"] = spec.layout.multiplier
     return found
+
+
+def first_rows_record(stores: Stores) -> dict[str, Any]:
+    """In the record of a checkpoint: how the rows are made that stores do not keep."""
+    return {
+        f"{prefix(name)}_first_rows": store.first.record()
+        for name, store in stores.items()
+        if store.first is not None
+    }
+
+
+def first_rows_of(record: dict[str, Any], names: Iterable[str]) -> dict[str, FirstRows]:
+    """The reverse, of those of these memories of which there are some rows alone."""
+    found = {name: record.get(f"{prefix(name)}_first_rows") for name in names}
+    return {
+        name: FirstRows.from_record(first) for name, first in found.items() if first is not None
+    }
 
 
 def _placed(array: jax.Array) -> tuple[PartitionSpec, Mesh]:

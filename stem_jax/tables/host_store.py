@@ -11,6 +11,9 @@ devices holds four blocks:
     1       0       0..3        2..3
     2       1       4..7        0..1
     3       1       4..7        2..3
+
+Of a table of hashed keys a block keeps the rows that were written once (`kept_rows`); others are
+made when they are asked for (`first_rows`), so that a start costs nothing for the rows to come.
 """
 
 import contextlib
@@ -18,26 +21,29 @@ import dataclasses
 import functools
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
-from stem_jax.errors import InputError
+from stem_jax.tables.first_rows import FirstRows
 from stem_jax.tables.host_memory import available_host_bytes, check_host_memory
+from stem_jax.tables.kept_rows import KeptRows, reserved
 from stem_jax.tables.spec import (
+    Field,
     TableSpec,
-    initial_rows,
     logical,
     stored,
     stored_shape,
     table_shardings,
 )
-from stem_jax.tables.store_snapshot import StoreSnapshot, kept_bytes
+from stem_jax.tables.store_snapshot import NUMBERS, StoreSnapshot, kept_bytes
 
-# Fresh rows are made this many bytes at a time; making a piece takes about three times as much.
-_PIECE_BYTES = 2**25
+# Rows that are made at a time where all are.
+_MADE_ROWS = 2**14
+# Of a row that is kept: its number, and its entries in an index half to a quarter full.
+_BOOK_BYTES = 36
 
 Arrays = dict[str, np.ndarray]
 # Of one shard or of all: the fields of a `TableState`, or some of them.
@@ -55,7 +61,9 @@ class HostBlock:
         devices: of this process, that hold the shard on the device side.
         saves: fields that this process writes to a checkpoint; shards that several processes have
             are written by the one with the lowest device.
+        saves_rest: whether it writes what belongs to these rows whatever their columns.
         arrays: by field, [rows, S, columns] or [rows]; see `TableSpec.fields`.
+        kept: which rows lie in the arrays, and where; None: all, each at its own number.
     """
 
     index: int
@@ -64,7 +72,25 @@ class HostBlock:
     column_range: range
     devices: tuple[jax.Device, ...]
     saves: frozenset[str]
+    saves_rest: bool
     arrays: Arrays = dataclasses.field(repr=False)
+    kept: KeptRows | None = dataclasses.field(default=None, repr=False)
+
+    @property
+    def count(self) -> int:
+        """Rows that lie in the arrays, at their first places."""
+        return len(self.row_range) if self.kept is None else self.kept.count
+
+    def places(self, rows: np.ndarray) -> np.ndarray:
+        """[n] where distinct rows [n] int64 of this block lie, which are kept from now on."""
+        return rows if self.kept is None else self.kept.places(rows)
+
+    def used(self) -> Arrays:
+        """The arrays as far as rows lie in them, and, of some rows alone, their `NUMBERS`."""
+        if self.kept is None:
+            return self.arrays
+        used = {NUMBERS: self.kept.numbers, **self.arrays}
+        return {name: array[: self.kept.count] for name, array in used.items()}
 
 
 class HostStore:
@@ -74,12 +100,16 @@ class HostStore:
         spec: the table.
         blocks: by row range, then by column range.
         fields: names of the arrays that each block has.
+        first: how rows are made that no block keeps; None where all are kept.
     """
 
-    def __init__(self, spec: TableSpec, blocks: tuple[HostBlock, ...]):
+    def __init__(
+        self, spec: TableSpec, blocks: tuple[HostBlock, ...], first: FirstRows | None = None
+    ):
         self.spec = spec
         self.blocks = blocks
         self.fields = tuple(blocks[0].arrays)
+        self.first = first
         self._changed = threading.Condition()
         self._writes_under_way = 0
         self._snapshot: StoreSnapshot | None = None
@@ -103,17 +133,15 @@ class HostStore:
     @classmethod
     def zeros(cls, spec: TableSpec, mesh: Mesh, *, moments: bool = True) -> "HostStore":
         """What `allocate` gives, unchecked: for a table that only passes on its way to devices."""
-        blocks = [
-            dataclasses.replace(
-                block,
-                arrays={
-                    name: np.zeros(_block_shape(spec, block, name), spec.field(name).dtype)
-                    for name in _fields(spec, moments)
-                },
-            )
-            for block in _local_blocks(spec, mesh)
-        ]
-        return cls(spec, tuple(blocks))
+        make = np.zeros
+        return cls(spec, _with_arrays(spec, mesh, moments, make, lambda rows: None))
+
+    @classmethod
+    def empty(
+        cls, spec: TableSpec, mesh: Mesh, first: FirstRows, *, moments: bool = True
+    ) -> "HostStore":
+        """A store that keeps no row yet, unchecked: it takes memory as rows are written."""
+        return cls(spec, _with_arrays(spec, mesh, moments, reserved, KeptRows), first)
 
     @classmethod
     def copy_of(cls, spec: TableSpec, mesh: Mesh, table: DeviceArrays) -> "HostStore":
@@ -138,47 +166,58 @@ class HostStore:
     ) -> "HostStore":
         """A store of fresh rows, those that `init_table` makes for the same key.
 
-        The rows are made on the CPU, a piece at a time, and pass through no other device. Bit for
-        bit the same as on a CPU mesh; other platforms round the normal distribution differently.
+        Of hashed keys all rows are still to be made; of others they are, a piece at a time.
 
         Raises:
             InputError: the host has too little memory, or JAX has no CPU backend.
         """
-        cpu = _cpu_device()
+        first = FirstRows.of(spec, key)
+        if spec.made_when_asked:
+            return cls.empty(spec, mesh, first, moments=moments)
         store = cls.allocate(spec, mesh, moments=moments)
-        key = jax.device_put(key, cpu)
-        make = jax.jit(functools.partial(initial_rows, spec))
-        most = max(1, _PIECE_BYTES // spec.row_bytes("rows"))
-        # The mesh that a run has set is of other devices.
-        with jax.set_mesh(
-            jax.make_mesh((1,), ("cpu",), axis_types=(AxisType.Auto,), devices=[cpu])
-        ):
-            for row_range in dict.fromkeys(block.row_range for block in store.blocks):
-                size = min(most, len(row_range))
-                for first in range(0, len(row_range), size):
-                    # The last piece overlaps the one before: another size would compile again.
-                    first = min(first, len(row_range) - size)
-                    numbers = np.arange(size, dtype=np.int32) + np.int32(row_range.start + first)
-                    piece = np.asarray(make(key, jax.device_put(numbers, cpu)))
-                    for block in store.blocks:
-                        if block.row_range == row_range:
-                            columns = slice(block.column_range.start, block.column_range.stop)
-                            block.arrays["rows"][first : first + size] = piece[:, :, columns]
+        store.fill(first)
         return store
 
+    def keep_all(self) -> None:
+        """Has a place for every row at its own number, before they are read in."""
+        for kept in {id(b.kept): b.kept for b in self.blocks if b.kept is not None}.values():
+            kept.keep_all()
+
+    def fill(self, first: FirstRows) -> None:
+        """Makes all rows, of a store that keeps all."""
+        for row_range in dict.fromkeys(block.row_range for block in self.blocks):
+            for start in range(0, len(row_range), _MADE_ROWS):
+                part = row_range[start : start + _MADE_ROWS]
+                piece = first.made(self.spec, np.arange(part.start, part.stop))
+                for block in self.blocks:
+                    if block.row_range == row_range:
+                        columns = slice(block.column_range.start, block.column_range.stop)
+                        block.arrays["rows"][start : start + len(part)] = piece[:, :, columns]
+
     @staticmethod
-    def needed_bytes(spec: TableSpec, mesh: Mesh, *, moments: bool = True) -> int:
-        """Bytes that a store takes in this process, before there is one."""
-        return sum(
-            math.prod(_block_shape(spec, block, name)) * np.dtype(spec.field(name).dtype).itemsize
-            for block in _local_blocks(spec, mesh)
-            for name in _fields(spec, moments)
-        )
+    def needed_bytes(
+        spec: TableSpec, mesh: Mesh, *, moments: bool = True, rows: int | None = None
+    ) -> int:
+        """Bytes that a store takes in this process, before there is one.
+
+        rows: of the whole table that are kept at most, where rows are made when they are asked for.
+        """
+        blocks = _local_blocks(spec, mesh)
+        if not spec.made_when_asked or rows is None:
+            return sum(
+                math.prod(_block_shape(spec, block, field)) * np.dtype(field.dtype).itemsize
+                for block in blocks
+                for field in _fields(spec, moments)
+            )
+        # Hashes fall on all shards alike; their numbers, and where they are found, come with rows.
+        share = min(1.0, rows / spec.num_rows)
+        whole = HostStore.needed_bytes(spec, mesh, moments=moments)
+        return math.ceil(share * (whole + _BOOK_BYTES * sum(len(b.row_range) for b in blocks)))
 
     @classmethod
-    def peak_bytes(cls, spec: TableSpec, mesh: Mesh) -> int:
+    def peak_bytes(cls, spec: TableSpec, mesh: Mesh, rows: int | None = None) -> int:
         """Bytes of a store with moments while it is saved and goes on changing."""
-        needed = cls.needed_bytes(spec, mesh)
+        needed = cls.needed_bytes(spec, mesh, rows=rows)
         return needed + kept_bytes(needed)
 
     def on_devices(self, mesh: Mesh) -> DeviceArrays:
@@ -197,7 +236,7 @@ class HostStore:
     @property
     def num_bytes(self) -> int:
         """Bytes of all blocks."""
-        return sum(array.nbytes for block in self.blocks for array in block.arrays.values())
+        return sum(array.nbytes for block in self.blocks for array in block.used().values())
 
     def gather(self, block: HostBlock, rows: np.ndarray, out: Arrays) -> None:
         """Copies rows of every field into staging buffers.
@@ -211,9 +250,20 @@ class HostStore:
             IndexError: a number is not within the block.
         """
         _check_rows(block, rows)
+        places, made = rows, np.empty(0, np.int64)
+        if block.kept is not None:
+            places = block.kept.find(rows)
+            made = np.flatnonzero(places < 0)
         for name, array in block.arrays.items():
             # mode="clip" copies straight into `out`, with the GIL released.
-            np.take(array, rows, axis=0, out=out[name][: len(rows)], mode="clip")
+            np.take(array, places, axis=0, out=out[name][: len(rows)], mode="clip")
+            if len(made):
+                out[name][made] = 0
+        if len(made):
+            assert self.first is not None, "rows that are not kept can be made"
+            first = self.first.made(self.spec, rows[made] + block.row_range.start)
+            columns = slice(block.column_range.start, block.column_range.stop)
+            out["rows"][made] = first[:, :, columns]
 
     def write(self, block: HostBlock, rows: np.ndarray, values: Arrays) -> None:
         """Stores rows that came back from the device. Waits where a snapshot's reader is behind.
@@ -228,10 +278,11 @@ class HostStore:
         """
         _check_rows(block, rows)
         with self._writing() as snapshot:
+            places = block.places(rows)
             if snapshot is not None:
-                snapshot.keep(block.index, rows)
+                snapshot.keep(block.index, places)
             for name, array in block.arrays.items():
-                array[rows] = values[name][: len(rows)]
+                array[places] = values[name][: len(rows)]
 
     def snapshot(self) -> StoreSnapshot:
         """The store at this moment, for a save that runs while `write` goes on.
@@ -240,7 +291,7 @@ class HostStore:
             RuntimeError: the snapshot before is still open.
             ValueError: a store without moments is not what a checkpoint holds.
         """
-        if self.fields != (needed := _fields(self.spec, True)):
+        if self.fields != (needed := tuple(field.name for field in self.spec.fields)):
             raise ValueError(
                 f"a checkpoint needs the fields {needed}, this store has {self.fields}"
             )
@@ -249,9 +300,8 @@ class HostStore:
                 raise RuntimeError("a snapshot of this store is open; close it first")
             # A write that began without a snapshot keeps nothing for this one.
             self._changed.wait_for(lambda: not self._writes_under_way)
-            self._snapshot = StoreSnapshot(
-                [block.arrays for block in self.blocks], [block.saves for block in self.blocks]
-            )
+            read = [b.saves | ({NUMBERS} if b.saves_rest else set()) for b in self.blocks]
+            self._snapshot = StoreSnapshot([block.used() for block in self.blocks], read)
             return self._snapshot
 
     @contextlib.contextmanager
@@ -278,13 +328,32 @@ def shards_on(arrays: DeviceArrays, device: jax.Device) -> DeviceArrays:
     }
 
 
-def _fields(spec: TableSpec, moments: bool) -> tuple[str, ...]:
-    names = tuple(field.name for field in spec.fields)
-    return names if moments else ("rows",)
+def _fields(spec: TableSpec, moments: bool) -> tuple[Field, ...]:
+    return spec.fields if moments else (spec.field("rows"),)
 
 
-def _block_shape(spec: TableSpec, block: HostBlock, name: str) -> tuple[int, ...]:
-    return spec.shape(name, len(block.row_range), len(block.column_range))
+def _block_shape(spec: TableSpec, block: HostBlock, field: Field) -> tuple[int, ...]:
+    return spec.shape(field.name, len(block.row_range), len(block.column_range))
+
+
+def _with_arrays(
+    spec: TableSpec,
+    mesh: Mesh,
+    moments: bool,
+    make: Callable[..., np.ndarray],
+    keep: Callable[[int], KeptRows | None],
+) -> tuple[HostBlock, ...]:
+    return tuple(
+        dataclasses.replace(
+            block,
+            kept=keep(len(block.row_range)),
+            arrays={
+                field.name: make(_block_shape(spec, block, field), np.dtype(field.dtype))
+                for field in _fields(spec, moments)
+            },
+        )
+        for block in _local_blocks(spec, mesh)
+    )
 
 
 def _local_blocks(spec: TableSpec, mesh: Mesh) -> list[HostBlock]:
@@ -310,22 +379,14 @@ def _local_blocks(spec: TableSpec, mesh: Mesh) -> list[HostBlock]:
         first = min(device for (r, _), device in lowest.items() if r == rows) in ids
         saves = {f.name for f in spec.fields if (whole if "F" in f.axes else first)}
         shard = rows.start // len(rows)
-        blocks.append(HostBlock(len(blocks), shard, rows, columns, local, frozenset(saves), {}))
+        blocks.append(
+            HostBlock(len(blocks), shard, rows, columns, local, frozenset(saves), first, {})
+        )
     return blocks
 
 
 def _is_cpu(mesh: Mesh) -> bool:
     return mesh.devices.flat[0].platform == "cpu"
-
-
-def _cpu_device() -> jax.Device:
-    try:
-        return jax.local_devices(backend="cpu")[0]
-    except RuntimeError as error:
-        raise InputError(
-            "resident_rows needs JAX's CPU backend to create a table in host memory; add "
-            f"cpu to JAX_PLATFORMS, as in JAX_PLATFORMS=cuda,cpu ({error})"
-        ) from error
 
 
 def _check_rows(block: HostBlock, rows: np.ndarray) -> None:

@@ -1,6 +1,7 @@
 """Rows of an offloaded table for forward passes without gradients: generation and evaluation."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from stem_jax.errors import InputError
 from stem_jax.mesh import replicated
 from stem_jax.tables.asked_rows import AskedRows
 from stem_jax.tables.host_store import HostStore
+from stem_jax.tables.kept_rows import reserved
 from stem_jax.tables.prefetch import Prefetch
 from stem_jax.tables.row_optimizer import RowOptimizer
 from stem_jax.tables.spec import TableState, logical, stored
@@ -46,14 +48,25 @@ class SlotRows:
 class OffloadedRows:
     """A row source with R rows on the devices and the others in host memory."""
 
-    def __init__(self, store: HostStore, mesh: Mesh, policy: str):
+    def __init__(
+        self,
+        store: HostStore,
+        mesh: Mesh,
+        policy: str,
+        step: int = 0,
+        history: UpdateHistory | None = None,
+    ):
         """Args:
-        store: rows alone, up to date.
+        store: rows alone, up to date; or with moments, and then they catch up as they are read.
         mesh: of devices that each hold some columns of every row.
         policy: of the cache, see `RowCache`.
+        step: update that rows catch up with.
+        history: of the updates until then; None for rows that are up to date.
         """
         self.spec = store.spec
         self._mesh = mesh
+        self._lag = None if history is None else (jnp.int32(step), history)
+        self._read = jax.jit(self._caught_up)
         self._prefetch = Prefetch(mesh, store, policy, ahead=0, read_only=True)
         self._arrays = self._prefetch.load()
 
@@ -84,11 +97,18 @@ class OffloadedRows:
         slots_U = np.zeros(room, np.int32)
         slots_U[: len(distinct_U)] = ticket.move.assignments[0].slots
         whole = replicated(self._mesh)
-        return SlotRows(
-            self._arrays["rows"],
-            jax.device_put(slots_U, whole),
-            jax.device_put(inverse.reshape(keys.shape).astype(np.int32), whole),
-        )
+        inverse = jax.device_put(inverse.reshape(keys.shape).astype(np.int32), whole)
+        slots = jax.device_put(slots_U, whole)
+        if self._lag is None:
+            return SlotRows(self._arrays["rows"], slots, inverse)
+        rows_SxUxF = self._read(self._arrays, slots, *self._lag)
+        places = jax.device_put(np.arange(room, dtype=np.int32), whole)
+        return SlotRows(rows_SxUxF, places, inverse)
+
+    def _caught_up(self, arrays, slots_U, step, history) -> jax.Array:
+        """[S, U, F] float32."""
+        found = RowOptimizer(self.spec).read(TableState(**arrays), slots_U, step, history)
+        return found.rows
 
 
 def caught_up_store(
@@ -102,21 +122,31 @@ def caught_up_store(
     optimizer = RowOptimizer(store.spec)
     dtype = jnp.dtype(row_format)
 
-    @jax.jit
-    def caught_up(piece):
+    @functools.partial(jax.jit, static_argnames="dtype")
+    def read(piece, dtype=None):
         state = TableState(**{name: stored(field) for name, field in piece.items()})
         places = jnp.arange(state.rows.shape[1])
-        return logical(optimizer.read(state, places, step, history).rows.astype(dtype))
+        rows = logical(optimizer.read(state, places, step, history).rows)
+        return rows if dtype is None else rows.astype(dtype)
 
     blocks = []
     for block in store.blocks:
         rows = block.arrays["rows"]
-        rows = rows if rows.dtype == dtype else np.empty(rows.shape, dtype)
-        size = min(_PIECE, len(rows))
+        rows = rows if rows.dtype == dtype else reserved(rows.shape, dtype)
         # The last piece is shorter, not an overlap: a row must not catch up twice.
-        for first in range(0, len(rows), size):
-            piece = {name: array[first : first + size] for name, array in block.arrays.items()}
-            rows[first : first + size] = caught_up(piece)
+        for first in range(0, block.count, _PIECE):
+            part = slice(first, min(first + _PIECE, block.count))
+            piece = {name: array[part] for name, array in block.arrays.items()}
+            rows[part] = read(piece, dtype)
         blocks.append(dataclasses.replace(block, arrays={"rows": rows}))
+    made = store.first
+    if made is not None:
+        # What they have decayed by until then.
+        one = {
+            field.name: np.full(store.spec.shape(field.name, 1), field.name == "rows", field.dtype)
+            for field in store.spec.fields
+            if field.name in store.fields
+        }
+        made = made.scaled(float(read(one).reshape(-1)[0]))
     spec = dataclasses.replace(store.spec, row_format=row_format)
-    return HostStore(spec, tuple(blocks))
+    return HostStore(spec, tuple(blocks), made)

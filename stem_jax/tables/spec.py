@@ -99,6 +99,11 @@ class TableSpec:
         return self.resident_rows is not None
 
     @property
+    def made_when_asked(self) -> bool:
+        """Whether the host keeps the rows alone that were written: most hashed keys never come."""
+        return self.layout.spread
+
+    @property
     def num_slots(self) -> int:
         """R: rows that all devices together have room for; V_pad unless some are offloaded."""
         return self.num_rows if self.resident_rows is None else self.resident_rows

@@ -9,11 +9,14 @@ keeps its old values aside; the reader copies a piece and then patches it with w
 """
 
 import dataclasses
+import math
 import threading
 from collections.abc import Iterator
 
 import numpy as np
 
+# Beside the fields of rows that lie at places of their own: the row at each place, int32.
+NUMBERS = "numbers"
 # A chunk is what a checkpoint stores as one value; a piece is what is copied and written at a time,
 # whole chunks. Some pieces are in flight at once, each in a buffer and, compressed, in another.
 _CHUNK_BYTES = 2**24
@@ -34,6 +37,11 @@ def chunk_rows(num_rows: int, row_bytes: int) -> int:
         return num_rows
     most = max(1, _CHUNK_BYTES // row_bytes)
     return next(rows for rows in range(min(most, num_rows), 0, -1) if num_rows % rows == 0)
+
+
+def few_chunk_rows(row_bytes: int) -> int:
+    """Rows of a chunk of some rows of a shard, whose number changes; chunks end with the shard."""
+    return max(1, _CHUNK_BYTES // row_bytes)
 
 
 def kept_bytes(store_bytes: int) -> int:
@@ -60,7 +68,8 @@ class _Track:
     def endangered(self, rows: np.ndarray) -> Iterator[tuple[int, int]]:
         """(piece, row) of those rows whose old values are needed and not yet kept."""
         pieces = rows // self.piece_rows
-        unread = pieces >= self.next_piece
+        # What came later than the snapshot lies past the end.
+        unread = (pieces >= self.next_piece) & (rows < len(self.array))
         for piece, row in zip(pieces[unread].tolist(), rows[unread].tolist()):
             if row not in self.kept.get(piece, ()):
                 yield piece, row
@@ -69,8 +78,9 @@ class _Track:
 class _Shelf:
     """Room for rows kept aside: one allocation, so that it goes back to the system as a whole."""
 
-    def __init__(self, row: np.ndarray, most_bytes: int):
-        self._rows = np.empty((max(1, most_bytes // row.nbytes), *row.shape), row.dtype)
+    def __init__(self, rows: np.ndarray, most_bytes: int):
+        count = max(1, most_bytes // _row_bytes(rows))
+        self._rows = np.empty((count, *rows.shape[1:]), rows.dtype)
         self._free = list(range(len(self._rows)))
 
     def has_room(self, count: int) -> bool:
@@ -99,19 +109,30 @@ class StoreSnapshot:
     def __init__(self, arrays: list[dict[str, np.ndarray]], to_read: list[frozenset[str]]):
         """
         Args:
-            arrays: of each block, by field.
+            arrays: of each block, by field; with `NUMBERS`, of rows that do not change places.
             to_read: of each block, the fields that will be read.
         """
         self._tracks = [
-            {name: _track(block[name]) for name in block if name in names}
+            {
+                name: _track(block[name], _chunk(block, name))
+                for name in block
+                if name in names and name != NUMBERS
+            }
             for block, names in zip(arrays, to_read, strict=True)
         ]
+        # They never change, so no piece of them is kept, nor read but once.
+        self._numbers = [
+            block.get(NUMBERS) if NUMBERS in names else None
+            for block, names in zip(arrays, to_read, strict=True)
+        ]
+        # Rows of the fullest block.
+        self.count = max(len(block["rows"]) for block in arrays)
         self._unread = {name for block in self._tracks for name in block}
         self._changed = threading.Condition()
         total = sum(array.nbytes for block in arrays for array in block.values())
         # A number of a row, or one of each vector, is not worth a place on the shelf.
         # None once nothing is kept any more.
-        self._kept_rows: _Shelf | None = _Shelf(arrays[0]["rows"][0], kept_bytes(total))
+        self._kept_rows: _Shelf | None = _Shelf(arrays[0]["rows"], kept_bytes(total))
         self._stalled = False
         self.closed = False
 
@@ -121,6 +142,10 @@ class StoreSnapshot:
         Raises:
             RuntimeError: the snapshot was closed.
         """
+        numbers = self._numbers[block]
+        if name == NUMBERS and numbers is not None:
+            for first in range(0, len(numbers), _PIECE_BYTES // numbers.itemsize):
+                yield first, numbers[first : first + _PIECE_BYTES // numbers.itemsize].copy()
         track = self._tracks[block].get(name)
         if track is not None:
             for piece in range(track.num_pieces):
@@ -187,7 +212,15 @@ class StoreSnapshot:
         return first, rows
 
 
-def _track(array: np.ndarray) -> _Track:
-    row_bytes = array[:1].nbytes
-    chunk = chunk_rows(len(array), row_bytes)
-    return _Track(array, chunk * max(1, _PIECE_BYTES // (chunk * row_bytes)))
+def _track(array: np.ndarray, chunk: int) -> _Track:
+    return _Track(array, chunk * max(1, _PIECE_BYTES // (chunk * _row_bytes(array))))
+
+
+def _chunk(block: dict[str, np.ndarray], name: str) -> int:
+    if NUMBERS in block:
+        return few_chunk_rows(max(map(_row_bytes, block.values())))
+    return chunk_rows(len(block[name]), _row_bytes(block[name]))
+
+
+def _row_bytes(array: np.ndarray) -> int:
+    return array.itemsize * math.prod(array.shape[1:])

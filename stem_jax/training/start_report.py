@@ -15,6 +15,7 @@ from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.spec import ADAMW, TableSpec
 from stem_jax.training.blueprint import Blueprint
 from stem_jax.training.state import abstract_state
+from stem_jax.training.working_set import most_rows
 
 _MIB = 2**20
 
@@ -60,12 +61,18 @@ def attention_kernel(config: Config, mesh: Mesh) -> str:
 
 
 def _memory_lines(blueprint: Blueprint) -> list[str]:
-    mesh, specs = blueprint.mesh, blueprint.specs.values()
+    mesh, specs = blueprint.mesh, blueprint.specs
     backbone = _backbone_bytes(blueprint)
-    table = sum(array.device_bytes(mesh) for spec in specs for array in spec.placed())
-    host, offloaded = "0 MiB", [spec for spec in specs if spec.offloaded]
+    table = sum(array.device_bytes(mesh) for spec in specs.values() for array in spec.placed())
+    host, offloaded = "0 MiB", {name: spec for name, spec in specs.items() if spec.offloaded}
     if offloaded:
-        host = _mib(sum(HostStore.needed_bytes(spec, mesh) for spec in offloaded))
+        most = {
+            name: most_rows(blueprint.config, blueprint.memories[name], spec)
+            for name, spec in offloaded.items()
+        }
+        needed = (HostStore.needed_bytes(s, mesh, rows=most[n]) for n, s in offloaded.items())
+        grows = any(spec.made_when_asked for spec in offloaded.values())
+        host = ("up to " if grows else "") + _mib(sum(needed))
         available = available_host_bytes()
         host += "" if available is None else f" of {_mib(available)} available"
     shape = ", ".join(f"{axis} {mesh.shape[axis]}" for axis in AXES)

@@ -4,6 +4,8 @@ import dataclasses
 from collections import deque
 from collections.abc import Iterator
 
+import numpy as np
+
 from stem_jax.config import Config
 from stem_jax.data.loader import HostBatch
 from stem_jax.memory.memory import Memory
@@ -41,6 +43,13 @@ def working_set(
         # Validation keeps nothing for the batches around it.
         one = max(one, _asked(memory, spec, num_owners, batch).slots_needed)
     return WorkingSet(one, max(one, in_flight))
+
+
+def most_rows(config: Config, memory: Memory, spec: TableSpec) -> int:
+    """Rows that a run can come to write: those that it begins with, and one for each key."""
+    token = np.zeros((1, 1), np.int32)
+    keys = config.train.steps * config.tokens_per_step * memory.keys(token, token + 1).size
+    return min(spec.num_rows, spec.num_slots + keys)
 
 
 def _training_batches(config: Config, data: RunData, start: int) -> Iterator[HostBatch]:

@@ -34,7 +34,7 @@ from stem_jax.training.look_ahead import LookAhead
 from stem_jax.training.schedule import make_schedule
 from stem_jax.training.state import abstract_state, init_state, table_key
 from stem_jax.training.step import TrainStep
-from tests.offloading import SIZES, zipf_data
+from tests.offloading import SIZES, store_arrays, zipf_data
 
 STEPS = 2
 KEYS = 3000
@@ -195,11 +195,7 @@ def test_rows_in_host_memory_are_the_resident_ones(make_step, shape):
     assert [float(one["loss"]) for one in found] == [float(one["loss"]) for one in losses]
     assert {"table/row_hit_rate", "pairs/row_hit_rate"} <= found[0].keys()
     for name, store in stores.items():
-        whole = np.zeros_like(state.tables[name].rows).swapaxes(0, 1)
-        for block in store.blocks:
-            rows = slice(block.row_range.start, block.row_range.stop)
-            columns = slice(block.column_range.start, block.column_range.stop)
-            whole[rows, :, columns] = block.arrays["rows"]
+        whole = store_arrays(store)["rows"]
         np.testing.assert_array_equal(
             whole, np.asarray(state.tables[name].rows).swapaxes(0, 1), err_msg=name
         )

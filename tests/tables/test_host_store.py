@@ -37,7 +37,7 @@ def table_spec(tiny_config):
 def small_pieces(monkeypatch):
     """Pieces of a few rows of a whole tiny table, so that every path over pieces runs."""
     # No shard is a multiple of five rows: the last piece overlaps.
-    monkeypatch.setattr(host_store, "_PIECE_BYTES", 5 * 2 * 48 * 4)
+    monkeypatch.setattr(host_store, "_MADE_ROWS", 5)
     monkeypatch.setattr(store_snapshot, "_PIECE_BYTES", 6 * 2 * 48 * 4)
     monkeypatch.setattr(store_snapshot, "_CHUNK_BYTES", 3 * 2 * 48 * 4)
 
