@@ -175,15 +175,23 @@ async def _write(field: StoreField, info: type_handlers.ParamInfo) -> None:
         # No copy: the piece belongs to this write alone.
         await target[place].write(rows, can_reference_source_data_indefinitely=True)
 
-    assert field.snapshot is not None
     await _a_few_at_a_time(
-        write(
-            rows + (block.row_range.start + 1) if field.name == NUMBERS else rows,
-            field.place(block, first, len(rows)),
-        )
+        write(rows, field.place(block, first, len(rows)))
         for block in field.store.blocks
-        for first, rows in field.snapshot.pieces(block.index, field.name)
+        for first, rows in _pieces(field, block)
     )
+
+
+def _pieces(field: StoreField, block: HostBlock) -> Iterator[tuple[int, np.ndarray]]:
+    """(first place, what a checkpoint has there) of what this process saves of a block."""
+    assert field.snapshot is not None
+    empty = field.room is not None and block.shard == 0
+    for first, rows in field.snapshot.pieces(block.index, field.name):
+        empty = False
+        yield first, rows + (block.row_range.start + 1) if field.name == NUMBERS else rows
+    if empty and field.name in block.saved:
+        # An array without a chunk would look like one that was forgotten.
+        yield 0, np.zeros((1, *field.chunk[1:]), field.dtype)
 
 
 async def _open(info: type_handlers.ParamInfo, *, whole: bool) -> ts.TensorStore:

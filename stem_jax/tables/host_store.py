@@ -77,6 +77,11 @@ class HostBlock:
     kept: KeptRows | None = dataclasses.field(default=None, repr=False)
 
     @property
+    def saved(self) -> frozenset[str]:
+        """`saves`, and the numbers of the rows."""
+        return self.saves | ({NUMBERS} if self.saves_rest else frozenset())
+
+    @property
     def count(self) -> int:
         """Rows that lie in the arrays, at their first places."""
         return len(self.row_range) if self.kept is None else self.kept.count
@@ -300,8 +305,9 @@ class HostStore:
                 raise RuntimeError("a snapshot of this store is open; close it first")
             # A write that began without a snapshot keeps nothing for this one.
             self._changed.wait_for(lambda: not self._writes_under_way)
-            read = [b.saves | ({NUMBERS} if b.saves_rest else set()) for b in self.blocks]
-            self._snapshot = StoreSnapshot([block.used() for block in self.blocks], read)
+            self._snapshot = StoreSnapshot(
+                [block.used() for block in self.blocks], [block.saved for block in self.blocks]
+            )
             return self._snapshot
 
     @contextlib.contextmanager
