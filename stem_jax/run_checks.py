@@ -7,7 +7,7 @@ there can never be read again. What only a training cannot do is refused here.
 import json
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jaxlib
 from jax.sharding import Mesh
@@ -31,6 +31,7 @@ from stem_jax.training.working_set import most_rows, working_set
 
 # The first version of jaxlib whose programs for GPUs bring back what scanned layers had offloaded.
 _RIGHT_OFFLOAD = (0, 11, 2)
+_GIB = 2**30
 
 
 def check_first_start(config: Config) -> None:
@@ -158,7 +159,9 @@ def check_tables(config: Config, programs: TrainStep, data: RunData, start: int)
     """
     reads, mesh = programs.reads, programs.mesh
     offloaded = {name: reads.specs[name] for name in reads.offloaded}
-    if not offloaded:
+    # Rows on devices lie in the same memory.
+    on_host = mesh.devices.flat[0].platform == "cpu"
+    if not offloaded and not (on_host and reads.specs):
         return {}
 
     def own_part() -> bytes:
@@ -172,17 +175,50 @@ def check_tables(config: Config, programs: TrainStep, data: RunData, start: int)
             for name, spec in offloaded.items()
         )
         memory = (socket.gethostname(), store_bytes, available_host_bytes())
-        return json.dumps([needed, memory]).encode()
+        return json.dumps([needed, memory, device_table_bytes(mesh, reads.specs)]).encode()
 
     # Each process has seen its memory and its share of the data; all come to one verdict.
     parts = [json.loads(part) for part in exchange(own_part)]
-    check_hosts([tuple(memory) for _, memory in parts], list(offloaded.values()))
+    check_hosts([tuple(memory) for _, memory, _ in parts], list(offloaded.values()))
+    if on_host:
+        check_device_tables(
+            [(host, store + own, available) for _, (host, store, available), own in parts],
+            reads.specs,
+        )
     in_flight = {}
     for place, (name, spec) in enumerate(offloaded.items()):
         batch, in_flight[name] = (max(part[0][place][n] for part in parts) for n in (0, 1))
         if batch > spec.num_slots:
             raise InputError(too_few_slots(spec, batch))
     return in_flight
+
+
+def device_table_bytes(mesh: Mesh, specs: Mapping[str, TableSpec]) -> int:
+    """Bytes of what tables keep on the devices of this process."""
+    arrays = [array for spec in specs.values() for array in spec.placed()]
+    return len(mesh.local_devices) * sum(array.device_bytes(mesh) for array in arrays)
+
+
+def check_device_tables(
+    parts: list[tuple[str, int, int | None]], specs: Mapping[str, TableSpec]
+) -> None:
+    """Checks tables of CPU devices, whose rows are in host memory wherever they are.
+
+    Args:
+        parts: see `check_hosts`; of the tables all that is kept of them.
+
+    Raises:
+        InputError: names the host, both figures and the keys that make tables large.
+    """
+    sizes = ", ".join(dict.fromkeys(key for spec in specs.values() for key in spec.size_keys))
+    for where, needed, available in _by_host(parts):
+        if available is not None and needed > available:
+            raise InputError(
+                f"devices are CPUs here, and the tables of {', '.join(specs)} with their moments "
+                f"are {needed / _GIB:.2f} GiB on {where}, {available / _GIB:.2f} GiB are "
+                f"available; give the host or its container more memory, use more hosts, or lower "
+                f"{sizes}"
+            )
 
 
 def check_hosts(parts: list[tuple[str, int, int | None]], specs: Sequence[TableSpec] = ()) -> None:
@@ -196,9 +232,14 @@ def check_hosts(parts: list[tuple[str, int, int | None]], specs: Sequence[TableS
     Raises:
         InputError: names the host and both figures.
     """
+    for where, needed, available in _by_host(parts):
+        check_host_memory(needed, available, where, specs)
+
+
+def _by_host(parts: list[tuple[str, int, int | None]]) -> Iterator[tuple[str, int, int | None]]:
+    """Of each host: what refusals call it, and both figures over its processes."""
     for host in dict.fromkeys(host for host, _, _ in parts):
         own = [(needed, available) for name, needed, available in parts if name == host]
         known = [available for _, available in own if available is not None]
         where = f"host {host}" if len(own) == 1 else f"host {host} for its {len(own)} processes"
-        needed = sum(needed for needed, _ in own)
-        check_host_memory(needed, min(known, default=None), where, specs)
+        yield where, sum(needed for needed, _ in own), min(known, default=None)

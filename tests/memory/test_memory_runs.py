@@ -13,11 +13,11 @@ from stem_jax.checkpoints.files import LIST, damage
 from stem_jax.checkpoints.loading import checkpoint_fingerprint, load_run
 from stem_jax.editing.patch import make_patch
 from stem_jax.errors import InputError
-from stem_jax.memory.catalogue import table_specs
-from stem_jax.run_checks import check_hosts
+from stem_jax.memory.catalogue import memories, table_specs
+from stem_jax.run_checks import check_device_tables, check_hosts, device_table_bytes
 from stem_jax.tables.row_slots import too_few_slots
 from stem_jax.training.blueprint import Blueprint
-from stem_jax.training.resume import check_resumable
+from stem_jax.training.resume import check_continuable, check_resumable
 from stem_jax.training.state import init_state, state_shardings
 from tests.memory.test_memory_steps import MEMORIES
 from tests.saved_models import BYTES, greedy
@@ -117,11 +117,49 @@ def test_another_set_of_memories_does_not_go_on(config, tiny_config):
         "per_layer.layers": ((0, 1), r"per_layer\.layers: \(0,\) -> \(0, 1\)"),
         "ngram.row_format": ("bfloat16", r"ngram\.row_format: None -> 'bfloat16'"),
         "ngram.moments": ("rowwise", r"ngram\.moments: None -> 'rowwise'"),
+        "ngram.eos_id": (7, r"ngram\.eos_id: 257 -> 7"),
+        "value.beta1": (0.5, r"value\.beta1: None -> 0\.5"),
     }
     for key, (value, message) in changes.items():
         with pytest.raises(InputError, match=message):
             check_resumable(config, tiny_config(**SIZES | {key: value}), 3)
     check_resumable(config, tiny_config(**SIZES | {"ngram.resident_rows": 64}), 3)
+
+
+def test_a_value_may_be_said_or_taken(config, tiny_config, tmp_path):
+    """None is what it stands for; eos may be left to the tokenizer again."""
+    said = {
+        "ngram.row_format": "float32",
+        "value.moments": "adamw",
+        "per_layer.weight_decay": config.optimizer.weight_decay,
+        "tables.weight_decay": config.optimizer.weight_decay,
+        "ngram.beta2": config.optimizer.beta2,
+        "value.clip_norm": config.tables.clip_norm,
+        "ngram.init_std": 0.02,
+        "ngram.eos_id": None,
+    }
+    other = tiny_config(**SIZES | said | {"train.steps": 30})
+    check_resumable(config, other, 0)
+    check_continuable(tmp_path, 3, config, other)
+    # Of two keys that change, each is looked at by what it becomes.
+    changed = tiny_config(
+        **SIZES | {"tables.row_format": "bfloat16", "ngram.row_format": "float32"}
+    )
+    with pytest.raises(InputError, match=r"configuration \(tables\.row_format: [^;]*\); to"):
+        check_resumable(config, changed, 3)
+
+
+def test_what_is_said_of_a_memory_that_is_not_there(config, tiny_config):
+    without = {"ngram.layers": "none"}
+    saved = tiny_config(**SIZES | without)
+    check_resumable(saved, tiny_config(**SIZES | without | {"ngram.heads": 4}), 3)
+    # Only what differs by what was said: eos comes from the tokenizer.
+    now = tiny_config(**SIZES | without | {"ngram.eos_id": None})
+    with pytest.raises(
+        InputError, match=r"\(ngram\.layers: \(1,\) -> \(\)\); to continue"
+    ) as refused:
+        check_resumable(config, now, 3)
+    assert "add --config.ngram.layers=1, or start" in str(refused.value)
 
 
 def test_refusals_name_the_keys_of_the_memory(config, tiny_config):
@@ -135,11 +173,73 @@ def test_refusals_name_the_keys_of_the_memory(config, tiny_config):
         "ngram": "ngram.resident_rows",
     }
     assert too_few_slots(specs["ngram"], 99).startswith("ngram.resident_rows=32 is less")
-    [rows, *_] = specs["ngram"].placed()
-    assert "ngram.resident_rows a multiple" in rows.remedy and "ngram.width" in rows.remedy
+    placed = {name: spec.placed()[0] for name, spec in specs.items()}
+    assert [rows.name for rows in placed.values()] == [
+        "table_rows",
+        "value_rows",
+        "per_layer_rows",
+        "ngram_rows",
+    ]
+    assert "ngram.resident_rows a multiple" in placed["ngram"].remedy
+    for name, width in (
+        ("stem", "model.ffn_dim"),
+        ("value", "model.num_kv_heads * model.head_dim"),
+        ("per_layer", "per_layer.width"),
+        ("ngram", "ngram.width / ((ngram.max_order - 1) * ngram.heads)"),
+    ):
+        assert f"and {width} of mesh.tensor" in placed[name].remedy
     message = r"with value\.resident_rows and ngram\.resident_rows .* ngram\.keys_per_head"
     with pytest.raises(InputError, match=message):
         check_hosts([("a", 9, 8)], [specs["value"], specs["ngram"]])
+
+
+def test_tables_on_cpus_are_in_host_memory(config, tiny_config, device_mesh):
+    """More than there is is refused before anything is allocated, by the keys of its size."""
+    specs, mesh = table_specs(config), device_mesh((2, 2, 2))
+    logical = sum(spec.row_bytes() * spec.num_rows for spec in specs.values())
+    # Of last_step each column has a copy.
+    assert device_table_bytes(mesh, specs) == logical + 4 * sum(s.num_rows for s in specs.values())
+    check_device_tables([("a", logical, logical)], specs)
+    message = (
+        r"CPUs here, and the tables of stem, value, per_layer, ngram .* 3\.00 GiB on host a, 1\.00 "
+        r"GiB are .*, or lower model\.ffn_dim, .*ngram\.keys_per_head"
+    )
+    with pytest.raises(InputError, match=message):
+        check_device_tables([("a", 3 << 30, 1 << 30), ("b", 1, 2)], specs)
+    # 10^8 keys of a memory beside others, 24 TB.
+    large = tiny_config(**SIZES | {"ngram.keys_per_head": 25_000_000})
+    assert device_table_bytes(mesh, table_specs(large)) > 1e8 * 12 * 8
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"ngram.heads": 0}, r"ngram\.heads=0 must be at least 1"),
+        ({"ngram.max_order": 1}, r"ngram\.max_order=1 must be at least 2"),
+        ({"ngram.width": 0}, r"ngram\.width=0 must be at least 1"),
+        ({"ngram.keys_per_head": 0}, r"ngram\.keys_per_head=0 must be at least 1"),
+        ({"ngram.eos_id": -1}, r"ngram\.eos_id=-1 must be 0 or more"),
+        ({"value.beta1": 1.0}, r"value\.beta1=1\.0 must be in \[0, 1\)"),
+        ({"ngram.reader": "all"}, r"ngram\.reader='all' is unknown"),
+        ({"ngram.keys_per_head": 5}, None),
+        ({"ngram.width": 7}, None),
+        ({"ngram.reader": "value"}, None),
+        ({"value.beta1": 0.999}, None),
+        ({"value.row_format": "bfloat16", "tables.optimizer": "dense_adamw"}, None),
+        ({"ngram.resident_rows": 9, "tables.optimizer": "dense_adamw"}, None),
+        ({"tables.resident_rows": 9, "tables.optimizer": "dense_adamw"}, None),
+        ({"tables.row_format": "bfloat16", "tables.optimizer": "dense_adamw"}, None),
+    ],
+)
+def test_settings_of_a_memory_that_is_not_there_have_their_own_range_alone(
+    tiny_config, said, message
+):
+    keys = {"model.stem_layers": "none"} | said
+    if message is None:
+        assert not memories(tiny_config(**keys))
+    else:
+        with pytest.raises(InputError, match=message):
+            tiny_config(**keys)
 
 
 def test_rows_of_other_memories_are_not_edited(config, tiny_config):
