@@ -16,6 +16,16 @@ from stem_jax.config_keys import NOTHING, Key, Role, key
 _LAYERS = str | tuple[int, ...]
 # Of the memories beside STEM's, whose table has `tables`.
 MEMORY_SECTIONS = ("value", "per_layer", "ngram")
+# The keys whose values theirs take where they are None; STEM has these alone.
+TAKEN_KEYS = {
+    "lr_multiplier": "tables.lr_multiplier",
+    "weight_decay": "tables.weight_decay",
+    "beta1": "optimizer.beta1",
+    "beta2": "optimizer.beta2",
+    "clip_norm": "tables.clip_norm",
+    "row_format": "tables.row_format",
+    "moments": "tables.moments",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,8 +276,7 @@ class Config:
     @property
     def table_weight_decay(self) -> float:
         """Weight decay of the rows: their own, else the backbone's, as published."""
-        own = self.tables.weight_decay
-        return self.optimizer.weight_decay if own is None else own
+        return self.resolved("tables.weight_decay")
 
     @property
     def table_init_std(self) -> float:
@@ -280,6 +289,21 @@ class Config:
         """The value of a key "section.name"."""
         section, _, field = name.partition(".")
         return getattr(getattr(self, section), field)
+
+    def taken_key(self, name: str) -> str:
+        """The key whose value a key has: another where it is None and takes one, else its own."""
+        section, _, field = name.partition(".")
+        if self.value_of(name) is not None:
+            return name
+        if name == "tables.weight_decay":
+            return "optimizer.weight_decay"
+        if section in MEMORY_SECTIONS and field in TAKEN_KEYS:
+            return self.taken_key(TAKEN_KEYS[field])
+        return name
+
+    def resolved(self, name: str) -> Any:
+        """The value that a key has or takes."""
+        return self.value_of(self.taken_key(name))
 
     def to_json(self) -> str:
         """As JSON, keys sorted; `config_file.config_from_json` reads it back."""

@@ -5,7 +5,7 @@ Each check names the value, the field and the remedy.
 
 import math
 
-from stem_jax.config import MEMORY_SECTIONS, Config, layer_keys, layer_lists
+from stem_jax.config import MEMORY_SECTIONS, TAKEN_KEYS, Config, layer_keys, layer_lists
 from stem_jax.errors import InputError
 
 _CHOICES = {
@@ -38,6 +38,9 @@ _AT_LEAST_ONE = [
     "model.ffn_dim",
     "model.hash_moe_experts",
     "per_layer.width",
+    "ngram.heads",
+    "ngram.keys_per_head",
+    "ngram.width",
     "tables.pad_multiple",
     "train.steps",
     "train.global_batch_size",
@@ -95,6 +98,8 @@ def validate(config: Config) -> None:
     _check_range(config, _POSITIVE, lambda v: 0 < v < math.inf, "more than 0")
     _check_range(config, _OPTIONAL_POSITIVE, lambda v: v is None or v > 0, "more than 0, or none")
     _check_range(config, ["model.rope_factor"], lambda v: 1 <= v < math.inf, "at least 1")
+    _check_range(config, ["ngram.max_order"], lambda v: v >= 2, "at least 2")
+    _check_range(config, ["ngram.eos_id"], lambda v: v is None or v >= 0, "0 or more, or none")
     _check_range(config, ["tables.prefetch"], lambda v: 0 <= v <= 16, "0 to 16")
     _check_range(
         config, ["tables.weight_decay"], lambda v: v is None or v >= 0, "0 or more, or none"
@@ -139,23 +144,7 @@ def _check_memories(config: Config) -> None:
                 raise InputError(f"{section}.{field}={value} must be {rule}, or none")
         if not own.layers:
             continue
-        keys = [
-            f"{'optimizer' if getattr(own, beta) is None else section}.{beta}"
-            for beta in ("beta1", "beta2")
-        ]
-        _check_coasting(config, own.moments or config.tables.moments, *keys)
-        if own.row_format == "bfloat16" and config.tables.optimizer == "dense_adamw":
-            raise InputError(
-                f"{section}.row_format={own.row_format} rounds the rows that a batch touches, and "
-                "tables.optimizer=dense_adamw moves every row in every step. Use deferred_adamw, "
-                f"or {section}.row_format=float32"
-            )
-        if own.resident_rows is not None and config.tables.optimizer == "dense_adamw":
-            raise InputError(
-                f"{section}.resident_rows={own.resident_rows} needs an optimizer that touches only "
-                "the rows of a batch; tables.optimizer=dense_adamw moves every row in every step. "
-                "Use deferred_adamw"
-            )
+        _check_rows(config, section)
 
 
 def _check_model(config: Config) -> None:
@@ -231,27 +220,37 @@ def _check_tables(config: Config) -> None:
             "the tables follow the tensor axis"
         )
 
-    if config.tables.row_format != "float32" and config.tables.optimizer == "dense_adamw":
-        raise InputError(
-            f"tables.row_format={config.tables.row_format} rounds the rows that a batch touches, "
-            "and tables.optimizer=dense_adamw moves every row in every step. Use deferred_adamw, "
-            "or tables.row_format=float32"
-        )
-    if config.tables.resident_rows is not None and config.tables.optimizer == "dense_adamw":
-        raise InputError(
-            "tables.resident_rows needs an optimizer that touches only the rows of a batch; "
-            "tables.optimizer=dense_adamw moves every row in every step. Use deferred_adamw, or "
-            "leave tables.resident_rows unset"
-        )
     if config.model.stem_layers:
-        _check_coasting(config, config.tables.moments, "optimizer.beta1", "optimizer.beta2")
+        _check_rows(config, "tables")
 
 
-def _check_coasting(config: Config, moments: str, key1: str, key2: str) -> None:
-    """Of the rows of one memory, whose betas have these keys."""
+def _check_rows(config: Config, section: str) -> None:
+    """Of the rows of a memory that there is, with this section, against the optimizer of all."""
+
+    def key_of(field: str) -> str:
+        """The key that says it."""
+        return TAKEN_KEYS[field] if section == "tables" else config.taken_key(f"{section}.{field}")
+
+    optimizer, format_key = config.tables.optimizer, key_of("row_format")
+    row_format = config.value_of(format_key)
+    if row_format != "float32" and optimizer == "dense_adamw":
+        raise InputError(
+            f"{format_key}={row_format} rounds the rows that a batch touches, and "
+            "tables.optimizer=dense_adamw moves every row in every step. Use deferred_adamw, or "
+            f"{format_key}=float32"
+        )
+    resident_key = f"{section}.resident_rows"
+    resident_rows = config.value_of(resident_key)
+    if resident_rows is not None and optimizer == "dense_adamw":
+        raise InputError(
+            f"{resident_key}={resident_rows} needs an optimizer that touches only the rows of a "
+            "batch; tables.optimizer=dense_adamw moves every row in every step. Use "
+            f"deferred_adamw, or leave {resident_key} unset"
+        )
+    key1, key2 = map(key_of, ("beta1", "beta2"))
     beta1, beta2 = config.value_of(key1), config.value_of(key2)
     # Without a first moment no row coasts.
-    coasts = moments == "adamw" and config.tables.optimizer == "deferred_adamw"
+    coasts = config.value_of(key_of("moments")) == "adamw" and optimizer == "deferred_adamw"
     if coasts and beta1 >= max(beta2, 0) ** 0.5:
         raise InputError(
             f"{key1}={beta1} must be less than the square root of {key2}={beta2} "

@@ -23,7 +23,7 @@ from stem_jax.tables.sharded_table import ShardedTable
 from stem_jax.tables.spec import TableSpec
 from stem_jax.training.blueprint import Params
 from stem_jax.training.past_updates import NO_PAST, PastUpdates
-from stem_jax.training.resume import check_continuable, flag_of
+from stem_jax.training.resume import changed_keys, check_continuable, flag_of
 from stem_jax.training.schedule import learning_rates, make_schedule
 from stem_jax.training.state import TrainState, abstract_state, init_state, table_key
 from stem_jax.training.step import TrainStep
@@ -122,9 +122,10 @@ def _check_shapes(origin: Origin, here: Config) -> None:
             f"begin anew and learn together, and optimizer.train={here.optimizer.train} keeps one "
             "of them as it begins; set it to all"
         )
+    changed = changed_keys(there, here)
     for shaping in keys_of(Role.SHAPE):
         before, now = there.value_of(shaping), here.value_of(shaping)
-        if before != now and shaping.partition(".")[0] not in free:
+        if shaping in changed and shaping.partition(".")[0] not in free:
             raise InputError(
                 f"{origin.key}={origin.folder} was trained with {shaping}={before}, this run has "
                 f"{now}; add {flag_of(there, shaping)}"

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from stem_jax.config import Config
+from stem_jax.config import TAKEN_KEYS, Config
 from stem_jax.data.loader import KeysOf
 from stem_jax.errors import InputError
 from stem_jax.memory.memory import INPUT_LAYER, STEM, Memory
@@ -91,11 +91,16 @@ _INIT_STD: dict[str, Callable[[Config], float]] = {
     # As the configurations of transformers' qwen4_exp.
     NGRAM: lambda config: 0.02,
 }
-# See `TableSpec.size_keys`.
+# See `TableSpec.size_keys`, and `width_rule`.
 _SIZE_KEYS = {
     VALUE: ("model.head_dim", "model.num_kv_heads", "value.layers", "model.vocab_size"),
     PER_LAYER: ("per_layer.width", "per_layer.layers", "model.vocab_size"),
     NGRAM: ("ngram.width", "ngram.keys_per_head", "ngram.layers"),
+}
+_WIDTH_RULES = {
+    VALUE: "model.num_kv_heads * model.head_dim",
+    PER_LAYER: "per_layer.width",
+    NGRAM: "ngram.width / ((ngram.max_order - 1) * ngram.heads)",
 }
 
 
@@ -134,6 +139,12 @@ def table_specs(config: Config) -> dict[str, TableSpec]:
     return {name: _table_spec(memory, config) for name, memory in memories(config).items()}
 
 
+def init_std(config: Config, name: str) -> float:
+    """Standard deviation of a memory's first rows."""
+    own = getattr(config, name, config.tables).init_std
+    return _INIT_STD[name](config) if own is None else own
+
+
 def read_row_format(config: Config, spec: TableSpec) -> str:
     """The dtype of rows that are only read, which hold all updates: as exact as a model asks for.
 
@@ -148,35 +159,37 @@ def _table_spec(memory: Memory, config: Config) -> TableSpec:
     own = getattr(config, name, None)
     trains = optimizer.trains_tables
 
-    def chosen(key: str, shared):
-        mine = None if own is None else getattr(own, key)
-        return shared if mine is None else mine
+    def chosen(key: str):
+        return config.resolved(TAKEN_KEYS[key] if own is None else f"{name}.{key}")
 
     # Keys of several tokens are hashes: spread over all numbers as they are.
     layout = TableLayout(memory.num_keys, tables.pad_multiple, spread=memory.reach > 0)
     resident = tables.resident_rows if own is None else own.resident_rows
-    init_std = tables.init_std if own is None else own.init_std
     # What refusals call it.
     named: dict[str, Any] = {}
     if own is not None:
-        named = {"section": name, "size_keys": _SIZE_KEYS[name]}
+        named = {
+            "section": name,
+            "size_keys": _SIZE_KEYS[name],
+            "width_rule": _WIDTH_RULES[name],
+        }
     return TableSpec(
         layout=layout,
         vectors=memory.vectors,
         width=memory.width,
-        init_std=_INIT_STD[name](config) if init_std is None else init_std,
+        init_std=init_std(config, name),
         vocab_axes=tables.vocab_axes,
         optimizer=tables.optimizer if trains else FROZEN,
-        lr_multiplier=chosen("lr_multiplier", tables.lr_multiplier),
-        weight_decay=chosen("weight_decay", config.table_weight_decay) if trains else 0.0,
-        beta1=chosen("beta1", optimizer.beta1),
-        beta2=chosen("beta2", optimizer.beta2),
+        lr_multiplier=chosen("lr_multiplier"),
+        weight_decay=chosen("weight_decay") if trains else 0.0,
+        beta1=chosen("beta1"),
+        beta2=chosen("beta2"),
         epsilon=optimizer.epsilon,
-        clip_norm=chosen("clip_norm", tables.clip_norm),
+        clip_norm=chosen("clip_norm"),
         capacity=tables.capacity,
         resident_rows=resident if resident and resident < layout.num_rows else None,
-        row_format=chosen("row_format", tables.row_format),
-        moments=chosen("moments", tables.moments),
+        row_format=chosen("row_format"),
+        moments=chosen("moments"),
         rounding_seed=zlib.crc32(f"{name} {config.train.seed}".encode()),
         **named,
     )

@@ -60,7 +60,8 @@ class TableSpec:
         moments: `ADAMW`, mu and nu for every number; `ROWWISE`, a v for every vector.
         rounding_seed: of that rounding.
         section: of the configuration, which has its `resident_rows`; for messages, as what follows.
-        size_keys: keys that make it as large as it is, that of the width first.
+        size_keys: keys that make it as large as it is.
+        width_rule: what F is, in keys.
     """
 
     layout: TableLayout
@@ -82,6 +83,7 @@ class TableSpec:
     rounding_seed: int = 0
     section: str = "tables"
     size_keys: tuple[str, ...] = ("model.ffn_dim", "model.stem_layers", "model.vocab_size")
+    width_rule: str = "model.ffn_dim"
 
     @property
     def resident_key(self) -> str:
@@ -181,12 +183,13 @@ class TableSpec:
         """The arrays on the devices, for the placement check and the start-up report."""
         multiple = self.resident_key if self.offloaded else "tables.pad_multiple"
         remedy = (
-            f"make {multiple} a multiple of the row shards and {self.size_keys[0]} of "
+            f"make {multiple} a multiple of the row shards and {self.width_rule} of "
             "mesh.tensor, or change tables.vocab_axes or the mesh"
         )
+        prefix = "table" if self.section == "tables" else self.section
         return [
             Placed(
-                f"table_{field.name}",
+                f"{prefix}_{field.name}",
                 self.shape(field.name, self.num_slots),
                 np.dtype(field.dtype).itemsize,
                 self.logical_partition(field.name),

@@ -5,14 +5,39 @@ from pathlib import Path
 
 import numpy as np
 
-from stem_jax.config import Config, differing_keys, keys_of
+from stem_jax.config import MEMORY_SECTIONS, Config, differing_keys, keys_of
 from stem_jax.config_keys import Role
 from stem_jax.errors import InputError
+from stem_jax.memory.catalogue import init_std
+from stem_jax.memory.memory import STEM
 from stem_jax.training.past_updates import NO_PAST, PastUpdates
 from stem_jax.training.schedule import learning_rates
 
 # A run that goes on may change these; those of the schedule while past learning rates stay.
 _FREE = (Role.HARMLESS, Role.START)
+
+
+def changed_keys(saved: Config, current: Config) -> list[str]:
+    """Keys by which a run of `current` would be another than one of `saved`.
+
+    A value is the same whether it is said or taken from another key; what is said of a memory that
+    neither has is nothing.
+    """
+    return [key for key in differing_keys(saved, current) if not _is_same(saved, current, key)]
+
+
+def _is_same(saved: Config, current: Config, key: str) -> bool:
+    section, _, field = key.partition(".")
+    if section in MEMORY_SECTIONS:
+        if not getattr(saved, section).layers and not getattr(current, section).layers:
+            return True
+        if field == "eos_id" and current.value_of(key) is None:
+            # That of the tokenizer, which is asked for by itself.
+            return True
+    if field == "init_std":
+        name = STEM if section == "tables" else section
+        return init_std(saved, name) == init_std(current, name)
+    return saved.resolved(key) == current.resolved(key)
 
 
 def check_resumable(
@@ -26,7 +51,7 @@ def check_resumable(
         updates: optimizer updates that the checkpoint has behind it.
         past: see `schedule.learning_rates`.
     """
-    changed = differing_keys(saved, current)
+    changed = changed_keys(saved, current)
     refused = [key for key in changed if key not in keys_of(*_FREE, Role.SCHEDULE)]
     before, now = (learning_rates(config, updates, past) for config in (saved, current))
     of_rates = [key for key in changed if key in keys_of(Role.SCHEDULE)]
@@ -61,7 +86,7 @@ def check_continuable(folder: Path, step: int, saved: Config, current: Config) -
         saved: configuration in it.
     """
     may_change = keys_of(*_FREE, Role.SCHEDULE, Role.CONTINUED)
-    refused = [key for key in differing_keys(saved, current) if key not in may_change]
+    refused = [key for key in changed_keys(saved, current) if key not in may_change]
     if refused:
         listed = "; ".join(
             f"{key}: {saved.value_of(key)!r} -> {current.value_of(key)!r}" for key in refused
