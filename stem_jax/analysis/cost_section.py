@@ -91,21 +91,22 @@ def _checks(found: Analysis) -> Table:
             f"{check.program}, {'STEM' if check.stem_layers else 'dense'}",
             count(check.matmul),
             count(check.elementwise) if check.elementwise else "-",
-            count(check.sampling) if check.sampling else "-",
+            count(check.sampling + check.keys) if check.sampling else "-",
             count(check.compiled),
             f"{check.matmul_ratio:.4f}",
             f"{check.ratio:.4f}" if check.program != "training" else "-",
         ]
         for check in found.checks
     ]
-    columns = ["program", "matmuls", "elementwise", "sampler", "compiled"]
+    columns = ["program", "matmuls", "elementwise", "sampler, keys", "compiled"]
     columns += ["matmuls / compiled", "formula / compiled"]
     note = (
         f"Compiled for one device with {layers} layers at the model's widths, in float32, where no "
         "conversions are counted: a prompt that fills the context, a token after it, a training "
         "step of 8 sequences. Formula: matmuls and "
         "elementwise work from shapes (norms, rotary positions, softmax, gate, residuals), and the "
-        "sampler as it is counted when compiled alone. The training step has no formula for its "
-        "elementwise work, the optimizers' among it; what its matmuls leave is that."
+        "sampler and keys of n-grams as they are counted when compiled alone. The training step has "
+        "no formula for its elementwise work, the optimizers' among it; what its matmuls leave is "
+        "that."
     )
     return Table(columns, rows, title="FLOPs by formula and by the compiler", note=note)

@@ -1,8 +1,9 @@
 """FLOPs by formula beside the compiler's count of the programs that run.
 
 Compiled are `Generator.prefill` and `Generator.decode` for one sequence, and the train step, from
-shapes alone. The compiler counts every operation of a program, also those of the sampler and the
-optimizer, which no formula has; the sampler's are taken from the sampler compiled alone. A loop
+shapes alone. The compiler counts every operation of a program, also those of the sampler, of the
+keys of n-grams and of the optimizer, which no formula has; the sampler and the keys are compiled
+alone, and their operations taken from there. A loop
 counts once there, so the check has no loops: one chunk of the loss, one micro-batch, no groups of
 layers, no rematerialisation. It counts an operation for each number that is converted, too, twice
 for each bfloat16 operand on CPUs, so the check is in float32, where nothing is.
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from stem_jax.config import Config, ModelConfig
 from stem_jax.generation.generator import Generator
 from stem_jax.generation.sampling import Sampling, sample
-from stem_jax.memory.catalogue import table_specs
+from stem_jax.memory.catalogue import memories, table_specs
 from stem_jax.mesh import make_mesh
 from stem_jax.model.cost import generation_flops, training_flops_per_token
 from stem_jax.model.layer_plan import layer_kinds, with_layers
@@ -41,7 +42,8 @@ class FlopCheck:
 
     program: of PROGRAMS. stem_layers: of the compiled model; empty for a dense one. matmul,
     elementwise: by formula (`model.cost`); a training step has no formula for the second, and 0.
-    sampling: compiled alone. compiled: of the whole program.
+    sampling, keys: compiled alone; keys of memories where they are no tokens. compiled: of the
+    whole program.
     """
 
     program: str
@@ -49,12 +51,14 @@ class FlopCheck:
     matmul: int
     elementwise: int
     sampling: int
+    keys: int
     compiled: int
 
     @property
     def ratio(self) -> float:
-        """Formula over compiled, the sampler in both."""
-        return (self.matmul + self.elementwise + self.sampling) / self.compiled
+        """Formula over compiled, the sampler and keys in both."""
+        alone = self.sampling + self.keys
+        return (self.matmul + self.elementwise + alone) / self.compiled
 
     @property
     def matmul_ratio(self) -> float:
@@ -113,7 +117,7 @@ def check_flops(config: Config, programs: Sequence[str] = PROGRAMS) -> list[Flop
         matmul = training_flops_per_token(config, config.train.seq_len)
         matmul *= config.tokens_per_step
         stem = config.model.stem_layers
-        found.append(FlopCheck("training", stem, matmul, 0, 0, _count(lowered)))
+        found.append(FlopCheck("training", stem, matmul, 0, 0, 0, _count(lowered)))
     return found
 
 
@@ -139,7 +143,7 @@ def _generation(config: Config, programs: Sequence[str]) -> list[FlopCheck]:
 
     def check(program: str, lowered: jax.stages.Lowered, length: int, met: int) -> FlopCheck:
         flops = generation_flops(config, length, met)
-        terms = (flops.matmul, flops.elementwise, sampling)
+        terms = (flops.matmul, flops.elementwise, sampling, _keys(config, length))
         return FlopCheck(program, model.stem_layers, *terms, _count(lowered))
 
     found = []
@@ -157,6 +161,16 @@ def _sampling(model: ModelConfig, seeds_1, scalars: tuple) -> int:
     logits_1xV = jax.ShapeDtypeStruct((1, model.vocab_size), jnp.float32)
     step = jax.ShapeDtypeStruct((), jnp.int32)
     return _count(jax.jit(sample).lower(logits_1xV, seeds_1, step, *scalars))
+
+
+def _keys(config: Config, length: int) -> int:
+    """Of so many tokens of one sequence; a memory's keys that are the tokens cost nothing."""
+    tokens_1xL = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    return sum(
+        _count(jax.jit(memory.keys).lower(tokens_1xL, tokens_1xL))
+        for memory in memories(config).values()
+        if memory.reach
+    )
 
 
 def _count(lowered: jax.stages.Lowered) -> int:

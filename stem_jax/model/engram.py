@@ -62,8 +62,9 @@ class ShortConvolution(nnx.Module):
         places = jnp.arange(1, L + 1)
         read_B = jnp.max(jnp.where(segment_ids_BxL != 0, places, 0), 1)
         last = read_B[:, None] + jnp.arange(past)
-        numbers = jnp.take_along_axis(segments, last, 1)
-        kept = jnp.take_along_axis(seen, last[..., None], 1)
+        numbers = jnp.take_along_axis(segments, last, 1, mode="clip")
+        # All of them are there.
+        kept = jnp.take_along_axis(seen, last[..., None], 1, mode="clip")
         return y, jnp.where((numbers == numbers[:, -1:])[..., None], kept, 0)
 
 
@@ -137,8 +138,9 @@ class Engram(NGramReader):
         shapes = cls.weights(embed_dim=D, keys=keys, width=width, taps=taps).values()
         weights = sum(map(math.prod, shapes))
         # Norms in four each, product and sum of the gate, times v; taps and the sums between them;
-        # silu in four; two sums. Of the gate itself: scale, absolute, maximum, sign, sigmoid.
-        elementwise = (12 + 3 + 2 * taps - 1 + 4 + 2) * D + 7
+        # silu in four; two sums; masks of each tap, and of padding. Of the gate itself: scale,
+        # absolute, maximum, sign, sigmoid.
+        elementwise = (12 + 3 + 2 * taps - 1 + 4 + 2 + taps + 1) * D + 7
         return LayerCost(weights, weights, 2 * row * D, elementwise, row)
 
     @staticmethod
@@ -169,7 +171,8 @@ class Engram(NGramReader):
         gate_BxL = _gate(jnp.sum(product_BxLxD, -1, dtype=jnp.float32) * D**-0.5)
         real_BxLx1 = segment_ids_BxL[..., None] != 0
         gated_BxLxD = jnp.where(real_BxLx1, gate_BxL[..., None].astype(dtype) * value_BxLxD, 0)
-        normed_BxLxD = jnp.where(real_BxLx1, self.conv_norm(gated_BxLxD), 0)
+        # The norm of zeros is zero, so padding stays it.
+        normed_BxLxD = self.conv_norm(gated_BxLxD)
         # Sequences of a call with a state, those of decoding, are divided over no devices.
         devices = 1 if self.mesh is None or state is not None else self.mesh.shape[CONTEXT]
         normed_BxLxD, segments_BxL = (

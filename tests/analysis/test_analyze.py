@@ -73,7 +73,7 @@ def text(tmp_path_factory):
 def counted(monkeypatch):
     """Programs are compiled for their FLOPs in test_cost; here they are taken as counted."""
     checks = [
-        FlopCheck(program, layers, 1000, 50, 20, 1080)
+        FlopCheck(program, layers, 1000, 50, 15, 5, 1080)
         for layers in ((), (0,))
         for program in ("prefill", "decode", "training")
     ]

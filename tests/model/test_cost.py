@@ -54,6 +54,28 @@ def test_with_elementwise_work_the_formula_holds_for_small_models_too(tiny_confi
         assert check.matmul_ratio < 0.98, check
 
 
+def test_with_all_memories_it_holds_too(tiny_config):
+    """Engram's masks are operations, and its keys, which no formula has, are counted alone."""
+    memories = {
+        "model.num_layers": 2,
+        "model.stem_layers": (1,),
+        "model.vocab_size": 258,
+        "value.layers": (1,),
+        "per_layer.layers": (0,),
+        "per_layer.width": 12,
+        "ngram.layers": (1,),
+        "ngram.heads": 2,
+        "ngram.keys_per_head": 300,
+        "ngram.width": 32,
+        "ngram.eos_id": 2,
+        "train.seq_len": 32,
+    }
+    for check in check_flops(checked_config(tiny_config(**memories)), ("prefill", "decode")):
+        # Without either it is more than this.
+        assert check.ratio == pytest.approx(1, abs=0.016), check
+        assert check.keys > 100
+
+
 def test_a_check_keeps_widths_and_context(tiny_config):
     config = tiny_config(
         **{

@@ -302,7 +302,7 @@ def test_it_says_what_it_has_and_costs():
     cost = Engram.cost(**sizes)
     weights = sum(w.size for w in reader.params.values())
     assert (cost.parameters, cost.reads, cost.matmuls) == (weights, weights, 2 * 24 * D)
-    assert cost.row == 24 and cost.elementwise == 28 * D + 7
+    assert cost.row == 24 and cost.elementwise == 33 * D + 7
 
 
 def test_a_backbone_can_begin_as_it_was():
