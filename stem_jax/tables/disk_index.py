@@ -16,7 +16,7 @@ from stem_jax.tables.row_places import LOAD, RowPlaces
 
 _NUMBER_BYTES = 4
 _FEWEST = 2**16
-_PIECE = 2**20
+_PIECE = 2**18
 
 
 class DiskIndex:

@@ -29,7 +29,7 @@ from stem_jax.tables.row_record import Arrays, RowRecord
 
 # Rows are written so many at a time: buffers do not grow with what is asked for.
 _PIECE = 2**15
-_SORT_PIECE = 2**20
+_SORT_PIECE = 2**18
 
 
 @dataclasses.dataclass

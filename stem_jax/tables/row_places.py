@@ -12,7 +12,7 @@ import numpy as np
 # Part of the cells that may be taken: a walk to a row that is not there takes four steps then.
 LOAD = 0.6
 _LEAST = 64
-_PIECE = 2**20
+_PIECE = 2**18
 # 2^64 / golden ratio, odd: neighbouring rows fall far apart.
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _HALF = np.uint64(32)

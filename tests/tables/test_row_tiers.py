@@ -15,6 +15,7 @@ from hypothesis import stateful
 from stem_jax.errors import InputError
 from stem_jax.tables.row_file import RowFile
 from stem_jax.tables.row_tiers import RowTiers
+from tests.children import child
 from tests.disk_rows import MANY, RECORD, assert_versions, make_small, values_of
 
 FACTS = {"multiplier": 7}
@@ -259,3 +260,37 @@ def test_memory_is_told_beforehand(tmp_path):
     held = sum(array.nbytes for array in arrays) + 8 * tiers._places.size
     assert held == pytest.approx(RowTiers.needed_bytes(RECORD, 10**5), rel=1e-3)
     file.close()
+
+
+_MEMORY = """
+import sys
+from pathlib import Path
+import numpy as np
+from stem_jax.tables.row_file import RowFile
+from stem_jax.tables.row_record import RecordField, RowRecord
+from stem_jax.tables.row_tiers import RowTiers
+record = RowRecord((RecordField("rows", "bfloat16", (1, 128)), RecordField("v", "float32", (1,))))
+def anonymous():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
+before = anonymous()
+tiers = RowTiers(RowFile.create(Path(sys.argv[1]), record, 2**31 - 1, {}), 10**6)
+rng, out = np.random.default_rng(0), record.empty(16384)
+for step in range(150):
+    rows = rng.choice(3 * 10**6, 16384, replace=False) * 700
+    tiers.gather(rows, out, lambda rows: {n: a + 1 for n, a in record.empty(len(rows)).items()})
+    tiers.write(rows, out)
+tiers.save("a")
+assert tiers.counts.evicted > 10**5
+print((anonymous() - before) / (10**6 * record.row_bytes))
+"""
+
+
+@pytest.mark.long
+def test_memory_is_that_of_the_rows(tmp_path):
+    """A million rows of 260 bytes, full: a tenth more for their books, and 32 MiB for buffers."""
+    with child("-c", _MEMORY, str(tmp_path)) as process:
+        out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    part = float(out.split()[-1])
+    assert 1.0 < part < 1.1 + 32 * 2**20 / (260 * 10**6), out
