@@ -19,7 +19,9 @@ def main(argv: list[str]) -> None:
     parser.add_path("--config", required=True, help="config file, e.g. configs/stem_1b.py")
     parser.add_argument("--topology", required=True, help="kind and shape of a slice or host")
     parser.add_argument("--slices", type=int, default=1, help="slices, or hosts, of that shape")
+    parser.add_argument("--hit-rate", type=float, help="of rows in host memory; else as uniform")
     switches = {
+        "--tables": "the arithmetic of the tables alone, in seconds, without compiling",
         "--naive-lookup": "for contrast: table[ids] and its gradient, partitioned automatically",
         "--all-distinct": "room for every token distinct; else for what Zipf's law expects",
         "--full-effort": "for TPUs: compile as a run does, which takes minutes more",
@@ -30,25 +32,25 @@ def main(argv: list[str]) -> None:
         parser.add_argument(flag, action="store_true", help=meaning)
     flags, overrides = cli.split_overrides(argv)
     args = parser.parse_args(flags)
+    if args.tables and (args.naive_lookup or args.full_effort or args.account):
+        parser.error("--tables compiles nothing: leave out the flags of what is compiled")
     config = load_config(args.config, overrides)
     hide_cuda_plugin()
     import jax
 
     from stem_jax.planning.plan import make_plan
     from stem_jax.planning.plan_text import as_json, as_text, verdict
+    from stem_jax.planning.table_plan import plan_tables
     from stem_jax.planning.topology import Topology
 
     topology = Topology.parse(args.topology, args.slices)
     # The devices of a plan are descriptions; the process itself needs none but the CPU.
     jax.config.update("jax_platforms", "cpu")
-    plan = make_plan(
-        config,
-        topology,
-        naive_lookup=args.naive_lookup,
-        all_distinct=args.all_distinct,
-        full_effort=args.full_effort,
-        account=args.account,
-    )
+    options = {name: getattr(args, name) for name in ("all_distinct", "hit_rate")}
+    if not args.tables:
+        compiled = ("naive_lookup", "full_effort", "account")
+        options |= {name: getattr(args, name) for name in compiled}
+    plan = (plan_tables if args.tables else make_plan)(config, topology, **options)
     print(as_json(plan) if args.json else as_text(plan))
     if not plan.fits:
         raise InputError(f"{verdict(plan)}; try {plan.remedies[0]}")

@@ -23,7 +23,7 @@ from stem_jax.tables.coast_groups import MOST_TERMS, num_terms
 from stem_jax.tables.host_memory import available_host_bytes, check_host_memory
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.row_slots import too_few_slots
-from stem_jax.tables.spec import ADAMW, TableSpec
+from stem_jax.tables.spec import ADAMW, TableSpec, check_host_rows
 from stem_jax.training.run_data import RunData
 from stem_jax.training.schedule import ENDING, schedule_length
 from stem_jax.training.step import TrainStep
@@ -104,6 +104,7 @@ def check_mesh(config: Config, mesh: Mesh, under_way: bool = False) -> None:
     if not (under_way and backend in ("xla", "chunked")):
         check_heads(config.model, mesh)
     check_context(config.train.seq_len, mesh)
+    check_host_rows(table_specs(with_eos(config, 0)).values(), mesh)
     devices = axis_size(mesh, BATCH_AXES)
     if config.micro_batch_size % devices:
         raise InputError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 from jax.sharding import Mesh
 
@@ -15,36 +16,26 @@ from stem_jax.planning import gpus
 from stem_jax.planning.account import Account, make_account
 from stem_jax.planning.collectives import KINDS, Collective, collectives_of
 from stem_jax.planning.compiled import Buffer, Compiled, compile_program
+from stem_jax.planning.distinct_rows import step_distinct_rows
 from stem_jax.planning.gpu_kernels import cudnn_workspace
 from stem_jax.planning.hlo import Module
 from stem_jax.planning.memory import Memory
 from stem_jax.planning.program import Program, naive_lookup_program, train_step_program
 from stem_jax.planning.roofline import Roofline, roofline, step_flops
+from stem_jax.planning.table_load import HOST
+from stem_jax.planning.table_plan import (
+    TableBytes,
+    overfull,
+    table_remedies,
+    tables_bytes,
+    total_seconds,
+)
 from stem_jax.planning.topology import Topology
 from stem_jax.planning.traffic import hbm_bytes
 from stem_jax.planning.work_account import WorkAccount, make_work_account
-from stem_jax.tables.exchange import Exchange
-from stem_jax.tables.spec import TableSpec
 from stem_jax.training.start_report import attention_kernel
 
 _NAIVE = ("the train step, without --naive-lookup: there distinct rows travel once",)
-
-
-@dataclasses.dataclass(frozen=True)
-class TableBytes:
-    """Bytes of one chip for the tables: parameters; mu, nu and last_step; the step's row block;
-    one of the exchange's padded buffers. unique_rows: room in the row block. owned_rows: room for
-    what an owner is asked. Zeros without an exchange. host: bytes in the memory of all hosts
-    together; 0 if all rows are resident.
-    """
-
-    rows: int
-    moments: int
-    unique_rows: int
-    owned_rows: int
-    row_block: int
-    exchange: int
-    host: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +98,7 @@ def make_plan(
     all_distinct: bool = False,
     full_effort: bool = False,
     account: bool = False,
+    hit_rate: float | None = None,
 ) -> Plan:
     """Compiles for the topology; takes from seconds to minutes.
 
@@ -115,27 +107,35 @@ def make_plan(
         all_distinct: as `program.train_step_program` has it.
         full_effort: as `compiled.compile_program` has it.
         account: make the account of the step; needs full effort, and takes it.
+        hit_rate: as `table_load.table_load` has it, of each memory.
 
     Raises:
         InputError: the topology cannot be described, or the configuration does not suit it.
     """
+    mesh = make_mesh(config.mesh, topology.devices())
+    distinct = {} if naive_lookup else step_distinct_rows(config, mesh)
     # Which token ends n-grams changes no size, and there is no tokenizer here that says it.
     config = with_eos(config, 0)
-    mesh = make_mesh(config.mesh, topology.devices())
     chip = chip_of(mesh.devices.flat[0])
     if account and (naive_lookup or chip is None or not chip.clock):
         raise InputError(
             f"--account reads the cycles that libtpu estimates for a train step; {topology} with "
             f"naive_lookup={naive_lookup} has none: choose a TPU, without --naive-lookup"
         )
-    program, compiled = _compile(
-        config, topology, mesh, naive_lookup, all_distinct, full_effort or account
-    )
+
+    def lowered() -> Program:
+        if naive_lookup:
+            return naive_lookup_program(config, mesh)
+        return train_step_program(config, mesh, all_distinct=all_distinct, distinct=distinct)
+
+    program, compiled = _compile(lowered, topology, mesh, full_effort or account)
+    tables = tables_bytes(config, topology, mesh, program.tables, distinct, hit_rate)
+    crowded = HOST in overfull(tables)
     limit = int(chip.hbm_bytes) if chip else None
     module, memory = compiled.module, compiled.memory
     if topology.switched and module is not None:
         memory = dataclasses.replace(memory, workspace=cudnn_workspace(module))
-    fits = not compiled.refused and (limit is None or memory.total <= limit)
+    on_chip = not compiled.refused and (limit is None or memory.total <= limit)
     slices = topology.slices_of(mesh.devices.flat)
     collectives = [] if module is None else collectives_of(module, slices)
     work = None
@@ -147,8 +147,16 @@ def make_plan(
     bound, cycles = None, None
     if chip is not None and module is not None and traffic is not None:
         if not naive_lookup:
-            bound = roofline(config, topology, chip, collectives, traffic)
+            loads = [table.load for table in tables.values() if table.load is not None]
+            link = total_seconds([load.link_seconds for load in loads])
+            bound = roofline(config, topology, chip, collectives, traffic, link or 0.0)
         cycles = make_account(module, collectives, topology, chip) if account else None
+    remedies = table_remedies(tables, table_specs(config)) if crowded else ()
+    if not on_chip:
+        remedies = (
+            *(_NAIVE if naive_lookup else _remedies(config, mesh, compiled, limit)),
+            *remedies,
+        )
     return Plan(
         program="naive lookup" if naive_lookup else "train step",
         topology=str(topology),
@@ -161,10 +169,10 @@ def make_plan(
         matmul_dtype=config.model.matmul_dtype,
         memory=memory,
         limit=limit,
-        fits=fits,
+        fits=on_chip and not crowded,
         refused=compiled.refused,
         buffers=compiled.buffers,
-        tables=_table_bytes(config, mesh, program),
+        tables=tables,
         model_flops=model_flops,
         all_flops=all_flops,
         compiler_flops=compiled.flops,
@@ -175,24 +183,15 @@ def make_plan(
         roofline=bound,
         peaks=chip,
         compile_seconds=compiled.seconds,
-        remedies=()
-        if fits
-        else _NAIVE
-        if naive_lookup
-        else _remedies(config, mesh, compiled, limit),
+        remedies=remedies,
         account=cycles,
         work=work,
     )
 
 
 def _compile(
-    config: Config, topology: Topology, mesh: Mesh, naive: bool, all_distinct: bool, effort: bool
+    lowered: Callable[[], Program], topology: Topology, mesh: Mesh, effort: bool
 ) -> tuple[Program, Compiled]:
-    def lowered() -> Program:
-        if naive:
-            return naive_lookup_program(config, mesh)
-        return train_step_program(config, mesh, all_distinct=all_distinct)
-
     if not topology.switched:
         program = lowered()
         return program, compile_program(program, full_effort=effort)
@@ -200,30 +199,6 @@ def _compile(
         program = lowered()
     # With less effort GPUs' compiler gets no faster.
     return program, compile_program(program, full_effort=True, options=gpus.OPTIONS)
-
-
-def _table_bytes(config: Config, mesh: Mesh, program: Program) -> dict[str, TableBytes]:
-    return {
-        name: _bytes_of(spec, config, mesh, program.exchanges.get(name))
-        for name, spec in table_specs(config).items()
-    }
-
-
-def _bytes_of(spec: TableSpec, config: Config, mesh: Mesh, exchange: Exchange | None) -> TableBytes:
-    rows, *moments = (array.device_bytes(mesh) for array in spec.placed())
-    row = spec.row_size // mesh.shape["tensor"]
-    row *= 2 if config.model.compute_dtype == "bfloat16" else 4
-    if exchange is None:
-        return TableBytes(rows, sum(moments), 0, 0, 0, 0)
-    return TableBytes(
-        host=spec.num_rows * spec.row_bytes() if spec.offloaded else 0,
-        rows=rows,
-        moments=sum(moments),
-        unique_rows=exchange.unique_rows,
-        owned_rows=exchange.owned_rows,
-        row_block=exchange.unique_rows * row,
-        exchange=exchange.buffer_bytes(row // spec.vectors),
-    )
 
 
 def _totals(collectives: list[Collective]) -> dict[str, CollectiveTotal]:

@@ -3,20 +3,24 @@
 import dataclasses
 import json
 
-from stem_jax.planning.plan import Plan, TableBytes
+from stem_jax.planning.plan import Plan
+from stem_jax.planning.table_plan import TablesPlan
+from stem_jax.planning.table_text import bytes_text, overfull_text, table_lines, tables_text
 
 # Origins are paths of calls; what is left says which one.
 _ORIGIN_LENGTH = 90
 _LISTED_CYCLES = 100_000
 
 
-def as_json(plan: Plan) -> str:
+def as_json(plan: Plan | TablesPlan) -> str:
     """One JSON object with every field of the plan; sizes in bytes, times in seconds."""
     return json.dumps(dataclasses.asdict(plan), indent=2)
 
 
-def as_text(plan: Plan) -> str:
+def as_text(plan: Plan | TablesPlan) -> str:
     """The plan for a reader."""
+    if isinstance(plan, TablesPlan):
+        return tables_text(plan)
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     lines = [
         f"program      {plan.program}, compiled in {plan.compile_seconds:.1f} s",
@@ -25,7 +29,7 @@ def as_text(plan: Plan) -> str:
         "micro-batch and device group",
         f"attention    {plan.attention}",
         *_memory_lines(plan),
-        *_table_lines(plan),
+        *table_lines(plan.tables),
         *_buffer_lines(plan),
         *_work_lines(plan),
         *_roofline_lines(plan),
@@ -37,15 +41,18 @@ def as_text(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def verdict(plan: Plan) -> str:
+def verdict(plan: Plan | TablesPlan) -> str:
     """One line: whether it fits."""
+    crowded = overfull_text(plan.tables)
+    words = "fits" if plan.fits else "does not fit"
+    if isinstance(plan, TablesPlan):
+        return f"{plan.program} {words} {plan.topology}{crowded}"
     memory = plan.memory
     if plan.limit is None:
-        return f"needs {_bytes(memory.total)} per device"
-    words = "fits" if plan.fits else "does not fit"
+        return f"needs {bytes_text(memory.total)} per device{crowded}"
     return (
-        f"{plan.program} {words} {plan.topology}: {_bytes(memory.total)} of "
-        f"{_bytes(plan.limit)} HBM per chip{_reserve(plan)}"
+        f"{plan.program} {words} {plan.topology}: {bytes_text(memory.total)} of "
+        f"{bytes_text(plan.limit)} HBM per chip{_reserve(plan)}{crowded}"
     )
 
 
@@ -53,41 +60,20 @@ def _reserve(plan: Plan) -> str:
     share = 1.0 if plan.peaks is None else plan.peaks.reserved
     if share == 1 or plan.limit is None:
         return ""
-    return f", the {share:g} of {_bytes(plan.limit / share)} that a run reserves"
+    return f", the {share:g} of {bytes_text(plan.limit / share)} that a run reserves"
 
 
 def _memory_lines(plan: Plan) -> list[str]:
     memory = plan.memory
     note = " (as far as the compiler got)" if plan.refused else ""
-    workspace = f", workspace of cuDNN {_bytes(memory.workspace)}" if memory.workspace else ""
+    workspace = f", workspace of cuDNN {bytes_text(memory.workspace)}" if memory.workspace else ""
     return [
         f"memory       per chip: {verdict(plan)}{note}",
-        f"             arguments {_bytes(memory.arguments)} (state, batch), of which outputs take "
-        f"over {_bytes(memory.aliased)}; other outputs {_bytes(memory.outputs)}",
-        f"             temporaries {_bytes(memory.temporaries)}{workspace}, generated code "
-        f"{_bytes(memory.code)}; host {_bytes(memory.host)}",
+        f"             arguments {bytes_text(memory.arguments)} (state, batch), of which outputs "
+        f"take over {bytes_text(memory.aliased)}; other outputs {bytes_text(memory.outputs)}",
+        f"             temporaries {bytes_text(memory.temporaries)}{workspace}, generated code "
+        f"{bytes_text(memory.code)}; host {bytes_text(memory.host)}",
     ]
-
-
-def _table_lines(plan: Plan) -> list[str]:
-    if not plan.tables:
-        return ["table        none: a dense model"]
-    return [line for name, table in plan.tables.items() for line in _lines_of(name, table)]
-
-
-def _lines_of(name: str, table: TableBytes) -> list[str]:
-    lines = [
-        f"table        {name}, per chip: rows {_bytes(table.rows)}, moments {_bytes(table.moments)}"
-    ]
-    if table.row_block:
-        lines.append(
-            f"             row block {_bytes(table.row_block)}, room for {table.unique_rows:,} "
-            f"distinct rows; {table.owned_rows:,} rows asked of an owner; a padded exchange buffer "
-            f"{_bytes(table.exchange)}"
-        )
-    if table.host:
-        lines.append(f"             host memory, over all hosts: {_bytes(table.host)}")
-    return lines
 
 
 def _buffer_lines(plan: Plan) -> list[str]:
@@ -97,7 +83,7 @@ def _buffer_lines(plan: Plan) -> list[str]:
     for buffer in plan.buffers:
         times = f"{buffer.count} x " if buffer.count > 1 else ""
         origin = buffer.origin.removeprefix("jit(_update)/")[:_ORIGIN_LENGTH]
-        lines.append(f"             {times}{_bytes(buffer.bytes)} {buffer.shape} {origin}")
+        lines.append(f"             {times}{bytes_text(buffer.bytes)} {buffer.shape} {origin}")
     return lines
 
 
@@ -114,15 +100,17 @@ def _work_lines(plan: Plan) -> list[str]:
             f"{again:+.0%} recomputed{own}"
         )
     if plan.hbm_traffic is not None:
-        lines.append(f"HBM          {_bytes(plan.hbm_traffic)} read and written per chip and step")
+        lines.append(
+            f"HBM          {bytes_text(plan.hbm_traffic)} read and written per chip and step"
+        )
     if plan.collectives is not None:
         lines.append("collectives  sent per chip and step (ring algorithm):")
         for kind, total in plan.collectives.items():
             if total.count:
                 between = total.bytes_between_slices
                 places = "slices" if plan.work is None else "hosts"
-                crossing = f", {_bytes(between)} of it between {places}" if between else ""
-                sent = f"{_bytes(total.bytes):>12}{crossing}"
+                crossing = f", {bytes_text(between)} of it between {places}" if between else ""
+                sent = f"{bytes_text(total.bytes):>12}{crossing}"
                 lines.append(f"             {kind:<18} {sent} in {total.count}")
         if plan.open_ended_loops:
             lines.append(
@@ -143,6 +131,7 @@ def _roofline_lines(plan: Plan) -> list[str]:
         "hbm": bounds.hbm,
         "interconnect": bounds.interconnect,
         "network": bounds.network,
+        "link": bounds.link,
     }
     listed = ", ".join(f"{name} {1e3 * value:,.1f} ms" for name, value in times.items())
     network = (
@@ -202,17 +191,12 @@ def _work_account_lines(plan: Plan) -> list[str]:
         cells = (*counts, f"{part.bytes / 2**30:,.1f}", *(f"{1e3 * t:,.1f}" for t in times))
         lines.append(" " * 13 + columns.format(part.name, *cells))
     lines.append(
-        f"             {work.flops / 1e12:,.2f} TFLOP and {_bytes(work.bytes)} of a chip and step: "
-        f"at the least {1e3 * work.seconds:,.1f} ms with uncovered wires"
+        f"             {work.flops / 1e12:,.2f} TFLOP and {bytes_text(work.bytes)} of a chip and "
+        f"step: at the least {1e3 * work.seconds:,.1f} ms with uncovered wires"
     )
     for calls in work.kernels:
-        done = f"{calls.flops / 1e12:,.2f} TFLOP, {_bytes(calls.bytes)}"
+        done = f"{calls.flops / 1e12:,.2f} TFLOP, {bytes_text(calls.bytes)}"
         lines.append(
             f"             {calls.part:<20}{calls.count:>7,} calls of a {calls.kind}: {done}"
         )
     return lines
-
-
-def _bytes(size: float) -> str:
-    """In GiB or MiB, whichever reads better."""
-    return f"{size / 2**30:,.2f} GiB" if size >= 2**29 else f"{size / 2**20:,.1f} MiB"

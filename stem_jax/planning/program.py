@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from stem_jax.config import Config
@@ -23,17 +22,17 @@ from stem_jax.mesh import (
     token_spec,
 )
 from stem_jax.model.attention import check_heads, resolve_backend
-from stem_jax.tables.block_sizes import (
-    BlockSizes,
-    choose_sizes,
-    expected_distinct,
-    expected_needs,
+from stem_jax.planning.distinct_rows import (
+    DistinctRows,
+    needs_of,
+    step_distinct_rows,
+    zipf_shares,
 )
-from stem_jax.tables.exchange import Exchange
-from stem_jax.tables.hops import owner_hops
+from stem_jax.tables.block_sizes import choose_sizes, expected_distinct
 from stem_jax.tables.row_coast import RowBlock
 from stem_jax.tables.row_rules import adamw
-from stem_jax.tables.spec import ADAMW
+from stem_jax.tables.sharded_table import ShardedTable
+from stem_jax.tables.spec import ADAMW, check_host_rows
 from stem_jax.training.batch import Batch
 from stem_jax.training.reads import Reads, ReadSizes
 from stem_jax.training.schedule import make_schedule
@@ -43,40 +42,68 @@ from stem_jax.training.step import TrainStep
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """lowered: ready to compile. argument_bytes: of one chip's share of the arguments. exchanges:
-    the sizes of each memory's row exchange. rounds: of it, to be expected of loops whose
+    """lowered: ready to compile. argument_bytes: of one chip's share of the arguments. tables: of
+    each memory, with the sizes of its row exchange. rounds: of it, to be expected of loops whose
     end only the device knows. distinct: how many rows the tokens of a micro-batch have on a device,
     over these tokens.
     """
 
     lowered: jax.stages.Lowered
     argument_bytes: int
-    exchanges: dict[str, Exchange]
+    tables: dict[str, ShardedTable]
     rounds: int = 1
     distinct: float = 1.0
 
 
-def train_step_program(config: Config, mesh: Mesh, *, all_distinct: bool = False) -> Program:
+def check_batch(config: Config, mesh: Mesh) -> None:
+    """Raises InputError for a batch that does not divide over the mesh."""
+    what = "train.global_batch_size / train.micro_batches"
+    check_divides(config.micro_batch_size, what, BATCH_AXES, mesh)
+    check_context(config.train.seq_len, mesh)
+
+
+def planned_tables(
+    config: Config, mesh: Mesh, distinct: dict[str, DistinctRows], *, all_distinct: bool = False
+) -> dict[str, ShardedTable]:
+    """The table of each memory, as a step exchanges its rows.
+
+    Args:
+        distinct: what the step asks for.
+        all_distinct: see `train_step_program`.
+    """
+    found = {}
+    for name, spec in table_specs(config).items():
+        table = ShardedTable(spec, mesh, distinct[name].keys)
+        if not all_distinct:
+            needed, largest = needs_of(distinct[name], table), table.largest_sizes
+            table = dataclasses.replace(table, sizes=choose_sizes(needed, needed, largest))
+        found[name] = table
+    return found
+
+
+def train_step_program(
+    config: Config,
+    mesh: Mesh,
+    *,
+    all_distinct: bool = False,
+    distinct: dict[str, DistinctRows] | None = None,
+) -> Program:
     """`TrainStep.update` on inputs that exist as shapes only.
 
     Args:
-        all_distinct: make room for every token of a device distinct; else the row blocks have the
-            size that tokens by Zipf's law need.
+        all_distinct: make room for every key of a device distinct; else the row blocks have the
+            size that the step needs.
+        distinct: what it asks for; None finds it out.
 
     Raises:
         InputError: sizes that do not divide over the mesh, or large replicated arrays.
     """
-    check_divides(
-        config.micro_batch_size,
-        "train.global_batch_size / train.micro_batches",
-        BATCH_AXES,
-        mesh,
-    )
-    check_context(config.train.seq_len, mesh)
+    check_batch(config, mesh)
     check_heads(config.model, mesh)
     resolve_backend(config.model, mesh, config.train.seq_len)
     step = TrainStep(config, mesh)
     check_placement(step.blueprint.placed(), mesh, config.mesh.max_replicated_mib)
+    check_host_rows(step.reads.specs.values(), mesh)
     state = abstract_state(step.blueprint)
     shape = (config.train.micro_batches, config.micro_batch_size, config.train.seq_len)
     ints: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=step.batch_sharding)
@@ -85,28 +112,20 @@ def train_step_program(config: Config, mesh: Mesh, *, all_distinct: bool = False
     schedule = jax.eval_shape(lambda: make_schedule(config, config.train.steps))
     tables, sizes, slots = step.reads.tables(batch), None, {}
     if tables and not all_distinct:
-        needed = zipf_needs(config, mesh)
-        sizes = ReadSizes(
-            tuple(
-                # Of hashed keys each is taken as distinct.
-                (name, table.largest_sizes)
-                if step.reads.memories[name].reach
-                else (name, choose_sizes(needed, needed, table.largest_sizes))
-                for name, table in tables.items()
-            )
-        )
+        distinct = step_distinct_rows(config, mesh) if distinct is None else distinct
+        planned = planned_tables(config, mesh, distinct)
+        sizes = ReadSizes(tuple((name, t.sizes or t.largest_sizes) for name, t in planned.items()))
         tables = step.reads.tables(batch, sizes)
     for name in step.reads.offloaded:
         exchange = tables[name].exchange
         size = exchange.num_owners * exchange.owned_rows
         sharding = NamedSharding(mesh, tables[name].spec.index_spec)
         slots[name] = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=sharding)
-    exchanges = {name: table.exchange for name, table in tables.items()}
-    program = _program(step.update, (state, batch, schedule, slots), exchanges, sizes=sizes)
+    program = _program(step.update, (state, batch, schedule, slots), tables, sizes=sizes)
     if not tables or all_distinct:
         return program
     tokens = config.micro_batch_size * config.train.seq_len // axis_size(mesh, TOKEN_AXES)
-    share = expected_distinct(tokens, _zipf_shares(config)) / tokens
+    share = expected_distinct(tokens, zipf_shares(config)) / tokens
     return dataclasses.replace(program, distinct=share)
 
 
@@ -118,23 +137,6 @@ def _host_keys(reads: Reads, tokens: Any) -> dict[str, Any]:
         return jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=tokens.sharding)
 
     return {name: described(memory) for name, memory in reads.memories.items() if memory.reach}
-
-
-def zipf_needs(config: Config, mesh: Mesh) -> BlockSizes:
-    """What to expect of a step's batch.
-
-    Tokens are drawn independently with a probability inverse to their rank; text repeats itself
-    more and has fewer distinct ones.
-    """
-    hops = owner_hops(mesh, config.tables.vocab_axes)
-    devices, owners = axis_size(mesh, TOKEN_AXES), axis_size(mesh, config.tables.vocab_axes)
-    tokens = config.tokens_per_step // devices
-    return expected_needs(tokens, _zipf_shares(config), hops, owners, devices // owners)
-
-
-def _zipf_shares(config: Config) -> np.ndarray:
-    shares = 1 / np.arange(1, config.model.vocab_size + 1)
-    return shares / shares.sum()
 
 
 def naive_lookup_program(config: Config, mesh: Mesh) -> Program:
@@ -179,10 +181,10 @@ def naive_lookup_program(config: Config, mesh: Mesh) -> Program:
     return _program(compiled, (table, table, table, ids, scale, *scalars), {})
 
 
-def _program(jitted, arguments: tuple, exchanges: dict[str, Exchange], **static) -> Program:
+def _program(jitted, arguments: tuple, tables: dict[str, ShardedTable], **static) -> Program:
     def share(x: jax.ShapeDtypeStruct) -> int:
         shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
         return math.prod(shape) * x.dtype.itemsize
 
     size = sum(share(x) for x in jax.tree.leaves(arguments))
-    return Program(jitted.lower(*arguments, **static), size, exchanges)
+    return Program(jitted.lower(*arguments, **static), size, tables)

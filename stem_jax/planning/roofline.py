@@ -19,15 +19,17 @@ class Roofline:
     """Seconds per step if nothing else took time, and what follows for the throughput.
 
     compute: all matmuls, recomputation included. hbm: traffic with the chip's memory. interconnect:
-    collectives within slices. network: collectives between slices. step: the largest of them;
-    binds: its name. tokens_per_second: of the whole pod. mfu: model FLOPs (no recomputation) over
-    the peak, that of 8-bit floats where projections multiply them.
+    collectives within slices. network: collectives between slices. link: rows between host memory
+    and the chip, of tables that are not resident. step: the largest of them; binds: its name.
+    tokens_per_second: of the whole pod. mfu: model FLOPs (no recomputation) over the peak, that of
+    8-bit floats where projections multiply them.
     """
 
     compute: float
     hbm: float
     interconnect: float
     network: float
+    link: float
     step: float
     binds: str
     tokens_per_second: float
@@ -54,27 +56,37 @@ def _float8_flops(config: Config) -> int:
     return passes * projection_flops_per_token(config) * config.tokens_per_step
 
 
+def matmul_seconds(config: Config, chips: int, chip: Chip) -> float:
+    """Of all matmuls of a step, recomputation included, at the chips' peak."""
+    _, all_flops = step_flops(config)
+    small = _float8_flops(config)
+    return ((all_flops - small) / chip.flops + small / chip.peak(config.model.matmul_dtype)) / chips
+
+
 def roofline(
     config: Config,
     topology: Topology,
     chip: Chip,
     collectives: list[Collective],
     hbm_bytes: int,
+    link: float = 0.0,
 ) -> Roofline:
     """The bounds for a compiled step.
 
     Args:
         collectives: of one chip and step.
         hbm_bytes: bytes of one chip and step.
+        link: see `Roofline`; 0 where it is not known.
     """
     chips = topology.chips_per_slice * topology.slices
-    model_flops, all_flops = step_flops(config)
-    small, peak = _float8_flops(config), chip.peak(config.model.matmul_dtype)
+    model_flops, _ = step_flops(config)
+    peak = chip.peak(config.model.matmul_dtype)
     seconds = {
-        "compute": ((all_flops - small) / chip.flops + small / peak) / chips,
+        "compute": matmul_seconds(config, chips, chip),
         "hbm": hbm_bytes / chip.hbm_bandwidth,
         "interconnect": sum(ici_seconds(c, topology, chip) for c in collectives),
         "network": sum(network_seconds(c, chip) for c in collectives),
+        "link": link,
     }
     binds = max(seconds, key=seconds.__getitem__)
     step = seconds[binds]

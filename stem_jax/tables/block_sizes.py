@@ -8,7 +8,7 @@ nobody else's business.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -87,24 +87,24 @@ def largest_sizes(
 
 
 def expected_needs(
-    tokens: int, shares_V: np.ndarray, hops: tuple[Hop, ...], owners: int, copies: int
+    distinct: Callable[[int], float],
+    num_keys: int,
+    hops: tuple[Hop, ...],
+    owners: int,
+    copies: int,
 ) -> BlockSizes:
-    """What to expect of a batch of independent tokens.
+    """What to expect of a batch whose rows are spread over their owners evenly.
 
     Args:
-        tokens: of one device.
-        shares_V: probability of each key; rows are spread over their owners evenly.
+        distinct: gives the distinct keys of so many devices together.
+        num_keys: of the table.
     """
-
-    def distinct(devices: int) -> float:
-        return expected_distinct(devices * tokens, shares_V)
-
     pairs, rooms, devices, behind = [], [], 1, 1
     for hop in hops:
         mean = distinct(devices) / behind / hop.peers
         behind *= hop.peers
         # The busiest of thousands of pairs, if rows were thrown at owners; none has more than all.
-        pairs.append(math.ceil(min(mean + _BUSIEST * math.sqrt(mean), len(shares_V) / behind)))
+        pairs.append(math.ceil(min(mean + _BUSIEST * math.sqrt(mean), num_keys / behind)))
         devices *= hop.peers
         rooms.append(math.ceil(distinct(devices) / behind))
     owned = math.ceil(distinct(owners * copies) / owners)

@@ -10,6 +10,7 @@ the rows of a batch are gathered and scattered in place whatever S is.
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from stem_jax.mesh import Placed
+from stem_jax.mesh import Placed, check_divides
 from stem_jax.tables.layout import TableLayout
 
 # The row optimizer of a run that trains the backbone alone.
@@ -197,6 +198,22 @@ class TableSpec:
             )
             for field in self.fields
         ]
+
+
+def check_host_rows(specs: Iterable[TableSpec], mesh: Mesh) -> None:
+    """Checks what lies in host memory, as `check_placement` does what lies on devices.
+
+    Raises:
+        InputError: rows that do not divide over the shards.
+    """
+    for spec in specs:
+        if spec.offloaded:
+            what = f"{spec.resident_key} keeps all rows in host memory, whose number"
+            remedy = (
+                "make tables.pad_multiple a multiple of the row shards, or change "
+                "tables.vocab_axes or the mesh"
+            )
+            check_divides(spec.num_rows, what, spec.vocab_axes, mesh, remedy)
 
 
 @jax.tree_util.register_dataclass

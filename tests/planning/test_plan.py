@@ -16,8 +16,10 @@ from stem_jax.mesh import make_mesh
 from stem_jax.parts import STEP
 from stem_jax.planning import compiled
 from stem_jax.planning import plan as plans
+from stem_jax.planning.distinct_rows import step_distinct_rows
 from stem_jax.planning.plan_text import as_json, as_text
-from stem_jax.planning.program import Program, naive_lookup_program, train_step_program
+from stem_jax.planning.program import naive_lookup_program, train_step_program
+from stem_jax.planning.table_plan import tables_bytes
 from stem_jax.planning.topology import KNOWN, Topology
 from stem_jax.tables.hops import Hop
 from stem_jax.tables.sharded_table import ShardedTable
@@ -153,7 +155,11 @@ def test_a_plan_for_cpu_devices(capsys):
     assert found["tables"]["stem"]["rows"] == 512 * 128 * 4 // 8
     assert found["tables"]["stem"]["moments"] == 2 * found["tables"]["stem"]["rows"] + 512 * 4 // 8
     assert found["tables"]["stem"]["row_block"] == found["tables"]["stem"]["unique_rows"] * 128 * 4
-    assert found["collectives"]["all-to-all"]["bytes"] > 0
+    # What the arithmetic of the tables says: rows of 128 floats, and one number to ask for each.
+    table = found["tables"]["stem"]
+    others = table["exchange"] // (128 * 4) * 7 // 8
+    sent = table["load"]["exchange_bytes"] + others * 4
+    assert found["collectives"]["all-to-all"]["bytes"] == sent
     assert found["collectives"]["all-reduce"]["bytes"] > 0
     # The rounds of the exchange are known beforehand.
     assert found["open_ended_loops"] == 0
@@ -172,9 +178,10 @@ def test_a_plan_counts_rows_in_their_format(
     keys = {"model.vocab_size": 512, "model.ffn_dim": 128, "model.stem_layers": (1,)}
     keys |= {"tables.row_format": row_format, "tables.moments": moments}
     config = tiny_config(**keys, **{"tables.resident_rows": 256})
-    mesh = device_mesh((8, 1, 1))
-    exchange = ShardedTable(table_specs(config)["stem"], mesh, 16).exchange
-    found = plans._table_bytes(config, mesh, Program(None, 0, {"stem": exchange}))["stem"]
+    mesh, topology = device_mesh((8, 1, 1)), Topology.parse("cpu:8")
+    planned = {"stem": ShardedTable(table_specs(config)["stem"], mesh, 16)}
+    distinct = step_distinct_rows(config, mesh)
+    found = tables_bytes(config, topology, mesh, planned, distinct)["stem"]
     assert found.rows == 256 * 128 * of_rows // 8
     assert found.moments == 256 * of_moments // 8
     assert found.host == 512 * (128 * of_rows + of_moments)
@@ -253,9 +260,8 @@ def test_slices_send_each_other_what_the_last_hop_has_room_for(tiny_config):
     sizes = {"train.global_batch_size": 8, "mesh.data": 2, "mesh.fsdp": 4}
     config = tiny_config(**sizes, **{"model.compute_dtype": "bfloat16"})
     topology = Topology.parse("v5e:2x2", 2)
-    exchange = train_step_program(config, make_mesh(config.mesh, topology.devices())).exchanges[
-        "stem"
-    ]
+    mesh = make_mesh(config.mesh, topology.devices())
+    exchange = train_step_program(config, mesh).tables["stem"].exchange
     assert exchange.hops == (Hop(4, 1), Hop(2, 4))
     width = len(config.model.stem_layers) * config.model.ffn_dim
     found = plans.make_plan(config, topology).collectives["all-to-all"]

@@ -14,11 +14,12 @@ from stem_jax.memory.catalogue import table_specs
 from stem_jax.model.cost import projection_flops_per_token
 from stem_jax.planning import hlo
 from stem_jax.planning.collectives import Collective, collectives_of
-from stem_jax.planning.program import zipf_needs
+from stem_jax.planning.distinct_rows import needs_of, step_distinct_rows
 from stem_jax.planning.roofline import roofline, step_flops
 from stem_jax.planning.topology import Topology
 from stem_jax.planning.traffic import hbm_bytes, moved_bytes
 from stem_jax.tables.block_sizes import BlockSizes
+from stem_jax.tables.sharded_table import ShardedTable
 
 pytestmark = pytest.mark.optimized
 
@@ -242,13 +243,18 @@ def test_transfers_between_slices_are_sends_to_the_host():
     assert (found.kind, found.bytes, found.group, found.crossing) == ("all-to-all", 160, 2, 1)
 
 
+def _zipf_needs(config, mesh) -> BlockSizes:
+    distinct = step_distinct_rows(config, mesh)["stem"]
+    return needs_of(distinct, ShardedTable(table_specs(config)["stem"], mesh, distinct.keys))
+
+
 def test_zipf_rows_are_fewer_than_tokens(tiny_config, device_mesh):
     config = tiny_config()
-    needs = zipf_needs(config, device_mesh((8, 1, 1)))
+    needs = _zipf_needs(config, device_mesh((8, 1, 1)))
     unique, owned = needs.unique, needs.owned
     # 16 tokens of a device, 128 of all of them, 88 keys.
     assert 8 <= unique < 16
-    single = zipf_needs(config, device_mesh((1, 1, 1)))
+    single = _zipf_needs(config, device_mesh((1, 1, 1)))
     alone = single.unique
     assert single == BlockSizes(alone, alone) and needs.pairs[0] >= unique / 8
     assert unique < alone < 88
@@ -271,5 +277,5 @@ def test_room_is_that_of_the_fullest_pair(tiny_config, device_mesh):
             owners = spec.layout.row_numbers(keys) // (spec.num_rows // 4)
             fullest = max(fullest, np.bincount(owners).max())
         largest.append(fullest)
-    room = zipf_needs(config, mesh).pairs[0]
+    room = _zipf_needs(config, mesh).pairs[0]
     assert np.quantile(largest, 0.9) <= room <= 1.25 * max(largest)
