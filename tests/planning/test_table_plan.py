@@ -152,7 +152,11 @@ def test_distinct_rows_are_counted_in_a_token_store(tiny_config, tmp_path, devic
 @pytest.mark.parametrize("axes", [("data", "fsdp"), ("fsdp",)])
 def test_slices_share_the_rows_or_have_copies(tiny_config, axes):
     """Two slices of a host each: half of the rows on a host, or all."""
-    config = tiny_config(**NGRAM, **{"mesh.data": 2, "mesh.fsdp": 4, "tables.vocab_axes": axes})
+    config = tiny_config(
+        **NGRAM,
+        **{"mesh.data": 2, "mesh.fsdp": 4, "tables.vocab_axes": axes},
+        **{"model.compute_dtype": "bfloat16"},
+    )
     topology = Topology.parse("v5p:2x2x1", 2)
     mesh = make_mesh(config.mesh, topology.devices())
     spec = table_specs(config)["ngram"]
@@ -163,12 +167,12 @@ def test_slices_share_the_rows_or_have_copies(tiny_config, axes):
     load = found.load
     lists = 64 * 8 * (7 / 4 if shared else 0)
     if shared:
-        # Half of the last hop's slots: rows there, float32 sums back, a number to ask for each; at
-        # the largest size numbers and counts. Of the ring of lists a fourth of a chip's.
+        # Half of the last hop's slots: bfloat16 rows there, float32 sums back, a number to ask for
+        # each; at the largest size numbers and counts. Of the ring of lists a fourth of a chip's.
         planned = table_plan.planned_tables(config, mesh, step_distinct_rows(config, mesh))
         exchange = planned["ngram"].exchange
         largest = planned["ngram"].largest_sizes
-        between = exchange.capacities[1] * (8 * (4 + 4) + 4) + largest.pairs[1] * 8
+        between = exchange.capacities[1] * (8 * (2 + 4) + 4) + largest.pairs[1] * 8
     else:
         # Both copies sum what they have; first they tell each other which rows.
         largest = 256
