@@ -129,12 +129,20 @@ def test_disk_is_bounded_over_a_long_run(tmp_path, small):
     rng = np.random.default_rng(0)
     file = RowFile.create(tmp_path, RECORD, 3000, FACTS, most_saves=2)
     names, touched, most = [], set(), 0
+    versions, saved = np.full(3000, -1), {}
     for step in range(400):
         count = 30 if step < 200 else 1500
         rows = rng.permutation(3000)[:count]
         file.write(rows, values_of(rows, step))
         touched |= set(rows.tolist())
+        versions[rows] = step
         if step % 5 == 4:
+            saved[str(step)] = versions.copy()
+            for name in names:
+                there = np.flatnonzero(saved[name] >= 0)
+                save = saved_rows(tmp_path, RECORD, 3000, FACTS, name)
+                check(save, dict(zip(there.tolist(), saved[name][there].tolist(), strict=True)))
+                save.close()
             file.save(str(step))
             names = [*names, str(step)][-2:]
             file.kept(names)
