@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
         patches.check_new(args.save)
     run = load_run(args.workdir, args.step, args.resident_rows)
     recipes = recipes_of(run.tokenizer, args.swap, args.inject, args.strategy)
-    where = {"layers": args.layers, "scale": args.scale, "base": base}
+    where = {"layers": args.layers, "scale": args.scale, "base": base, "memory": args.memory}
     said = "; ".join([*args.swap, *args.inject])
     patch = patches.make_patch(run, recipes, description=said, **where)
     print(patches.format_patch(patch, run.tokenizer))
@@ -48,10 +48,10 @@ def _measure(args: argparse.Namespace) -> None:
     from stem_jax.editing.trial import Trial, try_edits
     from stem_jax.result_folder import check_folder
 
-    choice = (args.pairs, args.tokens, args.strategy, args.layers, args.write, args.seed)
+    names = ("pairs", "tokens", "strategy", "layers", "write", "seed", "memory")
     run = load_run(args.workdir, args.step, args.resident_rows)
     out = check_folder(args.out or args.workdir / "editing")
-    result = try_edits(run, Trial(args.measure, *choice))
+    result = try_edits(run, Trial(args.measure, *(getattr(args, name) for name in names)))
     paths = ", ".join(map(str, result.write(out)))
     print(json.dumps(result.record()) if args.json else f"{result.format()}\n\n{paths}")
 

@@ -103,10 +103,9 @@ def _checks(found: Analysis) -> Table:
     note = (
         f"Compiled for one device with {layers} layers at the model's widths, in float32, where no "
         "conversions are counted: a prompt that fills the context, a token after it, a training "
-        "step of 8 sequences. Formula: matmuls and "
-        "elementwise work from shapes (norms, rotary positions, softmax, gate, residuals), and the "
-        "sampler and keys of n-grams as they are counted when compiled alone. The training step has "
-        "no formula for its elementwise work, the optimizers' among it; what its matmuls leave is "
-        "that."
+        "step of 8 sequences. Formula: matmuls and elementwise work from shapes (norms, rotary "
+        "positions, softmax, gate, residuals), and the sampler and keys of n-grams as they are "
+        "counted when compiled alone. The training step has no formula for its elementwise work, "
+        "the optimizers' among it; what its matmuls leave is that."
     )
     return Table(columns, rows, title="FLOPs by formula and by the compiler", note=note)

@@ -5,6 +5,7 @@ import argparse
 from stem_jax import cli
 from stem_jax.editing.choices import FACTS, STRATEGIES, TOKEN_COUNTS, WRITTEN
 from stem_jax.errors import InputError
+from stem_jax.memory.memory import STEM
 
 # What makes or shows one edit.
 _ONE_EDIT = {"swap", "inject", "scale", "edits", "prompt", "max_new_tokens", "top", "save"}
@@ -18,6 +19,7 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
     add("--step", type=int, help="checkpoint; without it, the newest")
     add("--swap", action="append", default=[], help="SOURCE=>TARGET; may be repeated")
     add("--inject", action="append", default=[], help="WORD=0.5*FIRST+0.5*SECOND, or WORD=@FILE")
+    add("--memory", default=STEM, help="whose rows: stem, value or per_layer")
     add("--strategy", default="average", choices=STRATEGIES, help="if the token counts differ")
     add("--layers", type=cli.integers, help="where rows are written, such as 0,1; without: all")
     add("--scale", type=float, default=1.0, help="times the rows that are written")

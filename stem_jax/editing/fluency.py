@@ -35,11 +35,12 @@ def fluency(
     layers: Sequence[int] | None = None,
     max_new_tokens: int = 100,
     edits: int = 32,
+    memory: str = STEM,
 ) -> Fluency:
     """Samples a completion of each prompt before and after its edit (the five likeliest tokens).
 
     Args:
-        strategy, layers: see `measure_edits`.
+        strategy, layers, memory: see `measure_edits`.
         max_new_tokens: of a completion; the context may end it before.
         edits: how many of the cases, spread evenly.
 
@@ -48,14 +49,14 @@ def fluency(
     """
     chosen = [cases[i] for i in sorted({i * len(cases) // edits for i in range(edits)})]
     recipes = [swap_recipes(run.tokenizer, case.swap, strategy) for case in chosen]
-    laid = lay_edits(run, recipes, layers)
+    laid = lay_edits(run, recipes, layers, memory)
     run = laid.run
     # One batch, so that one program serves for both: without edits, then with them.
     keys: list[dict[int, int]] = [{} for _ in chosen]
     keys += laid.keys
     assert laid.rows is not None
     rows = SequenceKeys(laid.rows, run.config.model.vocab_size, keys)
-    of_run = run.with_rows(STEM, rows).rows
+    of_run = run.with_rows(memory, rows).rows
     generator = Generator(run.config, run.params, of_run, run.tokenizer, run.mesh)
     prompts = 2 * [case.prompt for case in chosen]
     completions = generator.complete(prompts, max_new_tokens, _SAMPLING, batch_size=len(prompts))

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from stem_jax.checkpoints.loading import LoadedRun
 from stem_jax.editing.cases import EditCase
 from stem_jax.editing.choices import WRITTEN
-from stem_jax.editing.patch import make_patch, read_rows
+from stem_jax.editing.patch import make_patch, read_rows, token_memory
 from stem_jax.editing.swaps import RowRecipe, swap_recipes
 from stem_jax.errors import InputError
 from stem_jax.evaluation.answers import Question, Verdict, answer_all
@@ -54,12 +54,13 @@ class LaidEdits:
     """The rows of many edits beside a run's table.
 
     run: reads row V + e as the e-th of them. keys: for each edit, the key read for a token id.
-    rows: of the run; None where there are no such rows.
+    rows: of the run; None where there are no such rows. memory: whose rows they are.
     """
 
     run: LoadedRun
     keys: list[dict[int, int]]
     rows: OverlaidRows | None = None
+    memory: str = STEM
 
 
 def measure_edits(
@@ -69,6 +70,7 @@ def measure_edits(
     strategy: str = "average",
     layers: Sequence[int] | None = None,
     written: str = "rows",
+    memory: str = STEM,
     batch_size: int = 64,
     progress: bool = True,
 ) -> list[EditOutcome]:
@@ -79,6 +81,7 @@ def measure_edits(
         layers: whose rows are written; None: all with tables.
         written: "rows", or "embedding" for contrast: the donor's token embedding is read in place
             of the subject's, whose rows stay.
+        memory: whose rows are written.
         batch_size: prompts at a time.
         progress: draw a bar on stderr, if it is a terminal.
 
@@ -99,10 +102,10 @@ def measure_edits(
         edits = [{"embedded": _embedded(case, of)} for case, of in zip(cases, recipes)]
         return _ask(laid, cases, edits, batch_size, progress)
     outcomes = []
-    model = run.config.model
-    most = max(1, _LAID_BYTES // (4 * max(1, model.num_stem_layers * model.ffn_dim)))
+    of_tokens = token_memory(run.config, memory)
+    most = max(1, _LAID_BYTES // (4 * of_tokens.vectors * of_tokens.width))
     for part in _parts(recipes, most):
-        laid = lay_edits(run, recipes[part], layers)
+        laid = lay_edits(run, recipes[part], layers, memory)
         edits = [{"keys": keys} for keys in laid.keys]
         outcomes += _ask(laid, cases[part], edits, batch_size, progress)
     return outcomes
@@ -132,14 +135,18 @@ def _ask(
         after += _asked(case, edit)
     total, off = len(before) + len(after), bars_off(progress)
     with tqdm(total=total, desc="edits", unit=" questions", disable=off) as bar:
-        scorer, tokenizer = Scorer(laid.run, batch_size), laid.run.tokenizer
+        scorer = Scorer(laid.run, batch_size, keyed=laid.memory)
+        tokenizer = laid.run.tokenizer
         old = iter(answer_all(scorer, tokenizer, before, bar.update))
         new = iter(answer_all(scorer, tokenizer, after, bar.update))
     return [_outcome(case, old, new) for case in cases]
 
 
 def lay_edits(
-    run: LoadedRun, edits: Sequence[Sequence[RowRecipe]], layers: Sequence[int] | None = None
+    run: LoadedRun,
+    edits: Sequence[Sequence[RowRecipe]],
+    layers: Sequence[int] | None = None,
+    memory: str = STEM,
 ) -> LaidEdits:
     """The rows that each edit writes, beside the table instead of in it.
 
@@ -147,9 +154,10 @@ def lay_edits(
         InputError: layers without tables.
     """
     flat = [recipe for recipes in edits for recipe in recipes]
-    patch = make_patch(run, flat, layers=layers)
-    rows_ExSxF = read_rows(run, patch.ids)
-    columns = [run.config.model.stem_layers.index(layer) for layer in patch.layers.tolist()]
+    patch = make_patch(run, flat, layers=layers, memory=memory)
+    rows_ExSxF = read_rows(run, patch.ids, memory)
+    having = token_memory(run.config, memory).layers
+    columns = [having.index(layer) for layer in patch.layers.tolist()]
     rows_ExSxF[:, columns] = patch.after
     V = run.config.model.vocab_size
     keys, number = [], V
@@ -157,8 +165,8 @@ def lay_edits(
         keys.append({recipe.token_id: number + i for i, recipe in enumerate(recipes)})
         number += len(recipes)
     # No token id is led anywhere for all questions alike.
-    rows = OverlaidRows(run.rows[STEM], V, rows_ExSxF, np.full(len(flat), -1))
-    return LaidEdits(run.with_rows(STEM, rows), keys, rows)
+    rows = OverlaidRows(run.rows[memory], V, rows_ExSxF, np.full(len(flat), -1))
+    return LaidEdits(run.with_rows(memory, rows), keys, rows, memory)
 
 
 def _embedded(case: EditCase, recipes: Sequence[RowRecipe]) -> dict[int, int]:

@@ -1,8 +1,8 @@
 """Patches: edits of rows as small files, which leave the checkpoint alone.
 
-A safetensors file holds `ids` [n], `layers` [m] (of the model, all with tables), `before` and
-`after` [n, m, F] float32; its metadata are fingerprints of run and tokenizer, and a description.
-Reverting a patch is leaving it out.
+A safetensors file holds `ids` [n], `layers` [m] (of the model, all with rows), `before` and
+`after` [n, m, F] float32; its metadata are fingerprints of run and tokenizer, a description, and
+the memory, if that is not STEM's. Reverting a patch is leaving it out.
 """
 
 import dataclasses
@@ -19,18 +19,22 @@ import safetensors.numpy
 from stem_jax.checkpoints.files import check_outside
 from stem_jax.checkpoints.loading import LoadedRun
 from stem_jax.checkpoints.saved_model import SavedModel
-from stem_jax.config import ModelConfig
+from stem_jax.config import Config
 from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.editing.array_file import FLOAT32, INTEGERS, check_rows, read_arrays
 from stem_jax.editing.swaps import RowRecipe
 from stem_jax.errors import InputError
 from stem_jax.files import check_writable, write_whole
+from stem_jax.memory.catalogue import memories, table_specs
 from stem_jax.memory.memory import STEM
+from stem_jax.memory.token_memory import TokenMemory
 from stem_jax.tables.overlaid_rows import OverlaidRows
 from stem_jax.tables.row_source import RowSource, ServedRows
 from stem_jax.tables.spec import logical
 
 _FORMAT = "stem_jax patch 1"
+# Of another memory than STEM's, which format 1 does not know.
+_FORMAT_OF_MEMORY = "stem_jax patch 2"
 # Rows that are read at a time.
 _PIECE = 256
 _METADATA = ("format", "run", "tokenizer", "description")
@@ -42,7 +46,7 @@ class Patch:
 
     name: for messages. ids: [n] int32 token ids. layers: [m] int32 layers of the model. before,
     after: [n, m, F] float32. run: fingerprint of the checkpoint. tokenizer: its fingerprint.
-    description: what the edit was, for people.
+    description: what the edit was, for people. memory: whose rows they are.
     """
 
     name: str
@@ -53,13 +57,17 @@ class Patch:
     run: str
     tokenizer: str
     description: str
+    memory: str = STEM
 
     def save(self, path: str | Path) -> None:
         """Writes the file; raises InputError if it exists or cannot be written."""
         check_new(path)
         arrays = {name: getattr(self, name) for name in ("ids", "layers", "before", "after")}
-        values = (_FORMAT, self.run, self.tokenizer, self.description)
-        content = safetensors.numpy.save(arrays, dict(zip(_METADATA, values, strict=True)))
+        own = self.memory == STEM
+        values = (_FORMAT if own else _FORMAT_OF_MEMORY, self.run, self.tokenizer, self.description)
+        metadata = dict(zip(_METADATA, values, strict=True))
+        metadata |= {} if own else {"memory": self.memory}
+        content = safetensors.numpy.save(arrays, metadata)
         write_whole(path, content, "--save")
 
 
@@ -84,7 +92,8 @@ def read_patch(path: str | Path) -> Patch:
     path = Path(path)
     codes = {"ids": INTEGERS, "layers": INTEGERS, "before": FLOAT32, "after": FLOAT32}
     arrays, metadata = read_arrays(path, f"patch {path}", codes)
-    if metadata.get("format") != _FORMAT or arrays.keys() != codes.keys():
+    of_memory = metadata.get("format") == _FORMAT_OF_MEMORY and "memory" in metadata
+    if (metadata.get("format") != _FORMAT and not of_memory) or arrays.keys() != codes.keys():
         raise InputError(f"{path} is not a patch of stem_jax.edit; give a file that --save wrote")
     for name in ("ids", "layers"):
         arrays[name] = _distinct(arrays[name], f"patch {path}: {name}")
@@ -98,6 +107,7 @@ def read_patch(path: str | Path) -> Patch:
             )
         check_rows(arrays[name], f"patch {path}: {name} has", "make the patch again")
     described = {name: metadata.get(name, "") for name in ("run", "tokenizer", "description")}
+    described["memory"] = metadata["memory"] if of_memory else STEM
     values: dict[str, Any] = {**arrays, **described}
     return Patch(name=path.name, **values)
 
@@ -120,26 +130,25 @@ def _distinct(numbers: np.ndarray, where: str) -> np.ndarray:
 
 
 class PatchStack:
-    """Patches in the order in which they apply, on the rows of one checkpoint."""
+    """Patches in the order in which they apply, on the rows of one memory of a checkpoint."""
 
     def __init__(
         self,
         patches: Sequence[Patch],
         run: str,
         tokenizer: str,
-        model: ModelConfig,
+        memory: TokenMemory,
     ):
         """Args:
         run, tokenizer: fingerprints of the checkpoint.
-        model: its sizes.
+        memory: whose rows all of them write.
 
         Raises:
             InputError: a patch of another checkpoint or tokenizer, of tokens that it has not, of
                 layers without tables, or of another width.
         """
-        stem_layers, width = model.stem_layers, model.ffn_dim
         self._patches = list(patches)
-        self._places = {layer: place for place, layer in enumerate(stem_layers)}
+        self._places = {layer: place for place, layer in enumerate(memory.layers)}
         for patch in patches:
             if patch.tokenizer != tokenizer:
                 raise InputError(
@@ -151,17 +160,18 @@ class PatchStack:
                     f"patch {patch.name} was made for checkpoint {patch.run[:12]}, this is "
                     f"{run[:12]}; give the --step it was made from, or make it again"
                 )
-            if patch.ids.max() >= model.vocab_size:
+            if patch.ids.max() >= memory.num_keys:
                 raise InputError(
                     f"patch {patch.name} writes the rows of token {patch.ids.max()}, the model has "
-                    f"{model.vocab_size} tokens; make it again"
+                    f"{memory.num_keys} tokens; make it again"
                 )
             missing = [layer for layer in patch.layers.tolist() if layer not in self._places]
-            if missing or patch.after.shape[2] != width:
+            if missing or patch.after.shape[2] != memory.width:
+                of = "" if memory.name == STEM else f"{memory.name} "
                 raise InputError(
-                    f"patch {patch.name} writes rows of width {patch.after.shape[2]} in layers "
-                    f"{patch.layers.tolist()}; the model has tables of width {width} in layers "
-                    f"{list(stem_layers)}"
+                    f"patch {patch.name} writes {of}rows of width {patch.after.shape[2]} in layers "
+                    f"{patch.layers.tolist()}; the model has {of}tables of width {memory.width} in "
+                    f"layers {list(memory.layers)}"
                 )
 
     @property
@@ -209,36 +219,35 @@ def make_patch(
     name: str = "edit",
     description: str = "",
     base: Sequence[Patch] = (),
+    memory: str = STEM,
 ) -> Patch:
     """The patch that some recipes make.
 
     Args:
+        memory: whose rows are written.
         layers: of the model, in which rows are written; None: all with tables.
         scale: times the rows that are written.
         base: patches that apply before, from whose rows this one is made.
 
     Raises:
-        InputError: a dense model, layers without tables, a given row of another shape, or rows
-            that are not finite.
+        InputError: a model without this memory, one whose keys are no tokens, layers without
+            tables, a given row of another shape, or rows that are not finite.
     """
-    stem_layers = run.config.model.stem_layers
-    if not stem_layers:
-        others = ", ".join(run.rows)
-        what = f"has rows of {others} alone" if others else "is dense and has no rows to edit"
-        raise InputError(f"the model {what}; edits are made of STEM's, give a run with STEM layers")
-    chosen = tuple(stem_layers if layers is None else layers)
-    unknown = [layer for layer in chosen if layer not in stem_layers]
+    of_tokens = token_memory(run.config, memory)
+    having = of_tokens.layers
+    chosen = tuple(having if layers is None else layers)
+    unknown = [layer for layer in chosen if layer not in having]
     if unknown or not chosen or len(set(chosen)) < len(chosen):
         raise InputError(
             f"--layers={','.join(map(str, chosen))}: the layers with tables are "
-            f"{','.join(map(str, stem_layers))}; name some of them, each once"
+            f"{','.join(map(str, having))}; name some of them, each once"
         )
-    stack = stack_of(run, base)
+    stack = stack_of(run, base, memory)
     written = [recipe.token_id for recipe in recipes]
     read = sorted({*written, *(token for recipe in recipes for _, token in recipe.parts)})
-    rows_nxSxF = stack.apply(np.array(read), read_rows(run, np.array(read, np.int32)))
+    rows_nxSxF = stack.apply(np.array(read), read_rows(run, np.array(read, np.int32), memory))
     place_of = {token: place for place, token in enumerate(read)}
-    columns = [stem_layers.index(layer) for layer in chosen]
+    columns = [having.index(layer) for layer in chosen]
     S, F = rows_nxSxF.shape[1:]
     after = np.zeros((len(recipes), len(chosen), F), np.float32)
     for number, recipe in enumerate(recipes):
@@ -267,6 +276,28 @@ def make_patch(
         run=run.fingerprint,
         tokenizer=run.tokenizer.fingerprint,
         description=description,
+        memory=memory,
+    )
+
+
+def token_memory(config: Config, name: str) -> TokenMemory:
+    """A memory whose rows are tokens', which edits write.
+
+    Raises:
+        InputError: the model has no such memory, or keys that are no tokens.
+    """
+    found = memories(config)
+    if not found:
+        raise InputError("the model is dense and has no rows to edit; give a run with some")
+    memory = found.get(name)
+    if isinstance(memory, TokenMemory):
+        return memory
+    of_tokens = [other for other, of in found.items() if isinstance(of, TokenMemory)]
+    what = f"no {name} rows" if memory is None else f"{name} rows, but by hashes of several tokens"
+    remedy = " or ".join(f"--memory={other}" for other in of_tokens)
+    raise InputError(
+        f"the model has {what}; edits write rows of tokens, of which it has "
+        + (f"those of {', '.join(of_tokens)}: give {remedy}" if of_tokens else "none")
     )
 
 
@@ -280,23 +311,32 @@ def format_patch(patch: Patch, tokenizer: Tokenizer | None = None) -> str:
     tokens = ",".join(map(str, patch.ids.tolist()))
     if tokenizer is not None:
         tokens += f" ({' '.join(repr(tokenizer.decode([token])) for token in patch.ids.tolist())})"
+    rows = "rows" if patch.memory == STEM else f"{patch.memory} rows"
     return (
-        f"{patch.name}: {patch.description or 'rows'}; tokens {tokens}, layers {layers}, rows "
+        f"{patch.name}: {patch.description or 'rows'}; tokens {tokens}, layers {layers}, {rows} "
         "moved by "
         f"{moved.mean():.3f} (their norm {np.linalg.norm(patch.before, axis=-1).mean():.3f})"
     )
 
 
-def stack_of(run: LoadedRun, patches: Sequence[Patch]) -> PatchStack:
-    """The patches on a run; raises InputError if one was made for another."""
-    return PatchStack(patches, run.fingerprint, run.tokenizer.fingerprint, run.config.model)
+def stack_of(run: LoadedRun, patches: Sequence[Patch], memory: str = STEM) -> PatchStack:
+    """Those of the patches that write a memory; raises InputError if one was made for another."""
+    own = [patch for patch in patches if patch.memory == memory]
+    of_tokens = token_memory(run.config, memory)
+    return PatchStack(own, run.fingerprint, run.tokenizer.fingerprint, of_tokens)
 
 
 def edited_model(saved: SavedModel, patches: Sequence[Patch]) -> SavedModel:
     """The checkpoint with patched rows, for an export; raises as `edited_run`."""
     if not patches:
         return saved
-    stack = PatchStack(patches, saved.fingerprint, saved.tokenizer.fingerprint, saved.model)
+    # An export has STEM's rows alone, and refuses a run with others.
+    if others := sorted({patch.memory for patch in patches} - {STEM}):
+        raise InputError(
+            f"--edits write rows of {', '.join(others)}, which no export has; generate with them"
+        )
+    of_tokens = token_memory(saved.config, STEM)
+    stack = PatchStack(patches, saved.fingerprint, saved.tokenizer.fingerprint, of_tokens)
     return dataclasses.replace(saved, edits=stack)
 
 
@@ -310,20 +350,20 @@ def edited_run(run: LoadedRun, patches: Sequence[Patch], beside: Sequence[Patch]
     Raises:
         InputError: a patch for another checkpoint, or patches that conflict.
     """
-    if not (patches or beside):
-        return run
-    stack = stack_of(run, patches)
-    ids = stack_of(run, [*patches, *beside]).token_ids
-    rows = stack.apply(ids, read_rows(run, ids))
-    laid = OverlaidRows(run.rows[STEM], run.config.model.vocab_size, rows, ids)
-    return run.with_rows(STEM, laid)
+    for name in dict.fromkeys(patch.memory for patch in (*patches, *beside)):
+        stack = stack_of(run, patches, name)
+        ids = stack_of(run, [*patches, *beside], name).token_ids
+        rows = stack.apply(ids, read_rows(run, ids, name))
+        laid = OverlaidRows(run.rows[name], run.config.model.vocab_size, rows, ids)
+        run = run.with_rows(name, laid)
+    return run
 
 
-def read_rows(run: LoadedRun, ids_n: np.ndarray) -> np.ndarray:
+def read_rows(run: LoadedRun, ids_n: np.ndarray, memory: str = STEM) -> np.ndarray:
     """Rows [n, S, F] float32 of token ids, read in pieces: an offloaded table has few slots."""
-    size = min(_PIECE, run.config.tables.resident_rows or _PIECE)
+    size = min(_PIECE, table_specs(run.config)[memory].num_slots)
     pieces = [
-        _read_piece(run.rows[STEM], ids_n[at : at + size]) for at in range(0, len(ids_n), size)
+        _read_piece(run.rows[memory], ids_n[at : at + size]) for at in range(0, len(ids_n), size)
     ]
     return np.concatenate(pieces)
 

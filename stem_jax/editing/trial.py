@@ -18,6 +18,7 @@ from stem_jax.editing.report import (
     format_summary,
     summarize,
 )
+from stem_jax.memory.memory import STEM
 from stem_jax.result_folder import write_files
 
 _NAMES = {
@@ -43,6 +44,7 @@ class Trial:
     layers: tuple[int, ...] | None = None
     written: str = "rows"
     seed: int = 0
+    memory: str = STEM
 
     @property
     def name(self) -> str:
@@ -53,6 +55,8 @@ class Trial:
         parts.append(self.strategy)
         if self.layers is not None:
             parts.append("layers-" + "-".join(map(str, self.layers)))
+        if self.memory != STEM:
+            parts.append(self.memory)
         return "_".join(parts)
 
     @property
@@ -61,7 +65,10 @@ class Trial:
         where = "all layers with tables"
         if self.layers is not None:
             where = f"layers {', '.join(map(str, self.layers))}"
-        what = f"rows in {where}" if self.written == "rows" else "token embeddings instead of rows"
+        rows = "rows" if self.memory == STEM else f"{self.memory} rows"
+        what = (
+            f"{rows} in {where}" if self.written == "rows" else "token embeddings instead of rows"
+        )
         names = _NAMES[self.tokens] if self.source == FACTS else ""
         how = f" ({self.strategy})" if names or self.source != FACTS else ""
         return f"Edits{names} from {Path(self.source).name}{how}, percent: {what}"
@@ -162,10 +169,13 @@ def try_edits(
         strategy=trial.strategy,
         layers=trial.layers,
         written=trial.written,
+        memory=trial.memory,
         progress=progress,
     )
     found = None
     if with_fluency and trial.written == "rows":
         read = [outcome.case for outcome in outcomes if outcome.answer != NOT_READ]
-        found = fluency(run, read, trial.strategy, trial.layers) if read else None
+        found = (
+            fluency(run, read, trial.strategy, trial.layers, memory=trial.memory) if read else None
+        )
     return TrialResult(trial, run.step, run.fingerprint, outcomes, found, left_out, unfit)

@@ -53,10 +53,14 @@ class Scores:
 class Scorer:
     """Compiled programs that score sequences with one set of parameters."""
 
-    def __init__(self, run: LoadedRun, batch_size: int = 16):
-        """Raises InputError for a batch without sequences."""
+    def __init__(self, run: LoadedRun, batch_size: int = 16, keyed: str = STEM):
+        """Args: `keyed` is the memory whose rows `score` may be given keys of.
+
+        Raises InputError for a batch without sequences.
+        """
         check_batch_size(batch_size)
         self._run = run
+        self._keyed = keyed
         # Every shard of the batch has as many.
         self._batch_size = batch_size + -batch_size % axis_size(run.mesh, BATCH_AXES)
         # Nothing is differentiated here, so there is nothing to rematerialise. A scan would stack
@@ -86,8 +90,8 @@ class Scorer:
         Args:
             sequences: of 2 to `context` + 1 ids, the same in every process.
             on_scored: called with a number of sequences whenever that many more are done.
-            keys: of STEM's rows that are read at the ids of each sequence, as the run's source of
-                them knows them; None: the ids.
+            keys: of `keyed`'s rows that are read at the ids of each sequence, as the run's source
+                of them knows them; None: the ids.
 
         Raises:
             InputError: a sequence of another length, an unknown id, or batches with more distinct
@@ -135,7 +139,7 @@ class Scorer:
             jax.device_put(x, self._whole) for x in arrays
         )
         segment_ids_BxL = _within(lengths_B, length)
-        rows = self._rows.serve(tokens_BxL, segment_ids_BxL, keys={STEM: keys_BxL})
+        rows = self._rows.serve(tokens_BxL, segment_ids_BxL, keys={self._keyed: keys_BxL})
         return self.program(self._run.params, rows, tokens_BxL, targets_BxL, lengths_B, keys_BxL)
 
     def _bucket(self, length: int) -> int:
@@ -148,7 +152,7 @@ class Scorer:
         model = self._model.bind(params)
         positions_BxL = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), (B, L))
         segment_ids_BxL = _within(lengths_B, L)
-        dtype, keys = self._config.model.compute_dtype, {STEM: keys_BxL}
+        dtype, keys = self._config.model.compute_dtype, {self._keyed: keys_BxL}
         blocks, index = self._rows.blocks(rows, tokens_BxL, segment_ids_BxL, dtype, keys=keys)
         inputs = Inputs(tokens_BxL, positions_BxL, segment_ids_BxL, index)
         hidden_BxLxD = model(inputs, blocks).hidden

@@ -1,6 +1,5 @@
 """Files of patches and rows that others made, or that were damaged: refused before the work."""
 
-import types
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from stem_jax import edit
 from stem_jax.editing.patch import PatchStack, read_patch
 from stem_jax.editing.swaps import recipes_of
 from stem_jax.errors import InputError
+from stem_jax.memory.stem import StemMemory
 from tests.saved_models import BYTES
 
 METADATA = {"format": "stem_jax patch 1", "run": "r", "tokenizer": "t", "description": ""}
@@ -91,12 +91,11 @@ def test_what_is_no_patch(tmp_path):
 
 
 def test_tokens_that_the_model_has_not(tmp_path):
-    model = types.SimpleNamespace(stem_layers=(0, 1, 2), ffn_dim=4, vocab_size=9)
+    model = StemMemory(9, 4, (0, 1, 2))
     patch = read_patch(_write(tmp_path / "x"))
     with pytest.raises(InputError, match="patch x writes the rows of token 9, the model has 9 tok"):
         PatchStack([patch], "r", "t", model)
-    model.vocab_size = 10
-    PatchStack([patch], "r", "t", model)
+    PatchStack([patch], "r", "t", StemMemory(10, 4, (0, 1, 2)))
 
 
 def test_a_patch_that_cannot_be_saved_is_refused_before_the_work(tmp_path):

@@ -11,7 +11,6 @@ from stem_jax import analyze
 from stem_jax.checkpoints.checkpointer import Checkpointer, CheckpointInfo
 from stem_jax.checkpoints.files import LIST, damage
 from stem_jax.checkpoints.loading import checkpoint_fingerprint, load_run
-from stem_jax.editing.patch import make_patch
 from stem_jax.errors import InputError
 from stem_jax.memory.catalogue import memories, table_specs
 from stem_jax.run_checks import check_device_tables, check_hosts, device_table_bytes
@@ -40,7 +39,8 @@ def config(tiny_config):
     return tiny_config(**SIZES)
 
 
-def _save(folder, config, state) -> None:
+def save(folder, config, state) -> None:
+    """A checkpoint of step 0."""
     BYTES.save(folder / "tokenizer")
     touched = dict.fromkeys(state.tables, 0)
     info = CheckpointInfo(0, 0, 0, touched, BYTES.fingerprint, {"seed": 0}, config)
@@ -60,7 +60,7 @@ def folder(config, device_mesh, tmp_path_factory):
         )
         for name, table in state.tables.items()
     }
-    _save(folder, config, dataclasses.replace(state, tables=tables))
+    save(folder, config, dataclasses.replace(state, tables=tables))
     return folder
 
 
@@ -242,17 +242,6 @@ def test_settings_of_a_memory_that_is_not_there_have_their_own_range_alone(
             tiny_config(**keys)
 
 
-def test_rows_of_other_memories_are_not_edited(config, tiny_config):
-    @dataclasses.dataclass
-    class Run:
-        config: object
-        rows: dict
-
-    dense = tiny_config(**SIZES | {"model.stem_layers": "none"})
-    with pytest.raises(InputError, match="has rows of value, ngram alone; edits are made of STEM"):
-        make_patch(Run(dense, {"value": None, "ngram": None}), [])
-
-
 @pytest.mark.parametrize("section", ["value", "per_layer", "ngram"])
 def test_dense_adamw_rounds_no_rows_of_a_memory(tiny_config, section):
     keys = {f"{section}.row_format": "bfloat16", "tables.optimizer": "dense_adamw"}
@@ -266,7 +255,7 @@ def test_a_run_without_stem_is_analysed(tiny_config, device_mesh, tmp_path, caps
     """What its feed-forward layers read needs rows that an analysis of dense layers has not."""
     only = {"model.stem_layers": "none", "value.layers": "none", "per_layer.layers": "none"}
     config = tiny_config(**SIZES | only)
-    _save(tmp_path / "run", config, init_state(Blueprint(config, device_mesh((1, 1, 1)))))
+    save(tmp_path / "run", config, init_state(Blueprint(config, device_mesh((1, 1, 1)))))
     text = tmp_path / "text.txt"
     text.write_text("A text of some words, which is read. " * 40)
     analyze.main([f"--workdir={tmp_path / 'run'}", f"--text={text}"])
