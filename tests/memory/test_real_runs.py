@@ -1,0 +1,36 @@
+"""A few of the runs of `benchmarks.memories`: 60 steps of real text, wherever rows lie."""
+
+import pytest
+
+from benchmarks.memories import PROCESSES_MESH, Runs, compare
+
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    found = Runs(tmp_path_factory.mktemp("runs"), STEPS)
+    found.prepare()
+    return found
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("memory", "form", "meshes", "others"),
+    [
+        ("value", "bfloat16", [(1, 1, 1), (2, 2, 2)], False),
+        ("per_layer", "float32", [(1, 1, 1), (8, 1, 1)], False),
+        # The gate of `engram` takes meshes apart: each for itself.
+        ("stem + ngram", "float32", [(2, 2, 2)], False),
+        ("ngram", "bfloat16", [PROCESSES_MESH], True),
+        ("ngram to values", "float32", [(1, 1, 1), (2, 2, 2)], False),
+    ],
+    ids=["value", "per_layer", "stem + ngram", "ngram", "ngram to values"],
+)
+def test_runs_of_real_text(runs, memory, form, meshes, others):
+    """Bit for bit within a mesh, also if killed and of two processes; meshes by their losses."""
+    [record] = compare(runs, [memory], [form], meshes, others)
+    assert not [what for what in record.items() if what[1].startswith("NOT")]
+    judged = {name for name, what in record.items() if what.startswith("equal")}
+    rows = {f"rows, {','.join(map(str, mesh))}" for mesh in meshes}
+    assert judged == rows | ({"killed", "two processes"} if others else set())
