@@ -73,8 +73,9 @@ _TINY = {
 # The files that take longest, in seconds of CPU, begin; with --long, others do.
 _LONGEST_OF_LONG_FIRST = """
 multihost earlier offload step readme gpu_benchmark work_folder stacked_layers context_parallelism
-real_runs layer_plan offload_processes exchange_processes evaluation_tasks optimizers evaluation_processes
-plan llama_conversion levels_ahead float8 export offload_run fine_tuning tpu_pod_train slurm
+real_runs layer_plan offload_processes exchange_processes evaluation_tasks optimizers
+evaluation_processes plan llama_conversion levels_ahead float8 export offload_run fine_tuning
+tpu_pod_train slurm
 hash_moe stem_site memories cost table_memory gpu_plan exchange_hops needle_model
 """.split()
 _LONGEST_FIRST = """
