@@ -208,6 +208,11 @@ def sync_all(folder: Path) -> None:
     _sync(folder)
 
 
+def sync_folder(folder: Path) -> None:
+    """The names in a folder are on the disk, and those that were removed are gone from it."""
+    _sync(folder)
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from stem_jax.files import sync_folder
+
 _FILE_BYTES = 2**30
 # Of a table of any size there are so many files or, with saves, a few times as many.
 _MOST_FILES = 128
@@ -142,25 +144,26 @@ class DataFiles:
         """
         for number, part in self._by_file(places):
             at = places[part] - number * self._file_places
-            # A crash that tears the file is found by the checksums.
-            self._unsynced.add(number)
             for first, last in _spans(at, self._record_bytes):
                 self._write_span(number, at[first:last], records[part][first:last])
+            self._unsynced.add(number)
 
-    def written(self) -> set[int]:
-        """Numbers of the files that were written to since this was asked before."""
-        numbers, self._unsynced = self._unsynced, set()
-        return numbers
+    def unsynced(self) -> set[int]:
+        """Numbers of the files that were written to and may not be on the disk yet."""
+        return set(self._unsynced)
 
     def sync(self, numbers: set[int]) -> None:
         """What was written to these files is on the disk; `write` may go on meanwhile.
 
         Raises:
-            OSError: it could not be written; the next `written` names them again.
+            OSError: it could not be written.
         """
+        # What is written from now on names its file again.
+        self._unsynced -= numbers
         try:
             for number in sorted(numbers):
                 os.fsync(self._files[number])
+            sync_folder(self._folder)
         except OSError:
             self._unsynced |= numbers
             raise

@@ -116,8 +116,13 @@ class PlaceMaps:
 
     def last_needed(self) -> int:
         """The last place that somebody needs; -1 for none."""
-        at = np.flatnonzero(self._busy)
-        return 8 * int(at[-1]) + int(self._busy[at[-1]]).bit_length() - 1 if len(at) else -1
+        for end in range(len(self._busy), 0, -_MOST_SCAN):
+            first = max(0, end - _MOST_SCAN)
+            at = np.flatnonzero(self._busy[first:end])
+            if len(at):
+                byte = first + int(at[-1])
+                return 8 * byte + int(self._busy[byte]).bit_length() - 1
+        return -1
 
 
 def _resized(bits: np.ndarray, size: int) -> np.ndarray:

@@ -316,7 +316,7 @@ class RowFile:
     def _save(self, name: str, captured: Callable[[], None]) -> None:
         with self._writing:
             self._maps.keep(name)
-            written = self._files.written()
+            written = self._files.unsynced()
             count = self._index.count
             saved_rows.write_needed(self._folder, name, self._maps.saves[name])
             unsorted = None if self._index.is_sorted else self._unsorted(count)

@@ -10,7 +10,6 @@ while it is kept.
 """
 
 import json
-import os
 import re
 import shutil
 import zlib
@@ -20,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from stem_jax.errors import InputError
-from stem_jax.files import read_json, sync_all, write_whole
+from stem_jax.files import read_json, sync_all, sync_folder, write_whole
 from stem_jax.json_fields import Fields
 from stem_jax.tables.data_files import DataFiles
 from stem_jax.tables.row_record import Arrays, RowRecord
@@ -68,11 +67,7 @@ def seal(folder: Path, name: str, count: int) -> None:
 def remove(folder: Path, name: str) -> None:
     """A save that is no save any more, not even after a crash of the machine."""
     (folder / SAVES / f"{name}.json").unlink(missing_ok=True)
-    descriptor = os.open(folder / SAVES, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(folder / SAVES)
     shutil.rmtree(parts_of(folder, name), ignore_errors=True)
 
 
