@@ -1,6 +1,7 @@
 """What a folder of rows is refused for, and what is left after a kill, a torn file, a full disk."""
 
 import contextlib
+import errno
 import resource
 import shutil
 import signal
@@ -11,7 +12,7 @@ import pytest
 
 from stem_jax.errors import InputError
 from stem_jax.lock import Lock
-from stem_jax.tables import disk_space
+from stem_jax.tables import disk_index, disk_space
 from stem_jax.tables.row_file import RowFile
 from stem_jax.tables.row_folder import saved_rows
 from stem_jax.tables.row_record import RecordField, RowRecord
@@ -335,3 +336,26 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, num_rows):
     assert process.returncode == 0, out
     grown = int(out.split()[-1])
     assert grown < 2 * 2**20, f"{grown / 2**20:.1f} MiB"
+
+
+def test_a_full_disk_where_the_index_grows(tmp_path, monkeypatch):
+    """Nothing has changed, and the same rows are written once there is room."""
+    file = RowFile.create(tmp_path, RECORD, 2**31 - 1, FACTS)
+    file.write(ROWS[:3], values_of(ROWS[:3], 1))
+    mapped = disk_index.mapped_zeros
+
+    def full(path, size):
+        if path.name.endswith("numbers"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return mapped(path, size)
+
+    monkeypatch.setattr(disk_index, "mapped_zeros", full)
+    with pytest.raises(InputError, match=r"\(No space left on device\): it has .*saved stays usa"):
+        file.write(ROWS, values_of(ROWS, 2))
+    assert file.known(ROWS).tolist() == [row < 3 for row in ROWS.tolist()]
+    monkeypatch.setattr(disk_index, "mapped_zeros", mapped)
+    file.write(ROWS, values_of(ROWS, 2))
+    assert_all(file, 2)
+    assert len(list(tmp_path.glob("index-*"))) == 2
+    file.close()
+    assert not list(tmp_path.glob("index-*"))
