@@ -111,9 +111,10 @@ class DiskIndex:
         return self._hashed is None
 
     def close(self) -> None:
-        """Removes the scratch files; what is mapped stays until nobody has it."""
+        """Removes the scratch files. What is mapped takes disk until nobody has it."""
         for path in self._files:
             path.unlink(missing_ok=True)
+        self._hashed = self._direct = None
 
     def _allocate(self, most: int) -> None:
         self._generation += 1

@@ -106,8 +106,14 @@ class DiskRoom:
             if self.files.capacity + places > room:
                 raise self._full(wanted, f"{self._most_bytes} bytes are allowed")
             most_places = min(most_places, room)
+        goal = self.files.capacity + places
         try:
             self.files.grow(self.files.step(places, most_places))
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            # The last of the disk is less than a step.
+            self.files.grow(goal - self.files.capacity)
         finally:
             self.maps.set_capacity(self.files.capacity)
 

@@ -110,8 +110,7 @@ class PlaceMaps:
         self._num_busy = _count(self._busy)
 
     def go_to(self, name: str) -> None:
-        """The live rows are those of a save."""
-        self.live[:] = 0
+        """The live rows, of which there are none yet, are those of a save."""
         self.live[: len(self.saves[name])] = self.saves[name]
 
     def last_needed(self) -> int:

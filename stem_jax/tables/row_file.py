@@ -277,6 +277,8 @@ class RowFile:
             bits = saved_rows.read_needed(self._folder, name, self._maps.capacity)
             self._maps.put_save(name, bits)
         self._maps.go_to(save)
+        # What was written after the saves may have filled the disk.
+        self._room.cut()
         self._index.reserve(index.count)
         for rows, places in index.pieces():
             self._index.put(rows, places)

@@ -154,5 +154,7 @@ def released_on_error(held: Lock, folder: Path) -> Iterator[None]:
     except BaseException as error:
         held.release()
         if isinstance(error, OSError) and error.errno in FULL:
-            raise full_disk(folder, 0, 0, error.strerror or "no space left") from error
+            files = [path for path in folder.rglob("*") if path.is_file()]
+            taken = sum(path.stat().st_size for path in files)
+            raise full_disk(folder, taken, 2**20, error.strerror or "no space left") from error
         raise

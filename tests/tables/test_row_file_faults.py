@@ -164,8 +164,8 @@ def test_folders_that_have_rows_or_none(folder, tmp_path):
 
 def test_a_folder_that_another_run_uses_is_refused(folder):
     code = (
-        "import sys; from pathlib import Path; from stem_jax.lock import Lock\n"
-        "lock = Lock.take(Path(sys.argv[1]) / '.lock'); print('held', flush=True); input()"
+        "import sys, time; from pathlib import Path; from stem_jax.lock import Lock\n"
+        "lock = Lock.take(Path(sys.argv[1]) / '.lock'); print('held', flush=True); time.sleep(600)"
     )
     with child("-c", code, str(folder)) as process:
         assert process.stdout.readline() == "held\n"
@@ -255,6 +255,23 @@ def test_a_full_disk_is_said_and_what_was_saved_stays(folder):
         assert_all(file, np.where(ROWS < 20, 2, 1))
     with opened_again(folder, save="a") as file:
         assert_all(file, 1)
+
+
+def test_the_last_of_a_disk_is_used(folder):
+    """A step of the file's growth finds no room, what has to be written does."""
+    file = opened(folder, "b", most_saves=2)
+    room = file._maps.num_free
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    last = max((folder / "data").iterdir()).stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (last + RECORD.size, before[1]))
+    try:
+        some = ROWS[: room + 1]
+        file.write(some, values_of(some, 3))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert file._maps.num_free == 0
+    assert_all(file, np.select([np.isin(ROWS, some), ROWS < 20], [3, 2], 1))
+    file.close()
 
 
 def test_a_full_disk_ends_a_save_and_nothing_else(folder):
