@@ -26,6 +26,7 @@ from stem_jax.config import differing_keys, keys_of
 from stem_jax.config_keys import Role
 from stem_jax.editing.saved_tables import EditTable, read_edit_tables
 from stem_jax.errors import InputError
+from stem_jax.memory.catalogue import table_specs
 from stem_jax.memory.memory import STEM
 from stem_jax.model.cost import ParameterCount, count_parameters
 from stem_jax.training.run_data import reading_of
@@ -51,7 +52,9 @@ class Subject:
         """Loads a run; raises InputError as `load_run` does."""
         run = load_run(workdir, step, resident_rows, flag)
         clips = run.config.optimizer.clip_norm, run.config.tables.clip_norm
-        stability = read_stability(workdir, run.step, *clips)
+        specs = table_specs(run.config)
+        of_memories = {name: spec.clip_norm for name, spec in specs.items() if name != STEM}
+        stability = read_stability(workdir, run.step, *clips, of_memories)
         return cls(workdir, run, count_parameters(run.config), stability)
 
     def record(self) -> dict[str, Any]:

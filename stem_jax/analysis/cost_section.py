@@ -5,6 +5,7 @@ from stem_jax.analysis.analysis import Analysis
 from stem_jax.analysis.flop_check import checked_config
 from stem_jax.analysis.page import Beside, Block, Picture, Section, Table
 from stem_jax.analysis.readable import count
+from stem_jax.memory.memory import STEM
 
 _WITHIN = 0.02
 
@@ -18,9 +19,11 @@ def cost_section(found: Analysis) -> Section:
         for key in ("training_flops", "prefill_flops", "decode_flops", "read_bytes")
     }
     config = found.own.run.config
+    others = [name for name in found.own.run.rows if name != STEM]
+    dense_name = "the same without STEM layers" if others else "the dense model"
     if config.model.stem_layers:
         lead = (
-            f"Against the dense model this one saves {saved['training_flops']:.1%} of the FLOPs of "
+            f"Against {dense_name} this one saves {saved['training_flops']:.1%} of the FLOPs of "
             f"a trained token, {saved['prefill_flops']:.1%} of a prompt's, "
             f"{saved['decode_flops']:.1%} of a decoded token's and {saved['read_bytes']:.1%} of "
             "the bytes that decoding reads. "
@@ -32,8 +35,8 @@ def cost_section(found: Analysis) -> Section:
             Picture(
                 "cost",
                 plots.cost_by_stem_layers(patterns),
-                "Each layer that reads rows drops a third of its feed-forward matmuls, and with "
-                "them the reading of their weights.",
+                "Each STEM layer drops a third of its feed-forward matmuls, and with them the "
+                "reading of their weights." + (f" All have {' and '.join(others)}." * bool(others)),
             ),
             _parameters(found),
         ),
@@ -65,7 +68,7 @@ def _parameters(found: Analysis) -> Table:
         [_name(record), *(count(record[key]) for key in ("active", "table"))]
         for record in found.costs
     ]
-    note = "Every token uses the active ones, and of the tables one row."
+    note = "Every token uses the active ones, and of each table the rows of its keys."
     return Table(["STEM layers", "active", "tables"], rows, title="Parameters", note=note)
 
 

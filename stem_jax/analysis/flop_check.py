@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from stem_jax.config import Config, ModelConfig
+from stem_jax.config import MEMORY_SECTIONS, Config, ModelConfig
 from stem_jax.generation.generator import Generator
 from stem_jax.generation.sampling import Sampling, sample
 from stem_jax.memory.catalogue import memories, table_specs
@@ -80,6 +80,10 @@ def checked_config(config: Config) -> Config:
     first = kinds[:_MOST_LAYERS]
     if "stem" in kinds and "stem" not in first:
         first = (*first[:-1], "stem")
+    resident: dict[str, Any] = {
+        section: dataclasses.replace(getattr(config, section), resident_rows=None)
+        for section in ("tables", *MEMORY_SECTIONS)
+    }
     return dataclasses.replace(
         config,
         model=dataclasses.replace(
@@ -96,7 +100,7 @@ def checked_config(config: Config) -> Config:
             micro_batches=1,
             loss_chunk=train.seq_len,
         ),
-        tables=dataclasses.replace(config.tables, resident_rows=None),
+        **resident,
         mesh=config.mesh.on_one_device(),
     )
 

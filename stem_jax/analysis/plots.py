@@ -18,6 +18,8 @@ from stem_jax.analysis.stability import Stability
 
 # Two colours that stay apart for every kind of colour vision (Okabe and Ito), and a grey.
 ROWS, DENSE, GREY = "#0072B2", "#D55E00", "#6B7280"
+# Of STEM's tables and other memories, one after the other.
+MEMORIES = "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 _STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.titlesize": 12,

@@ -1,5 +1,6 @@
 """The sections of an analysis: what was found in words, with pictures and tables of the figures."""
 
+import itertools
 import math
 
 from stem_jax.analysis import plots
@@ -9,6 +10,9 @@ from stem_jax.analysis.geometry_section import geometry_section
 from stem_jax.analysis.page import Beside, Block, Picture, Section, Table
 from stem_jax.analysis.readable import count, plural
 from stem_jax.analysis.stability import LAST, NormSummary, Stability
+from stem_jax.config import Config
+from stem_jax.memory.catalogue import memories as memories_of
+from stem_jax.memory.memory import STEM, Memory
 
 FOOT = (
     "Made by python -m stem_jax.analyze. Every figure of this page stands in analysis.json beside "
@@ -20,13 +24,16 @@ def header(found: Analysis) -> tuple[str, str, list[tuple[str, str]]]:
     """Title, subtitle and facts of the page."""
     own, model = found.own, found.own.run.config.model
     train, parameters = own.run.config.train, own.parameters
-    layers = ", ".join(map(str, model.stem_layers)) or "none: a dense model"
+    memories = {name: of for name, of in memories_of(own.run.config).items() if name != STEM}
+    layers = ", ".join(map(str, model.stem_layers)) or "none"
+    layers += "" if model.stem_layers or memories else ": a dense model"
     shape = f"{model.num_layers} layers, D {model.embed_dim}, F {model.ffn_dim}"
     heads = f"{model.num_heads} heads, {model.num_kv_heads} for keys and values"
     facts = [
         ("checkpoint", f"step {own.run.step:,} of {train.steps:,}"),
         ("model", f"{shape}, {heads}"),
         ("STEM layers", layers),
+        *((f"{name} layers", _layers_of(own.run.config, of)) for name, of in memories.items()),
         ("vocabulary", f"{model.vocab_size:,} tokens ({own.run.tokenizer.kind})"),
         ("active parameters", count(parameters.active)),
         ("table parameters", count(parameters.table)),
@@ -38,6 +45,11 @@ def header(found: Analysis) -> tuple[str, str, list[tuple[str, str]]]:
         size = count(twin.parameters.total)
         facts.append(("dense twin", f"{twin.workdir}, step {twin.run.step:,}, {size} parameters"))
     return f"Inside {own.workdir}", f"Looked at with the text {found.text}", facts
+
+
+def _layers_of(config: Config, memory: Memory) -> str:
+    reading = [layer for layer in range(config.model.num_layers) if memory.reads(layer)]
+    return ", ".join(map(str, reading)) or "before the first"
 
 
 def sections_of(found: Analysis) -> list[Section]:
@@ -63,8 +75,8 @@ def _capacity(found: Analysis) -> Section:
     at = min(capacity.lengths, key=lambda c: abs(math.log(c.length / capacity.context)))
     first = capacity.overtakes()
     lead = (
-        f"A context of {at.length:,} tokens touches {count(at.parameters)} table parameters, "
-        f"{at.parameters / capacity.table:.1%} of all. A dense model has "
+        f"A context of {at.length:,} tokens touches {count(at.parameters)} parameters of STEM's "
+        f"tables, {at.parameters / capacity.table:.1%} of all of these. A dense model has "
         f"{count(capacity.replaced)} in the up projections of these layers, whatever the context; "
     )
     lead += (
@@ -126,12 +138,19 @@ def _training(found: Analysis) -> Section:
         (f"{name}, backbone", color, s.steps, s.backbone_norms)
         for name, color, s in runs
         if s.backbone
-    ] + [(f"{name}, tables", "#009E73", s.steps, s.table_norms) for name, _, s in runs if s.tables]
+    ] + [
+        (f"{name}, {part}", color, s.steps, norms)
+        for name, _, s in runs
+        for color, (part, norms) in zip(
+            itertools.cycle(plots.MEMORIES), [("tables", s.table_norms), *s.memory_norms.items()]
+        )
+        if norms
+    ]
     norms = Picture(
         "gradient_norms",
         plots.gradient_norms(series),
-        "Gradient norms of each logged step (faint) and their running median (bold); backbone and "
-        "tables are cut to their norms apart.",
+        "Gradient norms of each logged step (faint) and their running median (bold); the backbone "
+        "and each memory are cut to their norms apart.",
     )
     note = (
         "A spike is a loss above the median of the last 100 logged steps by more than six times "
@@ -181,9 +200,8 @@ def _norm_table(runs: list[tuple[str, str, Stability]], note: str) -> Table:
 
     rows = []
     for name, _, found in runs:
-        for part in ("backbone", "tables"):
-            if (norms := getattr(found, part)) is not None:
-                rows.append(row(f"{name}, {part}", norms))
+        parts = {"backbone": found.backbone, "tables": found.tables, **found.memories}
+        rows += [row(f"{name}, {part}", norms) for part, norms in parts.items() if norms]
     return Table(["", "median", "95th percentile", "largest", "clipped"], rows, note=note)
 
 
@@ -215,9 +233,12 @@ def _compared(found: Analysis) -> Section:
     sample = found.sample
     lead = (
         f"Frequencies are counted over {sample.tokens:,} tokens of {found.text}, which has "
-        f"{sample.distinct:,} distinct ones; vectors are those of {sample.seen:,} of these"
-        f"{'' if sample.seen < sample.distinct else ' (all)'}, drawn with equal chances."
+        f"{sample.distinct:,} distinct ones"
     )
+    if found.rows or found.means:
+        lead += f"; vectors are those of {sample.seen:,} of these"
+        lead += f"{'' if sample.seen < sample.distinct else ' (all)'}, drawn with equal chances"
+    lead += "."
     unseen = len(sample.ids) - sample.seen
     if found.rows and unseen:
         lead += f" Norms are shown of the rows of {unseen:,} tokens that it lacks, too."

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ class Stability:
     of validations. spikes: steps whose loss is one, see `SpikeCounter`. skipped: batches that
     changed nothing, as loss or gradients were not finite. last_loss: mean over the last LAST
     steps, as far as they are logged. backbone_norms, table_norms: [n]; empty where that part was
-    not trained. backbone, tables: their summaries.
+    not trained. backbone, tables: their summaries. memory_norms, memories: of memories beside
+    STEM's that were, by name.
     """
 
     steps: list[int]
@@ -48,6 +50,8 @@ class Stability:
     table_norms: list[float]
     backbone: NormSummary | None
     tables: NormSummary | None
+    memory_norms: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    memories: dict[str, NormSummary | None] = dataclasses.field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """As JSON, which has no nan: None."""
@@ -55,12 +59,17 @@ class Stability:
 
 
 def read_stability(
-    workdir: str | Path, step: int, clip_norm: float, table_clip_norm: float
+    workdir: str | Path,
+    step: int,
+    clip_norm: float,
+    table_clip_norm: float,
+    memory_clip_norms: Mapping[str, float] | None = None,
 ) -> Stability | None:
     """Reads `metrics.jsonl` of a work folder up to a step; None without training records.
 
     Args:
-        clip_norm, table_clip_norm: that gradients of backbone and tables were cut to.
+        clip_norm, table_clip_norm: that gradients of backbone and STEM's tables were cut to.
+        memory_clip_norms: likewise of other memories, by name.
     """
     records = [r for r in read_records(Path(workdir) / "metrics.jsonl") if r["step"] <= step]
     trained = [record for record in records if "train/loss" in record]
@@ -77,6 +86,12 @@ def read_stability(
         _column(trained, key) if key in trained[-1] else []
         for key in ("train/grad_norm", "train/table_grad_norm")
     )
+    clip_norms = memory_clip_norms or {}
+    memory_norms = {
+        name: _column(trained, key)
+        for name in clip_norms
+        if (key := f"train/{name}_grad_norm") in trained[-1]
+    }
     finite = [
         loss for at, loss in zip(steps, losses) if at > steps[-1] - LAST and math.isfinite(loss)
     ]
@@ -91,6 +106,8 @@ def read_stability(
         table_norms=table_norms,
         backbone=_summary(backbone_norms, clip_norm),
         tables=_summary(table_norms, table_clip_norm),
+        memory_norms=memory_norms,
+        memories={name: _summary(found, clip_norms[name]) for name, found in memory_norms.items()},
     )
 
 

@@ -51,6 +51,16 @@ def test_norms_are_summed_up(workdir):
     assert dense.tables is None and dense.table_norms == []
 
 
+def test_norms_of_memories_are_summed_up(workdir):
+    """Each against the norm that it is cut to; of those that were trained."""
+    folder = workdir(losses(), **{"train/value_grad_norm": 0.25, "train/ngram_grad_norm": 2.0})
+    clip_norms = {"value": 0.2, "ngram": 3.0, "per_layer": 1.0}
+    found = read_stability(folder, 80, 1.0, 1.0, clip_norms)
+    assert found.tables is None and found.memories.keys() == {"value", "ngram"}
+    assert found.memories["value"].clipped == 1.0 and found.memories["ngram"].clipped == 0.0
+    assert found.memory_norms["ngram"] == [2.0] * 80
+
+
 def test_steps_after_the_checkpoint_are_left_out(workdir):
     found = read_stability(workdir(losses()), 30, 1.0, 1.0)
     assert found.steps == list(range(1, 31)) and found.held_out == []

@@ -259,4 +259,7 @@ def test_a_run_without_stem_is_analysed(tiny_config, device_mesh, tmp_path, caps
     text = tmp_path / "text.txt"
     text.write_text("A text of some words, which is read. " * 40)
     analyze.main([f"--workdir={tmp_path / 'run'}", f"--text={text}"])
-    assert "no rows of STEM's, but of ngram" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "no rows of STEM's, but of ngram" in out and "vectors are those" not in out
+    page = (tmp_path / "run" / "analysis" / "index.html").read_text()
+    assert "ngram layers" in page and "a dense model" not in page
