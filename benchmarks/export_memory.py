@@ -56,7 +56,8 @@ def make_run(folder: Path) -> None:
     import jax
     import numpy as np
 
-    from stem_jax.checkpoints.checkpointer import Checkpointer, CheckpointInfo
+    from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
+    from stem_jax.checkpoints.checkpointer import Checkpointer
     from stem_jax.config_file import load_config
     from stem_jax.data.tokenizer import load_tokenizer
     from stem_jax.mesh import make_mesh

@@ -16,7 +16,8 @@ import time
 import jax
 
 from benchmarks.train_step import JaxStep, bench_config
-from stem_jax.checkpoints.checkpointer import Checkpointer, CheckpointInfo
+from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
+from stem_jax.checkpoints.checkpointer import Checkpointer
 
 
 def main() -> None:

@@ -88,12 +88,16 @@ def get_config() -> config_dict.ConfigDict:
     # Rows (with optimizer state) that the devices hold, over all shards; the others lie in host
     # memory and come when a batch needs them. None: all. Shards must divide it.
     config.tables.resident_rows = None
+    # Rows of those that host memory holds, over all shards; the others lie on disk, in the folder
+    # `disk` of each process's own machine. None: all.
+    config.tables.host_rows = None
+    config.tables.disk = None
     config.tables.prefetch = 2  # batches that the loop looks ahead; 0: it waits for each one's rows
     config.tables.cache_policy = "lfu"  # which rows stay: lfu (with aging) or lru
 
     # Memories beside STEM's, each with a table and an optimizer of its own (docs/memories.md). Of
     # each: the layers that read it, as model.stem_layers; and what is its own, where None is the
-    # value of tables.*, of betas that of optimizer.*. resident_rows None: all of its rows.
+    # value of tables.*, of betas that of optimizer.*. resident_rows, host_rows None: all.
     own = {
         "lr_multiplier": None,
         "weight_decay": None,
@@ -104,6 +108,7 @@ def get_config() -> config_dict.ConfigDict:
         "row_format": None,
         "moments": None,
         "resident_rows": None,
+        "host_rows": None,
     }
 
     # Value embeddings: v += 3 sigmoid(W x)_head * row of the token.

@@ -91,6 +91,8 @@ class TablesConfig:
     capacity: int | None = key(Role.HARMLESS)
     pad_multiple: int = key(Role.SHAPE)
     resident_rows: int | None = key(Role.HARMLESS)
+    host_rows: int | None = key(Role.HARMLESS, before=None)
+    disk: str | None = key(Role.HARMLESS, before=None, path=True)
     prefetch: int = key(Role.HARMLESS)
     cache_policy: str = key(Role.HARMLESS)
 
@@ -99,8 +101,8 @@ class TablesConfig:
 class MemoryConfig:
     """What a memory beside STEM's has of its own. layers: that read it; none: there is no such.
 
-    None takes the value of the same key of `tables`, betas that of `optimizer`; of resident_rows it
-    means all.
+    None takes the value of the same key of `tables`, betas that of `optimizer`; of resident_rows
+    and host_rows it means all.
     """
 
     layers: tuple[int, ...] = key(Role.SHAPE, written=_LAYERS, layers=True, before=())
@@ -113,6 +115,7 @@ class MemoryConfig:
     row_format: str | None = key(Role.FIXED, before=None)
     moments: str | None = key(Role.FIXED, before=None)
     resident_rows: int | None = key(Role.HARMLESS, before=None)
+    host_rows: int | None = key(Role.HARMLESS, before=None)
 
 
 @dataclasses.dataclass(frozen=True)

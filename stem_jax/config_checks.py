@@ -77,6 +77,7 @@ _OPTIONAL_POSITIVE = [
     "tables.init_std",
     "tables.capacity",
     "tables.resident_rows",
+    "tables.host_rows",
     "optimizer.schedule_steps",
     "eval.max_batches",
     "train.loss_chunk",
@@ -132,6 +133,7 @@ _OF_MEMORIES = {
     "row_format": (lambda v: v in _CHOICES["tables.row_format"], "float32 or bfloat16"),
     "moments": (lambda v: v in _CHOICES["tables.moments"], "adamw or rowwise"),
     "resident_rows": (lambda v: v > 0, "more than 0"),
+    "host_rows": (lambda v: v > 0, "more than 0"),
 }
 
 
@@ -247,6 +249,13 @@ def _check_rows(config: Config, section: str) -> None:
             "batch; tables.optimizer=dense_adamw moves every row in every step. Use "
             f"deferred_adamw, or leave {resident_key} unset"
         )
+    host_rows = config.value_of(f"{section}.host_rows")
+    for key in (resident_key, "tables.disk"):
+        if host_rows is not None and config.value_of(key) is None:
+            raise InputError(
+                f"{section}.host_rows={host_rows} keeps the other rows on disk, which needs {key}; "
+                f"set it, or leave {section}.host_rows unset"
+            )
     key1, key2 = map(key_of, ("beta1", "beta2"))
     beta1, beta2 = config.value_of(key1), config.value_of(key2)
     # Without a first moment no row coasts.

@@ -11,7 +11,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from stem_jax.checkpoints.checkpointer import FOLDER, Checkpointer, CheckpointInfo
+from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
+from stem_jax.checkpoints.checkpointer import FOLDER, Checkpointer
+from stem_jax.checkpoints.disk_tables import DiskTables, moved_to_disk
 from stem_jax.checkpoints.files import set_aside_damaged
 from stem_jax.checkpoints.loading import check_tokenizer
 from stem_jax.checkpoints.origin import Origin, begin_from, find_origin
@@ -35,6 +37,7 @@ from stem_jax.processes.stop_signal import StopSignal
 from stem_jax.processes.watchdog import Watchdog
 from stem_jax.run_checks import check_documents, check_first_start, check_mesh, check_tables
 from stem_jax.run_saves import RunSaves, data_record, owes_validation
+from stem_jax.tables.first_rows import FirstRows
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.prefetch import Prefetch
 from stem_jax.tables.spec import TableState
@@ -126,9 +129,11 @@ def _train(config: Config, workdir: Path, clock: StartClock, own_log: Path, lock
         # Closed in reverse: the last save reads the store, whose threads end before.
         watchdog = stack.enter_context(Watchdog(config.train.step_timeout, own_log))
         checkpoints = stack.enter_context(Checkpointer(workdir, keep=config.checkpoint.keep))
-        state, stores = _open_state(programs, checkpoints, info, origin)
+        disk = DiskTables(mesh, workdir, checkpoints.steps(), config.checkpoint.keep)
+        state, stores = _open_state(programs, checkpoints, disk, info, origin)
         prefetches, tables = {}, config.tables
         for name, store in stores.items():
+            stack.callback(store.close)
             prefetch = Prefetch(mesh, store, tables.cache_policy, tables.prefetch)
             prefetches[name] = stack.enter_context(prefetch)
             loaded = {name: TableState(**prefetch.load())}
@@ -138,6 +143,11 @@ def _train(config: Config, workdir: Path, clock: StartClock, own_log: Path, lock
         saves = RunSaves(
             config, workdir, lock, checkpoints, data.tokenizer, record, past, stores, prefetches
         )
+
+        def beat(place: str) -> None:
+            watchdog.beat(place)
+            checkpoints.tidy(stores)
+
         with StopSignal() as stop:
             loop = Loop(
                 config,
@@ -148,12 +158,13 @@ def _train(config: Config, workdir: Path, clock: StartClock, own_log: Path, lock
                 saves.save,
                 saves.add_validation,
                 stop,
-                watchdog.beat,
+                beat,
                 clock,
                 past,
             )
             state, validation, done = loop.run(state, owed)
             checkpoints.wait()
+            checkpoints.tidy(stores)
     if not done:
         log.info(f"stopped at step {int(state.step)}; the same command continues")
         return Ending.STOPPED
@@ -225,6 +236,7 @@ def _check_origin(origin: Origin | None, data: RunData) -> None:
 def _open_state(
     programs: TrainStep,
     checkpoints: Checkpointer,
+    disk: DiskTables,
     info: CheckpointInfo | None,
     origin: Origin | None,
 ) -> tuple[TrainState, dict[str, HostStore]]:
@@ -233,17 +245,23 @@ def _open_state(
     offloaded = {n: spec for n, spec in programs.reads.specs.items() if spec.offloaded}
     if origin is not None:
         log.info(origin.describe(config))
-        return begin_from(origin, programs)
+        state, stores = begin_from(origin, programs)
+        return state, moved_to_disk(disk, offloaded, stores)
     if info is None:
-        stores = {
-            name: HostStore.create(spec, table_key(config, name), mesh)
-            for name, spec in offloaded.items()
-        }
+        stores = {}
+        for name, spec in offloaded.items():
+            key = table_key(config, name)
+            if spec.on_disk:
+                stores[name] = disk.begin(spec, FirstRows.of(spec, key))
+            else:
+                stores[name] = HostStore.create(spec, key, mesh)
         return init_state(programs.blueprint), stores
-    stores = stores_for(info.config, offloaded, mesh, info.first_rows, info.touched_rows)
+    there = {n: spec for n, spec in offloaded.items() if disk.has(spec, info, n)}
+    stores = stores_for(info, {n: spec for n, spec in offloaded.items() if n not in there}, mesh)
+    stores |= {name: disk.reopen(spec, info, name) for name, spec in there.items()}
     state = checkpoints.restore(info.step, abstract_state(programs.blueprint), stores)
     log.info(f"resuming from step {info.step}")
-    return state, stores
+    return state, moved_to_disk(disk, offloaded, stores)
 
 
 def _latest(workdir: Path) -> CheckpointInfo | None:

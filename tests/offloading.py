@@ -12,7 +12,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from stem_jax.checkpoints.checkpointer import Checkpointer, CheckpointInfo
+from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
+from stem_jax.checkpoints.checkpointer import Checkpointer
 from stem_jax.config import Config
 from stem_jax.mesh import axis_size
 from stem_jax.tables.host_store import HostStore

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stem_jax.checkpoints.checkpointer import Checkpointer, CheckpointInfo
+from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
+from stem_jax.checkpoints.checkpointer import Checkpointer
 from stem_jax.checkpoints.loading import LoadedRun
 from stem_jax.data.tokenizer import Tokenizer, load_tokenizer
 from stem_jax.generation.generator import Generator

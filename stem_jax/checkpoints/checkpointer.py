@@ -7,7 +7,6 @@ are stored whole, so a checkpoint restores on any mesh; a step folder appears un
 only when it is complete.
 """
 
-import dataclasses
 import functools
 import json
 import warnings
@@ -19,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
 from stem_jax.checkpoints.files import (
     BEST,
     FOLDER,
@@ -42,9 +42,12 @@ from stem_jax.checkpoints.store_handler import table_handler
 from stem_jax.checkpoints.tables import (
     Stores,
     copies_of_tables,
+    disks_of,
     first_rows_of,
     first_rows_record,
     needed_items,
+    save_name,
+    saved_disks,
     saved_stores,
     table_layouts,
     table_targets,
@@ -58,38 +61,11 @@ from stem_jax.data.special_tokens import SpecialTokens
 from stem_jax.errors import InputError
 from stem_jax.memory.catalogue import MEMORIES, table_specs
 from stem_jax.processes.agreement import is_first, unanimous
-from stem_jax.tables.first_rows import FirstRows
+from stem_jax.tables.disk_store import DiskStore
 from stem_jax.tables.spec import TableState
 from stem_jax.tables.store_snapshot import StoreSnapshot
-from stem_jax.training.past_updates import NO_PAST, PastUpdates
+from stem_jax.training.past_updates import PastUpdates
 from stem_jax.training.state import TrainState
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointInfo:
-    """The plain part of a checkpoint.
-
-    step: batches consumed. updates: optimizer updates completed. bad_steps: skipped batches in a
-    row. touched_rows: of each memory, rows that some update had. tokenizer: fingerprint of the one
-    whose ids key the tables. data: seed, sources. past: see `schedule.learning_rates`.
-    owes_validation: a stop came before the validation of this step. special: the special tokens of
-    the tokenizer; None in checkpoints that did not say yet. first_rows: of memories whose written
-    rows alone are saved, how the others are made. format: that it was read in; what is saved has
-    the newest.
-    """
-
-    step: int
-    updates: int
-    bad_steps: int
-    touched_rows: dict[str, int]
-    tokenizer: str
-    data: dict[str, Any]
-    config: Config
-    past: PastUpdates = NO_PAST
-    owes_validation: bool = False
-    special: SpecialTokens | None = None
-    first_rows: dict[str, FirstRows] = dataclasses.field(default_factory=dict)
-    format: int = FORMAT_VERSION
 
 
 class Checkpointer:
@@ -131,6 +107,8 @@ class Checkpointer:
             self.folder, options=options, handler_registry=registry
         )
         self._snapshots: dict[str, StoreSnapshot] = {}
+        # Steps that were there when rows on disk were last dropped.
+        self._tidied: list[int] = []
         # The step under way, and its validation loss.
         self._saving: tuple[int, float | None] | None = None
 
@@ -201,15 +179,6 @@ class Checkpointer:
                 }
             ),
             "config": ocp.args.JsonSave(json.loads(info.config.to_json())),
-            "layout": ocp.args.JsonSave(
-                {
-                    "format": FORMAT_VERSION,
-                    **table_layouts(info.config),
-                    **first_rows_record(stores or {}),
-                    "tokenizer": info.tokenizer,
-                    "special_tokens": None if info.special is None else info.special.record(),
-                }
-            ),
         }
         metrics = None if eval_loss is None else {BEST: eval_loss}
         started = False
@@ -221,9 +190,20 @@ class Checkpointer:
             items["params"] = ocp.args.StandardSave(params)
             items["opt_state"] = ocp.args.StandardSave(plain(opt_state))
             stores = stores or {}
-            for name, store in stores.items():
+            self.tidy(stores)
+            layout = {
+                "format": FORMAT_VERSION,
+                **table_layouts(info.config),
+                **first_rows_record(stores),
+                **saved_disks(stores, info.step),
+                "tokenizer": info.tokenizer,
+                "special_tokens": None if info.special is None else info.special.record(),
+            }
+            items["layout"] = ocp.args.JsonSave(layout)
+            in_memory = {n: s for n, s in stores.items() if not isinstance(s, DiskStore)}
+            for name, store in in_memory.items():
                 self._snapshots[name] = store.snapshot()
-            items |= saved_stores(stores, self._snapshots)
+            items |= saved_stores(in_memory, self._snapshots)
             resident = {name: table for name, table in state.tables.items() if name not in stores}
             # No snapshots to close: nobody writes to copies, which are gone once they are on disk.
             copies = copies_of_tables(info.config, resident)
@@ -236,6 +216,15 @@ class Checkpointer:
         finally:
             if not started:
                 self._drop_snapshots()
+
+    def tidy(self, stores: Stores) -> None:
+        """Drops the rows on disk that no checkpoint needs any more, unless a save is under way."""
+        steps = self._manager.all_steps()
+        if not self._manager.is_saving_in_progress() and self._tidied != steps:
+            for store in stores.values():
+                if isinstance(store, DiskStore):
+                    store.keep([save_name(step) for step in steps])
+            self._tidied = list(steps)
 
     def add_eval_loss(self, step: int, loss: float) -> None:
         """Gives a checkpoint, in every process, the loss that it was saved without.
@@ -279,11 +268,13 @@ class Checkpointer:
             tokenizer=layout["tokenizer"],
             special=self._special(step, layout.get("special_tokens")),
             first_rows=first_rows_of(layout, memories),
+            disk=disks_of(layout, memories),
             data=data,
             config=config,
             format=layout["format"],
         )
-        if missing := [name for name in needed_items(config) if not (folder / name).is_dir()]:
+        needed = needed_items(config, info.disk)
+        if missing := [name for name in needed if not (folder / name).is_dir()]:
             raise self._damaged(step, f"without {', '.join(missing)}")
         for name, value in table_layouts(config).items():
             if layout.get(name) != value:
@@ -303,7 +294,7 @@ class Checkpointer:
             InputError: no such checkpoint, or a damaged one; a store then holds parts of it.
         """
         info = self.info(step)
-        targets, passing = table_targets(info.config, abstract.tables, stores, info.first_rows)
+        targets, passing = table_targets(info, abstract.tables, stores)
         params, opt_state = param_targets((abstract.params, abstract.opt_state))
         items = {
             "params": ocp.args.StandardRestore(params),
@@ -339,7 +330,7 @@ class Checkpointer:
         Tables for which there is a store are read into it as `restore` does, and not returned.
         """
         info = self.info(step)
-        targets, passing = table_targets(info.config, abstract.tables, stores, info.first_rows)
+        targets, passing = table_targets(info, abstract.tables, stores)
         items = {"params": ocp.args.StandardRestore(param_targets(abstract.params))}
         found = self._restore(step, items | targets)
         params = current_tree(found["params"], info.format, info.config.model)

@@ -12,9 +12,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from stem_jax.checkpoints.checkpointer import FOLDER, Checkpointer, CheckpointInfo
+from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
+from stem_jax.checkpoints.checkpointer import FOLDER, Checkpointer
 from stem_jax.checkpoints.inference_mesh import inference_mesh
-from stem_jax.checkpoints.tables import stores_for
+from stem_jax.checkpoints.tables import first_rows, stores_for
 from stem_jax.config import MEMORY_SECTIONS, Config, keys_of, model_keys
 from stem_jax.config_checks import validate
 from stem_jax.config_keys import Role
@@ -22,6 +23,7 @@ from stem_jax.data.tokenizer import Tokenizer, load_tokenizer_folder
 from stem_jax.errors import InputError
 from stem_jax.memory.catalogue import memories, read_row_format
 from stem_jax.memory.memory import STEM
+from stem_jax.tables.disk_store import DiskStore
 from stem_jax.tables.offloaded_rows import OffloadedRows, caught_up_store
 from stem_jax.tables.row_source import ResidentRows, RowSource
 from stem_jax.tables.sharded_table import ShardedTable
@@ -173,7 +175,12 @@ def load_run(
         config, mesh = inference_mesh(_reading_config(info.config, resident_rows), devices)
         validate(config)
         blueprint = Blueprint(config, mesh)
-        stores = stores_for(info.config, blueprint.specs, mesh, info.first_rows, info.touched_rows)
+        specs = blueprint.specs
+        stores = stores_for(info, {n: s for n, s in specs.items() if n not in info.disk}, mesh)
+        for name, saved in info.disk.items():
+            spec = specs[name]
+            if spec.offloaded:
+                stores[name] = DiskStore.to_read(spec, mesh, first_rows(info, name, spec), saved)
         abstract = abstract_state(blueprint)
         # Nothing is updated here: the copies that training reads are enough.
         # Where they lie is said, too: else they would go to the first device of process 0.
@@ -187,7 +194,7 @@ def load_run(
     rows: dict[str, RowSource] = {}
     for name, spec in blueprint.specs.items():
         history, row_format = schedule.tables[name], read_row_format(config, spec)
-        if name in stores and spec.made_when_asked:
+        if name in stores and stores[name].first is not None:
             # Not all at once: of a large table few are asked for.
             policy = config.tables.cache_policy
             rows[name] = OffloadedRows(stores[name], mesh, policy, info.updates, history)

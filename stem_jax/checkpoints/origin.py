@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from stem_jax.checkpoints.checkpointer import FOLDER, Checkpointer, CheckpointInfo
+from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
+from stem_jax.checkpoints.checkpointer import FOLDER, Checkpointer
 from stem_jax.checkpoints.tables import stores_for
 from stem_jax.config import MEMORY_SECTIONS, Config, keys_of
 from stem_jax.config_keys import Role
@@ -143,14 +144,12 @@ def begin_from(origin: Origin, programs: TrainStep) -> tuple[TrainState, dict[st
     config, mesh, info = programs.config, programs.mesh, origin.info
     abstract = abstract_state(programs.blueprint)
     if origin.continues:
-        stores = stores_for(
-            info.config, programs.reads.specs, mesh, info.first_rows, info.touched_rows
-        )
+        stores = stores_for(info, programs.reads.specs, mesh)
         with Checkpointer(origin.folder, read_only=True) as checkpoints:
             return checkpoints.restore(info.step, abstract, stores), stores
     specs, fresh = _specs_there(info.config, config), grafted(info.config, config)
     histories = make_schedule(info.config, info.updates + 1, past=info.past).tables
-    stores = stores_for(info.config, specs, mesh, info.first_rows, info.touched_rows)
+    stores = stores_for(info, specs, mesh)
     old = dataclasses.replace(
         abstract,
         params={n: p for n, p in abstract.params.items() if reader_of(n) not in fresh},
@@ -211,10 +210,13 @@ def _specs_there(there: Config, here: Config) -> dict[str, TableSpec]:
         there.tables,
         vocab_axes=here.tables.vocab_axes,
         resident_rows=here.tables.resident_rows,
+        host_rows=None,
     )
     own = {
         section: dataclasses.replace(
-            getattr(there, section), resident_rows=getattr(here, section).resident_rows
+            getattr(there, section),
+            resident_rows=getattr(here, section).resident_rows,
+            host_rows=None,
         )
         for section in MEMORY_SECTIONS
     }

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 
-from stem_jax.checkpoints.checkpointer import CheckpointInfo
+from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
 from stem_jax.checkpoints.loading import checkpoint_fingerprint, open_checkpoint
 from stem_jax.checkpoints.older_formats import current_array
 from stem_jax.config import Config, ModelConfig

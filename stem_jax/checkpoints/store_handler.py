@@ -24,7 +24,8 @@ import tensorstore as ts
 from orbax.checkpoint import type_handlers
 from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals
 
-from stem_jax.tables.host_store import HostBlock, HostStore
+from stem_jax.tables.host_block import HostBlock
+from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.store_snapshot import NUMBERS, StoreSnapshot, chunk_rows, few_chunk_rows
 
 # Pieces of an item that are read or written at a time.

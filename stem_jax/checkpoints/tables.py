@@ -7,21 +7,25 @@ import dataclasses
 import functools
 import json
 from collections.abc import Container, Iterable
+from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
 from stem_jax.checkpoints.files import table_items
 from stem_jax.checkpoints.store_handler import StoreField, few_rows_of, store_args
 from stem_jax.config import Config
 from stem_jax.memory.catalogue import table_specs
 from stem_jax.memory.memory import STEM, prefix
 from stem_jax.processes.agreement import exchange
+from stem_jax.tables.disk_store import DiskStore
 from stem_jax.tables.first_rows import FirstRows
 from stem_jax.tables.host_memory import available_host_bytes, check_host_memory
 from stem_jax.tables.host_store import HostStore
+from stem_jax.tables.saved_disk import DiskBlock, SavedDisk, pour_saved
 from stem_jax.tables.spec import TableSpec, TableState
 from stem_jax.tables.store_snapshot import NUMBERS, StoreSnapshot
 from stem_jax.training.state import table_key
@@ -29,10 +33,13 @@ from stem_jax.training.state import table_key
 Stores = dict[str, HostStore]
 
 
-def needed_items(config: Config) -> list[str]:
-    """The items of all tables; of rows that stay as they are, the optimizer keeps nothing."""
-    specs = table_specs(config).items()
-    return [item for name, spec in specs for item in table_items(name)[: len(spec.fields)]]
+def needed_items(config: Config, disk: Container[str] = ()) -> list[str]:
+    """The items of all tables; of rows that stay as they are, the optimizer keeps nothing.
+
+    disk: memories whose rows are on disk.
+    """
+    specs = {name: spec for name, spec in table_specs(config).items() if name not in disk}
+    return [item for name, spec in specs.items() for item in table_items(name)[: len(spec.fields)]]
 
 
 def copies_of_tables(config: Config, tables: dict[str, TableState]) -> Stores:
@@ -45,47 +52,45 @@ def copies_of_tables(config: Config, tables: dict[str, TableState]) -> Stores:
 
 
 def table_targets(
-    config: Config,
-    tables: dict[str, TableState],
-    stores: Stores | None,
-    first_rows: dict[str, FirstRows],
+    info: CheckpointInfo, tables: dict[str, TableState], stores: Stores | None
 ) -> tuple[dict[str, Any], Stores]:
     """Where the items of tables are restored to, and the stores that those without one pass.
 
+    Rows that a checkpoint has on disk are read now, into the stores that are in memory.
+
     Args:
-        config: of the checkpoint.
+        info: of the checkpoint.
         tables: abstract arrays.
         stores: of some of them.
-        first_rows: of those of which the checkpoint has some rows alone; see `CheckpointInfo`.
     """
-    specs, stores = table_specs(config), stores or {}
+    specs, stores = table_specs(info.config), stores or {}
     others = {name: table for name, table in tables.items() if name not in stores}
     passing = {
         name: HostStore.zeros(*_placed_as(specs[name], table)) for name, table in others.items()
     }
-    found = stores | passing
-    for name, store in found.items():
-        if name not in first_rows:
+    targets = {}
+    for name, store in (stores | passing).items():
+        if isinstance(store, DiskStore):
+            # As it was saved, see `stores_for`.
+            continue
+        if name not in info.first_rows:
             store.keep_all()
         elif store.first is None:
-            store.fill(first_rows[name])
-    return _targets(found, first_rows), passing
+            store.fill(info.first_rows[name])
+        if name in info.disk:
+            pour_saved(specs[name], info.disk[name], store)
+        else:
+            targets[name] = store
+    return _targets(targets, info.first_rows), passing
 
 
-def stores_for(
-    config: Config,
-    specs: dict[str, TableSpec],
-    mesh: Mesh,
-    first_rows: dict[str, FirstRows],
-    touched_rows: dict[str, int],
-) -> Stores:
-    """Stores of offloaded tables, for the items of a checkpoint to be read into.
+def stores_for(info: CheckpointInfo, specs: dict[str, TableSpec], mesh: Mesh) -> Stores:
+    """Stores of offloaded tables, in memory, for the items of a checkpoint to be read into.
 
     Args:
-        config: of the checkpoint.
+        info: of the checkpoint.
         specs: of the tables.
         mesh: where their device side lies.
-        first_rows, touched_rows: of the checkpoint, see `CheckpointInfo`.
 
     Raises:
         InputError: the host has too little memory.
@@ -94,16 +99,21 @@ def stores_for(
     for name, spec in specs.items():
         if not spec.offloaded:
             continue
-        if not spec.made_when_asked:
+        if not spec.made_when_asked and name not in info.first_rows:
             stores[name] = HostStore.allocate(spec, mesh)
             continue
+        spec = dataclasses.replace(spec, host_rows=None)
         # Beside the touched ones, those that slots began with.
-        some = min(spec.num_rows, touched_rows[name] + spec.num_slots)
-        needed = HostStore.peak_bytes(spec, mesh, some if name in first_rows else None)
+        some = min(spec.num_rows, info.touched_rows[name] + spec.num_slots)
+        needed = HostStore.peak_bytes(spec, mesh, some if name in info.first_rows else None)
         check_host_memory(needed, available_host_bytes(), specs=[spec])
-        first = first_rows.get(name) or FirstRows.of(spec, table_key(config, name))
-        stores[name] = HostStore.empty(spec, mesh, first)
+        stores[name] = HostStore.empty(spec, mesh, first_rows(info, name, spec))
     return stores
+
+
+def first_rows(info: CheckpointInfo, name: str, spec: TableSpec) -> FirstRows:
+    """How the rows of a memory are made that its checkpoint has not."""
+    return info.first_rows.get(name) or FirstRows.of(spec, table_key(info.config, name))
 
 
 def tables_on_devices(stores: Stores, tables: dict[str, TableState]) -> dict[str, TableState]:
@@ -112,6 +122,45 @@ def tables_on_devices(stores: Stores, tables: dict[str, TableState]) -> dict[str
         name: TableState(**store.on_devices(_placed(tables[name].rows)[1]))
         for name, store in stores.items()
     }
+
+
+def save_name(step: int) -> str:
+    """Of the rows on disk that the checkpoint of a step has."""
+    return f"step-{step}"
+
+
+def saved_disks(stores: Stores, step: int) -> dict[str, Any]:
+    """Saves the rows of stores on disk, in every process; the record of it for the checkpoint.
+
+    Raises:
+        InputError: the disk is full in one of the processes.
+    """
+    disks = {name: store for name, store in stores.items() if isinstance(store, DiskStore)}
+    if not disks:
+        return {}
+
+    def own_part() -> bytes:
+        blocks = {}
+        for name, store in disks.items():
+            store.save(save_name(step))
+            blocks[name] = [dataclasses.asdict(DiskBlock.of(block)) for block in store.blocks]
+        return json.dumps(blocks).encode()
+
+    parts = [json.loads(part) for part in exchange(own_part)]
+    return {
+        f"{prefix(name)}_disk": {
+            "folder": str(Path(store.spec.disk or "").absolute()),
+            "name": save_name(step),
+            "blocks": [block for part in parts for block in part[name]],
+        }
+        for name, store in disks.items()
+    }
+
+
+def disks_of(record: dict[str, Any], names: Iterable[str]) -> dict[str, SavedDisk]:
+    """The reverse, of those of these memories that have rows on disk."""
+    found = {name: record.get(f"{prefix(name)}_disk") for name in names}
+    return {name: SavedDisk.from_record(disk) for name, disk in found.items() if disk is not None}
 
 
 def saved_stores(stores: Stores, snapshots: dict[str, StoreSnapshot]) -> dict[str, Any]:

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stem_jax.checkpoints.checkpointer import Checkpointer, CheckpointInfo
+from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
+from stem_jax.checkpoints.checkpointer import Checkpointer
 from stem_jax.checkpoints.files import check_outside
 from stem_jax.config import Config, ModelConfig, before, model_keys
 from stem_jax.config_file import config_from_json, load_config

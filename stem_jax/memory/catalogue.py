@@ -6,12 +6,13 @@ A new one is a file with its keys, a section of the configuration, and an entry 
 import dataclasses
 import zlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from stem_jax.config import TAKEN_KEYS, Config
 from stem_jax.data.loader import KeysOf
 from stem_jax.errors import InputError
-from stem_jax.memory.memory import INPUT_LAYER, STEM, Memory
+from stem_jax.memory.memory import INPUT_LAYER, STEM, Memory, prefix
 from stem_jax.memory.ngram import EMBEDDING, NGRAM, NGramMemory
 from stem_jax.memory.per_layer import PER_LAYER, PerLayerMemory
 from stem_jax.memory.stem import StemMemory
@@ -164,7 +165,8 @@ def _table_spec(memory: Memory, config: Config) -> TableSpec:
 
     # Keys of several tokens are hashes: spread over all numbers as they are.
     layout = TableLayout(memory.num_keys, tables.pad_multiple, spread=memory.reach > 0)
-    resident = tables.resident_rows if own is None else own.resident_rows
+    of_rows = tables if own is None else own
+    resident, in_memory = of_rows.resident_rows, of_rows.host_rows
     # What refusals call it.
     named: dict[str, Any] = {}
     if own is not None:
@@ -188,6 +190,8 @@ def _table_spec(memory: Memory, config: Config) -> TableSpec:
         clip_norm=chosen("clip_norm"),
         capacity=tables.capacity,
         resident_rows=resident if resident and resident < layout.num_rows else None,
+        host_rows=in_memory if in_memory and in_memory < layout.num_rows else None,
+        disk=tables.disk and str(Path(tables.disk) / prefix(name)),
         row_format=chosen("row_format"),
         moments=chosen("moments"),
         rounding_seed=zlib.crc32(f"{name} {config.train.seed}".encode()),

@@ -25,9 +25,10 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from stem_jax.tables.first_rows import FirstRows
+from stem_jax.tables.host_block import Arrays, HostBlock, local_blocks
 from stem_jax.tables.host_memory import available_host_bytes, check_host_memory
 from stem_jax.tables.kept_rows import KeptRows, reserved
 from stem_jax.tables.spec import (
@@ -38,64 +39,15 @@ from stem_jax.tables.spec import (
     stored_shape,
     table_shardings,
 )
-from stem_jax.tables.store_snapshot import NUMBERS, StoreSnapshot, kept_bytes
+from stem_jax.tables.store_snapshot import StoreSnapshot, kept_bytes
 
 # Rows that are made at a time where all are.
 _MADE_ROWS = 2**14
 # Of a row that is kept: its number, and its entries in an index half to a quarter full.
 _BOOK_BYTES = 36
 
-Arrays = dict[str, np.ndarray]
 # Of one shard or of all: the fields of a `TableState`, or some of them.
 DeviceArrays = dict[str, jax.Array]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class HostBlock:
-    """One shard of a table: a range of rows by a range of columns.
-
-    Attributes:
-        index: in the store's `blocks`.
-        shard: number of the row shard along the spec's vocab_axes.
-        row_range, column_range: of the whole table.
-        devices: of this process, that hold the shard on the device side.
-        saves: fields that this process writes to a checkpoint; shards that several processes have
-            are written by the one with the lowest device.
-        saves_rest: whether it writes what belongs to these rows whatever their columns.
-        arrays: by field, [rows, S, columns] or [rows]; see `TableSpec.fields`.
-        kept: which rows lie in the arrays, and where; None: all, each at its own number.
-    """
-
-    index: int
-    shard: int
-    row_range: range
-    column_range: range
-    devices: tuple[jax.Device, ...]
-    saves: frozenset[str]
-    saves_rest: bool
-    arrays: Arrays = dataclasses.field(repr=False)
-    kept: KeptRows | None = dataclasses.field(default=None, repr=False)
-
-    @property
-    def saved(self) -> frozenset[str]:
-        """`saves`, and the numbers of the rows."""
-        return self.saves | ({NUMBERS} if self.saves_rest else frozenset())
-
-    @property
-    def count(self) -> int:
-        """Rows that lie in the arrays, at their first places."""
-        return len(self.row_range) if self.kept is None else self.kept.count
-
-    def places(self, rows: np.ndarray) -> np.ndarray:
-        """[n] where distinct rows [n] int64 of this block lie, which are kept from now on."""
-        return rows if self.kept is None else self.kept.places(rows)
-
-    def used(self) -> Arrays:
-        """The arrays as far as rows lie in them, and, of some rows alone, their `NUMBERS`."""
-        if self.kept is None:
-            return self.arrays
-        used = {NUMBERS: self.kept.numbers, **self.arrays}
-        return {name: array[: self.kept.count] for name, array in used.items()}
 
 
 class HostStore:
@@ -207,7 +159,7 @@ class HostStore:
 
         rows: of the whole table that are kept at most, where rows are made when they are asked for.
         """
-        blocks = _local_blocks(spec, mesh)
+        blocks = local_blocks(spec, mesh)
         if not spec.made_when_asked or rows is None:
             return sum(
                 math.prod(_block_shape(spec, block, field)) * np.dtype(field.dtype).itemsize
@@ -215,7 +167,7 @@ class HostStore:
                 for field in _fields(spec, moments)
             )
         # Hashes fall on all shards alike; their numbers, and where they are found, come with rows.
-        share = min(1.0, rows / spec.num_rows)
+        share = min(rows, spec.num_rows, spec.host_rows or spec.num_rows) / spec.num_rows
         whole = HostStore.needed_bytes(spec, mesh, moments=moments)
         return math.ceil(share * (whole + _BOOK_BYTES * sum(len(b.row_range) for b in blocks)))
 
@@ -223,7 +175,7 @@ class HostStore:
     def peak_bytes(cls, spec: TableSpec, mesh: Mesh, rows: int | None = None) -> int:
         """Bytes of a store with moments while it is saved and goes on changing."""
         needed = cls.needed_bytes(spec, mesh, rows=rows)
-        return needed + kept_bytes(needed)
+        return needed + (0 if spec.on_disk else kept_bytes(needed))
 
     def on_devices(self, mesh: Mesh) -> DeviceArrays:
         """The whole table on the devices, field by field; the store is empty after that."""
@@ -255,20 +207,31 @@ class HostStore:
             IndexError: a number is not within the block.
         """
         _check_rows(block, rows)
-        places, made = rows, np.empty(0, np.int64)
+        if block.tier is not None:
+            block.tier.gather(rows, out, functools.partial(self._made, block))
+            return
+        places, missing = rows, np.empty(0, np.int64)
         if block.kept is not None:
             places = block.kept.find(rows)
-            made = np.flatnonzero(places < 0)
+            missing = np.flatnonzero(places < 0)
         for name, array in block.arrays.items():
             # mode="clip" copies straight into `out`, with the GIL released.
             np.take(array, places, axis=0, out=out[name][: len(rows)], mode="clip")
-            if len(made):
-                out[name][made] = 0
-        if len(made):
-            assert self.first is not None, "rows that are not kept can be made"
-            first = self.first.made(self.spec, rows[made] + block.row_range.start)
-            columns = slice(block.column_range.start, block.column_range.stop)
-            out["rows"][made] = first[:, :, columns]
+        if len(missing):
+            for name, made in self._made(block, rows[missing]).items():
+                out[name][missing] = made
+
+    def _made(self, block: HostBlock, rows: np.ndarray) -> Arrays:
+        """Rows of a block that nobody has written, by field."""
+        assert self.first is not None, "rows that are not kept can be made"
+        arrays = block.arrays.items()
+        made = {
+            name: np.zeros((len(rows), *array.shape[1:]), array.dtype) for name, array in arrays
+        }
+        columns = slice(block.column_range.start, block.column_range.stop)
+        first = self.first.made(self.spec, rows + block.row_range.start)
+        made["rows"][:] = first[:, :, columns]
+        return made
 
     def write(self, block: HostBlock, rows: np.ndarray, values: Arrays) -> None:
         """Stores rows that came back from the device. Waits where a snapshot's reader is behind.
@@ -282,12 +245,22 @@ class HostStore:
             IndexError: a number is not within the block.
         """
         _check_rows(block, rows)
+        if block.tier is not None:
+            block.tier.write(rows, values)
+            return
         with self._writing() as snapshot:
             places = block.places(rows)
             if snapshot is not None:
                 snapshot.keep(block.index, places)
             for name, array in block.arrays.items():
                 array[places] = values[name][: len(rows)]
+
+    def close(self) -> None:
+        """Gives back what is open; memory alone needs nothing."""
+
+    def take_counts(self) -> dict[str, int]:
+        """Metrics of rows that are not in memory, since the last call; here there are none."""
+        return {}
 
     def snapshot(self) -> StoreSnapshot:
         """The store at this moment, for a save that runs while `write` goes on.
@@ -358,37 +331,8 @@ def _with_arrays(
                 for field in _fields(spec, moments)
             },
         )
-        for block in _local_blocks(spec, mesh)
+        for block in local_blocks(spec, mesh)
     )
-
-
-def _local_blocks(spec: TableSpec, mesh: Mesh) -> list[HostBlock]:
-    """The distinct shards on this process's devices, without memory."""
-    shape = spec.shape("rows")
-    sharding = NamedSharding(mesh, spec.logical_spec)
-    holders: dict[tuple[range, range], list[jax.Device]] = {}
-    for device, index in sharding.devices_indices_map(shape).items():
-        rows, _, columns = (
-            range(*part.indices(size)) for part, size in zip(index, shape, strict=True)
-        )
-        holders.setdefault((rows, columns), []).append(device)
-    lowest = {ranges: min(device.id for device in found) for ranges, found in holders.items()}
-    blocks: list[HostBlock] = []
-    for rows, columns in sorted(holders, key=lambda ranges: (ranges[0].start, ranges[1].start)):
-        devices = holders[rows, columns]
-        local = tuple(d for d in devices if d.process_index == jax.process_index())
-        if not local:
-            continue
-        ids = {device.id for device in local}
-        whole = lowest[rows, columns] in ids
-        # What has no columns: of all shards with these rows, one writes it.
-        first = min(device for (r, _), device in lowest.items() if r == rows) in ids
-        saves = {f.name for f in spec.fields if (whole if "F" in f.axes else first)}
-        shard = rows.start // len(rows)
-        blocks.append(
-            HostBlock(len(blocks), shard, rows, columns, local, frozenset(saves), first, {})
-        )
-    return blocks
 
 
 def _is_cpu(mesh: Mesh) -> bool:

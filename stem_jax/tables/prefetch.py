@@ -26,10 +26,9 @@ from jax.sharding import Mesh, NamedSharding
 from stem_jax.errors import InputError
 from stem_jax.mesh import axis_size
 from stem_jax.tables.asked_rows import AskedRows
+from stem_jax.tables.host_block import Arrays, HostBlock
 from stem_jax.tables.host_store import (
-    Arrays,
     DeviceArrays,
-    HostBlock,
     HostStore,
     shards_on,
 )

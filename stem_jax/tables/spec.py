@@ -56,6 +56,8 @@ class TableSpec:
         weight_decay, beta1, beta2, epsilon, clip_norm: AdamW of the rows.
         capacity: rows per pair of devices and round of the exchange; None chooses.
         resident_rows: rows that the devices hold together; None for all.
+        host_rows: rows that host memory holds of those, over all shards; None for all.
+        disk: folder that has the others, of each process's machine.
         row_format: dtype of the rows, and of AdamW's moments: float32, or bfloat16, to which
             updates are rounded at random (`rounding`).
         moments: `ADAMW`, mu and nu for every number; `ROWWISE`, a v for every vector.
@@ -79,6 +81,8 @@ class TableSpec:
     clip_norm: float
     capacity: int | None
     resident_rows: int | None = None
+    host_rows: int | None = None
+    disk: str | None = None
     row_format: str = "float32"
     moments: str = ADAMW
     rounding_seed: int = 0
@@ -104,7 +108,12 @@ class TableSpec:
     @property
     def made_when_asked(self) -> bool:
         """Whether the host keeps the rows alone that were written: most hashed keys never come."""
-        return self.layout.spread
+        return self.layout.spread or self.on_disk
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether some rows are on disk."""
+        return self.offloaded and self.host_rows is not None
 
     @property
     def num_slots(self) -> int:

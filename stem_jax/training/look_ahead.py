@@ -178,5 +178,6 @@ def _measured(prefetch: Prefetch, tickets: list[Ticket]) -> dict[str, np.float64
         "missing_bytes": missing * prefetch.row_bytes,
         "transfer_seconds": sum(ticket.seconds for ticket in tickets),
         "stall_seconds": prefetch.take_stall(),
+        **prefetch.store.take_counts(),
     }
     return {name: np.float64(value) for name, value in values.items()}

@@ -13,7 +13,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from stem_jax.checkpoints import store_handler
-from stem_jax.checkpoints.checkpointer import Checkpointer, CheckpointInfo
+from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
+from stem_jax.checkpoints.checkpointer import Checkpointer
 from stem_jax.errors import InputError
 from stem_jax.memory.catalogue import table_specs
 from stem_jax.tables import store_snapshot

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from stem_jax.checkpoints.checkpointer import Checkpointer, CheckpointInfo
+from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
+from stem_jax.checkpoints.checkpointer import Checkpointer
 from stem_jax.checkpoints.files import (
     FORMAT_VERSION,
     FORMATS,

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from stem_jax.checkpoints import store_handler
-from stem_jax.checkpoints.checkpointer import Checkpointer, CheckpointInfo
+from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
+from stem_jax.checkpoints.checkpointer import Checkpointer
 from stem_jax.checkpoints.tables import stores_for
 from stem_jax.memory.catalogue import table_specs
 from stem_jax.tables import store_snapshot
@@ -73,7 +74,7 @@ def test_they_go_anywhere(fresh, train_step, hashed, tmp_path, places):
         target, info = abstract_state(there.blueprint), checkpoints.info(1)
         assert info.first_rows == {"stem": FirstRows.of(store.spec, table_key(step.config))}
         offloaded = train_step(places[1], **{"tables.resident_rows": 64}).reads.specs
-        stores = stores_for(info.config, offloaded, there.mesh, info.first_rows, info.touched_rows)
+        stores = stores_for(info, offloaded, there.mesh)
         checkpoints.restore(1, target, stores)
         table = checkpoints.restore(1, target).tables["stem"]
     found = stores["stem"]
@@ -103,7 +104,7 @@ def test_tables_that_were_resident_are_kept_whole(fresh, train_step, hashed, tmp
         info = checkpoints.info(1)
         assert info.first_rows == {}
         specs = train_step((1, 1, 1), **{"tables.resident_rows": 64}).reads.specs
-        stores = stores_for(info.config, specs, step.mesh, {}, info.touched_rows)
+        stores = stores_for(info, specs, step.mesh)
         checkpoints.restore(1, abstract_state(step.blueprint), stores)
         [block] = stores["stem"].blocks
         assert block.count == stores["stem"].spec.num_rows
@@ -127,7 +128,7 @@ def test_the_key_is_the_checkpoint_s(fresh, train_step, hashed, tmp_path):
         checkpoints.wait()
         info = checkpoints.info(1)
         specs = train_step((1, 1, 1), **{"tables.resident_rows": 64}).reads.specs
-        stores = stores_for(info.config, specs, step.mesh, info.first_rows, info.touched_rows)
+        stores = stores_for(info, specs, step.mesh)
     np.testing.assert_array_equal(
         store_arrays(stores["stem"])["rows"], first.made(store.spec, np.arange(store.spec.num_rows))
     )

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from stem_jax.checkpoints.checkpointer import Checkpointer, CheckpointInfo
+from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
+from stem_jax.checkpoints.checkpointer import Checkpointer
 from stem_jax.training.schedule import make_schedule
 from stem_jax.training.state import abstract_state, init_state
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from stem_jax import cli, generate
-from stem_jax.checkpoints.checkpointer import Checkpointer, CheckpointInfo
+from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
+from stem_jax.checkpoints.checkpointer import Checkpointer
 from stem_jax.checkpoints.loading import load_run
 from stem_jax.data.sentencepiece_training import train_sentencepiece
 from stem_jax.data.tokenizer import load_tokenizer

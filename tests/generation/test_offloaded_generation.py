@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stem_jax.checkpoints.checkpointer import Checkpointer, CheckpointInfo
+from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
+from stem_jax.checkpoints.checkpointer import Checkpointer
 from stem_jax.checkpoints.loading import load_run
 from stem_jax.data.tokenizer import load_tokenizer
 from stem_jax.errors import InputError

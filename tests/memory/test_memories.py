@@ -12,7 +12,8 @@ import pytest
 from flax import nnx
 
 from stem_jax.checkpoints import checkpointer as checkpoint
-from stem_jax.checkpoints.checkpointer import Checkpointer, CheckpointInfo
+from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
+from stem_jax.checkpoints.checkpointer import Checkpointer
 from stem_jax.generation.generator import Generator
 from stem_jax.memory import catalogue
 from stem_jax.memory.memory import NO_TOKEN

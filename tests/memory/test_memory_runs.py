@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from stem_jax import analyze
-from stem_jax.checkpoints.checkpointer import Checkpointer, CheckpointInfo
+from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
+from stem_jax.checkpoints.checkpointer import Checkpointer
 from stem_jax.checkpoints.files import LIST, damage
 from stem_jax.checkpoints.loading import checkpoint_fingerprint, load_run
 from stem_jax.errors import InputError

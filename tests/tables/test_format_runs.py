@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from stem_jax.checkpoints.checkpointer import Checkpointer, CheckpointInfo
+from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
+from stem_jax.checkpoints.checkpointer import Checkpointer
 from stem_jax.checkpoints.loading import load_run
 from stem_jax.checkpoints.origin import begin_from, find_origin
 from stem_jax.checkpoints.saved_model import open_saved_model

@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from stem_jax.checkpoints.checkpointer import Checkpointer, CheckpointInfo
+from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
+from stem_jax.checkpoints.checkpointer import Checkpointer
 from stem_jax.checkpoints.files import LIST, damage
 from stem_jax.memory.catalogue import table_specs
 from stem_jax.tables.host_store import HostStore

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from stem_jax.checkpoints.checkpointer import Checkpointer, CheckpointInfo
+from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
+from stem_jax.checkpoints.checkpointer import Checkpointer
 from stem_jax.config import Config
 from stem_jax.config_file import config_from_json
 from stem_jax.memory.catalogue import table_specs

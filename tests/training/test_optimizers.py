@@ -10,7 +10,8 @@ import optax
 import optax.contrib
 import pytest
 
-from stem_jax.checkpoints.checkpointer import Checkpointer, CheckpointInfo
+from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
+from stem_jax.checkpoints.checkpointer import Checkpointer
 from stem_jax.config_checks import _CHOICES
 from stem_jax.config_file import load_config
 from stem_jax.errors import InputError
