@@ -154,6 +154,22 @@ def test_disk_is_bounded_over_a_long_run(tmp_path, small):
     file.close()
 
 
+def test_files_grow_until_half_of_them_is_free(tmp_path, small):
+    """Then what changes goes to free places between the others, however many saves there may be."""
+    rng = np.random.default_rng(0)
+    file = RowFile.create(tmp_path, RECORD, 1000, FACTS, most_saves=10)
+    rows = np.arange(1000)
+    file.write(rows, values_of(rows, 0))
+    for version in range(1, 100):
+        some = rng.permutation(rows)[:50]
+        file.write(some, values_of(some, version))
+        file.save(str(version))
+        file.kept([str(version)])
+    capacity = (file.num_bytes - file._other_bytes()) // RECORD.size
+    assert 1900 < capacity < 2200
+    file.close()
+
+
 def test_files_that_nobody_needs_go(tmp_path, small):
     file = RowFile.create(tmp_path, RECORD, MANY, FACTS)
     rows = np.arange(300)
