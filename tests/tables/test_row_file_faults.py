@@ -101,6 +101,10 @@ def test_a_torn_index_is_refused(folder, name, fault):
     reason = {"flip": "has the checksum", "cut": "bytes, expected", "gone": "is missing"}[fault]
     with pytest.raises(InputError, match=rf"a/{name}, of a save of rows, .*{reason}.*; give ano"):
         opened(folder)
+    if fault != "flip" or name == "needed.npy":
+        # What this save needs is not known, and must not be written to.
+        with pytest.raises(InputError, match=f"a/{name}, of a save"):
+            opened(folder, "b")
     if fault == "flip":
         # Who reads a save makes no pass over it.
         save = saved_rows(folder, RECORD, 100, FACTS, "a")
@@ -271,6 +275,23 @@ def test_the_last_of_a_disk_is_used(folder):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert file._maps.num_free == 0
     assert_all(file, np.select([np.isin(ROWS, some), ROWS < 20], [3, 2], 1))
+    file.close()
+
+
+def test_places_of_a_failed_write_are_free(folder, monkeypatch):
+    file = opened(folder, "b", most_saves=2)
+    file.write(ROWS, values_of(ROWS, 3))
+    free = file._maps.num_free
+
+    def fail(places, records):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(file._files, "write", fail)
+        with pytest.raises(InputError, match="No space left on device"):
+            file.write(ROWS[:10], values_of(ROWS[:10], 4))
+    assert file._maps.num_free >= free
+    assert_all(file, 3)
     file.close()
 
 
