@@ -131,6 +131,17 @@ def test_rows_that_are_asked_for_stay(tiers):
     assert tiers.counts.from_disk == before + 50
 
 
+def test_a_hand_that_comes_round_twice_takes_no_row_twice(tiers):
+    """Of 100 rows 90 were asked for, and 50 have to go."""
+    rows, others = np.arange(100), np.arange(100, 150)
+    tiers.write(rows, values_of(rows, 1))
+    gathered(tiers, rows[10:])
+    tiers.write(others, values_of(others, 2))
+    assert tiers.counts.evicted == 50
+    every = np.concatenate([rows, others])
+    assert_versions(gathered(tiers, every), every, np.where(every < 100, 1, 2))
+
+
 def test_rows_that_only_came_from_disk_are_not_written_back(tiers):
     rows = np.arange(100)
     tiers.write(rows, values_of(rows, 1))
