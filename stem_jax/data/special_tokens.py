@@ -231,7 +231,7 @@ def _find_eos(
         )
     raise InputError(
         f"{vocabulary.where} has no end-of-text token that is marked special, and no file beside "
-        "it names one: name it by --eos=TOKEN"
+        "it names one: name it by --eos=TOKEN where text is prepared"
     )
 
 

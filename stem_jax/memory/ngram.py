@@ -84,7 +84,7 @@ class NGramMemory:
             raise InputError(
                 f"an ngram memory needs the id of eos, at which n-grams end, and eos_id="
                 f"{self.eos_id} is none of the {self.vocab_size} ids of the vocabulary; use a "
-                "tokenizer that has an eos token"
+                "tokenizer that has an eos token, or set ngram.eos_id to one of them"
             )
         # First by what they are at least: large primes would take long to find.
         least = len(self.layers) * self.keys_of_layer * self.keys_per_head

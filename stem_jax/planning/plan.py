@@ -147,9 +147,8 @@ def make_plan(
     bound, cycles = None, None
     if chip is not None and module is not None and traffic is not None:
         if not naive_lookup:
-            loads = [table.load for table in tables.values() if table.load is not None]
-            link = total_seconds([load.link_seconds for load in loads])
-            bound = roofline(config, topology, chip, collectives, traffic, link or 0.0)
+            of_tables = [total_seconds(tables, wire) or 0.0 for wire in ("link", "books")]
+            bound = roofline(config, topology, chip, collectives, traffic, *of_tables)
         cycles = make_account(module, collectives, topology, chip) if account else None
     remedies = table_remedies(tables, table_specs(config)) if crowded else ()
     if not on_chip:

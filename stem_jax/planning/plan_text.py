@@ -132,6 +132,7 @@ def _roofline_lines(plan: Plan) -> list[str]:
         "interconnect": bounds.interconnect,
         "network": bounds.network,
         "link": bounds.link,
+        "books": bounds.books,
     }
     listed = ", ".join(f"{name} {1e3 * value:,.1f} ms" for name, value in times.items())
     network = (

@@ -20,7 +20,8 @@ class Roofline:
 
     compute: all matmuls, recomputation included. hbm: traffic with the chip's memory. interconnect:
     collectives within slices. network: collectives between slices. link: rows between host memory
-    and the chip, of tables that are not resident. step: the largest of them; binds: its name.
+    and the chip, of tables that are not resident. books: of their slots, on the host; what a core
+    took, and no bound. step: the largest of them; binds: its name.
     tokens_per_second: of the whole pod. mfu: model FLOPs (no recomputation) over the peak, that of
     8-bit floats where projections multiply them.
     """
@@ -30,6 +31,7 @@ class Roofline:
     interconnect: float
     network: float
     link: float
+    books: float
     step: float
     binds: str
     tokens_per_second: float
@@ -70,13 +72,14 @@ def roofline(
     collectives: list[Collective],
     hbm_bytes: int,
     link: float = 0.0,
+    books: float = 0.0,
 ) -> Roofline:
     """The bounds for a compiled step.
 
     Args:
         collectives: of one chip and step.
         hbm_bytes: bytes of one chip and step.
-        link: see `Roofline`; 0 where it is not known.
+        link, books: see `Roofline`; 0 where it is not known.
     """
     chips = topology.chips_per_slice * topology.slices
     model_flops, _ = step_flops(config)
@@ -87,6 +90,7 @@ def roofline(
         "interconnect": sum(ici_seconds(c, topology, chip) for c in collectives),
         "network": sum(network_seconds(c, chip) for c in collectives),
         "link": link,
+        "books": books,
     }
     binds = max(seconds, key=seconds.__getitem__)
     step = seconds[binds]

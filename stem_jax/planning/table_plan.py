@@ -17,6 +17,9 @@ from stem_jax.planning.topology import Topology
 from stem_jax.tables.sharded_table import ShardedTable
 from stem_jax.tables.spec import TableSpec, check_host_rows
 
+# What tables need beside the matmuls, by its name in a plan.
+WIRES = ("interconnect", "network", "link", "books")
+
 
 @dataclasses.dataclass(frozen=True)
 class TableBytes:
@@ -38,14 +41,15 @@ class TableBytes:
 
 @dataclasses.dataclass(frozen=True)
 class TableBounds:
-    """Seconds per step, see `Roofline`: of all matmuls, and of what all tables send. link: between
-    host memory and a device. None where a peak figure is not known. binds: the largest.
+    """Seconds per step, see `Roofline`: of all matmuls, and of what all tables need. None where a
+    peak figure is not known. binds: the largest.
     """
 
     compute: float
     interconnect: float | None
     network: float | None
     link: float | None
+    books: float | None
     binds: str
 
 
@@ -182,17 +186,14 @@ def table_remedies(tables: dict[str, TableBytes], specs: dict[str, TableSpec]) -
 
 
 def _bounds(config: Config, mesh: Mesh, chip: Chip, tables: dict[str, TableBytes]) -> TableBounds:
-    loads = [table.load for table in tables.values() if table.load is not None]
     compute = matmul_seconds(config, mesh.devices.size, chip)
-    wires = {
-        wire: total_seconds([getattr(load, f"{wire}_seconds") for load in loads])
-        for wire in ("interconnect", "network", "link")
-    }
+    wires = {name: total_seconds(tables, name) for name in WIRES}
     known = {"compute": compute, **{n: value for n, value in wires.items() if value is not None}}
     return TableBounds(compute, **wires, binds=max(known, key=known.__getitem__))
 
 
-def total_seconds(parts: list[float | None]) -> float | None:
-    """Their sum, None where one is not known."""
-    known = [part for part in parts if part is not None]
-    return sum(known) if len(known) == len(parts) else None
+def total_seconds(tables: dict[str, TableBytes], wire: str) -> float | None:
+    """Of all tables on one of the `WIRES`; None where one is not known."""
+    loads = [table.load for table in tables.values() if table.load is not None]
+    parts = [getattr(load, f"{wire}_seconds") for load in loads]
+    return None if None in parts else sum(parts)

@@ -1,7 +1,7 @@
 """Tables of a plan as text to read."""
 
 from stem_jax.planning.table_load import DEVICE, HOST, TableLoad, Tier
-from stem_jax.planning.table_plan import TableBytes, TablesPlan, overfull
+from stem_jax.planning.table_plan import WIRES, TableBytes, TablesPlan, overfull
 
 _INDENT = " " * 13
 # Of each tier: where rows lie, and what has a share of them.
@@ -78,6 +78,7 @@ def _load_lines(name: str, load: TableLoad) -> list[str]:
             f"with a hit rate of {load.hit_rate:.3f}: {bytes_text(load.entering_bytes)} from the "
             f"host to a chip, {bytes_text(load.leaving_bytes)} back with the lists of rows"
         )
+        lines.append(f"each process keeps books of {load.booked_rows:,} rows a step")
     return lines
 
 
@@ -93,13 +94,14 @@ def _bound_lines(plan: TablesPlan) -> list[str]:
     matmuls = f"{plan.all_flops / 1e12:,.1f} TFLOP of matmuls on all chips"
     if bounds is None or peaks is None:
         return [f"bounds       none: no published peak figures for {plan.device_kind}; {matmuls}"]
-    wires = {name: getattr(bounds, name) for name in ("interconnect", "network", "link")}
+    wires = {name: getattr(bounds, name) for name in WIRES}
     times = ", ".join(f"{name} {_milliseconds(value)}" for name, value in wires.items())
     link = "" if peaks.host_link is None else f", link to the host {peaks.host_link / 1e9:g} GB/s"
     return [
         f"bounds       compute {_milliseconds(bounds.compute)} ({matmuls}); tables: {times}",
-        f"{_INDENT}{bounds.binds} binds, of these: HBM and what the backbone sends need a compiler",
-        f"{_INDENT}peaks of {peaks.name} ({peaks.source}){link} each way (see docs/planning.md)",
+        f"{_INDENT}what binds: {bounds.binds}; HBM and the backbone's traffic need a compiled plan",
+        f"{_INDENT}peaks of {peaks.name} ({peaks.source}){link} each way; books by what a "
+        "core took (see docs/planning.md)",
     ]
 
 

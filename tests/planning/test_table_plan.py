@@ -14,7 +14,7 @@ from stem_jax.errors import InputError
 from stem_jax.hardware import Chip
 from stem_jax.memory.catalogue import memories, table_specs
 from stem_jax.mesh import make_mesh
-from stem_jax.planning import table_plan
+from stem_jax.planning import table_load, table_plan
 from stem_jax.planning.distinct_rows import step_distinct_rows
 from stem_jax.planning.plan_text import as_text, verdict
 from stem_jax.planning.table_load import host_bytes
@@ -80,6 +80,7 @@ def test_resident_rows_move_nothing_and_tell_hosts_nothing(tiny_config):
     load = _tables(config).tables["ngram"].load
     assert list(load.tiers) == ["device"]
     assert (load.entering_bytes, load.leaving_bytes, load.slots_needed) == (0, 0, 0)
+    assert (load.booked_rows, load.books_seconds) == (0, 0)
 
 
 def test_without_a_stated_hit_rate_rows_are_asked_for_evenly(tiny_config):
@@ -92,7 +93,7 @@ def test_without_a_stated_hit_rate_rows_are_asked_for_evenly(tiny_config):
 def test_the_slowest_binds_and_unknown_wires_are_not_counted(tiny_config, monkeypatch):
     config = tiny_config(**NGRAM, **{"mesh.data": 8})
     fast = {"host_memory": 1e9, "host_link": 1e12}
-    chips = {
+    chips: dict[str, Chip] = {
         "compute": Chip("X", 1e6, 2**30, 1e12, 4, 10e9, None, "a test", **fast),
         "interconnect": Chip("X", 1e15, 2**30, 1e12, 4, 1e3, None, "a test", **fast),
         "link": Chip("X", 1e15, 2**30, 1e12, 4, 10e9, None, "a test", host_link=1e3),
@@ -103,7 +104,13 @@ def test_the_slowest_binds_and_unknown_wires_are_not_counted(tiny_config, monkey
         assert found.bounds.binds == name
         load = found.tables["ngram"].load
         assert load.link_seconds == max(load.entering_bytes, load.leaving_bytes) / chip.host_link
-        assert f"{name} binds" in as_text(found)
+        assert f"what binds: {name};" in as_text(found)
+    # Each process books the rows of all owners.
+    monkeypatch.setattr(table_load, "_BOOK_SECONDS", 1e3)
+    found = _tables(config)
+    assert found.bounds.binds == "books"
+    assert load.booked_rows == load.distinct_step
+    assert found.bounds.books == pytest.approx(1e3 * load.booked_rows, rel=1e-2)
 
 
 def test_too_few_slots_are_named_and_too_little_memory_refused(tiny_config, monkeypatch):

@@ -190,3 +190,12 @@ def test_a_run_keeps_its_format(tiny_config, key, value):
     for saved, current in ((one, other), (other, one)):
         with pytest.raises(InputError, match=rf"{key.replace('.', '[.]')}: '\w+' -> '\w+'"):
             check_resumable(saved, current, 3)
+
+
+@pytest.mark.parametrize(("key", "value"), [("row_format", "bfloat16"), ("moments", "rowwise")])
+def test_so_does_each_memory(tiny_config, key, value):
+    sizes = {"ngram.layers": "1", "ngram.keys_per_head": 88, "ngram.width": 32}
+    one, other = tiny_config(**sizes), tiny_config(**sizes, **{f"ngram.{key}": value})
+    said = rf"ngram[.]{key}: None -> '{value}'\); to continue the run add --config.ngram.{key}=none"
+    with pytest.raises(InputError, match=said):
+        check_resumable(one, other, 3)
