@@ -23,7 +23,7 @@ from stem_jax.tables.exchange import Exchange
 from stem_jax.tables.sharded_table import ShardedTable
 from stem_jax.tables.spec import TableSpec
 
-DEVICE, HOST = "device", "host"
+DEVICE, HOST, DISK = "device", "host", "disk"
 # A row's number, and the count of its tokens.
 _INT = 4
 # Of a row in `RowCache.assign`: 118,000 of 625,000 rows with 262,144 slots took 10 to 63 ms on a
@@ -154,18 +154,22 @@ def _tiers(spec: TableSpec, mesh: Mesh, chip: Chip | None) -> dict[str, Tier]:
     size, room = mesh.devices.size, None if chip is None else int(chip.hbm_bytes)
     tiers = {DEVICE: Tier(spec.num_slots, size, on_device, size * on_device, room)}
     if spec.offloaded:
-        sizes = host_bytes(spec, mesh)
+        in_memory = spec.num_rows if spec.host_rows is None else spec.host_rows
+        sizes = host_bytes(spec, mesh, in_memory)
         most = max(sizes, key=sizes.__getitem__)
         chips = sum(device.process_index == most for device in mesh.devices.flat)
         room = None
         if chip is not None and chip.host_memory is not None:
             room = int(chips * chip.host_memory)
-        tiers[HOST] = Tier(spec.num_rows, len(sizes), sizes[most], sum(sizes.values()), room)
+        tiers[HOST] = Tier(in_memory, len(sizes), sizes[most], sum(sizes.values()), room)
+        if spec.on_disk:
+            sizes = host_bytes(spec, mesh, spec.num_rows)
+            tiers[DISK] = Tier(spec.num_rows, len(sizes), sizes[most], sum(sizes.values()), None)
     return tiers
 
 
-def host_bytes(spec: TableSpec, mesh: Mesh) -> dict[int, int]:
-    """Bytes of all rows of a table in the memory of each process, once all have been asked for.
+def host_bytes(spec: TableSpec, mesh: Mesh, num_rows: int) -> dict[int, int]:
+    """Bytes that so many rows of a table take in each process, once all have been written.
 
     A process has the shards of its devices, each once.
     """
@@ -176,7 +180,7 @@ def host_bytes(spec: TableSpec, mesh: Mesh) -> dict[int, int]:
     for device, index in places.items():
         block = tuple((part.start, part.stop) for part in index)
         blocks.setdefault(device.process_index, set()).add(block)
-    rows = spec.num_rows // axis_size(mesh, spec.vocab_axes)
+    rows = num_rows // axis_size(mesh, spec.vocab_axes)
     size = _bytes_of_block(spec, mesh, rows)
     return {process: len(own) * size for process, own in blocks.items()}
 

@@ -1,11 +1,15 @@
 """Tables of a plan as text to read."""
 
-from stem_jax.planning.table_load import DEVICE, HOST, TableLoad, Tier
+from stem_jax.planning.table_load import DEVICE, DISK, HOST, TableLoad, Tier
 from stem_jax.planning.table_plan import WIRES, TableBytes, TablesPlan, overfull
 
 _INDENT = " " * 13
 # Of each tier: where rows lie, and what has a share of them.
-_PLACES = {DEVICE: ("on devices", "chips", "HBM"), HOST: ("in host memory", "hosts", "memory")}
+_PLACES = {
+    DEVICE: ("on devices", "chips", "HBM"),
+    HOST: ("in host memory", "hosts", "memory"),
+    DISK: ("on disk", "hosts", "disk"),
+}
 
 
 def tables_text(plan: TablesPlan) -> str:

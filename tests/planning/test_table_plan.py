@@ -83,6 +83,19 @@ def test_resident_rows_move_nothing_and_tell_hosts_nothing(tiny_config):
     assert (load.booked_rows, load.books_seconds) == (0, 0)
 
 
+def test_rows_beyond_host_rows_lie_on_disk(tiny_config):
+    keys = {"ngram.host_rows": 512, "tables.disk": "/nowhere", "mesh.data": 8}
+    found = _tables(tiny_config(**NGRAM, **keys))
+    tiers = found.tables["ngram"].load.tiers
+    assert [(name, t.rows, t.places, t.bytes) for name, t in tiers.items()] == [
+        ("device", 256, 8, 256 // 8 * 24),
+        ("host", 512, 1, 512 * 24),
+        ("disk", 1024, 1, 1024 * 24),
+    ]
+    assert found.tables["ngram"].host == 512 * 24
+    assert "1,024 on disk: 0.0 MiB of each of 1 hosts" in as_text(found)
+
+
 def test_without_a_stated_hit_rate_rows_are_asked_for_evenly(tiny_config):
     load = _tables(tiny_config(**NGRAM, **{"mesh.data": 8})).tables["ngram"].load
     assert load.hit_rate == 256 / 1024
@@ -168,7 +181,10 @@ def test_slices_share_the_rows_or_have_copies(tiny_config, axes):
     mesh = make_mesh(config.mesh, topology.devices())
     spec = table_specs(config)["ngram"]
     shared = "data" in axes
-    assert list(host_bytes(spec, mesh).values()) == [1024 * 24 // (2 if shared else 1)] * 2
+    assert (
+        list(host_bytes(spec, mesh, spec.num_rows).values())
+        == [1024 * 24 // (2 if shared else 1)] * 2
+    )
     found = plan_tables(config, topology).tables["ngram"]
     assert found.host == 1024 * 24 * (1 if shared else 2)
     load = found.load
