@@ -1,13 +1,13 @@
 """How far losses of two meshes lie apart, over seeds; and what the gate of `engram` makes of it.
 
-python -m benchmarks.mesh_losses [--seeds=6] [--memories=ngram] [--formats=float32] [--least=1e-3]
+python -m benchmarks.mesh_losses [--seeds=6] [--memories=ngram] [--formats=float32] [--no-root]
 
 The runs of `benchmarks.memories` with all rows resident, step by step in one process: one device
 against (8) and (2, 2, 2), which sum gradients in other orders, so that parameters are one unit of
 their last place apart after the first updates. The gate of Engram as published,
 sigmoid(sign(r) sqrt(max(|r|, 1e-6))), has a slope of up to 500 where r is near zero: there the
-gradient of a token has little to do with that of another mesh. --least takes the place of 1e-6, to
-see what would be without that.
+gradient of a token has little to do with that of another mesh, and where r changes its sign the
+gate leaps. With --no-root the gate is sigmoid(r), to see what would be without that.
 """
 
 import os
@@ -65,12 +65,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--memories", default=",".join(MEMORIES))
     parser.add_argument("--formats", default=",".join(FORMATS))
-    parser.add_argument("--least", type=float, help="of |r| under the root; 1e-6 as published")
+    parser.add_argument("--no-root", action="store_true", help="another gate than published")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     logging.getLogger("absl").setLevel(logging.ERROR)
-    if args.least:
-        engram._LEAST = args.least
+    if args.no_root:
+        engram._gate = jax.nn.sigmoid
     lines = []
     with tempfile.TemporaryDirectory() as folder:
         runs = Runs(Path(folder), args.steps)
