@@ -1,11 +1,11 @@
 """Faults against a run of two processes; after each the same command continues it.
 
-python -m benchmarks.faults [--rounds=20] [--seed=0] [--checkpoint-every=10]
+python -m benchmarks.faults [--rounds=20] [--seed=0] [--checkpoint-every=10] [--disk]
 
 One run with offloaded tables goes through all rounds, started again by `launch/local_multihost.sh`
 with the same flags each time. A fault comes at a random step, and faults take turns. At the end its
 parameters, optimizer states, tables and losses are those of a run that nothing happened to, bit for
-bit, or the program exits with 1.
+bit, or the program exits with 1. With --disk all but 64 rows are on disk, in the work folder.
 
 lost steps: logged before the fault and done again after it; never more than the interval and the
 steps that ran beside a save that did not get to the disk (in flight). down: seconds until every
@@ -49,7 +49,7 @@ _DISK_MIB = 256
 class Run:
     """A work folder and the processes that train in it."""
 
-    def __init__(self, workdir: Path, steps: int, every: int, cache: Path):
+    def __init__(self, workdir: Path, steps: int, every: int, cache: Path, disk: bool):
         self.workdir = workdir
         self.steps = steps
         self._flags = [
@@ -60,6 +60,9 @@ class Run:
             f"--config.train.step_timeout={_STEP_TIMEOUT}",
             f"--config.train.compilation_cache={cache}",
         ]
+        self.disk = workdir / "rows" if disk else None
+        if disk:
+            self._flags += [f"--config.tables.disk={self.disk}", "--config.tables.host_rows=64"]
         self._script: subprocess.Popen | None = None
 
     def start(self) -> None:
@@ -146,7 +149,8 @@ def _truncate(run: Run, rng: random.Random) -> int:
 
 def _unlink(run: Run, rng: random.Random) -> int:
     code = _terminate(run, rng)
-    rng.choice([path for path in _files(run) if "/table_" in str(path)]).unlink()
+    rows = [path for path in _files(run) if "/table" in str(path) or "/saves/" in str(path)]
+    rng.choice(rows).unlink()
     return code
 
 
@@ -178,11 +182,17 @@ FAULTS: dict[str, Callable[[Run, random.Random], int]] = {
 
 
 def campaign(
-    folder: Path, rounds: int, seed: int, every: int, faults: list[str], cache: Path | None = None
+    folder: Path,
+    rounds: int,
+    seed: int,
+    every: int,
+    faults: list[str],
+    cache: Path | None = None,
+    disk: bool = False,
 ) -> list[dict]:
     """Runs all rounds and compares the end with an undisturbed run.
 
-    cache: of compiled programs; None: one below `folder`.
+    cache: of compiled programs; None: one below `folder`. disk: most rows are there.
 
     Returns one record per round. Raises AssertionError where the two differ.
     """
@@ -190,13 +200,13 @@ def campaign(
     # A fault comes at most 14 steps after a start, and the run goes on until it strikes.
     steps = 20 * rounds + 3 * every
     cache = cache or folder / "compiled"
-    calm = Run(folder / "calm", steps, every, cache)
+    calm = Run(folder / "calm", steps, every, cache, disk)
     calm.workdir.mkdir()
     calm.start()
     assert calm.wait() == 0, f"see {calm.workdir}.log"
     records = []
     with _disk(folder / "disturbed", "full disk" in faults) as workdir:
-        run = Run(workdir, steps, every, cache)
+        run = Run(workdir, steps, every, cache, disk)
         run.start()
         # Two checkpoints, so that one of them may be damaged.
         step = 2 * every
@@ -258,6 +268,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint-every", type=int, default=10, help="steps")
+    parser.add_argument("--disk", action="store_true", help="with most rows on disk")
     parser.add_argument("--folder", help="kept afterwards; without it, a temporary one")
     args = parser.parse_args()
     # The runs are on the CPU, and so is what compares them.
@@ -267,7 +278,8 @@ def main() -> None:
         print("without a full disk: mounting a small one needs root")
     with contextlib.ExitStack() as stack:
         folder = args.folder or stack.enter_context(tempfile.TemporaryDirectory())
-        records = campaign(Path(folder), args.rounds, args.seed, args.checkpoint_every, faults)
+        every = args.checkpoint_every
+        records = campaign(Path(folder), args.rounds, args.seed, every, faults, disk=args.disk)
     for record in records:
         print(json.dumps(record))
     lost = max(record["lost_steps"] - record["in_flight"] for record in records)
@@ -301,7 +313,11 @@ def _files(run: Run) -> list[Path]:
         (path for path in folder.iterdir() if path.name.isdecimal()), key=lambda p: int(p.name)
     )
     listed = json.loads((newest / "files.json").read_text())
-    return sorted(newest / name for name in listed if not name.startswith("_"))
+    files = [newest / name for name in listed if not name.startswith("_")]
+    if run.disk is not None:
+        save = f"step-{newest.name}"
+        files += [*run.disk.glob(f"**/saves/{save}.json"), *run.disk.glob(f"**/saves/{save}/*")]
+    return sorted(files)
 
 
 if __name__ == "__main__":

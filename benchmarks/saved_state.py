@@ -34,7 +34,7 @@ def losses(workdir: Path) -> dict[int, float]:
 
 def _all_resident(config: Config) -> Config:
     sections = {
-        name: dataclasses.replace(getattr(config, name), resident_rows=None)
+        name: dataclasses.replace(getattr(config, name), resident_rows=None, host_rows=None)
         for name in ("tables", *MEMORY_SECTIONS)
     }
     return dataclasses.replace(config, **sections)

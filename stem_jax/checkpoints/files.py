@@ -15,6 +15,8 @@ from stem_jax.config import MEMORY_SECTIONS
 from stem_jax.errors import InputError
 from stem_jax.files import read_json, write_whole
 from stem_jax.memory.memory import STEM, prefix
+from stem_jax.tables import row_folder
+from stem_jax.tables.saved_disk import SavedDisk
 
 # What is written, and what is read.
 FORMAT_VERSION = 3
@@ -77,6 +79,20 @@ def damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if name != _GROWS and path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes of {size}"
+    return _damaged_rows(folder)
+
+
+def _damaged_rows(folder: Path) -> str | None:
+    """What is wrong with rows that a checkpoint has on disk, where this machine has that disk."""
+    layout = _plain(folder / "layout" / _JSON) or {}
+    for name, record in layout.items():
+        if not name.endswith("_disk"):
+            continue
+        saved = SavedDisk.from_record(record)
+        for block in saved.blocks:
+            of_block = block.folder(saved.folder)
+            if of_block.is_dir() and (reason := row_folder.damage(of_block, saved.name)):
+                return reason
     return None
 
 

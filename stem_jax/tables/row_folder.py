@@ -17,10 +17,10 @@ from typing import Any
 from stem_jax.errors import InputError
 from stem_jax.files import read_json, write_whole
 from stem_jax.lock import Lock
-from stem_jax.tables.data_files import places_of_a_file
+from stem_jax.tables.data_files import DataFiles, places_of_a_file
 from stem_jax.tables.disk_space import FULL, full_disk
-from stem_jax.tables.row_record import RowRecord
-from stem_jax.tables.saved_rows import SAVES, SavedRows, remove, saves_in
+from stem_jax.tables.row_record import RecordField, RowRecord
+from stem_jax.tables.saved_rows import SAVES, SavedIndex, SavedRows, remove, saves_in
 
 DATA = "data"
 _FACTS, _LOCK = "facts.json", ".lock"
@@ -144,6 +144,23 @@ def saved_rows(
     wanted = layout_facts(record, num_rows, facts)
     check_facts(folder, wanted)
     return SavedRows(folder / DATA, folder, record, wanted["file_places"], save)
+
+
+def damage(folder: Path, save: str) -> str | None:
+    """What is wrong with a save, as far as its index and the sizes of files show it; or None."""
+    try:
+        index = SavedIndex(folder, save)
+        index.verify()
+    except InputError as error:
+        return str(error)
+    facts = read_json(folder / _FACTS, remedy=_REMEDY)
+    record = RowRecord(tuple(RecordField(n, d, tuple(s)) for n, d, s in facts["fields"]))
+    files = DataFiles(folder / DATA, record.size, facts["file_places"], writable=False)
+    try:
+        last = int(index.places.max(initial=-1))
+        return f"{files.path_of(last)} is missing or too short" if last >= files.capacity else None
+    finally:
+        files.close()
 
 
 @contextlib.contextmanager
