@@ -8,6 +8,7 @@ import json
 import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import jaxlib
 from jax.sharding import Mesh
@@ -20,6 +21,8 @@ from stem_jax.mesh import BATCH_AXES, axis_size, check_context
 from stem_jax.model.attention import check_heads, resolve_backend
 from stem_jax.processes.agreement import exchange
 from stem_jax.tables.coast_groups import MOST_TERMS, num_terms
+from stem_jax.tables.disk_space import check_disk
+from stem_jax.tables.disk_store import DiskStore
 from stem_jax.tables.host_memory import available_host_bytes, check_host_memory
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.row_slots import too_few_slots
@@ -175,6 +178,7 @@ def check_tables(config: Config, programs: TrainStep, data: RunData, start: int)
             HostStore.peak_bytes(spec, mesh, most_rows(config, reads.memories[name], spec))
             for name, spec in offloaded.items()
         )
+        _check_disk(config, programs, {n: spec for n, spec in offloaded.items() if spec.on_disk})
         memory = (socket.gethostname(), store_bytes, available_host_bytes())
         return json.dumps([needed, memory, device_table_bytes(mesh, reads.specs)]).encode()
 
@@ -192,6 +196,20 @@ def check_tables(config: Config, programs: TrainStep, data: RunData, start: int)
         if batch > spec.num_slots:
             raise InputError(too_few_slots(spec, batch))
     return in_flight
+
+
+def _check_disk(config: Config, programs: TrainStep, specs: dict[str, TableSpec]) -> None:
+    """Refuses rows on disk for which this process's has no room, at least when all are written."""
+    if not specs or config.tables.disk is None:
+        return
+    # The newest checkpoints, and the best.
+    saves = config.checkpoint.keep + (config.eval.every > 0)
+    needed = taken = 0
+    for name, spec in specs.items():
+        rows = most_rows(config, programs.reads.memories[name], spec)
+        needed += DiskStore.disk_bytes_needed(spec, programs.mesh, rows, saves)
+        taken += DiskStore.disk_bytes_taken(spec, programs.mesh)
+    check_disk(Path(config.tables.disk), needed, taken)
 
 
 def device_table_bytes(mesh: Mesh, specs: Mapping[str, TableSpec]) -> int:

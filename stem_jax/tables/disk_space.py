@@ -15,17 +15,15 @@ _GIB = 2**30
 _REMEDY = "free some, keep fewer checkpoints, or give tables.disk a folder of a larger disk"
 
 
-def needed_bytes(record_bytes: int, rows: int, saves: int, blocks: int = 1) -> int:
-    """Bytes that the blocks of a folder take at most.
+def needed_bytes(record_bytes: int, rows: int, saves: int) -> int:
+    """Bytes that the rows of a block take at most, without the slack that a disk has once.
 
     Args:
         record_bytes: of a record, see `RowRecord.size`.
-        rows: that will be written, of all blocks.
+        rows: that will be written.
         saves: kept at a time.
-        blocks: that share the disk; together they have one slack.
     """
-    per_row = (1 + saves) * (record_bytes + ROW_BYTES)
-    return rows * per_row + max(SLACK_BYTES, blocks * 2**22)
+    return rows * (1 + saves) * (record_bytes + ROW_BYTES)
 
 
 def free_bytes(folder: Path) -> int:
@@ -39,12 +37,13 @@ def check_disk(folder: Path, needed: int, taken: int = 0) -> None:
 
     Args:
         folder: where they will lie.
-        needed: from `needed_bytes`.
+        needed: from `needed_bytes`, of all blocks; there is a GiB of slack, too.
         taken: bytes of it that rows in the folder take already.
 
     Raises:
         InputError: the figures and the remedies.
     """
+    needed += SLACK_BYTES
     if (free := free_bytes(folder)) < needed - taken:
         raise InputError(
             f"tables.disk={folder}: rows on disk may come to {needed / _GIB:.2f} GiB, "

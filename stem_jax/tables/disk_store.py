@@ -6,12 +6,14 @@ checkpoint notes any more is dropped.
 """
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Collection, Iterator
 
 import numpy as np
 from jax.sharding import Mesh
 
+from stem_jax.tables.disk_space import needed_bytes
 from stem_jax.tables.first_rows import FirstRows
 from stem_jax.tables.host_block import Arrays, HostBlock, local_blocks
 from stem_jax.tables.host_store import HostStore
@@ -113,6 +115,27 @@ class DiskStore(HostStore):
             InputError: there is no such save, or one of another layout.
         """
         return cls(spec, _blocks(spec, mesh, lambda block: SavedTier(spec, saved, block)), first)
+
+    @staticmethod
+    def disk_bytes_needed(spec: TableSpec, mesh: Mesh, rows: int, saves: int) -> int:
+        """Bytes of disk that this process's part of a table takes at most.
+
+        Args:
+            rows: of the whole table that are written at most.
+            saves: that are kept at a time.
+        """
+        total = 0
+        for block in local_blocks(spec, mesh):
+            own = math.ceil(min(1.0, rows / spec.num_rows) * len(block.row_range))
+            total += needed_bytes(DiskBlock.of(block).record(spec).size, own, saves)
+        return total
+
+    @staticmethod
+    def disk_bytes_taken(spec: TableSpec, mesh: Mesh) -> int:
+        """Bytes that its folders take already."""
+        folders = [DiskBlock.of(block).folder(_disk(spec)) for block in local_blocks(spec, mesh)]
+        files = (path for folder in folders for path in folder.glob("**/*") if path.is_file())
+        return sum(path.stat().st_blocks * 512 for path in files)
 
     def snapshot(self) -> StoreSnapshot:
         """Rows on disk are saved where they are."""

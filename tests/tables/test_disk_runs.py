@@ -10,6 +10,7 @@ import pytest
 from benchmarks.saved_state import losses, saved_arrays
 from stem_jax.checkpoints.loading import load_run
 from stem_jax.errors import InputError
+from stem_jax.tables import disk_space
 from stem_jax.train import main
 from tests.children import train_flags
 from tests.tables.test_offload_run import SMALL, text_file  # noqa: F401
@@ -146,6 +147,13 @@ def test_rows_are_read_from_the_save(run, resident, tmp_path):
         blocks.append(np.asarray(rows)[:, np.asarray(index)])
         loaded.close()
     np.testing.assert_array_equal(*blocks)
+
+
+def test_a_disk_that_is_too_small_is_refused_before_the_start(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(disk_space, "free_bytes", lambda folder: 2**29)
+    with pytest.raises(InputError, match=r"tables.disk=.*may come to 1.00 GiB.* 0.50 GiB are free"):
+        run("run", **on_disk(tmp_path))
+    assert not (tmp_path / "disk").exists()
 
 
 @pytest.mark.parametrize("missing", ["tables.disk", "tables.resident_rows"])
