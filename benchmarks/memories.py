@@ -4,11 +4,11 @@ python -m benchmarks.memories [--steps=60] [--memories=ngram] [--formats=float32
 
 Real text (the built-in pydoc) at D 32 and two layers. Within a mesh, runs with all rows on the
 devices and with a share of them (half of the rows of tokens, a tenth of those of n-grams), waiting
-for rows and looking two batches ahead, end with the same losses, parameters, rows and moments, bit
-for bit; so does a run that was killed (kill -9) and goes on. So do one and two processes of the
-launcher, whose sums gloo makes; meshes, and a process without it, add in other orders, and their
-losses are as far apart as is printed, of the bars below. Exits with 1 where any of this does not
-hold.
+for rows and looking two batches ahead, with the others in host memory or most of them on disk, end
+with the same losses, parameters, rows and moments, bit for bit; so does a run that was killed (kill
+-9) and goes on. So do one and two processes of the launcher, whose sums gloo makes; meshes, and a
+process without it, add in other orders, and their losses are as far apart as is printed, of the
+bars below. Exits with 1 where any of this does not hold.
 
 The reader `engram` misses the bar between meshes: its gate is published with a root whose slope has
 no end, see `mesh_losses`.
@@ -74,8 +74,9 @@ FORMATS = {
     "bfloat16": {"tables.row_format": "bfloat16"},
     "rowwise": {"tables.row_format": "bfloat16", "tables.moments": "rowwise"},
 }
-# Where rows lie: the batches that are looked ahead, where not all are resident.
-PLACES = ("resident", "0", "2")
+# Where rows lie: the batches that are looked ahead, where not all are resident; or, looking two
+# ahead, half as many in host memory as on the devices and the others on disk.
+PLACES = ("resident", "0", "2", "disk")
 PROCESSES_MESH = (8, 1, 1)
 # Losses apart, between meshes and libraries that add, and between two processes and one.
 OF_SUMS = 1e-5
@@ -103,8 +104,10 @@ class Runs:
         flags = ["--corpus=pydoc", "--vocab-size=2048", f"--out={self.folder / 'text'}"]
         _finish([sys.executable, "-m", "stem_jax.prepare", *flags])
 
-    def keys(self, memory: str, form: str, mesh: tuple[int, ...], place: str) -> dict[str, str]:
-        """The keys of one run; place: resident, or the batches that are looked ahead."""
+    def keys(
+        self, memory: str, form: str, mesh: tuple[int, ...], place: str, kind: str = "plain"
+    ) -> dict[str, str]:
+        """The keys of one run. place: one of `PLACES`. kind: each has a disk of its own."""
         axes = ("mesh.data", "mesh.fsdp", "mesh.tensor")
         keys = _SIZES | MEMORIES[memory][1] | FORMATS[form] | dict(zip(axes, mesh, strict=True))
         keys |= {
@@ -114,8 +117,13 @@ class Runs:
             "checkpoint.every": self.every,
         }
         if place != PLACES[0]:
-            keys["tables.prefetch"] = place
-            keys |= self._resident_rows(memory)
+            keys["tables.prefetch"] = "2" if place == "disk" else place
+            resident = self._resident_rows(memory)
+            keys |= resident
+        if place == "disk":
+            folder = self.workdir(memory, form, _name(mesh), kind, "rows")
+            keys |= {name.replace("resident", "host"): n // 2 for name, n in resident.items()}
+            keys["tables.disk"] = folder
         return {key: str(value) for key, value in keys.items()}
 
     def config(self, memory: str, keys: dict[str, str]):
@@ -164,7 +172,7 @@ def run_mesh(runs: Runs, mesh: tuple[int, ...], memories: list[str], forms: list
 def run_killed(runs: Runs, memory: str, form: str, mesh: tuple[int, ...]) -> int:
     """A run that is killed some steps after its first checkpoint, and goes on; when, in steps."""
     workdir = runs.workdir(memory, form, "killed")
-    flags = runs.flags(memory, runs.keys(memory, form, mesh, PLACES[-1]), workdir)
+    flags = runs.flags(memory, runs.keys(memory, form, mesh, PLACES[-1], "killed"), workdir)
     devices, first = math.prod(mesh), runs.every
     saved = workdir / "checkpoints" / str(first)
     with _started([sys.executable, "-m", "stem_jax.train", *flags], devices) as process:
@@ -182,7 +190,8 @@ def run_killed(runs: Runs, memory: str, form: str, mesh: tuple[int, ...]) -> int
 def run_processes(runs: Runs, memory: str, form: str, number: int) -> Path:
     """A run of so many processes, which have eight devices together; its work folder."""
     workdir = runs.workdir(memory, form, f"of {number} processes")
-    flags = runs.flags(memory, runs.keys(memory, form, PROCESSES_MESH, PLACES[-1]), workdir)
+    keys = runs.keys(memory, form, PROCESSES_MESH, PLACES[-1], f"of {number}")
+    flags = runs.flags(memory, keys, workdir)
     devices = math.prod(PROCESSES_MESH) // number
     _finish(["launch/local_multihost.sh", str(number), f"--devices={devices}", *flags])
     return workdir
@@ -301,10 +310,7 @@ def main() -> None:
         meshes = [_mesh(text) for text in args.meshes.split()]
         records = compare(runs, memories, forms, meshes, not args.alone)
     print(table(records))
-    print(
-        f"{args.steps} steps; there is no disk tier yet; jax {jax.__version__}, Python "
-        f"{platform.python_version()}"
-    )
+    print(f"{args.steps} steps; jax {jax.__version__}, Python {platform.python_version()}")
     sys.exit(any(what.startswith("NOT") for record in records for what in record.values()))
 
 
