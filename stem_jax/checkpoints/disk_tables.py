@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
+from stem_jax.checkpoints.files import FOLDER
 from stem_jax.checkpoints.tables import Stores, first_rows, save_name
 from stem_jax.errors import InputError
 from stem_jax.files import read_json, write_whole
@@ -42,7 +43,8 @@ class DiskTables:
             return False
         saved = info.disk[name]
         own = [DiskBlock.of(block) for block in local_blocks(spec, self.mesh)]
-        return all(
+        # Another run's saves have the same names.
+        return not self._is_anothers(spec) and all(
             block in saved.blocks and saved.name in saves_in(block.folder(spec.disk))
             for block in own
         )
@@ -111,6 +113,11 @@ class DiskTables:
     def _folders(self, spec: TableSpec) -> Iterator[Path]:
         for block in local_blocks(spec, self.mesh):
             yield DiskBlock.of(block).folder(spec.disk or "")
+
+    def _is_anothers(self, spec: TableSpec) -> bool:
+        """Whether the rows are of another run, that is still there; else it moved to `workdir`."""
+        whose = self._owner(spec)
+        return whose not in (None, str(self.workdir.absolute())) and Path(whose, FOLDER).is_dir()
 
     def _owner(self, spec: TableSpec) -> str | None:
         path = next(self._folders(spec)).parent / _OWNER

@@ -128,6 +128,19 @@ def test_a_folder_of_another_run_is_refused(run, tmp_path):
     run("one", 4, **on_disk(tmp_path))
 
 
+def test_a_folder_of_another_run_is_refused_on_resume(run, resident, tmp_path):
+    """Its saves have the same names; those of the run go on where the run is moved to."""
+    one = run("one", 4, **on_disk(tmp_path))
+    shutil.copytree(one, tmp_path / "two")
+    rows = sorted((tmp_path / "disk").glob("**/data/*.rows"))
+    before = [path.read_bytes() for path in rows]
+    with pytest.raises(InputError, match=r"tables.disk: .* has rows of .*/one .*another folder"):
+        run("two", **on_disk(tmp_path))
+    assert before == [path.read_bytes() for path in rows]
+    shutil.rmtree(one)
+    assert_same(run("two", **on_disk(tmp_path)), resident)
+
+
 def test_a_torn_index_sets_the_checkpoint_aside(run, resident, tmp_path):
     run("run", 8, **on_disk(tmp_path, **{"checkpoint.keep": 2}))
     index = sorted((tmp_path / "disk").glob("**/saves/step-8/places.npy"))[-1]
