@@ -107,8 +107,8 @@ class Checkpointer:
             self.folder, options=options, handler_registry=registry
         )
         self._snapshots: dict[str, StoreSnapshot] = {}
-        # Steps that were there when rows on disk were last dropped.
-        self._tidied: list[int] = []
+        # Whether rows on disk may be of checkpoints that are gone.
+        self._untidy = True
         # The step under way, and its validation loss.
         self._saving: tuple[int, float | None] | None = None
 
@@ -191,6 +191,8 @@ class Checkpointer:
             items["opt_state"] = ocp.args.StandardSave(plain(opt_state))
             stores = stores or {}
             self.tidy(stores)
+            # Again, once this save is done.
+            self._untidy = True
             layout = {
                 "format": FORMAT_VERSION,
                 **table_layouts(info.config),
@@ -219,12 +221,14 @@ class Checkpointer:
 
     def tidy(self, stores: Stores) -> None:
         """Drops the rows on disk that no checkpoint needs any more, unless a save is under way."""
-        steps = self._manager.all_steps()
-        if not self._manager.is_saving_in_progress() and self._tidied != steps:
-            for store in stores.values():
-                if isinstance(store, DiskStore):
-                    store.keep([save_name(step) for step in steps])
-            self._tidied = list(steps)
+        if not self._untidy or self._manager.is_saving_in_progress():
+            return
+        if disks := [store for store in stores.values() if isinstance(store, DiskStore)]:
+            # Orbax counts a checkpoint whose write failed, and those no more that it displaces.
+            there = [path.name for path in self.folder.iterdir() if path.name.isdecimal()]
+            for store in disks:
+                store.keep([save_name(int(step)) for step in there])
+        self._untidy = False
 
     def add_eval_loss(self, step: int, loss: float) -> None:
         """Gives a checkpoint, in every process, the loss that it was saved without.

@@ -1,5 +1,6 @@
 """Runs with most rows on disk are those with all rows on the device, whatever comes between."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.saved_state import losses, saved_arrays
+from stem_jax.checkpoints.checkpointer import Checkpointer
 from stem_jax.checkpoints.loading import load_run
 from stem_jax.errors import InputError
 from stem_jax.tables import disk_space
@@ -148,6 +150,24 @@ def test_a_torn_index_sets_the_checkpoint_aside(run, resident, tmp_path):
     workdir = run("run", **on_disk(tmp_path, **{"checkpoint.keep": 2}))
     assert (workdir / "damaged_checkpoints" / "8").is_dir()
     assert_same(workdir, resident)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_rows_of_the_one_before(
+    run, resident, tmp_path, monkeypatch
+):
+    """It has its rows on disk by then, and Orbax counts it; the one before is there alone."""
+    listed = Checkpointer._list_files
+
+    def full(self):
+        if self._saving[0] == 8:
+            raise OSError(errno.ENOSPC, "no space left")
+        listed(self)
+
+    monkeypatch.setattr(Checkpointer, "_list_files", full)
+    with pytest.raises(InputError, match="cannot write a checkpoint"):
+        run("run", **on_disk(tmp_path))
+    monkeypatch.undo()
+    assert_same(run("run", **on_disk(tmp_path)), resident)
 
 
 def test_rows_are_read_from_the_save(run, resident, tmp_path):
