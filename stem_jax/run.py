@@ -246,22 +246,27 @@ def _open_state(
     if origin is not None:
         log.info(origin.describe(config))
         state, stores = begin_from(origin, programs)
-        return state, moved_to_disk(disk, offloaded, stores)
-    if info is None:
+    elif info is None:
         stores = {}
-        for name, spec in offloaded.items():
-            key = table_key(config, name)
-            if spec.on_disk:
-                stores[name] = disk.begin(spec, FirstRows.of(spec, key))
-            else:
-                stores[name] = HostStore.create(spec, key, mesh)
+        with unanimous(PREPARING_SECONDS):
+            for name, spec in offloaded.items():
+                key = table_key(config, name)
+                if spec.on_disk:
+                    stores[name] = disk.begin(spec, FirstRows.of(spec, key))
+                else:
+                    stores[name] = HostStore.create(spec, key, mesh)
         return init_state(programs.blueprint), stores
-    there = {n: spec for n, spec in offloaded.items() if disk.has(spec, info, n)}
-    stores = stores_for(info, {n: spec for n, spec in offloaded.items() if n not in there}, mesh)
-    stores |= {name: disk.reopen(spec, info, name) for name, spec in there.items()}
-    state = checkpoints.restore(info.step, abstract_state(programs.blueprint), stores)
-    log.info(f"resuming from step {info.step}")
-    return state, moved_to_disk(disk, offloaded, stores)
+    else:
+        with unanimous(PREPARING_SECONDS):
+            there = {n: spec for n, spec in offloaded.items() if disk.has(spec, info, n)}
+            others = {n: spec for n, spec in offloaded.items() if n not in there}
+            stores = stores_for(info, others, mesh)
+            stores |= {name: disk.reopen(spec, info, name) for name, spec in there.items()}
+        state = checkpoints.restore(info.step, abstract_state(programs.blueprint), stores)
+        log.info(f"resuming from step {info.step}")
+    # Reads and writes all rows, where they move.
+    with unanimous(PREPARING_SECONDS):
+        return state, moved_to_disk(disk, offloaded, stores)
 
 
 def _latest(workdir: Path) -> CheckpointInfo | None:

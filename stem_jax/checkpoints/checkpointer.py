@@ -60,7 +60,7 @@ from stem_jax.config_file import config_from_json
 from stem_jax.data.special_tokens import SpecialTokens
 from stem_jax.errors import InputError
 from stem_jax.memory.catalogue import MEMORIES, table_specs
-from stem_jax.processes.agreement import is_first, unanimous
+from stem_jax.processes.agreement import PREPARING_SECONDS, is_first, unanimous
 from stem_jax.tables.disk_store import DiskStore
 from stem_jax.tables.spec import TableState
 from stem_jax.tables.store_snapshot import StoreSnapshot
@@ -224,10 +224,11 @@ class Checkpointer:
         if not self._untidy or self._manager.is_saving_in_progress():
             return
         if disks := [store for store in stores.values() if isinstance(store, DiskStore)]:
-            # Orbax counts a checkpoint whose write failed, and those no more that it displaces.
-            there = [path.name for path in self.folder.iterdir() if path.name.isdecimal()]
+            # When a write failed, Orbax does not count those that it was to displace; a folder on a
+            # network may not show a new one yet.
+            there = {int(path.name) for path in self.folder.iterdir() if path.name.isdecimal()}
             for store in disks:
-                store.keep([save_name(int(step)) for step in there])
+                store.keep([save_name(step) for step in there | set(self._manager.all_steps())])
         self._untidy = False
 
     def add_eval_loss(self, step: int, loss: float) -> None:
@@ -298,7 +299,9 @@ class Checkpointer:
             InputError: no such checkpoint, or a damaged one; a store then holds parts of it.
         """
         info = self.info(step)
-        targets, passing = table_targets(info, abstract.tables, stores)
+        # Reads rows on disk, where others lie than in the stores.
+        with unanimous(PREPARING_SECONDS):
+            targets, passing = table_targets(info, abstract.tables, stores)
         params, opt_state = param_targets((abstract.params, abstract.opt_state))
         items = {
             "params": ocp.args.StandardRestore(params),

@@ -224,6 +224,19 @@ def test_processes_that_do_not_divide_the_batch(tmp_path):
         assert re.search(f"error: process {index}: {why}", out)
 
 
+def test_a_disk_that_one_process_cannot_write(tmp_path):
+    (tmp_path / "disk" / "table").mkdir(parents=True)
+    (tmp_path / "disk" / "table" / "process-1").touch()
+    keys = {"resident_rows": 256, "host_rows": 64, "disk": tmp_path / "disk"}
+    own = flags(tmp_path / "run", **{f"tables__{key}": value for key, value in keys.items()})
+    with local_multihost("2", *own) as script:
+        out = finish(script, code=1)
+    why = "tables.disk: .*/table/process-1/.* cannot be written"
+    assert re.search(f"error: process 0: process 1: {why}", out)
+    assert re.search(f"error: process 1: {why}", out)
+    assert "Traceback" not in out
+
+
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_coordinator_that_nobody_reaches(tmp_path, index):
     where = [f"--coordinator=localhost:{free_port()}", "--num-processes=2", "--init-timeout=2"]
