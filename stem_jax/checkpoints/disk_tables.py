@@ -13,6 +13,7 @@ from stem_jax.checkpoints.files import FOLDER
 from stem_jax.checkpoints.tables import Stores, first_rows, save_name
 from stem_jax.errors import InputError
 from stem_jax.files import read_json, write_whole
+from stem_jax.tables import row_folder
 from stem_jax.tables.disk_store import DiskStore, pour
 from stem_jax.tables.first_rows import FirstRows
 from stem_jax.tables.host_block import local_blocks
@@ -74,14 +75,9 @@ class DiskTables:
             InputError: the folder has rows of another run, or that a checkpoint needs.
         """
         needed = {save_name(step) for step in self.steps}
+        self._check_owner(spec)
         for folder in self._folders(spec):
             there = saves_in(folder)
-            whose = self._owner(spec)
-            if there and whose != str(self.workdir.absolute()):
-                raise InputError(
-                    f"tables.disk: {folder} has rows of {whose or 'another run'} (saves "
-                    f"{', '.join(there)}); give another folder, or remove that one first"
-                )
             if used := sorted(needed & set(there)):
                 raise InputError(
                     f"tables.disk: {folder} has rows that a checkpoint of {self.workdir} needs "
@@ -113,6 +109,20 @@ class DiskTables:
     def _folders(self, spec: TableSpec) -> Iterator[Path]:
         for block in local_blocks(spec, self.mesh):
             yield DiskBlock.of(block).folder(spec.disk or "")
+
+    def _check_owner(self, spec: TableSpec) -> None:
+        """Refuses rows of another run, however they are partitioned: in the end they would go."""
+        whose = self._owner(spec)
+        if whose == str(self.workdir.absolute()):
+            return
+        for folder in next(self._folders(spec)).parent.glob("rows-*"):
+            if there := saves_in(folder):
+                raise InputError(
+                    f"tables.disk: {folder} has rows of {whose or 'another run'} (saves "
+                    f"{', '.join(there)}); give another folder, or remove that one first"
+                )
+            # A run that has no save yet.
+            row_folder.lock(folder).release()
 
     def _is_anothers(self, spec: TableSpec) -> bool:
         """Whether the rows are of another run, that is still there; else it moved to `workdir`."""

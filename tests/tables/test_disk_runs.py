@@ -125,6 +125,9 @@ def test_a_folder_of_another_run_is_refused(run, tmp_path):
     run("one", 4, **on_disk(tmp_path))
     with pytest.raises(InputError, match=r"tables.disk: .* has rows of .*/one .*another folder"):
         run("two", 4, **on_disk(tmp_path))
+    with pytest.raises(InputError, match=r"tables.disk: .* has rows of .*/one .*another folder"):
+        # Which would lie beside the others, and drop them.
+        run("two", 4, **on_disk(tmp_path, **{"mesh.data": 4, "mesh.tensor": 2}))
     # Its own, whose checkpoints are gone, it may take.
     shutil.rmtree(tmp_path / "one")
     run("one", 4, **on_disk(tmp_path))
