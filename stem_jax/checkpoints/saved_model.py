@@ -4,6 +4,7 @@
 parameter, or a few MiB of rows, are read at a time, straight from the arrays of the checkpoint.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,12 +18,15 @@ import tensorstore as ts
 from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
 from stem_jax.checkpoints.loading import checkpoint_fingerprint, open_checkpoint
 from stem_jax.checkpoints.older_formats import current_array
+from stem_jax.checkpoints.tables import first_rows
 from stem_jax.config import Config, ModelConfig
 from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
 from stem_jax.memory.catalogue import table_specs
 from stem_jax.memory.memory import STEM
+from stem_jax.tables.host_block import HostBlock
 from stem_jax.tables.row_optimizer import RowOptimizer
+from stem_jax.tables.saved_disk import SavedTier
 from stem_jax.tables.spec import TableSpec, TableState, logical, stored
 from stem_jax.training.schedule import make_schedule
 
@@ -80,6 +84,12 @@ class SavedModel:
         here.
         """
         spec = table_specs(self.config)[STEM]
+        if STEM in self.info.first_rows and STEM not in self.info.disk:
+            raise InputError(
+                f"checkpoint {self.folder} has the rows of STEM's table alone that were written "
+                "while others lay on disk; let the run save another one with tables.resident_rows "
+                "unset, or with tables.disk and tables.host_rows"
+            )
         lagging = spec.optimizer == "deferred_adamw" and self.info.updates > 0
         catch_up = self._catch_up(spec) if lagging else None
         num_rows, num_columns = self._piece_sizes(spec)
@@ -103,19 +113,43 @@ class SavedModel:
         catch_up: Callable[[dict], jax.Array] | None,
     ) -> Iterator[tuple[slice, np.ndarray]]:
         """Places in the part, from 0, and their rows."""
-        wanted = (part, slice(None), columns)
-        rows = self._read("table_rows", "rows", wanted)
+        if STEM in self.info.disk:
+            fields = self._rows_on_disk(spec, part)
+        else:
+            wanted = (part, slice(None), columns)
+            fields = {"rows": self._read("table_rows", "rows", wanted)}
+            for field in spec.fields[1:] if catch_up else ():
+                own = wanted[: len(field.axes)]
+                fields[field.name] = self._read("table_slots", field.name, own)
+        rows = fields["rows"]
         if catch_up is None:
             yield slice(0, len(rows)), rows.astype(np.float32)
             return
-        fields = {"rows": rows}
-        for field in spec.fields[1:]:
-            fields[field.name] = self._read("table_slots", field.name, wanted[: len(field.axes)])
         size = max(1, _SLICE_BYTES // rows[0].nbytes)
         for first in range(0, len(rows), size):
             places = slice(first, first + size)
             piece = {name: field[places] for name, field in fields.items()}
             yield places, np.asarray(catch_up(piece))
+
+    def _rows_on_disk(self, spec: TableSpec, part: slice) -> dict[str, np.ndarray]:
+        """Rows of all columns, by field, where they lie on disk or are still to be made."""
+        arrays = {
+            field.name: np.zeros(spec.shape(field.name, 0), field.dtype) for field in spec.fields
+        }
+        whole = range(spec.num_rows), range(spec.width)
+        block = HostBlock(0, 0, *whole, (), frozenset(), False, arrays)
+        first = first_rows(self.info, STEM, spec)
+
+        def zeros(count: int) -> dict[str, np.ndarray]:
+            return {
+                n: np.zeros((count, *array.shape[1:]), array.dtype) for n, array in arrays.items()
+            }
+
+        rows = np.arange(part.start, part.stop)
+        found = zeros(len(rows))
+        with contextlib.closing(SavedTier(spec, self.info.disk[STEM], block)) as tier:
+            tier.gather(rows, found, lambda new: zeros(len(new)) | {"rows": first.made(spec, new)})
+        return found
 
     def _catch_up(self, spec: TableSpec) -> Callable[[dict], jax.Array]:
         """Rows as the next step would see them, of a table's fields for some of them."""
@@ -132,6 +166,8 @@ class SavedModel:
 
     def _piece_sizes(self, spec: TableSpec) -> tuple[int, int]:
         """Rows and columns of a piece: those of whole chunks, which are decompressed at once."""
+        if STEM in self.info.disk:
+            return max(1, _PIECE_BYTES // spec.row_bytes("rows")), spec.width
         shape = self._open("table_rows", "rows").chunk_layout.read_chunk.shape
         rows, _, columns = (int(size) for size in shape or () if size is not None)
         row_bytes = spec.row_bytes("rows") * columns // spec.width

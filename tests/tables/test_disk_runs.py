@@ -11,6 +11,7 @@ import pytest
 from benchmarks.saved_state import losses, saved_arrays
 from stem_jax.checkpoints.checkpointer import Checkpointer
 from stem_jax.checkpoints.loading import load_run
+from stem_jax.checkpoints.saved_model import open_saved_model
 from stem_jax.errors import InputError
 from stem_jax.tables import disk_space
 from stem_jax.train import main
@@ -183,6 +184,23 @@ def test_rows_are_read_from_the_save(run, resident, tmp_path):
         blocks.append(np.asarray(rows)[:, np.asarray(index)])
         loaded.close()
     np.testing.assert_array_equal(*blocks)
+
+
+def test_exports_read_the_rows_of_a_save(run, resident, tmp_path):
+    workdir = run("run", **on_disk(tmp_path))
+    tables = []
+    for folder in (workdir, resident[0]):
+        pieces = list(open_saved_model(folder).table_pieces())
+        table = np.full((320, 1, 48), np.nan, np.float32)
+        for ids, columns, rows in pieces:
+            table[ids, :, columns] = rows
+        tables.append(table)
+    assert np.isfinite(tables[0]).all()
+    np.testing.assert_array_equal(*tables)
+    # The rows that were written are in the checkpoint, in the order in which they came.
+    memory = run("run", STEPS + 1, tables__resident_rows=256)
+    with pytest.raises(InputError, match=r"rows of STEM's table alone .* tables.host_rows"):
+        next(open_saved_model(memory).table_pieces())
 
 
 def test_a_disk_that_is_too_small_is_refused_before_the_start(run, tmp_path, monkeypatch):
