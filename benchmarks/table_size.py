@@ -59,7 +59,7 @@ class SizedTable:
             row_format="bfloat16",
             moments=ROWWISE,
         )
-        before, start = _resident_bytes(), time.perf_counter()
+        before, start = anonymous_bytes(), time.perf_counter()
         store = HostStore.create(self._spec, jax.random.key(0), self._mesh)
         made = time.perf_counter()
         if not new:
@@ -70,7 +70,7 @@ class SizedTable:
         jax.block_until_ready(self._state)
         slots = time.perf_counter() - written
         self.start = {"store": made - start, "written": written - made, "slots": slots}
-        self.start_bytes = _resident_bytes() - before
+        self.start_bytes = anonymous_bytes() - before
         self.parts: dict[str, list[float]] = {}
         self._table = ShardedTable(self._spec, self._mesh, ROWS)
         self._history = jax.tree.map(jnp.asarray, make_history(self._spec, np.full(STEPS, 1e-3)))
@@ -80,7 +80,7 @@ class SizedTable:
         self._number = 0
 
     def __call__(self) -> None:
-        keys = _distinct(self._rng, self._spec.layout.num_keys)
+        keys = distinct_keys(self._rng, self._spec.layout.num_keys)
         times = [time.perf_counter()]
 
         def done(part: str):
@@ -147,7 +147,7 @@ def main() -> None:
             "ratio_90%": [round(edge, 3) for edge in ratio_range(seconds, fewest, name)],
         }
         table.close()
-    result = {"tables": found, "process_mib": round(_resident_bytes() / 2**20, 1)}
+    result = {"tables": found, "process_mib": round(anonymous_bytes() / 2**20, 1)}
     result |= {"rounds": args.rounds, "new": args.new, "device": jax.devices()[0].device_kind}
     print(json.dumps(result | {"jax": jax.__version__}, indent=2))
 
@@ -164,13 +164,13 @@ def _write_all(store: HostStore) -> None:
         store.write(block, np.random.default_rng(first).permutation(rows), values)
 
 
-def _distinct(rng: np.random.Generator, num_keys: int) -> np.ndarray:
+def distinct_keys(rng: np.random.Generator, num_keys: int) -> np.ndarray:
     """[1, 1, n] int32 distinct keys, at a cost that no table's size enters."""
     keys = np.unique(rng.integers(0, num_keys, 2 * ROWS, np.int32))
     return rng.permutation(keys)[:ROWS].reshape(1, 1, -1)
 
 
-def _resident_bytes() -> int:
+def anonymous_bytes() -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) * 1024
 
