@@ -202,8 +202,8 @@ def _check_disk(config: Config, programs: TrainStep, specs: dict[str, TableSpec]
     """Refuses rows on disk for which this process's has no room, at least when all are written."""
     if not specs or config.tables.disk is None:
         return
-    # The newest checkpoints, and the best.
-    saves = config.checkpoint.keep + (config.eval.every > 0)
+    # The newest checkpoints, the best, and the one that is being written.
+    saves = config.checkpoint.keep + (config.eval.every > 0) + 1
     needed = taken = 0
     for name, spec in specs.items():
         rows = most_rows(config, programs.reads.memories[name], spec)

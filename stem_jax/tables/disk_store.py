@@ -155,7 +155,7 @@ class DiskStore(HostStore):
         for tiers in self._tiers():
             tiers.file.kept(names)
         own = {DiskBlock.of(block).folder(_disk(self.spec)) for block in self.blocks}
-        for folder in next(iter(own)).parent.iterdir():
+        for folder in next(iter(own)).parent.glob("rows-*"):
             saves = {path.stem for path in folder.glob("saves/*.json")}
             if folder not in own and not saves & set(names):
                 shutil.rmtree(folder, ignore_errors=True)

@@ -27,11 +27,7 @@ from stem_jax.errors import InputError
 from stem_jax.mesh import axis_size
 from stem_jax.tables.asked_rows import AskedRows
 from stem_jax.tables.host_block import Arrays, HostBlock
-from stem_jax.tables.host_store import (
-    DeviceArrays,
-    HostStore,
-    shards_on,
-)
+from stem_jax.tables.host_store import DeviceArrays, HostStore, shards_on
 from stem_jax.tables.row_slots import Move, RowSlots
 from stem_jax.tables.spec import TableSpec, logical, stored, table_shardings
 
@@ -86,6 +82,8 @@ class Prefetch:
         self._numbers = 0
         self._stall = 0.0
         self._held = {block.shard: self._slots.held(block.shard) for block in store.blocks}
+        # Slots that batches have asked for since the store was brought up to date.
+        self._asked = {shard: np.zeros(len(held), bool) for shard, held in self._held.items()}
         # Tickets whose rows have not all travelled back.
         self._under_way: dict[int, Ticket] = {}
         self._waiting: deque[Ticket] = deque()
@@ -109,7 +107,7 @@ class Prefetch:
         self._read_slots = jax.jit(self._read, out_shardings=moving)
         self._write_slots = jax.jit(self._write, donate_argnums=0, out_shardings=held)
         self._no_rows = jax.jit(self._empty, out_shardings=held)
-        self._cut = jax.jit(_cut, static_argnames="size")
+        self._taken = jax.jit(_taken)
 
     def __enter__(self) -> "Prefetch":
         return self
@@ -189,6 +187,8 @@ class Prefetch:
         what went wrong in the threads since the last call, as it was.
         """
         self._raise_failures()
+        for shard, asked in self._asked.items():
+            asked[ticket.move.assignments[shard].slots] = True
         if ticket.staged is None:
             return arrays
         staged = self._wait_for(ticket.staged, arrays)
@@ -220,20 +220,21 @@ class Prefetch:
         return self._per_owner(ticket.move.slots(room, self._slots_per_owner))
 
     def write_back(self, arrays: DeviceArrays) -> None:
-        """Brings the store up to date with the devices, and waits for rows that travel back."""
+        """Brings the store up to date with the devices: rows change where batches ask for them."""
         while self._returning:
             self._returning.popleft().result()
-        size = self._piece_rows
         for block in self.store.blocks:
             shards = shards_on(arrays, block.devices[0])
             held = self._held[block.shard]
-            for first in range(0, len(held), size):
-                first = min(first, len(held) - size)
-                piece = {
-                    name: np.asarray(self._cut(shard, first, size=size))
-                    for name, shard in shards.items()
-                }
-                self.store.write(block, held[first : first + size], piece)
+            asked = np.flatnonzero(self._asked[block.shard]).astype(np.int32)
+            for first in range(0, len(asked), self._piece_rows):
+                slots = asked[first : first + self._piece_rows]
+                # One program: the rest is filled with what is there already.
+                places = np.resize(slots, self._piece_rows)
+                piece = {n: np.asarray(self._taken(shard, places)) for n, shard in shards.items()}
+                self.store.write(block, held[slots], piece)
+        for asked in self._asked.values():
+            asked[:] = False
 
     def take_stall(self) -> float:
         """Seconds since the last call in which devices had no work because rows were missing."""
@@ -392,6 +393,6 @@ def _nbytes(arrays: Arrays) -> int:
     return sum(array.nbytes for array in arrays.values())
 
 
-def _cut(field: jax.Array, first, size: int) -> jax.Array:
+def _taken(field: jax.Array, slots: jax.Array) -> jax.Array:
     """Rows of a field, logical."""
-    return logical(jax.lax.dynamic_slice_in_dim(field, first, size, axis=min(1, field.ndim - 1)))
+    return logical(jnp.take(field, slots, axis=min(1, field.ndim - 1)))
