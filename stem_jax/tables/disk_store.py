@@ -53,15 +53,8 @@ class DiskStore(HostStore):
         """
 
         def file(block: DiskBlock) -> RowFile:
-            rows = block.rows[1] - block.rows[0]
-            return RowFile.create(
-                block.folder(_disk(spec)),
-                block.record(spec),
-                rows,
-                block.facts(spec),
-                most_saves=most_saves,
-                replace=replace,
-            )
+            layout = block.layout(spec, _disk(spec))
+            return RowFile.create(*layout, most_saves=most_saves, replace=replace)
 
         return cls(spec, _blocks_on(spec, mesh, file), first)
 
@@ -88,16 +81,8 @@ class DiskStore(HostStore):
         """
 
         def file(block: DiskBlock) -> RowFile:
-            rows = block.rows[1] - block.rows[0]
-            return RowFile.open(
-                block.folder(_disk(spec)),
-                block.record(spec),
-                rows,
-                block.facts(spec),
-                save,
-                keep=kept,
-                most_saves=most_saves,
-            )
+            layout = block.layout(spec, _disk(spec))
+            return RowFile.open(*layout, save, keep=kept, most_saves=most_saves)
 
         return cls(spec, _blocks_on(spec, mesh, file), first)
 

@@ -50,6 +50,13 @@ class DiskBlock:
         columns = f"columns-{self.columns[0]}-{self.columns[1] - 1}"
         return Path(disk) / f"process-{self.process}" / f"{name}-{columns}"
 
+    def layout(
+        self, spec: TableSpec, disk: str | Path
+    ) -> tuple[Path, RowRecord, int, dict[str, Any]]:
+        """Folder, record, number of rows and facts: what a `RowFile` of it begins with."""
+        rows = self.rows[1] - self.rows[0]
+        return self.folder(disk), self.record(spec), rows, self.facts(spec)
+
     def record(self, spec: TableSpec) -> RowRecord:
         """How its rows lie on disk."""
         return RowRecord.of(spec, self.columns[1] - self.columns[0])
@@ -88,14 +95,8 @@ class SavedDisk:
         for part in {(b.rows, b.columns): b for b in self.blocks}.values():
             columns = _common(range(*part.columns), block.column_range)
             if columns and _common(range(*part.rows), block.row_range):
-                rows = part.rows[1] - part.rows[0]
-                folder, record, facts = (
-                    part.folder(self.folder),
-                    part.record(spec),
-                    part.facts(spec),
-                )
-                saved = saved_rows(folder, record, rows, facts, self.name)
-                yield SavedPart(part, record, saved, columns)
+                saved = saved_rows(*part.layout(spec, self.folder), self.name)
+                yield SavedPart(part, part.record(spec), saved, columns)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,9 +15,7 @@ from stem_jax.editing.swaps import recipes_of, swap_recipes
 from stem_jax.errors import InputError
 from stem_jax.evaluation.scoring import Scorer
 from stem_jax.memory.catalogue import table_specs
-from stem_jax.training.blueprint import Blueprint
-from stem_jax.training.state import init_state, state_shardings
-from tests.memory.test_memory_runs import SIZES, save
+from tests.memory.test_memory_runs import SIZES, save_large_rows
 from tests.saved_models import logits
 
 SWAP = "^abc=>^xyz"
@@ -26,19 +24,8 @@ TOKENS = np.array([[256, *b"a cab, abc xyz"]])
 
 @pytest.fixture(scope="module")
 def folder(tiny_config, device_mesh, tmp_path_factory):
-    """A checkpoint of all memories whose rows are large enough to matter."""
     path = tmp_path_factory.mktemp("run")
-    config = tiny_config(**SIZES)
-    blueprint = Blueprint(config, device_mesh((1, 1, 1)))
-    state, places = init_state(blueprint), state_shardings(blueprint).tables
-    tables = {
-        name: dataclasses.replace(
-            table, rows=jax.device_put(20 * np.asarray(table.rows), places[name].rows)
-        )
-        for name, table in state.tables.items()
-    }
-    save(path, config, dataclasses.replace(state, tables=tables))
-    return path
+    return save_large_rows(path, tiny_config(**SIZES), device_mesh((1, 1, 1)))
 
 
 @pytest.fixture(scope="module")

@@ -49,11 +49,9 @@ def save(folder, config, state) -> None:
         checkpoints.save(state, info, None)
 
 
-@pytest.fixture(scope="module")
-def folder(config, device_mesh, tmp_path_factory):
+def save_large_rows(folder, config, mesh):
     """A checkpoint of step 0 whose rows are large enough to matter."""
-    folder = tmp_path_factory.mktemp("run")
-    blueprint = Blueprint(config, device_mesh((1, 1, 1)))
+    blueprint = Blueprint(config, mesh)
     state, places = init_state(blueprint), state_shardings(blueprint).tables
     tables = {
         name: dataclasses.replace(
@@ -63,6 +61,11 @@ def folder(config, device_mesh, tmp_path_factory):
     }
     save(folder, config, dataclasses.replace(state, tables=tables))
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(config, device_mesh, tmp_path_factory):
+    return save_large_rows(tmp_path_factory.mktemp("run"), config, device_mesh((1, 1, 1)))
 
 
 @pytest.mark.long

@@ -28,7 +28,8 @@ def hashed_spec(tiny_config):
 @settings(max_examples=30, deadline=None)
 @given(st.data(), st.sampled_from([200, 100_000, 2**31 - 1]))
 def test_rows_get_the_next_places_and_stay_there(data, num_rows):
-    kept, model = _small(num_rows), {}
+    # What is reserved of 2^31 rows takes no memory.
+    kept, model = KeptRows(num_rows), {}
     for size in data.draw(st.lists(st.integers(1, 9000), max_size=6)):
         seed = data.draw(st.integers(0, 2**32 - 1))
         rows = np.unique(np.random.default_rng(seed).integers(0, num_rows, size))
@@ -39,11 +40,6 @@ def test_rows_get_the_next_places_and_stay_there(data, num_rows):
         np.testing.assert_array_equal(kept.places(rows), [model[row] for row in rows.tolist()])
     assert kept.count == len(model)
     np.testing.assert_array_equal(kept.numbers[: kept.count], list(model))
-
-
-def _small(num_rows: int) -> KeptRows:
-    # What is reserved of 2^31 rows takes no memory.
-    return KeptRows(num_rows)
 
 
 def test_reserved_memory_is_zero_and_of_any_type():
