@@ -58,6 +58,7 @@ LEVELS = [
         "run_saves",
         "run",
     ],
+    ["study"],
 ]
 # The programs: one per thing a user does, imported by nobody.
 ENTRY_POINTS = ["train", "generate", "edit", "analyze", "evaluate", "export", "import_torch"]
