@@ -75,11 +75,9 @@ def test_an_interval_resolves_from_its_p_on(side):
     for _ in range(20):
         values = (draw.randn() * 0.01 + 0.004 * draw.randn(5)).tolist()
         p = resolving_p(values, side, 0.005)
-        just_wider, just_narrower = interval_of(values, 1 - 0.99 * p), interval_of(values, 1 - p)
-        assert verdict_of(just_wider, side, 0.005) == "unresolved"
-        wide = interval_of(values, 1 - min(1.01 * p, 0.999))
-        assert p > 0.98 or verdict_of(wide, side, 0.005) != "unresolved"
-        assert just_narrower.half_width <= just_wider.half_width
+        wider, narrower = interval_of(values, 1 - 0.99 * p), interval_of(values, 1 - 1.01 * p)
+        assert verdict_of(wider, side, 0.005) == "unresolved"
+        assert verdict_of(narrower, side, 0.005) != "unresolved"
         if side in ("below", "above"):
             assert p == pytest.approx(stats.ttest_1samp(values, 0).pvalue)
 
@@ -95,8 +93,6 @@ def test_holm_gives_each_claim_its_level():
     # .05 / 4, / 3, / 2: the third stops, and the fourth is read as it.
     levels = holm_levels([0.03, 0.001, 0.04, 0.01])
     np.testing.assert_allclose(levels, [1 - 0.025, 1 - 0.0125, 1 - 0.025, 1 - 0.05 / 3])
-    # .03 > .05 / 2 stays unresolved although .04 would do alone at .05.
-    assert 0.04 > 1 - levels[2]
     np.testing.assert_allclose(holm_levels([0.02, 0.9, 0.8]), [1 - 0.05 / 3] * 3)
     np.testing.assert_allclose(holm_levels([0.0, 0.0, 0.0]), [1 - 0.05 / 3, 1 - 0.025, 0.95])
     assert holm_levels([]) == []
