@@ -191,7 +191,12 @@ def get_config() -> config_dict.ConfigDict:
     config.train.global_batch_size = 16  # sequences per step over all devices
     config.train.micro_batches = 1  # gradient accumulation: slices of the global batch
     config.train.seq_len = 256  # tokens
+    # Of parameters, order and dropout; of text prepared here also which documents are held out.
     config.train.seed = 0
+    # By what, beside the seed, the backbone's first parameters are drawn. count: how many were
+    # before; name: each its own, so that parameters of one name and shape begin with the same bits
+    # in every model.
+    config.train.init = "count"
     config.train.z_loss = 0.0  # times mean(logsumexp^2)
     # Positions of each sequence of a device whose logits exist at a time. None: 2048 tokens of the
     # device, fewer where their float32 logits would take more than 1 GiB.

@@ -213,6 +213,7 @@ class TrainConfig:
     micro_batches: int = key(Role.HARMLESS)
     seq_len: int = key(Role.CONTINUED)
     seed: int = key(Role.CONTINUED)
+    init: str = key(Role.START, before="count")
     z_loss: float = key(Role.CONTINUED)
     loss_chunk: int | None = key(Role.HARMLESS)
     max_bad_steps: int = key(Role.HARMLESS)

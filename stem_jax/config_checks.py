@@ -28,6 +28,7 @@ _CHOICES = {
     "optimizer.train": ("all", "tables", "backbone"),
     "optimizer.schedule": ("constant", "linear", "inv_sqrt", "cosine", "wsd"),
     "optimizer.decay_mask": ("all", "matrices"),
+    "train.init": ("count", "name"),
 }
 _AT_LEAST_ONE = [
     "model.vocab_size",

@@ -1,6 +1,7 @@
 """Norm and projection."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,18 +11,27 @@ from jax.sharding import NamedSharding
 from stem_jax.kernels import float8
 from stem_jax.kernels.kept_names import projection
 from stem_jax.mesh import parameter_spec
+from stem_jax.model.draws import Draw
 from stem_jax.parts import part
 
 
 def truncated_normal(
-    key: jax.Array, shape: tuple[int, ...], std: float, cut: float, logical_axes: tuple[str, ...]
-) -> jax.Array:
+    key: jax.Array | None,
+    shape: tuple[int, ...],
+    std: float,
+    cut: float,
+    logical_axes: tuple[str, ...],
+) -> Any:
     """Normal samples of standard deviation `std` (before the cut), cut at +-`cut`, float32.
+
+    Without a key it is said what is to be drawn.
 
     Outside of a trace they come from a program that all draws of a shape share, and lie on the mesh
     that is set as their axes say. All parameters of a model in one program, each from a key that is
     a constant, take minutes to compile for a GPU.
     """
+    if key is None:
+        return Draw(shape, std, cut, logical_axes)
     if isinstance(key, jax.core.Tracer):
         return _samples(key, shape, std, cut)
     mesh = jax.sharding.get_mesh()

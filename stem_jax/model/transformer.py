@@ -16,6 +16,7 @@ from stem_jax.memory.memory import INPUT_LAYER, Memory
 from stem_jax.mesh import constrain_tokens
 from stem_jax.model import reader as sites
 from stem_jax.model.attention import Attention
+from stem_jax.model.draws import Unnamed
 from stem_jax.model.embedding import Embedding
 from stem_jax.model.feed_forward import kinds_of
 from stem_jax.model.inputs import Inputs, Outputs
@@ -56,7 +57,7 @@ class Block(nnx.Module):
         # Each kind is made alike; the base itself is none.
         make: Callable[..., FeedForward] = kind
         self.ffn = make(model, factor, mesh, rngs=rngs)
-        self.readers = _readers(config, layer, reads, memories or {}, mesh)
+        self.readers = _readers(config, layer, reads, memories or {}, mesh, rngs)
         self.mesh = mesh
 
     @part("block_rest")
@@ -119,6 +120,7 @@ def _readers(
     reads: Iterable[RowRead],
     memories: Mapping[str, Memory],
     mesh: Mesh | None,
+    rngs: nnx.Rngs,
 ) -> nnx.Dict:
     """By memory; of a layer, or of INPUT_LAYER."""
     made = {}
@@ -129,9 +131,8 @@ def _readers(
                 jax.random.key(config.train.seed), zlib.crc32(f"{layer} {read.memory}".encode())
             )
             make: type[Reader] = READERS[read.reader]
-            made[read.memory] = make.of(
-                config, memories[read.memory], mesh, rngs=nnx.Rngs(params=key)
-            )
+            own = rngs if isinstance(rngs, Unnamed) else nnx.Rngs(params=key)
+            made[read.memory] = make.of(config, memories[read.memory], mesh, rngs=own)
     return nnx.Dict(made)
 
 
@@ -147,7 +148,9 @@ class Transformer(nnx.Module):
             has_dropout=model.token_embedding_dropout > 0,
             rngs=rngs,
         )
-        self.readers = _readers(config, INPUT_LAYER, reads.of(INPUT_LAYER), reads.memories, mesh)
+        self.readers = _readers(
+            config, INPUT_LAYER, reads.of(INPUT_LAYER), reads.memories, mesh, rngs
+        )
         self.blocks = nnx.List(
             [
                 Block(config, layer, kind, mesh, reads.of(layer), reads.memories, rngs=rngs)

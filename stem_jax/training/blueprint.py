@@ -5,6 +5,7 @@ table and no partition a second time.
 """
 
 import contextlib
+import dataclasses
 import functools
 
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from stem_jax.config import Config
 from stem_jax.memory.catalogue import memories, table_specs
 from stem_jax.mesh import BATCH_AXES, CONTEXT, Placed, parameter_spec
+from stem_jax.model.draws import Draw, Unnamed, parameter_key
 from stem_jax.model.layer_plan import (
     LAYERS,
     by_layer,
@@ -22,6 +24,7 @@ from stem_jax.model.layer_plan import (
     stack_names,
     stacked,
 )
+from stem_jax.model.layers import truncated_normal
 from stem_jax.model.row_reads import layer_forms
 from stem_jax.model.transformer import Transformer
 from stem_jax.training.optimizer import make_optimizer
@@ -57,7 +60,11 @@ class ModelDef:
         def make():
             return Transformer(config, mesh, rngs=nnx.Rngs(params=config.train.seed))
 
-        self._make = make
+        def make_unnamed():
+            return Transformer(config, mesh, rngs=Unnamed())
+
+        self._make = make_unnamed if config.train.init == "name" else make
+        self._seed = config.train.seed
         self._param_dtype = config.model.param_dtype
         self.graph, self.abstract = nnx.split(nnx.eval_shape(make))
         self._axes = {
@@ -99,13 +106,22 @@ class ModelDef:
         """
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
             _, state = nnx.split(self._make())
-        params = {_name(path): variable[...] for path, variable in nnx.to_flat_state(state)}
+            params = {
+                _name(path): self._drawn(_name(path), variable.get_value())
+                for path, variable in nnx.to_flat_state(state)
+            }
         if mesh is None:
             return params
         specs = self.specs()
         return {
             name: _placer(NamedSharding(mesh, specs[name]))(value) for name, value in params.items()
         }
+
+    def _drawn(self, name: str, value: jax.Array | Draw) -> jax.Array:
+        """The numbers of a parameter."""
+        if not isinstance(value, Draw):
+            return value
+        return truncated_normal(parameter_key(self._seed, name), *dataclasses.astuple(value))
 
     def specs(self) -> dict[str, PartitionSpec]:
         """Partition of each parameter, by layer."""

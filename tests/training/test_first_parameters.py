@@ -6,6 +6,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from stem_jax.model import layers
+from stem_jax.model.layer_plan import by_layer
 from stem_jax.training.blueprint import Blueprint, ModelDef
 from stem_jax.training.state import init_state
 
@@ -46,6 +47,22 @@ def test_the_bits_of_one_program_for_all_in_their_places(config, shape, device_m
         np.testing.assert_array_equal(value, together[name], err_msg=name)
         assert value.sharding.is_equivalent_to(NamedSharding(mesh, specs[name]), value.ndim)
         assert value.committed
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_by_name_the_bits_are_of_no_mesh_and_no_stack(tiny_config, device_mesh, scanned):
+    by_name = {"train.init": "name", "value.layers": "all", "model.num_layers": 4}
+    config = tiny_config(**by_name, **{"model.scan_layers": scanned})
+    alone = ModelDef(tiny_config(**by_name)).init()
+    blueprint = Blueprint(config, device_mesh((2, 2, 2)))
+    params, specs = by_layer(init_state(blueprint).params), blueprint.model.specs()
+    assert params.keys() == alone.keys()
+    assert scanned == (len(blueprint.model.state_names) < len(alone))
+    for name, value in alone.items():
+        np.testing.assert_array_equal(params[name], value, err_msg=name)
+        if not scanned:
+            place = NamedSharding(blueprint.mesh, specs[name])
+            assert params[name].sharding.is_equivalent_to(place, value.ndim)
 
 
 def test_programs_are_as_many_as_shapes(tiny_config):
