@@ -5,13 +5,14 @@ import difflib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from stem_jax.errors import InputError
 
+Result = TypeVar("Result")
 _PACKAGE = "configs"
 # The folder that holds `configs`: a wheel has it in this package, a checkout beside it.
 _HERE = Path(__file__).resolve().parent
@@ -29,43 +30,70 @@ def read_config_file(path: Path) -> dict[str, dict[str, Any]]:
     Raises:
         InputError: no such file or name, not Python, or a program that fails.
     """
-    path = _found(path)
+    path = found_program(path, "config file", "--config=")
+    return run_program(path, "config file", lambda module: module.get_config().to_dict())
+
+
+def run_program(path: Path, what: str, use: Callable[[Any], Result]) -> Result:
+    """Runs a Python file with the `configs` package beside it, and gives what `use` makes of it.
+
+    Args:
+        path: the file.
+        what: it is called in errors.
+        use: takes the module; `configs` is still that of the file then.
+
+    Raises:
+        InputError: not Python, or a program that fails.
+    """
     spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
     if spec is None or spec.loader is None:
-        raise InputError(f"config file {path} is not a Python file; its name must end in .py")
+        raise InputError(f"{what} {path} is not a Python file; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     try:
         with _base_of(path):
             spec.loader.exec_module(module)
-            return module.get_config().to_dict()
-    # A config file is the user's program and may fail in any way.
+            return use(module)
+    # It is the user's program and may fail in any way.
     except Exception as error:
         message = " ".join(str(error).split())[:300]
         raise InputError(
-            f"config file {path}: {type(error).__name__}: {message}; every key is declared in "
+            f"{what} {path}: {type(error).__name__}: {message}; every key is declared in "
             "configs/base.py"
         ) from error
 
 
-def _found(path: Path) -> Path:
+def found_program(path: Path, what: str, flag: str, folder: str = "") -> Path:
+    """The file that a path is, or the shipped one that it names.
+
+    Args:
+        what: it is called in errors.
+        flag: that says it, such as `--config=`.
+        folder: in `configs`, whose files are known by name.
+
+    Raises:
+        InputError: there is neither.
+    """
+    shipped = _SHIPPED / _PACKAGE / folder
     # A file must end in .py, so a bare name is none.
     if len(path.parts) == 1 and path.suffix != ".py":
-        shipped = _SHIPPED / _PACKAGE / f"{path}.py"
-        if shipped.is_file():
-            return shipped
+        named = shipped / f"{path}.py"
+        if named.is_file():
+            return named
     if path.is_file():
         return path
-    names = sorted(file.stem for file in (_SHIPPED / _PACKAGE).glob("[!_]*.py"))
+    names = sorted(file.stem for file in shipped.glob("[!_]*.py"))
     close = difflib.get_close_matches(path.stem, names, n=1)
-    meant = f"did you mean --config={close[0]}? " if close else ""
-    raise InputError(f"config file {path} does not exist; {meant}known by name: {', '.join(names)}")
+    meant = f"did you mean {flag}{close[0]}? " if close else ""
+    raise InputError(f"{what} {path} does not exist; {meant}known by name: {', '.join(names)}")
 
 
 @contextlib.contextmanager
 def _base_of(path: Path) -> Iterator[None]:
     """Imports of `configs` find the package that is the file's, whatever else has that name."""
     importlib.invalidate_caches()
-    folders = [*reversed(path.resolve().parents[:2]), Path(), _SHIPPED]
+    parents = path.resolve().parents
+    own = [above.parent for above in parents if above.name == _PACKAGE]
+    folders = [*own, *reversed(parents[:2]), Path(), _SHIPPED]
     roots = [folder for folder in folders if (folder / _PACKAGE / "base.py").is_file()]
     spec = PathFinder.find_spec(_PACKAGE, [str(roots[0])]) if roots else None
     if spec is None or spec.loader is None:

@@ -58,6 +58,7 @@ def open_run_data(
     """
     data, train = config.data, config.train
     tokenizer = run_tokenizer(config, workdir, prepared)
+    # Of text that is prepared here another seed holds out other documents; stores have their split.
     sources = open_sources(
         parse_sources(data.sources),
         tokenizer,
