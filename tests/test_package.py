@@ -107,7 +107,11 @@ def test_a_wheel_holds_every_package():
         ".".join(path.parent.relative_to(ROOT).parts)
         for path in ROOT.glob(f"{PACKAGE}/**/__init__.py")
     }
-    assert sorted({*found, f"{PACKAGE}.configs"}) == settings["packages"]
+    found |= {
+        ".".join((PACKAGE, *path.parent.relative_to(ROOT).parts))
+        for path in ROOT.glob("configs/**/__init__.py")
+    }
+    assert sorted(found) == settings["packages"]
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +146,7 @@ def test_the_wheel_holds_licence_types_and_configs(site):
     files = {str(file) for file in installed.files or ()}
     assert f"{installed.name}-{installed.version}.dist-info/licenses/LICENSE" in files
     assert {f"{PACKAGE}/py.typed", f"{PACKAGE}/data/facts.tsv"} <= files
-    shipped = {f"{PACKAGE}/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
+    shipped = {f"{PACKAGE}/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.py")}
     assert shipped == {f for f in files if f.startswith(f"{PACKAGE}/configs/") and f[-1] == "y"}
     # Nothing lands among the packages of others but this one.
     tops = {file.partition("/")[0] for file in files if file.endswith((".py", ".tsv"))}

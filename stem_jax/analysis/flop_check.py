@@ -75,11 +75,17 @@ def checked_config(config: Config) -> Config:
 
     At most four layers, of which one at least has a table if any of the whole has; in float32.
     """
-    model, train = config.model, config.train
-    kinds = layer_kinds(model)
+    kinds = layer_kinds(config.model)
     first = kinds[:_MOST_LAYERS]
     if "stem" in kinds and "stem" not in first:
         first = (*first[:-1], "stem")
+    model = with_layers(config.model, first)
+    return _countable(dataclasses.replace(config, model=model), _TRAINED_SEQUENCES)
+
+
+def _countable(config: Config, sequences: int) -> Config:
+    """The configuration as a program that is counted rightly, see above."""
+    model, train = config.model, config.train
     resident: dict[str, Any] = {
         section: dataclasses.replace(getattr(config, section), resident_rows=None)
         for section in ("tables", *MEMORY_SECTIONS)
@@ -87,7 +93,7 @@ def checked_config(config: Config) -> Config:
     return dataclasses.replace(
         config,
         model=dataclasses.replace(
-            with_layers(model, first),
+            model,
             param_dtype="float32",
             compute_dtype="float32",
             attention="xla",
@@ -96,7 +102,7 @@ def checked_config(config: Config) -> Config:
         ),
         train=dataclasses.replace(
             train,
-            global_batch_size=_TRAINED_SEQUENCES,
+            global_batch_size=sequences,
             micro_batches=1,
             loss_chunk=train.seq_len,
         ),
@@ -123,6 +129,17 @@ def check_flops(config: Config, programs: Sequence[str] = PROGRAMS) -> list[Flop
         stem = config.model.stem_layers
         found.append(FlopCheck("training", stem, matmul, 0, 0, 0, _count(lowered)))
     return found
+
+
+def step_flops(config: Config) -> int:
+    """FLOPs of a train step of the whole configuration, compiled for one device.
+
+    Unlike in a check, all layers are compiled, and row blocks are as large as a batch needs by
+    Zipf's law: a row optimizer costs what the distinct rows do.
+    """
+    counted = _countable(config, config.train.global_batch_size)
+    mesh = make_mesh(counted.mesh, jax.devices()[:1])
+    return _count(train_step_program(counted, mesh).lowered)
 
 
 def cache_slots(config: Config) -> int:
