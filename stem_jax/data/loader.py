@@ -7,7 +7,7 @@ from its step alone.
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Self
+from typing import Any, Self
 
 import grain
 import numpy as np
@@ -86,19 +86,16 @@ class GlobalBatches:
         if not stores:
             raise InputError("data needs at least one source: set data.sources")
         rows_of_part = share.rows_of_part(global_batch_size)
-        sources, weights = [], []
-        for index, (store, weight) in enumerate(stores):
+        for store, weight in stores:
             if not weight > 0:
                 raise InputError(
                     f"weight {weight} of source {store.meta.name!r} must be a positive number"
                 )
-            # Another seed for each source, or stores of one length would be in lockstep.
-            source_seed = np.random.SeedSequence([seed, index]).generate_state(1)[0]
-            rows = grain.MapDataset.source(_Rows(store, seq_len))
-            # The shuffle adds the epoch to its seed, so each epoch has its own order.
-            sources.append(rows.shuffle(seed=int(source_seed)).repeat())
-            weights.append(float(weight))
-        mixture = grain.MapDataset.mix(sources, weights)
+        rows = [_Rows(store, seq_len) for store, _ in stores]
+        self._weights = [float(weight) for _, weight in stores]
+        self._num_rows = [len(rows_of_store) for rows_of_store in rows]
+        self._batch_size, self._seed = global_batch_size, seed
+        mixture = self._mixture(rows)
         # Dropping a remainder that never comes: grain rounds the other length up past sys.maxsize.
         parts = mixture.batch(rows_of_part, drop_remainder=True)
         self._batches = grain.MapDataset.source(_Shares(parts, share, keys_of))
@@ -106,6 +103,30 @@ class GlobalBatches:
         self._read_options = grain.ReadOptions(
             num_threads=num_threads, prefetch_buffer_size=prefetch
         )
+
+    def _mixture(self, rows_of_stores: Sequence[Any]) -> grain.MapDataset:
+        """What stands for rows, store by store, in the order of the batches."""
+        sources = []
+        for index, rows in enumerate(rows_of_stores):
+            # Another seed for each source, or stores of one length would be in lockstep.
+            source_seed = np.random.SeedSequence([self._seed, index]).generate_state(1)[0]
+            # The shuffle adds the epoch to its seed, so each epoch has its own order.
+            shuffled = grain.MapDataset.source(rows).shuffle(seed=int(source_seed))
+            sources.append(shuffled.repeat())
+        return grain.MapDataset.mix(sources, self._weights)
+
+    def times_read(self, step: int) -> list[np.ndarray]:
+        """How often each row of a store is in the global batches before `step`, of all processes.
+
+        Returns an array [rows of the store] int64 for each store. No token is read: some 50,000
+        rows a second.
+        """
+        places = self._mixture([_Places(index, n) for index, n in enumerate(self._num_rows)])
+        times = [np.zeros(n, np.int64) for n in self._num_rows]
+        for index in range((step - self._first_step) * self._batch_size):
+            store, row = places[index]
+            times[store][row] += 1
+        return times
 
     def batch(self, step: int) -> HostBatch:
         """This process's share of global batch `step`; every array is [B_local, L].
@@ -271,6 +292,20 @@ class _Rows:
 
     def __repr__(self) -> str:
         return f"_Rows({self._store.folder}, seq_len={self._seq_len})"
+
+
+class _Places:
+    """The full rows of a store by what they are called: (number of the store, row)."""
+
+    def __init__(self, store: int, num_rows: int):
+        self._store = store
+        self._num_rows = num_rows
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        return self._store, int(index)
 
 
 class _Shares:

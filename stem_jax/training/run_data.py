@@ -10,6 +10,7 @@ from stem_jax.data.formats import Reading
 from stem_jax.data.loader import WHOLE, GlobalBatches, Share, ValidationBatches
 from stem_jax.data.sentencepiece_training import train_sentencepiece
 from stem_jax.data.sources import (
+    OpenedSource,
     check_folder,
     is_store_folder,
     open_sources,
@@ -32,8 +33,13 @@ class RunData:
 
     tokenizer: Tokenizer
     batches: GlobalBatches
-    stores: tuple[TokenStore, ...]
+    sources: tuple[OpenedSource, ...]
     held_out: ValidationBatches | None
+
+    @property
+    def stores(self) -> tuple[TokenStore, ...]:
+        """Of the training text, one for each source."""
+        return tuple(source.train for source in self.sources)
 
 
 def open_run_data(
@@ -90,7 +96,7 @@ def open_run_data(
             first_step=first_step,
             **slices,
         ),
-        tuple(source.train for source in sources),
+        sources,
         ValidationBatches(held_out, max_batches=config.eval.max_batches, **slices)
         if held_out
         else None,

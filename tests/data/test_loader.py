@@ -238,3 +238,19 @@ def test_the_first_row_of_several_documents_is_found(lengths, tmp_path):
     rows = range(store.num_rows(16, drop_last=False))
     packed = [row for row in rows if store.row(row, 16)["segment_ids"].max() > 1]
     assert store.packed_row(16) == (packed[0] if packed else None)
+
+
+@pytest.mark.parametrize("first_step", [0, 5])
+def test_rows_are_counted_as_batches_have_them(stores, first_step):
+    """More than an epoch of the smaller store; each row is known by its first token but one."""
+    one = _batches(stores, (0.5, 0.5), first_step=first_step)
+    share = _batches(stores, (0.5, 0.5), first_step=first_step, share=Share((1,), 2))
+    seen = np.concatenate([one.batch(first_step + n)["tokens"] for n in range(17)])
+    times = one.times_read(first_step + 17)
+    assert [array.sum() for array in times] == [68, 68] and times[1].max() > 1
+    for store, times_R in zip(stores, times, strict=True):
+        rows = [store.row(row, 16)["tokens"] for row in range(len(times_R))]
+        found = [int((seen == row).all(axis=1).sum()) for row in rows]
+        assert found == times_R.tolist()
+    assert all(map(np.array_equal, times, share.times_read(first_step + 17)))
+    assert not any(array.any() for array in one.times_read(first_step))
