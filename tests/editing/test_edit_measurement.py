@@ -77,7 +77,7 @@ def test_facts_are_asked_for_by_the_entry_point(workdir, tmp_path, capsys):
     out = tmp_path / "facts.json"
     evaluate.main([f"--workdir={workdir}", "--facts", "--limit=3", f"--out={out}"])
     printed = capsys.readouterr().out
-    assert "relation      trained  held out  questions  (answered exactly)" in printed
+    assert "relation          trained  held out  questions  (answered exactly)" in printed
     record = json.loads(out.read_text())
     assert record["countries"] == 3 and record["relations"]["domain"]["questions"] == 3 * 21
 
