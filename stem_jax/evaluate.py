@@ -1,7 +1,8 @@
-"""Measures a trained model: standard tasks, bits per byte of texts, needles, or facts.
+"""Measures a trained model: standard tasks, bits per byte of texts, memorization, needles, facts.
 
 python -m stem_jax.evaluate --workdir=runs/tiny --tasks=arc_easy,path/to/task_yamls --limit=100
-python -m stem_jax.evaluate --workdir=runs/tiny --perplexity=facts,notes.txt
+python -m stem_jax.evaluate --workdir=runs/tiny --perplexity=facts,notes.txt --by-frequency
+python -m stem_jax.evaluate --workdir=runs/tiny --memorization
 python -m stem_jax.evaluate --workdir=runs/needle --niah --keys=1,4 --lengths=64,256
 python -m stem_jax.evaluate --workdir=runs/facts --facts
 """

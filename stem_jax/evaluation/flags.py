@@ -1,4 +1,4 @@
-"""The flags of `python -m stem_jax.evaluate`: one of four measurements, and what each takes."""
+"""The flags of `python -m stem_jax.evaluate`: one of five measurements, and what each takes."""
 
 import argparse
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from stem_jax.processes.cluster import add_flags
 _ONLY = {
     **dict.fromkeys(("num_fewshot", "max_gen_toks", "log_samples"), ("tasks",)),
     **dict.fromkeys(("lengths", "depths", "keys", "samples", "seed"), ("niah",)),
-    "limit": ("tasks", "perplexity", "facts"),
-    **dict.fromkeys(("text_field", "format"), ("perplexity",)),
+    "limit": ("tasks", "perplexity", "facts", "memorization"),
+    **dict.fromkeys(("text_field", "format", "by_frequency"), ("perplexity",)),
 }
 
 
@@ -31,6 +31,8 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
     parser.add_names("--perplexity", help=texts, **names)
     mode.add_argument("--niah", action="store_true", help="needle in a haystack")
     mode.add_argument("--facts", action="store_true", help="what the facts corpus tells")
+    easier = "how much easier trained text is than like text that was held out"
+    mode.add_argument("--memorization", action="store_true", help=easier)
     add("--step", type=int, help="checkpoint; without it, the newest")
     add("--resident-rows", type=int, help="table rows kept on the devices")
     add("--devices", type=int, default=1, help="of each process, that the model is divided over")
@@ -38,9 +40,11 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
     parser.add_path("--out", help="JSON file; without it, WORKDIR/evaluation/MODE.json")
     add("--json", action="store_true", help="print JSON instead of a table")
     add("--no-progress", action="store_true", help="draw no bars")
-    add("--limit", type=int, help="examples of a task, documents, countries; without, all")
+    add("--limit", type=int, help="examples of a task, documents, countries, pieces; or all")
     add("--text-field", help="perplexity: of files; without it, the run's")
     add("--format", choices=FORMATS, help="perplexity: of files; without it, the run's")
+    often = "perplexity: also by how often the run was trained on a token"
+    add("--by-frequency", action="store_true", help=often)
     add("--num-fewshot", type=int, help="tasks: examples before each question")
     add(
         "--max-gen-toks",
@@ -57,7 +61,7 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
     add_flags(parser)
     parser.add_cache_flag()
     args = parser.parse_args(argv)
-    modes = ("niah", "facts", "tasks", "perplexity")
+    modes = ("niah", "facts", "memorization", "tasks", "perplexity")
     name = next(mode for mode in modes if getattr(args, mode) not in (None, False))
     for flag, takers in _ONLY.items():
         if name not in takers and getattr(args, flag) != parser.get_default(flag):

@@ -11,12 +11,20 @@ import jax
 
 from stem_jax.checkpoints.loading import LoadedRun, load_run
 from stem_jax.evaluation.heatmap import draw_retrieval
+from stem_jax.evaluation.memorization import format_memorization, memorization
 from stem_jax.evaluation.niah import format_retrieval, retrieval
 from stem_jax.evaluation.perplexity import format_perplexity, perplexity
 from stem_jax.evaluation.recall import format_recall, recall
 from stem_jax.evaluation.results import check_out, write_json
 from stem_jax.evaluation.tasks import evaluate_tasks, format_results
-from stem_jax.processes.agreement import check_same, code_version, is_first, unanimous
+from stem_jax.evaluation.training_text import open_training_text
+from stem_jax.processes.agreement import (
+    PREPARING_SECONDS,
+    check_same,
+    code_version,
+    is_first,
+    unanimous,
+)
 from stem_jax.training.run_data import reading_of
 
 # Flags that processes of one measurement may differ in.
@@ -65,9 +73,17 @@ def measure(args: argparse.Namespace) -> Measurement:
     elif args.facts:
         result = recall(run, limit=args.limit, **common)
         table = format_recall(result)
+    elif args.memorization:
+        with unanimous(PREPARING_SECONDS):
+            text = open_training_text(run, args.workdir)
+        result = memorization(run, text, limit=args.limit, **common)
+        table = format_memorization(result)
     else:
         reading = reading_of(run.config.data, args.text_field, args.format)
         options = {"limit": args.limit, "reading": reading}
+        if args.by_frequency:
+            with unanimous(PREPARING_SECONDS):
+                options["counts"] = open_training_text(run, args.workdir).pair_counts()
         result = perplexity(run, args.perplexity, **options, **common)
         table = format_perplexity(result)
     record = {"workdir": str(args.workdir), "step": run.step, **result}

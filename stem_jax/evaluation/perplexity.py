@@ -1,6 +1,5 @@
 """Bits per byte of texts: by corpus, and by how much of the context a token could see."""
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,37 +15,19 @@ from stem_jax.data.formats import Reading
 from stem_jax.data.prepare import open_stores
 from stem_jax.data.sources import is_store_folder, read_sources
 from stem_jax.data.tokenizer import Tokenizer
+from stem_jax.data.trained_pairs import PairCounts
 from stem_jax.errors import BadRecord, InputError
+from stem_jax.evaluation.frequency import FrequencySums, frequency_lines
 from stem_jax.evaluation.limits import check_limit
 from stem_jax.evaluation.progress import bars_off
 from stem_jax.evaluation.scoring import Scorer
-from stem_jax.generation.completion import TextStream
+from stem_jax.evaluation.tally import Tally, number, token_bytes
 from stem_jax.training.run_data import reading_of
 
 # Ids with bos and eos, UTF-8 bytes of the text, those that no token stands for, the first of these.
 _Measured = tuple[list[int], int, float, str]
 # So many at a time are sorted by length; what is kept of them in memory is small.
 _GROUP = 1024
-
-
-@dataclasses.dataclass
-class Tally:
-    """Sums over scored tokens. bytes: UTF-8 bytes of their text."""
-
-    nats: float = 0.0
-    tokens: int = 0
-    bytes: int = 0
-
-    def record(self) -> dict[str, float | int | None]:
-        """Loss in nats per token, perplexity per token and bits per byte; None where undefined."""
-        loss = self.nats / self.tokens if self.tokens else None
-        return {
-            "loss": loss,
-            "perplexity": None if loss is None else math.exp(min(loss, 700.0)),
-            "bits_per_byte": self.nats / math.log(2) / self.bytes if self.bytes else None,
-            "tokens": self.tokens,
-            "bytes": self.bytes,
-        }
 
 
 def perplexity(
@@ -56,6 +37,8 @@ def perplexity(
     limit: int | None = None,
     batch_size: int = 16,
     reading: Reading | None = None,
+    counts: PairCounts | None = None,
+    by_document: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Scores texts as training does: every token of a document but its bos, and its eos.
@@ -69,6 +52,8 @@ def perplexity(
         limit: documents of each source; None: all.
         batch_size: windows at a time.
         reading: of files; None: as the run reads its own.
+        counts: how often the run was trained on each id, for figures by that.
+        by_document: give the figures of each document, too.
         progress: draw bars on stderr, if it is a terminal.
 
     Returns:
@@ -76,7 +61,9 @@ def perplexity(
         `left_out` the share of its bytes that no token stands for and the first such character, and
         under `by_position` the records of tokens by the number of tokens before them in their
         window, `first` to `last`, with powers of two as the last. There the bytes are those of the
-        decoded tokens.
+        decoded tokens. With `counts`, under `by_frequency` the groups of `frequency_groups` by the
+        input token and by the target, with these bytes. With `by_document`, under that name lists
+        of the `nats` and `bytes` of each document, in order.
 
     Raises:
         InputError: a source that cannot be opened or has no text, before any is scored; or a file
@@ -92,7 +79,8 @@ def perplexity(
     for source, documents in opened.items():
         documents = itertools.islice(documents, limit)
         bar = tqdm(documents, desc=source, unit=" documents", disable=bars_off(progress))
-        corpora[source] = _measure(scorer, run.tokenizer, bar)
+        frequency = None if counts is None else FrequencySums(counts)
+        corpora[source] = _measure(scorer, run.tokenizer, bar, frequency, by_document)
     return {"context": scorer.context, "corpora": corpora}
 
 
@@ -103,8 +91,8 @@ def format_perplexity(result: dict[str, Any]) -> str:
     lines = [f"{'corpus':<{width}}  bits/byte  nats/token  perplexity      tokens       bytes"]
     for name, record in corpora.items():
         lines.append(
-            f"{name:<{width}}  {_number(record['bits_per_byte']):>9}  "
-            f"{_number(record['loss']):>10}  {_number(record['perplexity']):>10}  "
+            f"{name:<{width}}  {number(record['bits_per_byte']):>9}  "
+            f"{number(record['loss']):>10}  {number(record['perplexity']):>10}  "
             f"{record['tokens']:>10,}  {record['bytes']:>10,}"
         )
     columns = [max(len(name), 9) for name in corpora]
@@ -116,17 +104,16 @@ def format_perplexity(result: dict[str, Any]) -> str:
         label = (
             f"{row['first']}" if row["first"] == row["last"] else f"{row['first']}-{row['last']}"
         )
-        values = (_number(row["bits_per_byte"] if row else None) for row in rows)
+        values = (number(row["bits_per_byte"] if row else None) for row in rows)
         cells = "  ".join(f"{value:>{n}}" for value, n in zip(values, columns, strict=True))
         lines.append(f"{label:<{width}}  {cells}")
+    for name, record in corpora.items():
+        if "by_frequency" in record:
+            lines += ["", *frequency_lines(name, record["by_frequency"])]
     for name, record in corpora.items():
         note = coverage_note(record["left_out"], record["left_out_example"])
         lines += ["", f"{name}: {note}"] if note else []
     return "\n".join(lines)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.4f}" if value < 1e4 else f"{value:.3e}"
 
 
 def _opened(source: str, run: LoadedRun, reading: Reading) -> Iterator[_Measured]:
@@ -166,30 +153,45 @@ def _documents(source: str, run: LoadedRun, reading: Reading) -> Iterator[_Measu
 
 
 def _measure(
-    scorer: Scorer, tokenizer: Tokenizer, documents: Iterable[_Measured]
+    scorer: Scorer,
+    tokenizer: Tokenizer,
+    documents: Iterable[_Measured],
+    frequency: FrequencySums | None,
+    by_document: bool,
 ) -> dict[str, Any]:
     """The record of one source."""
     # Bucket b holds the tokens with 2^(b-1) + 1 to 2^b others before them.
     bucket_L = np.ceil(np.log2(np.arange(1, scorer.context + 1))).astype(int)
     total, buckets = Tally(), [Tally() for _ in range(bucket_L[-1] + 1)]
     count, left_out, example = 0, 0.0, ""
+    of_documents: dict[str, list[float]] = {"nats": [], "bytes": []}
 
-    def windows() -> Iterator[tuple[list[int], list[int]]]:
+    def windows() -> Iterator[tuple[list[int], list[int], int]]:
         nonlocal count, left_out, example
         for ids, num_bytes, lost, first in documents:
             count += 1
             left_out += lost
             example = example or first
             total.bytes += num_bytes
-            bytes_of = _token_bytes(tokenizer, ids)
+            if by_document:
+                of_documents["nats"].append(0.0)
+                of_documents["bytes"].append(num_bytes)
+            bytes_of = token_bytes(tokenizer, ids)
             for start in range(0, len(ids) - 1, scorer.context):
                 end = start + scorer.context + 1
-                yield ids[start:end], bytes_of[start + 1 : end]
+                yield ids[start:end], bytes_of[start + 1 : end], count - 1
 
     for group in _groups(windows()):
-        for (_, sizes), scores in zip(group, scorer.score([ids for ids, _ in group]), strict=True):
+        ids, sizes_of_all, places = zip(*group, strict=True)
+        scored = scorer.score(ids)
+        nats_of_all = [-scores.log_likelihoods.astype(np.float64) for scores in scored]
+        if frequency is not None:
+            frequency.add(ids, nats_of_all, sizes_of_all)
+        for nats, sizes, place in zip(nats_of_all, sizes_of_all, places, strict=True):
             n = len(sizes)
-            nats_B = np.bincount(bucket_L[:n], -scores.log_likelihoods.astype(np.float64))
+            if by_document:
+                of_documents["nats"][place] += float(nats.sum())
+            nats_B = np.bincount(bucket_L[:n], nats)
             tokens_B = np.bincount(bucket_L[:n])
             bytes_B = np.bincount(bucket_L[:n], sizes)
             for bucket, *sums in zip(buckets, nats_B, tokens_B, bytes_B):
@@ -204,15 +206,11 @@ def _measure(
         if bucket.tokens
     ]
     lost = {"left_out": left_out / total.bytes, "left_out_example": example}
-    return {**total.record(), "documents": count, **lost, "by_position": by_position}
+    record = {**total.record(), "documents": count, **lost, "by_position": by_position}
+    record |= {} if frequency is None else {"by_frequency": frequency.record()}
+    return record | ({"by_document": of_documents} if by_document else {})
 
 
 def _groups(items: Iterator[Any]) -> Iterator[list[Any]]:
     while group := list(itertools.islice(items, _GROUP)):
         yield group
-
-
-def _token_bytes(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
-    """UTF-8 bytes of the text of each id; a character of several counts with its last one."""
-    stream = TextStream(tokenizer)
-    return [len(stream.push(token).encode()) for token in ids]

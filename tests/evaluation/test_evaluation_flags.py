@@ -8,7 +8,8 @@ from stem_jax.evaluation.flags import parse
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--niah", "--limit=-3"], "--limit belongs to --tasks or --perplexity or --facts, not to"),
+        (["--niah", "--limit=-3"], "--limit belongs to --tasks or --perplexity or --facts or"),
+        (["--facts", "--by-frequency"], "--by-frequency belongs to --perplexity, not to --facts"),
         (["--perplexity=facts", "--lengths=9"], "--lengths belongs to --niah, not to --perplexity"),
         (["--facts", "--max-gen-toks=7"], "--max-gen-toks belongs to --tasks, not to --facts"),
         (["--niah", "--out=z.PNG"], "--out=z.PNG must be the JSON file; the picture is put beside"),

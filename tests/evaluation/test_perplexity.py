@@ -1,10 +1,12 @@
 """Bits per byte of texts: training's own figures, counted by corpus and by position."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 
@@ -21,7 +23,8 @@ from stem_jax.data.tokenizer import load_tokenizer
 from stem_jax.errors import InputError
 from stem_jax.evaluation.perplexity import format_perplexity, perplexity
 from stem_jax.evaluation.scoring import Scorer
-from stem_jax.training.run_data import reading_of
+from stem_jax.evaluation.training_text import open_training_text
+from stem_jax.training.run_data import open_run_data, reading_of
 from tests import effort
 from tests.saved_models import BYTES
 from tests.tokenizer_kinds import load_kind
@@ -113,6 +116,53 @@ def test_every_token_counts_once_in_the_place_where_it_was_scored(run, tmp_path)
     assert sum(row["bytes"] for row in found["by_position"]) == found["bytes"]
 
 
+def test_by_how_often_the_run_was_trained_on_a_token(run_folder, run):
+    """Each token by itself, and counts from the batches, one after the other."""
+    (store,) = (run_folder / "data").iterdir()
+    name, counts = str(store), open_training_text(run, run_folder).pair_counts()
+    batches = open_run_data(run.config, run_folder, prepared=True).batches
+    times = np.zeros((2, 258), int)
+    for step in range(30):
+        batch = batches.batch(step)
+        for times_V, key in zip(times, ("tokens", "targets"), strict=True):
+            np.add.at(times_V, batch[key][batch["loss_mask"] == 1], 1)
+    np.testing.assert_array_equal([counts.inputs_V, counts.targets_V], times)
+    options = {"counts": counts, "by_document": True, "progress": False}
+    found = perplexity(run, [name], **options)["corpora"][name]
+    [held_out] = open_run_data(run.config, run_folder, prepared=True).held_out.stores
+    scorer, nats, pairs = Scorer(run), [], []
+    for document in range(held_out.num_documents):
+        ids = held_out.document_ids(document).tolist()
+        scores = -scorer.score([ids])[0].log_likelihoods.astype(np.float64)
+        nats.append(scores.sum())
+        pairs += zip(ids[:-1], ids[1:], scores.tolist(), strict=True)
+    assert found["by_document"]["nats"] == pytest.approx(nats, rel=1e-5)
+    assert found["by_document"]["bytes"] == held_out.document_bytes.tolist()
+    for place, side in enumerate(("input", "target")):
+        groups = found["by_frequency"][side]
+        assert sum(g["tokens"] for g in groups) == len(pairs) == found["tokens"]
+        total = sum(g["loss"] * g["tokens"] for g in groups)
+        assert total == pytest.approx(sum(nats), rel=1e-5)
+        assert sum(g["bytes"] for g in groups) == pytest.approx(found["bytes"])
+        # Of each token the mean of those that were trained on as often, in their order.
+        of_times = {}
+        for pair in pairs:
+            of_times.setdefault(times[place][pair[place]], []).append(pair[2])
+        means = [np.mean(same) for _, same in sorted(of_times.items()) for _ in same]
+        edges = [len(pairs) * group // 10 for group in range(11)]
+        expected = [np.mean(means[a:b]) for a, b in itertools.pairwise(edges)]
+        assert [g["loss"] for g in groups] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_run_without_its_text_knows_no_counts(run_folder, run, tmp_path):
+    copy = shutil.copytree(run_folder, tmp_path / "run")
+    (store,) = (copy / "data").iterdir()
+    meta = store / "train" / "meta.json"
+    meta.write_text(meta.read_text().replace('"checksum": "', '"checksum": "0'))
+    with pytest.raises(InputError, match=r"is not what checkpoint 30 of .*run was trained on"):
+        open_training_text(run, copy)
+
+
 def test_text_that_gives_a_special_token_is_refused(run, tmp_path):
     """Else a document would end inside of it; Unigram cannot spell "</s>" in another way."""
     path = tmp_path / "words.jsonl"
@@ -194,9 +244,11 @@ def test_files_are_read_as_the_run_reads_its_own_or_as_flags_say(run, tmp_path):
 
 def test_the_entry_point_writes_beside_the_run(run_folder, monkeypatch, capsys):
     flags = [f"--workdir={run_folder}", "--perplexity=facts", "--limit=3", "--json"]
+    flags += ["--by-frequency"]
     monkeypatch.setattr(sys, "argv", ["evaluate", *flags])
     cli.run(evaluate.main)
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((run_folder / "evaluation" / "perplexity.json").read_text())
     assert printed["step"] == 30 and printed["context"] == CONTEXT
     assert printed["corpora"]["facts"]["documents"] == 3
+    assert len(printed["corpora"]["facts"]["by_frequency"]["target"]) == 10
