@@ -30,6 +30,8 @@ _KNOWN = {
     HEADLINE: Measure("held-out bits per byte, test", BITS),
     "dev_bits_per_byte": Measure("held-out bits per byte, dev", BITS),
     "memorization_gap": Measure("memorisation gap", BITS, None),
+    "memorization_held_out": Measure("bits per byte of unseen pieces of text", BITS),
+    "memorization_seen": Measure("bits per byte of pieces trained on", BITS),
     "spikes": Measure("spikes of the loss", "spikes", floor=0),
     "gradient_norm_spread": Measure("spread of the gradient norm", "ratio"),
 }

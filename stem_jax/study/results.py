@@ -5,11 +5,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stem_jax.errors import InputError
 from stem_jax.study.claims import Claim
-from stem_jax.study.intervals import correlation, interval_of, paired
+from stem_jax.study.intervals import correlation, paired
 from stem_jax.study.measured import HEADLINE, limit_reached
 from stem_jax.study.multiplier import multipliers
+from stem_jax.study.overlap import low_overlap
 from stem_jax.study.panels import BASELINE, Panel, Record, of_purpose, panels_of, value_of
 from stem_jax.study.resampling import planted, resample
 from stem_jax.study.verdicts import answer
@@ -24,6 +24,7 @@ def results_of(
     *,
     overlaps: Sequence[float] | None = None,
     asked: Sequence[str] = (),
+    variants: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The content of study.json; the same records give the same bits, in whatever order they come.
 
@@ -31,6 +32,7 @@ def results_of(
         overlaps: share of the 13-grams of each test document that training holds, in store order,
             of the text that the main runs were trained on.
         asked: names of the runs that the study asked for.
+        variants: what each is, for the page.
 
     Returns:
         "claims" (see `verdicts.answer`), "panels" (a text and a number of tokens: measures of each
@@ -48,6 +50,7 @@ def results_of(
         "format": FORMAT,
         "study": study_name,
         "headline": HEADLINE,
+        "variants": dict(variants or {}),
         "claims": answer(claims, panels),
         "panels": [_panel(panel) for panel in panels],
         "multipliers": multipliers(records, main),
@@ -73,52 +76,6 @@ def results_text(results: Mapping[str, Any]) -> str:
     return json.dumps(results, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
-def low_overlap(panel: Panel, overlaps: Sequence[float]) -> dict[str, Any]:
-    """The headline on the half of the test documents of which training holds least.
-
-    Raises:
-        InputError: a run's documents are not as many as the overlaps.
-    """
-    order = sorted(range(len(overlaps)), key=lambda place: (overlaps[place], place))
-    kept = sorted(order[: len(overlaps) // 2])
-    values = {
-        label: {seed: _bits(record, kept, len(overlaps)) for seed, record in cell.items()}
-        for label, cell in panel.cells.items()
-    }
-    variants = []
-    for label, by_seed in values.items():
-        differences = paired(by_seed, values.get(BASELINE, {}))
-        interval = interval_of(list(differences.values()))
-        variants.append(
-            {
-                "variant": label,
-                "mean": _mean([x for x in by_seed.values() if x is not None]),
-                "difference": _interval(interval if label != BASELINE else None),
-            }
-        )
-    return {
-        "documents": len(kept),
-        "of": len(overlaps),
-        "overlap": _mean([overlaps[place] for place in kept]),
-        "overlap_of_all": _mean(overlaps),
-        "variants": variants,
-    }
-
-
-def _bits(record: Record, kept: Sequence[int], count: int) -> float | None:
-    documents = record["documents"]
-    if record["diverged"] is not None or not documents:
-        return None
-    if len(documents["nats"]) != count:
-        raise InputError(
-            f"{record['name']} has {len(documents['nats'])} test documents and the text {count}; "
-            "take the text that the run was trained on"
-        )
-    size = sum(documents["bytes"][place] for place in kept)
-    nats = math.fsum(documents["nats"][place] for place in kept)
-    return nats / math.log(2) / size if size and math.isfinite(nats) else None
-
-
 def _panel(panel: Panel) -> dict[str, Any]:
     measures = panel.measures()
     variants = []
@@ -131,7 +88,6 @@ def _panel(panel: Panel) -> dict[str, Any]:
                 "seeds": list(cell),
                 "diverged": panel.diverged(label),
                 "size": dict(first["size"]),
-                "total_tokens": panel.tokens,
                 "correlation": _correlation(panel, label),
                 "measures": {
                     name: found for name in measures if (found := _measure(panel, label, name))
@@ -165,8 +121,9 @@ def _measure(panel: Panel, label: str, name: str) -> dict[str, Any] | None:
 def _correlation(panel: Panel, label: str) -> float | None:
     """Of the headline's pairs with dense: how much pairing by seed is worth."""
     own, dense = panel.values(label, HEADLINE), panel.values(BASELINE, HEADLINE)
-    pairs = [(own[seed], dense[seed]) for seed in paired(own, dense)]
-    return correlation(pairs) if label != BASELINE else None  # type: ignore[arg-type]
+    # Paired seeds have both values.
+    pairs = [(own[seed] or 0.0, dense[seed] or 0.0) for seed in paired(own, dense)]
+    return correlation(pairs) if label != BASELINE else None
 
 
 def _signs(panels: Sequence[Panel]) -> list[dict[str, Any]]:

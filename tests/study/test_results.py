@@ -10,8 +10,9 @@ import pytest
 from configs.study.claims import CLAIMS
 from stem_jax.errors import InputError
 from stem_jax.study.csv_file import COLUMNS, write_csv
+from stem_jax.study.overlap import low_overlap
 from stem_jax.study.panels import panels_of
-from stem_jax.study.results import low_overlap, results_of, results_text
+from stem_jax.study.results import results_of, results_text
 from tests.study_records import record, runs, study_records
 
 
