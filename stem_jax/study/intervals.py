@@ -70,6 +70,14 @@ def interval_of(
     return Interval(mean, factor(level, len(values) - 1) * error, len(values), level)
 
 
+def half_width_to_come(values: Sequence[float], seeds: int, level: float = LEVEL) -> float | None:
+    """What `seeds` values would have if they spread as these do; None of fewer than two."""
+    if min(len(values), seeds) < 2:
+        return None
+    error = _standard_error(values, math.fsum(values) / len(values))
+    return student(level, seeds - 1) * error * math.sqrt(len(values) / seeds)
+
+
 def bounds_of(side: str, margin: float) -> tuple[float, ...]:
     """Differences that decide a claim: an interval that holds none of them resolves it."""
     return {"equal": (-margin, margin), "no_worse": (margin,)}.get(side, (0.0,))

@@ -18,7 +18,9 @@ from stem_jax.study.tables import (
     multiplier_table,
     rates_table,
     resampling_table,
+    same_rate_table,
     signs_table,
+    sized_against,
     sizes_table,
 )
 
@@ -33,11 +35,12 @@ def markdown_of(results: Results) -> str:
         low_overlap_table(results),
         multiplier_table(results),
         lengths_table(results),
-        *(sizes_table(panel) for panel in panels[:1]),
+        *(sizes_table(p, label) for p in panels[:1] for label in sized_against(p)),
         *(measures_table(panel) for panel in panels),
         resampling_table(results),
         *(correlation_table(panel) for panel in panels[:1]),
         rates_table(results),
+        same_rate_table(results),
         missing_table(results),
     ]
     return "\n".join(_markdown(table) for table in tables if table.rows)

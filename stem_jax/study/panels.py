@@ -64,6 +64,25 @@ class Panel:
         return sorted({name for record in records for name in record["measures"]})
 
 
+def same_rates(panel: Panel) -> list[tuple[float, Panel]]:
+    """The runs of a panel by rate, where dense and others have it; [] where all have one rate.
+
+    A variant has its name as its label in each of them.
+    """
+    found: dict[float, dict[str, dict[int, Record]]] = {}
+    for cell in panel.cells.values():
+        for seed, record in cell.items():
+            run = record["run"]
+            found.setdefault(run["rate"], {}).setdefault(run["variant"], {})[seed] = record
+    if len(found) < 2:
+        return []
+    return [
+        (rate, Panel(panel.text, panel.tokens, panel.main, cells))
+        for rate, cells in sorted(found.items())
+        if BASELINE in cells and len(cells) > 1
+    ]
+
+
 def value_of(record: Record, measure: str) -> float | None:
     """Of a run's end; None where it has none: not measured, not finite, or diverged before."""
     value = record["measures"].get(measure)

@@ -10,7 +10,15 @@ from stem_jax.study.intervals import correlation, paired
 from stem_jax.study.measured import HEADLINE, limit_reached
 from stem_jax.study.multiplier import multipliers
 from stem_jax.study.overlap import low_overlap
-from stem_jax.study.panels import BASELINE, Panel, Record, of_purpose, panels_of, value_of
+from stem_jax.study.panels import (
+    BASELINE,
+    Panel,
+    Record,
+    of_purpose,
+    panels_of,
+    same_rates,
+    value_of,
+)
 from stem_jax.study.resampling import planted, resample
 from stem_jax.study.verdicts import answer
 
@@ -37,8 +45,9 @@ def results_of(
     Returns:
         "claims" (see `verdicts.answer`), "panels" (a text and a number of tokens: measures of each
         variant, and differences to dense at 95%, which are exploratory), "multipliers",
-        "low_overlap", "signs", "rates", "resampling", "planted", "not_measurable", "curves", and
-        what was run: "runs", "missing", "diverged", "commits", "machines".
+        "low_overlap", "signs", "rates", "same_rate", "resampling", "planted", "not_measurable",
+        "curves", "variants", and of what was run "runs", "missing", "diverged", "commits",
+        "machines".
 
     Raises:
         InputError: runs that are compared differ in what they must share, or in their documents.
@@ -57,6 +66,7 @@ def results_of(
         "low_overlap": None if overlaps is None else low_overlap(main, overlaps),
         "signs": _signs(panels),
         "rates": _rates(records),
+        "same_rate": _same_rate(main),
         "resampling": resample(main),
         "planted": planted(records, main),
         "not_measurable": _not_measurable(panels),
@@ -178,6 +188,18 @@ def _rates(records: Sequence[Record]) -> list[dict[str, Any]]:
             }
         )
     return choices
+
+
+def _same_rate(main: Panel) -> list[dict[str, Any]]:
+    """The headline's differences to dense where both have the same rate, not each its best."""
+    found = []
+    for rate, panel in same_rates(main):
+        for label in panel.cells:
+            _, interval = panel.difference(label, BASELINE, HEADLINE)
+            if label != BASELINE and interval is not None:
+                difference = interval.to_dict()
+                found.append({"rate": rate, "variant": label, "difference": difference})
+    return found
 
 
 def _not_measurable(panels: Sequence[Panel]) -> list[dict[str, Any]]:

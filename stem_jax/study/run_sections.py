@@ -14,6 +14,8 @@ from stem_jax.study.tables import (
     missing_table,
     rates_table,
     resampling_table,
+    same_rate_table,
+    sized_against,
     sizes_table,
 )
 
@@ -26,7 +28,8 @@ def sizes(main: Panel | None) -> str:
         "All models read the same tokens; they are not equally large, and not equally dear. FLOPs "
         "are those of training, forward and backward."
     )
-    return paragraph(lead) + table_html(sizes_table(main))
+    tables = (sizes_table(main, label) for label in sized_against(main))
+    return paragraph(lead) + "".join(map(table_html, tables))
 
 
 def cost_part(cost: Mapping[str, Any] | None) -> str:
@@ -87,7 +90,12 @@ def checks(results: Results, main: Panel | None) -> str:
                 f"{'found' if planted['found'] else 'NOT found'}."
             )
         )
-    tables = resampling_table(results), correlation_table(main), rates_table(results)
+    tables = (
+        resampling_table(results),
+        correlation_table(main),
+        rates_table(results),
+        same_rate_table(results),
+    )
     return "".join([*parts, *map(table_html, tables)])
 
 

@@ -136,18 +136,38 @@ def lengths_table(results: Results) -> Table:
     return Table("Ends of the dense model", ("tokens of a run", "bits per byte", "seeds"), rows)
 
 
-def sizes_table(panel: Panel) -> Table:
-    """Parameters and FLOPs of all variants, also where they differ."""
-    own = [one["size"] for one in panel["variants"] if one["variant"] == panel["against"]]
-    dense = own[0] if own else {}
+def sizes_table(panel: Panel, against: str) -> Table:
+    """Parameters and FLOPs of all variants, also where they differ.
+
+    Args:
+        against: of whose sizes shares are said.
+    """
+    own = [one["size"] for one in panel["variants"] if one["variant"] == against]
+    base = own[0] if own else {}
     rows = []
     for one in panel["variants"]:
         size, flops = one["size"], one["size"].get("flops_per_token")
         run = count(None if flops is None else flops * panel["tokens"])
-        cells = (_beside(size.get(key), dense.get(key)) for key, _ in _SIZES)
+        cells = (_beside(size.get(key), base.get(key)) for key, _ in _SIZES)
         rows.append((spoken(one["variant"]), *cells, run))
     columns = ("variant", *(title for _, title in _SIZES), "FLOPs of a run, formula")
-    return Table("Sizes and computation; in brackets, of dense's", columns, rows)
+    return Table(f"Sizes and computation; in brackets, of {spoken(against)}'s", columns, rows)
+
+
+def sized_against(panel: Panel) -> list[str]:
+    """Variants whose sizes others are matched with, of those that are there."""
+    labels = [one["variant"] for one in panel["variants"]]
+    return [label for label in ("dense", "stem_half") if label in labels]
+
+
+def same_rate_table(results: Results) -> Table:
+    """Differences to dense with one learning rate for both."""
+    rows = [
+        (spoken(one["variant"]), f"x{one['rate']:.3g}", interval(one["difference"]))
+        for one in results["same_rate"]
+    ]
+    title = "With one learning rate for both, not each its best: bits per byte minus dense"
+    return Table(title, ("variant", "rate", "minus dense (95%)"), rows)
 
 
 def measures_table(panel: Panel, begin: str = "", digits: int = 4) -> Table:
@@ -241,7 +261,7 @@ def _trial(trial: Mapping[str, Any] | None) -> str:
 def _beside(value: float | None, dense: float | None) -> str:
     if value is None or not dense:
         return count(value)
-    return f"{count(value)} ({percent(value / dense)})"
+    return f"{count(value)} ({percent(value / dense, 1)})"
 
 
 def _mean_and_difference(found: Mapping[str, Any] | None, digits: int) -> str:

@@ -10,6 +10,7 @@ from stem_jax.study.intervals import (
     SIDES,
     Interval,
     correlation,
+    half_width_to_come,
     holm_levels,
     interval_of,
     paired,
@@ -32,6 +33,15 @@ def test_half_widths_of_tables():
         assert found.half_width == pytest.approx(factor * deviation, rel=1e-4)
         assert found.mean == np.mean(values) and found.seeds == len(values)
         assert (found.low + found.high) / 2 == pytest.approx(found.mean)
+
+
+def test_half_widths_can_be_foreseen():
+    first = [0.010, 0.014, 0.009]
+    # 1.2417 standard deviations with five.
+    found = half_width_to_come(first, 5)
+    assert found == pytest.approx(1.2417 * np.std(first, ddof=1), rel=1e-4)
+    assert half_width_to_come(first, 3) == pytest.approx(interval_of(first).half_width)
+    assert half_width_to_come(first[:1], 5) is None and half_width_to_come(first, 1) is None
 
 
 def test_fewer_than_two_seeds_have_no_interval():

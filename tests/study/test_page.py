@@ -1,5 +1,6 @@
 """The page of made-up results: whole, escaped, honest about what is missing, fit for a phone."""
 
+import html
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -43,8 +44,9 @@ def page(results):
     return page_of(results, COST)
 
 
-def _text(html):
-    return re.sub(r"\s+", " ", re.sub(r"<style>.*?</style>|<[^>]+>", " ", html, flags=re.DOTALL))
+def _text(page):
+    plain_text = re.sub(r"<style>.*?</style>|<[^>]+>", " ", page, flags=re.DOTALL)
+    return re.sub(r"\s+", " ", html.unescape(plain_text))
 
 
 def test_the_answer_stands_before_all_pictures(page, results):
@@ -85,6 +87,13 @@ def test_parts_without_figures_are_left_out(page, results):
     empty = page_of(results_of([], CLAIMS, "core"), None)
     assert "no run has ended yet" in empty and "<svg" not in empty
     assert _text(page_of(results_of(study_records(), (), "core"), None)).count("None yet") == 1
+
+
+def test_sizes_are_said_of_what_they_are_matched_with(page):
+    text = _text(page)
+    assert "in brackets, of dense's" in text and "in brackets, of stem half's" in text
+    assert "stem half 3.00 k (300.0%) 800 (80.0%)" in text
+    assert "dense 1.00 k (33.3%) 1.00 k (125.0%)" in text
 
 
 def test_every_text_is_escaped(page):

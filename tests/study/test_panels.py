@@ -5,7 +5,7 @@ import math
 import pytest
 
 from stem_jax.errors import InputError
-from stem_jax.study.panels import panels_of
+from stem_jax.study.panels import panels_of, same_rates
 from tests.study_records import record, runs, study_records
 
 
@@ -62,3 +62,13 @@ def test_batches_are_asked(key):
 def test_the_same_run_twice_is_refused():
     with pytest.raises(InputError, match="are the same variant, text, tokens, rate and seed"):
         panels_of([record(), record(purpose="aa")])
+
+
+def test_variants_at_one_rate_are_found_again():
+    chosen = [*runs("dense", 0, 2, rate=3.0), *runs("value", 0, 2, rate=1.0)]
+    assert same_rates(panels_of(runs("dense", 0, 2) + runs("value", 0, 2))[0]) == []
+    assert same_rates(panels_of(chosen)[0]) == []
+    (panel,) = panels_of([*chosen, *runs("dense", 0.1, 2, rate=1.0, purpose="common")])
+    ((rate, same),) = same_rates(panel)
+    assert rate == 1.0 and sorted(same.cells) == ["dense", "value"]
+    assert {r["run"]["rate"] for cell in same.cells.values() for r in cell.values()} == {1.0}

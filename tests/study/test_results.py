@@ -72,6 +72,18 @@ def test_rates_and_their_edge():
     assert [t["diverged"] for t in dense["trials"]] == [None, 100, None]
 
 
+def test_differences_at_one_rate_stand_beside_those_of_the_best():
+    chosen = [*runs("dense", 0, rate=3.0), *runs("value", -0.02)]
+    common = runs("dense", 0.05, purpose="common")
+    found = results_of([*chosen, *common], (), "core")
+    (same,) = found["same_rate"]
+    assert (same["rate"], same["variant"]) == (1.0, "value")
+    assert same["difference"]["mean"] == pytest.approx(-0.07, abs=0.002)
+    value = _by("variant", found["panels"][0]["variants"], "value")
+    difference = value["measures"]["test_bits_per_byte"]["difference"]
+    assert difference["mean"] == pytest.approx(-0.02, abs=0.002)
+
+
 def test_a_run_that_diverged_is_shown():
     records = [*runs("dense", 0), *runs("stem_half", -0.02)]
     records[7]["diverged"] = 50
