@@ -24,6 +24,7 @@ def get_config():
     config.train.seq_len = 256
     config.train.steps = TOKENS // (16 * 256)
     config.optimizer.warmup_steps = config.train.steps // 20
+    config.train.log_every = 1  # spikes are counted among all losses
     config.train.sample_prompt = ""
     config.eval.baselines = False
     config.eval.every = config.train.steps // 8
