@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any
 
 from stem_jax.checkpoints.loading import LoadedRun, load_run
 from stem_jax.data.token_store import TokenStore
@@ -12,6 +12,7 @@ from stem_jax.evaluation.perplexity import perplexity
 from stem_jax.evaluation.recall import NAMES, recall
 from stem_jax.evaluation.training_text import open_training_text
 from stem_jax.study.curve import curve_of, stability_of
+from stem_jax.study.prepared_text import PreparedText
 
 # Sequences at a time: on one core at a study's size, 32 of 256 tokens go fastest.
 _BATCH = 32
@@ -21,17 +22,7 @@ _PAIRS = 512
 _PHRASINGS = {"trained": "told", "held_out": "untold"}
 
 
-class TestedText(Protocol):
-    """What is read of a text. test: folder of test documents. documents: file of what each is."""
-
-    @property
-    def test(self) -> Path | None: ...
-
-    @property
-    def documents(self) -> Path: ...
-
-
-def measure_run(workdir: Path, text: TestedText | None) -> dict[str, Any]:
+def measure_run(workdir: Path, text: PreparedText | None) -> dict[str, Any]:
     """Measures the newest checkpoint of a run.
 
     Args:
@@ -63,7 +54,7 @@ def measure_run(workdir: Path, text: TestedText | None) -> dict[str, Any]:
 
 
 def _test(
-    run: LoadedRun, workdir: Path, text: TestedText, test: Path
+    run: LoadedRun, workdir: Path, text: PreparedText, test: Path
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """What the test documents say, and nats and bytes of each."""
     seen, source = open_training_text(run, workdir), str(test)
@@ -84,7 +75,7 @@ def _test(
     return measures, record["by_document"]
 
 
-def _kinds(text: TestedText) -> KindOf:
+def _kinds(text: PreparedText) -> KindOf:
     """The kind of a document: its file's suffix, such as .rst."""
     splits = json.loads(text.documents.read_text(encoding="utf-8"))
     suffixes = {

@@ -1,9 +1,9 @@
 """What is measured of a run of a study, against what evaluate says of the same run."""
 
+import dataclasses
 import json
 import math
 import random
-from types import SimpleNamespace
 
 import pytest
 
@@ -20,6 +20,7 @@ from stem_jax.evaluation.training_text import open_training_text
 from stem_jax.study import measures
 from stem_jax.study.measured import is_known
 from stem_jax.study.measures import measure_run
+from stem_jax.study.prepared_text import PreparedText
 from stem_jax.train import main
 from tests.children import train_flags
 
@@ -73,8 +74,8 @@ def text(tmp_path_factory):
         for split, store in (("train", stores["train"]), ("test", test["train"]))
     }
     (folder / "documents.json").write_text(json.dumps(listed))
-    documents = folder / "documents.json"
-    return SimpleNamespace(store=folder / "store", test=folder / "test", documents=documents)
+    where = folder / "store", folder / "test", folder / "documents.json"
+    return PreparedText("words", *where, "checksum")
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +128,7 @@ def test_a_run_has_the_measures_that_evaluate_gives(workdir, text):
 @pytest.mark.little_effort
 def test_a_text_without_test_documents_asks_for_facts(workdir, text, monkeypatch):
     monkeypatch.setattr(measures, "recall", lambda *_, **options: recall(*_, limit=8, **options))
-    facts = SimpleNamespace(test=None, documents=text.documents)
+    facts = dataclasses.replace(text, test=None)
     found = measure_run(workdir, facts)
     assert found == measure_run(workdir, None)
     assert found["documents"] == {"nats": [], "bytes": []}
