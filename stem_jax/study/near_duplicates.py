@@ -32,8 +32,7 @@ def find_duplicates(texts: Sequence[str], runs: Sequence[np.ndarray]) -> list[tu
         from datasketch import MinHash, MinHashLSH
     except ImportError as error:
         raise InputError(
-            "near duplicates are found with datasketch, which is missing:"
-            " pip install 'stem_jax[study]'"
+            "near duplicates are found with datasketch, which is missing: pip install datasketch"
         ) from error
     index = MinHashLSH(num_perm=_PERMUTATIONS, params=_BANDS)
     first: dict[bytes, int] = {}

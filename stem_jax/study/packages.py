@@ -109,8 +109,7 @@ def _download(package: Package) -> bytes:
         from unearth.fetchers import PyPIClient
     except ImportError as error:
         raise InputError(
-            f"archive {package.file} is fetched with unearth, which is missing:"
-            " pip install 'stem_jax[study]'"
+            f"archive {package.file} is fetched with unearth, which is missing: pip install unearth"
         ) from error
     try:
         # Any: its own finder takes it, though it says that it takes something narrower.

@@ -49,8 +49,9 @@ def test_duplicates_name_the_first_that_stays():
     ]
 
 
-@pytest.mark.parametrize(("kept", "kind"), [(60, ""), (200, "near")])
+@pytest.mark.parametrize(("kept", "kind"), [(150, ""), (170, "near")])
 def test_documents_are_near_from_half_of_their_runs(kept, kind):
+    """Of 240 words the first 150 or 170: 138 of 318 runs (.43), or 158 of 298 (.53)."""
     one = prose(1).split()
     other = one[:kept] + prose(3).split()[kept:]
     assert _found(" ".join(one), " ".join(other))[1][0] == kind
