@@ -1,4 +1,4 @@
-"""Hashed 2- and 3-grams read before attention of the second layer (Engram), as large as STEM half."""
+"""Hashed 2- and 3-grams before attention of the second layer (Engram), as large as STEM half."""
 
 import math
 

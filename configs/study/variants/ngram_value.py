@@ -1,4 +1,4 @@
-"""Hashed 2- and 3-grams added to attention's values where `value` adds tokens, large as STEM half."""
+"""Hashed 2- and 3-grams added to values where `value` adds tokens, as large as STEM half."""
 
 import math
 
