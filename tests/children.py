@@ -55,10 +55,12 @@ def child(*argv: str, devices: int = 1, stderr: int = subprocess.STDOUT, **envir
             process.kill()
 
 
-def pair(*argv: str, devices: int):
-    """Two such processes that find each other by PAIR_ADDRESS; PAIR_ID is 0 and 1."""
+def pair(*argv: str, devices: int, count: int = 2):
+    """Two such processes, or more, that find each other by PAIR_ADDRESS; PAIR_ID is 0, 1, ..."""
     address = f"localhost:{free_port()}"
-    return [child(*argv, devices=devices, PAIR_ADDRESS=address, PAIR_ID=n) for n in ("0", "1")]
+    numbers = map(str, range(count))
+    environment = {"PAIR_ADDRESS": address, "PAIR_COUNT": str(count)}
+    return [child(*argv, devices=devices, PAIR_ID=n, **environment) for n in numbers]
 
 
 def free_port() -> int:

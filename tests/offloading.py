@@ -193,8 +193,13 @@ def run(
     return Outcome(
         records=[json.loads(line) for line in lines],
         params={name: _local(array) for name, array in state.params.items()},
-        table=store_arrays(store) if store else logical_table(state.tables["stem"]),
+        table=store_arrays(store) if store else _whole(state.tables["stem"]),
     )
+
+
+def _whole(table: TableState) -> Arrays:
+    # With several processes none has the whole.
+    return logical_table(table) if jax.process_count() == 1 else {}
 
 
 def _open(step: TrainStep, resume) -> tuple[TrainState, dict[str, HostStore]]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -102,3 +102,18 @@ def local_blocks(spec: TableSpec, mesh: Mesh) -> list[HostBlock]:
             HostBlock(len(blocks), shard, rows, columns, local, frozenset(saves), first, {})
         )
     return blocks
+
+
+def owners_here(spec: TableSpec, mesh: Mesh) -> list[list[int]]:
+    """The owners of which this process has devices: those together that the same processes hold."""
+    sharding = NamedSharding(mesh, spec.index_spec)
+    holders: dict[int, set[int]] = {}
+    places: dict[Any, Any] = dict(sharding.devices_indices_map((spec.num_rows,)))
+    for device, (rows,) in places.items():
+        first, end, _ = rows.indices(spec.num_rows)
+        holders.setdefault(first // (end - first), set()).add(device.process_index)
+    groups: dict[frozenset[int], list[int]] = {}
+    for owner in sorted(holders):
+        if jax.process_index() in holders[owner]:
+            groups.setdefault(frozenset(holders[owner]), []).append(owner)
+    return list(groups.values())

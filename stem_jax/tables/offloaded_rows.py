@@ -89,7 +89,7 @@ class OffloadedRows:
                 f"{self.spec.resident_key}={self.spec.num_slots} keeps fewer rows on the device; "
                 f"give --resident-rows={len(distinct_U)} or more, or fewer prompts at a time"
             )
-        ticket = self._prefetch.ticket(AskedRows((distinct_U,), (tokens_U,)))
+        ticket = self._prefetch.ticket(AskedRows.of({0: (distinct_U, tokens_U)}, 1))
         self._arrays = self._prefetch.apply(self._arrays, ticket)
         room = rows.size
         if room > _FEW_KEYS:

@@ -15,6 +15,7 @@ import dataclasses
 import os
 import time
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -26,9 +27,10 @@ from jax.sharding import Mesh, NamedSharding
 from stem_jax.errors import InputError
 from stem_jax.mesh import axis_size
 from stem_jax.tables.asked_rows import AskedRows
-from stem_jax.tables.host_block import Arrays, HostBlock
+from stem_jax.tables.host_block import Arrays, HostBlock, owners_here
 from stem_jax.tables.host_store import DeviceArrays, HostStore, shards_on
 from stem_jax.tables.row_slots import Move, RowSlots
+from stem_jax.tables.slot_shards import SlotShards
 from stem_jax.tables.spec import TableSpec, logical, stored, table_shardings
 
 # Bytes that one thread copies at a time, and that filling and writing back whole shards take.
@@ -78,7 +80,9 @@ class Prefetch:
         self._mesh = mesh
         self._owners = axis_size(mesh, self.spec.vocab_axes)
         self._slots_per_owner = self.spec.num_slots // self._owners
-        self._slots = RowSlots(self.spec, self._owners, policy)
+        self._slots = RowSlots(self.spec, self._owners, policy, owners_here(self.spec, mesh))
+        self._shards = SlotShards(mesh, self.spec, store.fields)
+        self._owner_of = {d: block.shard for block in store.blocks for d in block.devices}
         self._numbers = 0
         self._stall = 0.0
         self._held = {block.shard: self._slots.held(block.shard) for block in store.blocks}
@@ -90,7 +94,6 @@ class Prefetch:
         self._returning: deque[Future] = deque()
         self._ahead = ahead
         self._read_only = read_only
-        # The same in every process, whatever shards it has: filling slots is one program of all.
         self._piece_rows = max(1, min(_PIECE_BYTES // self.row_bytes, self._slots_per_owner))
         # CPUs start programs as threads are free: a step dispatched after a swap would keep the
         # rows that leave until it ends.
@@ -102,10 +105,6 @@ class Prefetch:
         self._returners = ThreadPoolExecutor(1, "rows-return")
         of_table = vars(table_shardings(self.spec, mesh))
         held = {name: of_table[name] for name in store.fields}
-        moving = {name: self._sharding(name) for name in store.fields}
-        self._specs = jax.tree.map(lambda place: place.spec, (held, moving))
-        self._read_slots = jax.jit(self._read, out_shardings=moving)
-        self._write_slots = jax.jit(self._write, donate_argnums=0, out_shardings=held)
         self._no_rows = jax.jit(self._empty, out_shardings=held)
         self._taken = jax.jit(_taken)
 
@@ -139,8 +138,8 @@ class Prefetch:
             piece = slice(first, first + size)
             rows = {shard: held[piece] for shard, held in self._held.items()}
             staged = self._staged(rows, size)
-            places = np.tile(np.arange(first, first + size, dtype=np.int32), (self._owners, 1))
-            arrays = self._write_slots(arrays, staged, self._per_owner(places))
+            places = np.arange(first, first + size, dtype=np.int32)
+            arrays = self._shards.write(arrays, staged, dict.fromkeys(self._owner_of, places))
             # One piece at a time in memory.
             jax.block_until_ready(arrays)
         return arrays
@@ -148,6 +147,10 @@ class Prefetch:
     def fits(self, asked: AskedRows) -> bool:
         """See `RowSlots.fits`."""
         return self._slots.fits(asked)
+
+    def staying(self, asked: AskedRows, before: Sequence[AskedRows]) -> AskedRows:
+        """See `RowSlots.staying`."""
+        return self._slots.staying(asked, before)
 
     def too_few(self, asked: AskedRows) -> InputError:
         """See `RowSlots.too_few`."""
@@ -194,10 +197,10 @@ class Prefetch:
         staged = self._wait_for(ticket.staged, arrays)
         # Whoever keeps the ticket through the step must not keep the buffers on the device.
         self._waiting.popleft().staged = None
-        places = self._per_owner(ticket.move.places(self._slots_per_owner))
-        # Two programs: in one, the compiler would copy the whole table between reading and writing.
-        left: DeviceArrays = {} if self._read_only else self._read_slots(arrays, places)
-        arrays = self._write_slots(arrays, staged, places)
+        of_owner = {n: ticket.move.places(n, self._slots_per_owner) for n in self._held}
+        places = {device: of_owner[owner] for device, owner in self._owner_of.items()}
+        left: DeviceArrays = {} if self._read_only else self._shards.read(arrays, places)
+        arrays = self._shards.write(arrays, staged, places)
         for shard, held in self._held.items():
             assignment = ticket.move.assignments[shard]
             held[assignment.places] = assignment.missing
@@ -207,9 +210,10 @@ class Prefetch:
             return arrays
         if self._out_of_order:
             jax.block_until_ready(left)
-        for array in left.values():
+        shards = [shards_on(left, block.devices[0]) for block in self.store.blocks]
+        for array in (array for of_block in shards for array in of_block.values()):
             array.copy_to_host_async()
-        self._returning.append(self._returners.submit(self._return, ticket, left))
+        self._returning.append(self._returners.submit(self._return, ticket, shards))
         # Rows that travel back take memory on the device.
         while len(self._returning) > self._ahead + 1:
             self._returning.popleft().result()
@@ -217,7 +221,14 @@ class Prefetch:
 
     def slots(self, ticket: Ticket, room: int) -> jax.Array:
         """[owners * room] int32 on the devices: slots of the rows that each owner is asked for."""
-        return self._per_owner(ticket.move.slots(room, self._slots_per_owner))
+
+        def line(index) -> np.ndarray:
+            owner = (index[0].start or 0) // room
+            return ticket.move.slots(owner, room, self._slots_per_owner)
+
+        return jax.make_array_from_callback(
+            (self._owners * room,), NamedSharding(self._mesh, self.spec.index_spec), line
+        )
 
     def write_back(self, arrays: DeviceArrays) -> None:
         """Brings the store up to date with the devices: rows change where batches ask for them."""
@@ -285,19 +296,12 @@ class Prefetch:
         return staged
 
     def _staged(self, rows: dict[int, np.ndarray], size: int) -> DeviceArrays:
-        """Rows of each local shard on its devices: by field [owners * size, ...]."""
-        parts: dict[str, list[jax.Array]] = {name: [] for name in self.store.fields}
+        """Rows of each local shard on its devices, [size, ...] for each."""
+        # Nobody writes to the buffers again: a transfer may read them as long as it likes.
+        buffers: dict[jax.Device, Arrays] = {}
         for block in self.store.blocks:
-            buffers = self._gathered(block, rows[block.shard], size)
-            for name, buffer in buffers.items():
-                # Nobody writes to the buffers again: a transfer may read them as long as it likes.
-                parts[name] += [jax.device_put(buffer, device) for device in block.devices]
-        return {
-            name: jax.make_array_from_single_device_arrays(
-                self._shape(name, self._owners * size), self._sharding(name), arrays
-            )
-            for name, arrays in parts.items()
-        }
+            buffers |= dict.fromkeys(block.devices, self._gathered(block, rows[block.shard], size))
+        return self._shards.staged(buffers)
 
     def _gathered(self, block: HostBlock, rows: np.ndarray, size: int) -> Arrays:
         """Fresh buffers [size, ...] of every field, the first of them filled with the rows."""
@@ -319,11 +323,10 @@ class Prefetch:
             job.result()
         return buffers
 
-    def _return(self, ticket: Ticket, left: DeviceArrays) -> None:
+    def _return(self, ticket: Ticket, left: list[DeviceArrays]) -> None:
         try:
-            for block in self.store.blocks:
+            for block, shards in zip(self.store.blocks, left, strict=True):
                 evicted = ticket.move.assignments[block.shard].evicted
-                shards = shards_on(left, block.devices[0])
                 self.store.write(block, evicted, {n: np.asarray(a) for n, a in shards.items()})
         except BaseException as error:
             ticket.returned.set_exception(error)
@@ -331,57 +334,12 @@ class Prefetch:
         ticket.returned.set_result(None)
         del self._under_way[ticket.number]
 
-    def _read(self, arrays: DeviceArrays, places):
-        def local(arrays, places_M):
-            inside_M = jnp.minimum(places_M, self._slots_per_owner - 1)
-            return {
-                name: logical(array[inside_M] if array.ndim == 1 else array[:, inside_M])
-                for name, array in arrays.items()
-            }
-
-        held, moving = self._specs
-        return self._sharded(local, (held,), moving)(arrays, places)
-
-    def _write(self, arrays: DeviceArrays, staged: DeviceArrays, places):
-        def local(arrays, staged, places_M):
-            def write(array, rows):
-                place = array.at[places_M] if array.ndim == 1 else array.at[:, places_M]
-                return place.set(stored(rows), mode="drop", unique_indices=True)
-
-            return {name: write(array, staged[name]) for name, array in arrays.items()}
-
-        held, moving = self._specs
-        return self._sharded(local, (held, moving), held)(arrays, staged, places)
-
-    def _sharded(self, function, in_specs, out_specs):
-        """A function of fields and of places, on every device."""
-        return jax.shard_map(
-            function,
-            mesh=self._mesh,
-            in_specs=(*in_specs, self.spec.index_spec),
-            out_specs=out_specs,
-            check_vma=False,
-        )
-
     def _empty(self) -> DeviceArrays:
-        shapes = {name: self._shape(name, self.spec.num_slots) for name in self.store.fields}
+        shapes = {name: self.spec.shape(name, self.spec.num_slots) for name in self.store.fields}
         return {
             name: stored(jnp.zeros(shape, self.spec.field(name).dtype))
             for name, shape in shapes.items()
         }
-
-    def _shape(self, name: str, rows: int) -> tuple[int, ...]:
-        return self.spec.shape(name, rows)
-
-    def _sharding(self, name: str) -> NamedSharding:
-        return NamedSharding(self._mesh, self.spec.logical_partition(name))
-
-    def _per_owner(self, numbers_PxN: np.ndarray) -> jax.Array:
-        """[P * N] on the devices, each owner with its line."""
-        flat = numbers_PxN.reshape(-1)
-        return jax.make_array_from_callback(
-            flat.shape, NamedSharding(self._mesh, self.spec.index_spec), lambda index: flat[index]
-        )
 
 
 def _in_common(some: np.ndarray, others: np.ndarray) -> bool:

@@ -40,12 +40,12 @@ _NORM_PIECE = 256
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Demand:
-    """What a batch asks of a table, the same on every device.
+    """What a batch asks of a table.
 
-    needed: int32, the numbers of `BlockSizes`. rows: [P, N] int32, the rows that each owner is
-    asked for, rising, V_pad behind them; N holds twice the keys of a device and not always all.
-    tokens: [P, N] int32, of each row over all devices. The last two are None unless the table is
-    offloaded.
+    needed: int32, the numbers of `BlockSizes`, the same on every device. rows: [P, N] int32, the
+    rows that each owner is asked for, rising, V_pad behind them; N holds twice the keys of a device
+    and not always all. tokens: [P, N] int32, of each row over all devices. The last two lie with
+    the owners, each its own line, and are None unless the table is offloaded.
     """
 
     needed: jax.Array
@@ -106,7 +106,7 @@ class ShardedTable:
         Args:
             whole: list all rows of every owner, however many; see `Demand`.
         """
-        largest, axes = self.largest_sizes, self.spec.vocab_axes
+        largest = self.largest_sizes
         exchange = dataclasses.replace(self, sizes=None).exchange
         copies = axis_size(self.mesh, TOKEN_AXES) // exchange.num_owners
         size = largest.owned if whole else min(largest.owned, 2 * copies * self.keys_per_device)
@@ -118,15 +118,13 @@ class ShardedTable:
             if not self.spec.offloaded:
                 return Demand(needed, None, None)
             assert found.tokens is not None
-            lists = requests.owned[:size], found.tokens[:size]
-            if axes:
-                return Demand(needed, *(jax.lax.all_gather(line, axes) for line in lists))
-            return Demand(needed, *(line[None] for line in lists))
+            return Demand(needed, requests.owned[None, :size], found.tokens[None, :size])
 
         keys_spec = _KEYS
         # A demand with partitions for arrays.
         replicated: Any = PartitionSpec()
-        lists_spec = replicated if self.spec.offloaded else None
+        lists_spec: Any = PartitionSpec(*self.spec.index_spec, None)
+        lists_spec = lists_spec if self.spec.offloaded else None
         specs = Demand(replicated, lists_spec, lists_spec)
         return self._sharded(local, (keys_spec, keys_spec), specs)(keys_AxBxL, valid_AxBxL)
 
@@ -135,15 +133,21 @@ class ShardedTable:
         return self.largest_sizes.with_numbers([int(n) for n in np.asarray(demand.needed)])
 
     def asked_by(self, demand: Demand) -> AskedRows | None:
-        """The rows of a batch whose demand has come to the host; None if not all are listed."""
-        rows_PxN = np.asarray(demand.rows)
-        owners = len(rows_PxN)
-        if self.needed_by(demand).owned > rows_PxN.shape[1]:
+        """The rows of a batch whose demand has come to the host; None if not all are listed.
+
+        Of the owners that this process holds alone: others' lists are not here.
+        """
+        assert demand.rows is not None and demand.tokens is not None, "the table is offloaded"
+        owners, room = demand.rows.shape
+        most = self.needed_by(demand).owned
+        if most > room:
             return None
-        firsts = np.arange(owners)[:, None] * (self.spec.num_rows // owners)
-        real_PxN = rows_PxN < self.spec.num_rows
-        lines = zip(rows_PxN - firsts, np.asarray(demand.tokens), real_PxN, strict=True)
-        return AskedRows.of((rows[real], tokens[real]) for rows, tokens, real in lines)
+        rows, tokens = _lines(demand.rows), _lines(demand.tokens)
+        size, found = self.spec.num_rows // owners, {}
+        for owner, line in rows.items():
+            asked = line[: np.searchsorted(line, self.spec.num_rows)]
+            found[owner] = asked - owner * size, tokens[owner][: len(asked)]
+        return AskedRows.of(found, owners, most)
 
     @property
     def request_specs(self) -> Requests:
@@ -323,6 +327,13 @@ class ShardedTable:
         return jax.shard_map(
             function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
         )
+
+
+def _lines(array_PxN: jax.Array) -> dict[int, np.ndarray]:
+    """[N] by owner, of those that this process holds."""
+    shards = {shard.index[0].start or 0: shard.data for shard in array_PxN.addressable_shards}
+    lines = {owner: np.asarray(shards[owner]) for owner in sorted(shards)}
+    return {owner: line for owner, [line] in lines.items()}
 
 
 def _squares_by_row(rows_SxOxF: jax.Array) -> jax.Array:

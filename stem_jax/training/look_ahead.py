@@ -140,22 +140,13 @@ class LookAhead(Iterator[Ready]):
         tables = reads.tables(ready.batch, ready.sizes)
         ready.tickets = {}
         for name, prefetch in self._prefetches.items():
-            pinned = self._pinned(name, ready.asked[name])
-            ticket = prefetch.ticket(ready.asked[name], pinned, record=record)
+            asked = ready.asked[name]
+            pinned = prefetch.staying(asked, [before[name] for before in self._window])
+            ticket = prefetch.ticket(asked, pinned, record=record)
             ready.tickets[name] = ticket
             ready.slots[name] = prefetch.slots(ticket, tables[name].exchange.owned_rows)
         self._window.append(ready.asked)
         return True
-
-    def _pinned(self, name: str, asked: AskedRows) -> AskedRows | None:
-        """Rows of the batches before this one that stay: of the latest, if there is room."""
-        kept = [asked_before[name] for asked_before in self._window]
-        while kept:
-            if self._prefetches[name].fits(asked.united(kept)):
-                return kept[0].united(kept[1:])
-            # Those of the earliest are the first that are used no more.
-            kept.pop(0)
-        return None
 
     def _apply(self, state: TrainState, tickets: dict[str, Ticket]) -> TrainState:
         tables = dict(state.tables)

@@ -82,8 +82,8 @@ class Case:
         table, demand, _ = _programs(*self.place, None)
         self.table, self.num_rows = table, table.spec.num_rows
         self.largest = table.largest_sizes
-        self.demand = jax.device_get(demand(keys, valid))
-        self.whole = jax.device_get(demand(keys, valid, whole=True))
+        self.demand = demand(keys, valid)
+        self.whole = demand(keys, valid, whole=True)
         self.needed = table.needed_by(self.demand)
         numbers = table.spec.layout.row_numbers(keys)
         by_device = numbers.reshape(self.devices, -1), valid.reshape(self.devices, -1)
@@ -97,6 +97,8 @@ class Case:
         assert self.needed.owned == max(len(set(line)) for line in lines)
         asked = self.table.asked_by(self.whole)
         assert asked is not None
+        # A device has the line of its own owner, and no other.
+        assert {shard.data.shape[0] for shard in self.whole.rows.addressable_shards} == {1}
         for owner, line in enumerate(lines):
             rows, tokens = np.unique(line, return_counts=True)
             np.testing.assert_array_equal(asked.rows[owner], rows - owner * shard)
@@ -298,9 +300,9 @@ def test_a_list_that_is_too_short_is_asked_for_again(place, monkeypatch):
     owned = table.spec.layout.key_numbers(np.arange(12))
     keys = np.resize(owned[owned < 90][:10], (1, 8, 4)).astype(np.int32)
     valid = np.ones_like(keys, bool)
-    short = jax.device_get(jax.jit(few.demand)(keys, valid))
+    short = jax.jit(few.demand)(keys, valid)
     assert short.rows.shape == (8, 8) and few.asked_by(short) is None
-    whole = jax.device_get(jax.jit(functools.partial(few.demand, whole=True))(keys, valid))
+    whole = jax.jit(functools.partial(few.demand, whole=True))(keys, valid)
     assert len(few.asked_by(whole).rows[0]) == 10
 
 

@@ -86,7 +86,7 @@ class Bench:
     def update(self, arrays, slots, rows, change: bool = True):
         """Adds one to every number of the rows; nothing is looked at before `check`."""
         lines = self.asked(rows).rows
-        order = [line + owner * self.room for owner, line in enumerate(lines)]
+        order = [line + owner * self.room for owner, line in lines.items()]
         expected = {n: [array[rows] for rows in order] for n, array in self.expected.items()}
         if not change:
             # Read on a copy, as the update may write to what it is given.

@@ -1,4 +1,4 @@
-"""The books of all owners: every asked row has a slot, and every process writes the same."""
+"""The books of owners: every asked row has a slot, whoever else keeps books beside them."""
 
 import dataclasses
 import re
@@ -82,14 +82,14 @@ def test_a_move_by_hand(table_spec):
     # Each row has one token more than the one before.
     assert move.missing_tokens == sum(sorted(asked).index(r) + 1 for r in absent)
     after = held(slots, 2)
-    lines, places = move.slots(5, 4), move.places(4)
     for owner, rows in enumerate([sorted(asked[:2]), [new[1]]]):
-        found = lines[owner, : len(rows)]
+        line, places = move.slots(owner, 5, 4), move.places(owner, 4)
+        found = line[: len(rows)]
         assert (after[owner][found] == rows).all()
         # What pads the slots lies past the end, and so do the places, no two of them equal.
-        assert (lines[owner, len(rows) :] == 4).all()
-        assert places[owner, 0] == np.flatnonzero(before[owner] != after[owner])
-        assert (places[owner, 1:] >= 4).all() and len(set(places[owner])) == move.size
+        assert (line[len(rows) :] == 4).all()
+        assert places[0] == np.flatnonzero(before[owner] != after[owner])
+        assert (places[1:] >= 4).all() and len(set(places)) == move.size
 
 
 batches = st.lists(st.sets(st.integers(0, ROWS - 1), max_size=16), min_size=1, max_size=12)
@@ -102,17 +102,21 @@ def test_asked_and_pinned_rows_are_resident(table_spec, asked, owners, policy, d
     needed = max(asked_of(a | b, owners).slots_needed for a, b in zip(window, asked))
     resident = min(ROWS, needed + owners * data.draw(st.integers(0, 3)) or owners)
     slots = RowSlots(table_spec(resident), owners, policy)
-    twin = RowSlots(table_spec(resident), owners, policy)
+    last = owners - 1
+    twin = RowSlots(table_spec(resident), owners, policy, [[last]])
     per_owner, shard = resident // owners, ROWS // owners
     model = held(slots, owners)
     for before, rows in zip(window, asked):
         record = data.draw(st.booleans())
         move = slots.assign(asked_of(rows, owners), asked_of(before, owners), record=record)
-        # Another process, which has heard the same, finds the same.
-        other = twin.assign(asked_of(rows, owners), asked_of(before, owners), record=record)
-        np.testing.assert_array_equal(other.places(per_owner), move.places(per_owner))
+        # A process that holds the last owner alone, and hears of it alone, finds the same for it.
+        own = [one.of_owners([last]) for one in (asked_of(rows, owners), asked_of(before, owners))]
+        other = twin.assign(*own, record=record).assignments
+        assert list(other) == twin.owners == [last]
+        for name, found in vars(move.assignments[last]).items():
+            np.testing.assert_array_equal(vars(other[last])[name], found)
         missing = 0
-        for owner, assignment in enumerate(move.assignments):
+        for owner, assignment in move.assignments.items():
             mine = sorted(r - owner * shard for r in rows if r // shard == owner)
             assert set(assignment.missing) == set(mine) - set(model[owner])
             assert (model[owner][assignment.places] == assignment.evicted).all()
@@ -149,6 +153,25 @@ def test_a_refusal_names_the_smallest_that_works(table_spec, before, rows, owner
     for one in (before, before | rows):
         assert resident >= asked_of(one, owners).slots_needed
     assert resident == asked_of(before | rows, owners).slots_needed
+
+
+def test_owners_of_the_same_processes_keep_rows_of_batches_in_flight_together(table_spec):
+    """Of three slots each. The latest batches stay, as far as all of a group have room."""
+    before = [asked_of({0, 1, 32}, 2), asked_of({2, 33}, 2)]
+    asked = asked_of({3, 34, 35}, 2)
+    stay = {}
+    for groups in ([[0, 1]], [[0], [1]], [[1]]):
+        slots = RowSlots(table_spec(6), 2, "lfu", groups)
+        stay[str(groups)] = {
+            owner: rows.tolist() for owner, rows in slots.staying(asked, before).rows.items()
+        }
+    assert stay["[[0, 1]]"] == {0: [2], 1: [1]}
+    # Owner 0 has no room for the first batch, owner 1 none either; each says so for itself.
+    assert stay["[[0], [1]]"] == {0: [2], 1: [1]} and stay["[[1]]"] == {1: [1]}
+    few = [asked_of({0, 1}, 2), asked_of({32, 33}, 2)]
+    assert RowSlots(table_spec(6), 2, "lfu").staying(asked, few).rows == {}
+    alone = RowSlots(table_spec(6), 2, "lfu", [[0], [1]]).staying(asked, few).rows
+    assert {owner: rows.tolist() for owner, rows in alone.items()} == {0: [0, 1]}
 
 
 def test_use_that_is_not_recorded_leaves_the_choice_as_it_was(table_spec):
