@@ -59,8 +59,8 @@ class TableLoad:
     interconnect_bytes, network_bytes: sent within and between slices. exchange_bytes: of these what
     the rows take, there and back, padding included; the rest tells who wants which.
     entering_bytes, leaving_bytes: between host memory and a device, of the busiest device of a
-    host. booked_rows: whose slots a process finds: those of all owners. Seconds: None where a peak
-    figure is not known.
+    host. booked_rows: whose slots a process finds: those asked of its own owners, in the process
+    that has most. Seconds: None where a peak figure is not known.
     """
 
     num_rows: int
@@ -110,13 +110,14 @@ def table_load(
     sent = rows + _number_collectives(table, topology)
     step = distinct.of(devices)
     owned = step / owners
-    entering = leaving = 0
+    entering = leaving = booked = 0
     hits = 1.0
     if spec.offloaded:
         hits = spec.num_slots / spec.num_rows if hit_rate is None else hit_rate
         entering = round(owned * (1 - hits) * _bytes_of_block(spec, mesh, 1))
-        # What leaves makes room for what enters. One device of a process tells it what is wanted.
-        leaving = entering + owners * _listed(table) * 2 * _INT
+        # What leaves makes room for what enters. Of each owner a device tells what it is asked for.
+        leaving = entering + _listed(table) * 2 * _INT
+        booked = round(owned * _owners_of_process(spec, mesh))
     seconds: dict[str, float | None] = dict.fromkeys(("interconnect", "network", "link"))
     if chip is not None:
         seconds["interconnect"] = sum(ici_seconds(c, topology, chip) for c in sent)
@@ -143,8 +144,8 @@ def table_load(
         network_bytes=round(sum(c.between for c in sent)),
         entering_bytes=entering,
         leaving_bytes=leaving,
-        booked_rows=round(step) if spec.offloaded else 0,
-        books_seconds=step * _BOOK_SECONDS if spec.offloaded else 0.0,
+        booked_rows=booked,
+        books_seconds=booked * _BOOK_SECONDS,
         **{f"{wire}_seconds": value for wire, value in seconds.items()},
     )
 
@@ -185,6 +186,17 @@ def host_bytes(spec: TableSpec, mesh: Mesh, num_rows: int) -> dict[int, int]:
     return {process: len(own) * size for process, own in blocks.items()}
 
 
+def _owners_of_process(spec: TableSpec, mesh: Mesh) -> int:
+    """Owners that the process with most of them holds; copies of a shard are one."""
+    places: dict[Any, Any] = dict(
+        NamedSharding(mesh, spec.index_spec).devices_indices_map((spec.num_rows,))
+    )
+    own: dict[int, set[Any]] = {}
+    for device, (rows,) in places.items():
+        own.setdefault(device.process_index, set()).add((rows.start, rows.stop))
+    return max(map(len, own.values()))
+
+
 def _bytes_of_block(spec: TableSpec, mesh: Mesh, rows: int) -> int:
     """Bytes of so many rows of a shard, with their moments."""
     columns = spec.width // mesh.shape["tensor"]
@@ -195,7 +207,7 @@ def _bytes_of_block(spec: TableSpec, mesh: Mesh, rows: int) -> int:
 
 
 def _listed(table: ShardedTable) -> int:
-    """N: rows that `ShardedTable.demand` lists of an owner for the hosts, with room to spare."""
+    """N: rows that `ShardedTable.demand` lists of an owner for its host, with room to spare."""
     owners = axis_size(table.mesh, table.spec.vocab_axes)
     copies = axis_size(table.mesh, TOKEN_AXES) // owners
     return min(table.largest_sizes.owned, 2 * copies * table.keys_per_device)
@@ -233,10 +245,6 @@ def _number_collectives(table: ShardedTable, topology: Topology) -> list[Collect
     if copies.shape[1] > 1:
         asked = exchange.owned_rows + room.owned_rows * (2 if spec.offloaded else 1)
         found += _of_ring("all-gather", asked * _INT, mesh, copies, topology)
-    if spec.offloaded:
-        # Every device has the lists of all owners, for the process that it belongs to.
-        groups = _groups(mesh, spec.vocab_axes)
-        found += _of_ring("all-gather", 2 * _listed(table) * _INT, mesh, groups, topology)
     return found
 
 

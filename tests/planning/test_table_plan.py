@@ -62,14 +62,14 @@ def test_the_load_of_a_table_by_hand(tiny_config):
     step = 1024 * (1 - (1 - 1 / 1024) ** 256)
     assert load.distinct_owner == round(step / 8)
     assert load.slots_needed == 8 * math.ceil(step / 8)
-    # Of an owner's rows a quarter is missing; 2 x 32 rows and counts of each of 8 owners are told.
+    # Of an owner's rows a quarter is missing; its 2 x 32 rows and counts are told.
     assert load.entering_bytes == round(step / 8 / 4 * 24)
-    assert load.leaving_bytes == load.entering_bytes + 8 * 64 * 8
+    assert load.leaving_bytes == load.entering_bytes + 64 * 8
     # Seven eighths of the slots of one hop: float32 rows there and back; numbers to ask for each,
-    # again at the largest size of 8 x 32, with counts, and the lists of seven other owners.
+    # again at the largest size of 8 x 32, with counts.
     slots = found.tables["ngram"].exchange // (8 * 4)
     assert load.exchange_bytes == slots * 7 // 8 * 8 * 4 * 2
-    numbers = slots * 7 // 8 * 4 + 8 * 32 * 7 // 8 * 8 + 7 * 64 * 8
+    numbers = slots * 7 // 8 * 4 + 8 * 32 * 7 // 8 * 8
     assert load.interconnect_bytes == load.exchange_bytes + numbers
     assert (load.network_bytes, load.link_seconds, found.bounds) == (0, None, None)
     assert "no published peak figures" in as_text(found)
@@ -118,7 +118,7 @@ def test_the_slowest_binds_and_unknown_wires_are_not_counted(tiny_config, monkey
         load = found.tables["ngram"].load
         assert load.link_seconds == max(load.entering_bytes, load.leaving_bytes) / chip.host_link
         assert f"what binds: {name};" in as_text(found)
-    # Each process books the rows of all owners.
+    # The one process books the rows of all owners.
     monkeypatch.setattr(table_load, "_BOOK_SECONDS", 1e3)
     found = _tables(config)
     assert found.bounds.binds == "books"
@@ -188,10 +188,12 @@ def test_slices_share_the_rows_or_have_copies(tiny_config, axes):
     found = plan_tables(config, topology).tables["ngram"]
     assert found.host == 1024 * 24 * (1 if shared else 2)
     load = found.load
-    lists = 64 * 8 * (7 / 4 if shared else 0)
+    # Of either host's process: four of eight owners, or all four.
+    step = 1024 * (1 - (1 - 1 / 1024) ** 256)
+    assert load.booked_rows == round(step / (2 if shared else 1))
     if shared:
         # Half of the last hop's slots: bfloat16 rows there, float32 sums back, a number to ask for
-        # each; at the largest size numbers and counts. Of the ring of lists a fourth of a chip's.
+        # each; at the largest size numbers and counts.
         planned = table_plan.planned_tables(config, mesh, step_distinct_rows(config, mesh))
         exchange = planned["ngram"].exchange
         largest = planned["ngram"].largest_sizes
@@ -200,7 +202,7 @@ def test_slices_share_the_rows_or_have_copies(tiny_config, axes):
         # Both copies sum what they have; first they tell each other which rows.
         largest = 256
         between = found.owned_rows * (8 * 4 + 4) + largest * 8
-    assert load.network_bytes == round(between + lists)
+    assert load.network_bytes == round(between)
     assert load.network_seconds == pytest.approx(load.network_bytes / 6.25e9)
 
 
