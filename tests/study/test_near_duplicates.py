@@ -1,9 +1,12 @@
 """Runs of words, duplicates among documents, and what training holds of held-out text."""
 
+import sys
+
 import numpy as np
 import pytest
 
 from stem_jax.study.held_runs import overall, overlap_of
+from stem_jax.errors import InputError
 from stem_jax.study.near_duplicates import find_duplicates, shared
 from stem_jax.study.word_runs import WordRuns
 from tests.study.archives import prose
@@ -74,3 +77,9 @@ def test_overlap_by_hand():
     assert overall(shares, held_out) == 11 / 16
     assert overlap_of(held_out, []) == [0.0, 0.0, 0.0]
     assert overall([0.0], [runs.of("")]) == 0.0
+
+
+def test_a_missing_datasketch_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasketch", None)
+    with pytest.raises(InputError, match="pip install datasketch"):
+        _found(prose(1))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import sys
 import tarfile
 
 import pytest
@@ -93,3 +94,10 @@ def test_an_index_in_a_folder_gives_the_file_and_runs_none_of_it(tmp_path, monke
     assert (tmp_path / "cache" / package.file).exists() and not ran.exists()
     other = dataclasses.replace(package, version="2.0", file="one-2.0.tar.gz")
     assert "has no file one-2.0.tar.gz" in _refusal(lambda: fetch(other, tmp_path / "cache"))
+
+
+def test_a_missing_unearth_is_named(tmp_path, monkeypatch):
+    package = archive(tmp_path, "train", "one", {"docs/a.rst": "a"})
+    monkeypatch.setitem(sys.modules, "unearth", None)
+    said = _refusal(lambda: fetch(package, tmp_path / "empty"))
+    assert package.file in said and "pip install unearth" in said
