@@ -5,8 +5,8 @@ import sys
 import numpy as np
 import pytest
 
-from stem_jax.study.held_runs import overall, overlap_of
 from stem_jax.errors import InputError
+from stem_jax.study.held_runs import overall, overlap_of
 from stem_jax.study.near_duplicates import find_duplicates, shared
 from stem_jax.study.word_runs import WordRuns
 from tests.study.archives import prose
