@@ -1,6 +1,7 @@
 """Variants: files of a few lines that begin alike where they are alike, and what is refused."""
 
 import copy
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -89,8 +90,12 @@ def test_a_variant_is_few_lines_and_leaves_the_base(name):
     assert base.to_dict() == before and variant.name == name
     assert variant.says.endswith(".") and "\n" not in variant.says
     assert len((FOLDER / f"{name}.py").read_text().splitlines()) <= 32
-    for section in ("data", "train", "eval", "checkpoint", "optimizer"):
-        assert getattr(config, section) == getattr(load_variant("dense").config_of(base), section)
+    dense = load_variant("dense").config_of(base)
+    for section in ("data", "train", "eval", "checkpoint"):
+        assert getattr(config, section) == getattr(dense, section)
+    # Of the backbone; a control leaves the rows as they are.
+    assert dataclasses.replace(config.optimizer, train="all") == dense.optimizer
+    assert config.optimizer.trains_tables == (name != "stem_frozen")
 
 
 def test_the_base_is_a_configuration_of_its_own():
