@@ -139,7 +139,8 @@ class Prefetch:
             rows = {shard: held[piece] for shard, held in self._held.items()}
             staged = self._staged(rows, size)
             places = np.arange(first, first + size, dtype=np.int32)
-            arrays = self._shards.write(arrays, staged, dict.fromkeys(self._owner_of, places))
+            of_device = dict.fromkeys(self._owner_of, places)
+            _, arrays = self._shards.swap(arrays, staged, of_device, leave=False)
             # One piece at a time in memory.
             jax.block_until_ready(arrays)
         return arrays
@@ -199,8 +200,7 @@ class Prefetch:
         self._waiting.popleft().staged = None
         of_owner = {n: ticket.move.places(n, self._slots_per_owner) for n in self._held}
         places = {device: of_owner[owner] for device, owner in self._owner_of.items()}
-        left: DeviceArrays = {} if self._read_only else self._shards.read(arrays, places)
-        arrays = self._shards.write(arrays, staged, places)
+        left, arrays = self._shards.swap(arrays, staged, places, leave=not self._read_only)
         for shard, held in self._held.items():
             assignment = ticket.move.assignments[shard]
             held[assignment.places] = assignment.missing

@@ -57,16 +57,23 @@ class SlotShards:
             for name, place in self._moving.items()
         }
 
-    def read(self, arrays: DeviceArrays, places: dict[jax.Device, np.ndarray]) -> DeviceArrays:
-        """Rows of the places [M] of each device, logical: [devices * M, ...]."""
-        return self._read(self._apart(arrays), self._lines(places))
+    def swap(
+        self,
+        arrays: DeviceArrays,
+        staged: DeviceArrays,
+        places: dict[jax.Device, np.ndarray],
+        *,
+        leave: bool = True,
+    ) -> tuple[DeviceArrays, DeviceArrays]:
+        """Puts staged rows into the places [M] of each device; the arrays that were given are gone.
 
-    def write(
-        self, arrays: DeviceArrays, staged: DeviceArrays, places: dict[jax.Device, np.ndarray]
-    ) -> DeviceArrays:
-        """The arrays with staged rows in the places [M] of each device; what was given is gone."""
-        written = self._write(self._apart(arrays), staged, self._lines(places))
-        return {
+        Returns:
+            The rows that were there, logical, [devices * M, ...]: none without `leave`. The arrays.
+        """
+        apart, lines = self._apart(arrays), self._lines(places)
+        left: DeviceArrays = self._read(apart, lines) if leave else {}
+        written = self._write(apart, staged, lines)
+        return left, {
             name: jax.make_array_from_single_device_arrays(
                 array.shape,
                 array.sharding,
