@@ -172,7 +172,7 @@ def check_shared(folder: Path) -> None:
 
 def code_version() -> str:
     """A digest of this package's sources."""
-    digest, root = hashlib.sha256(), Path(__file__).parent
+    digest, root = hashlib.sha256(), Path(__file__).parents[1]
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
