@@ -27,10 +27,10 @@ from stem_jax.mesh import BATCH_AXES, axis_size, check_placement, make_mesh, own
 from stem_jax.processes.agreement import (
     PREPARING_SECONDS,
     check_same,
-    code_version,
     is_first,
     unanimous,
 )
+from stem_jax.processes.code_version import code_version
 from stem_jax.processes.process_log import log, process_log
 from stem_jax.processes.start_clock import StartClock
 from stem_jax.processes.stop_signal import StopSignal

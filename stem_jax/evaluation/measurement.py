@@ -18,13 +18,8 @@ from stem_jax.evaluation.recall import format_recall, recall
 from stem_jax.evaluation.results import check_out, write_json
 from stem_jax.evaluation.tasks import evaluate_tasks, format_results
 from stem_jax.evaluation.training_text import open_training_text
-from stem_jax.processes.agreement import (
-    PREPARING_SECONDS,
-    check_same,
-    code_version,
-    is_first,
-    unanimous,
-)
+from stem_jax.processes.agreement import PREPARING_SECONDS, check_same, is_first, unanimous
+from stem_jax.processes.code_version import code_version
 from stem_jax.training.run_data import reading_of
 
 # Flags that processes of one measurement may differ in.

@@ -10,7 +10,6 @@ the next verdict that they come to, and it is final for all.
 """
 
 import contextlib
-import hashlib
 import itertools
 import json
 import secrets
@@ -168,14 +167,6 @@ def check_shared(folder: Path) -> None:
     finally:
         if is_first():
             mark.unlink(missing_ok=True)
-
-
-def code_version() -> str:
-    """A digest of this package's sources."""
-    digest, root = hashlib.sha256(), Path(__file__).parents[1]
-    for path in sorted(root.rglob("*.py")):
-        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def _gather(part: bytes) -> list[bytes]:

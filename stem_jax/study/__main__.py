@@ -10,12 +10,14 @@ A finished run is a record; records that are there are taken. The same command c
 import sys
 
 from stem_jax import cli
+from stem_jax.jax_start import start_jax
 from stem_jax.study.flags import parse, records_folder
 
 
 def main(argv: list[str]) -> None:
     """Parses flags, trains what is missing and writes the results."""
     args = parse(argv, __doc__)
+    start_jax()
     from stem_jax.study.campaign import Campaign, Places, locked
     from stem_jax.study.forecast import forecast
     from stem_jax.study.report import read_claims, write_report

@@ -12,6 +12,7 @@ from stem_jax.errors import InputError
 from stem_jax.files import read_json
 from stem_jax.lock import Lock
 from stem_jax.study import code_state
+from stem_jax.study.prepared_text import PreparedText
 from stem_jax.study.record import check_config, config_of_record, one_commit, read_records
 from stem_jax.study.runs import RATE, Phase, Run, chosen_rates, runs_of
 from stem_jax.study.sizes import size_of
@@ -45,6 +46,7 @@ class Campaign:
     mixed_code: bool
     say: Callable[[str], None]
     records: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    _texts: dict[str, PreparedText] = dataclasses.field(default_factory=dict)
 
     def read(self) -> None:
         """Reads the records, and compares them with what is asked.
@@ -101,9 +103,7 @@ class Campaign:
                 workers.run(jobs, code, self._done, deadline)
 
     def _job(self, run: Run, commit: str) -> dict[str, Any]:
-        places, settings = self.places, self.study.texts[run.text]
-        text = prepare_text(run.text, places.texts / run.text, settings.vocab_size)
-        note_text(text, places.records)
+        places, text = self.places, self._text(run.text)
         config = json.loads(self.study.config(run).to_json())
         config["data"]["sources"] = str(text.store.resolve())
         return {
@@ -116,6 +116,16 @@ class Campaign:
             "text": str((places.texts / run.text).resolve()),
             "compiled": str((places.workdir / "compiled").resolve()),
         }
+
+    def _text(self, name: str) -> PreparedText:
+        """A text; prepared, or read from end to end, once."""
+        if name not in self._texts:
+            size = self.study.texts[name].vocab_size
+            self.say(f"text {name}: {self.places.texts / name}")
+            text = prepare_text(name, self.places.texts / name, size)
+            note_text(text, self.places.records)
+            self._texts[name] = text
+        return self._texts[name]
 
     def _done(self, job: dict[str, Any], seconds: float) -> None:
         there = read_records(self.places.records)

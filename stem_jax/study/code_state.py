@@ -4,7 +4,7 @@ import subprocess
 from pathlib import Path
 
 from stem_jax.errors import InputError
-from stem_jax.processes.agreement import code_version
+from stem_jax.processes.code_version import code_version
 
 # The folder that holds the package.
 ROOT = Path(__file__).resolve().parents[2]

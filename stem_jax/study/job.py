@@ -59,8 +59,9 @@ def end_with(parent: int) -> None:
 def _write(job: dict[str, Any], config: Any, workdir: Path, diverged: bool | None) -> None:
     import jax
 
+    from stem_jax.study.curve import curve_of
     from stem_jax.study.machine import cpu_model
-    from stem_jax.study.measures import curve_of, measure_run
+    from stem_jax.study.measures import measure_run
     from stem_jax.study.prepared_text import open_text
     from stem_jax.study.record import config_of_record, write_record
     from stem_jax.study.sizes import compiled_flops, size_of
