@@ -34,6 +34,7 @@ def get_config():
     config.train.log_every = 1  # spikes are counted among all losses
     config.train.sample_prompt = ""
     config.eval.baselines = False
+    config.eval.max_batches = 64  # 131,072 tokens
     config.eval.every = math.ceil(config.train.steps / 8)
     config.checkpoint.every = math.ceil(config.train.steps / 4)
     config.checkpoint.keep = 1

@@ -21,7 +21,10 @@ def get_study():
         "texts": {
             "prose": {"vocab_size": 2048},
             "code": {"vocab_size": 2048},
-            "facts": {"vocab_size": 1024, "keys": {"train.seq_len": 64}},
+            "facts": {
+                "vocab_size": 1224,
+                "keys": {"train.seq_len": 64, "train.global_batch_size": 32},
+            },
         },
         "baseline": "dense",
         "claims": "claims",
@@ -71,6 +74,8 @@ def get_study():
                 "variants": ("dense", "stem_half", "value", "ngram"),
                 "seeds": SEEDS,
                 "text": "facts",
+                # Eight times all that is told.
+                "shares": (0.4,),
             },
             {
                 "purpose": "second",

@@ -5,7 +5,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def _unlike_accelerators(step: TimedStep) -> bool:
     return bool(step.config.model.hash_moe_layers) and jax.default_backend() == "cpu"
 
 
-def _in_turns(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+def _in_turns(calls: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():

@@ -11,7 +11,7 @@ from stem_jax.study.claims import Claim, check_claims
 from stem_jax.study.cost import cost_of_variants
 from stem_jax.study.csv_file import write_csv
 from stem_jax.study.page import write_page
-from stem_jax.study.results import results_of
+from stem_jax.study.results import results_of, results_text
 from stem_jax.study.study import Study
 from stem_jax.study.text_notes import noted_overlaps
 
@@ -40,9 +40,10 @@ def write_report(campaign: Campaign, claims: tuple[Claim, ...], with_cost: bool)
     main = next((phase.text for phase in study.phases if phase.purpose == "main"), None)
     overlaps = None if main is None else noted_overlaps(campaign.places.records, main)
     asked = [run.name for run in campaign.asked()]
-    results = results_of(records, claims, study.name, overlaps=overlaps, asked=asked)
+    says = {variant.name: variant.says for variant in study.variants.values()}
+    results = results_of(records, claims, study.name, overlaps=overlaps, asked=asked, variants=says)
     cost = _cost(campaign, with_cost)
-    write_whole(workdir / "study.json", json.dumps(results, indent=1, sort_keys=True) + "\n")
+    write_whole(workdir / "study.json", results_text(results))
     write_csv(records, workdir / "study.csv")
     write_page(results, cost, workdir / "study.html")
     lines = [f"{claim['verdict']:<11} {claim['says']}" for claim in results["claims"]]

@@ -22,7 +22,7 @@ from stem_jax.study.variants import Variant, load_variant
 _SHARED_SECTIONS = ("data", "train", "eval", "checkpoint", "mesh")
 _SHARED_KEYS = ("model.vocab_size", "optimizer.learning_rate")
 # Of each run, whatever its length.
-_VALIDATIONS, _SAVES = 8, 4
+_VALIDATIONS, _SAVES = 4, 4
 
 
 @dataclasses.dataclass(frozen=True)
