@@ -13,7 +13,13 @@ from stem_jax.files import read_json
 from stem_jax.lock import Lock
 from stem_jax.study import code_state
 from stem_jax.study.prepared_text import PreparedText
-from stem_jax.study.record import check_config, config_of_record, one_commit, read_records
+from stem_jax.study.record import (
+    check_config,
+    config_of_record,
+    one_commit,
+    read_record,
+    read_records,
+)
 from stem_jax.study.runs import RATE, Phase, Run, chosen_rates, runs_of
 from stem_jax.study.sizes import size_of
 from stem_jax.study.study import Study
@@ -128,9 +134,8 @@ class Campaign:
         return self._texts[name]
 
     def _done(self, job: dict[str, Any], seconds: float) -> None:
-        there = read_records(self.places.records)
-        self.records = {**self.records, **there}
-        record = self.records[job["name"]]
+        record = read_record(self.places.records / f"{job['name']}.json")
+        self.records[job["name"]] = record
         measures = record["measures"]
         bits = measures.get("test_bits_per_byte")
         how = "diverged" if record["diverged"] is not None else "measured"

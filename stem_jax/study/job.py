@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from stem_jax import cli
+from stem_jax.errors import InputError, TrainingError
 
 STOPPED = 3
 # Of Linux's prctl.
@@ -33,10 +34,15 @@ def main(argv: list[str]) -> None:
 
     start_jax(True, Path(job["compiled"]))
     from stem_jax.config_file import config_from_json
-    from stem_jax.errors import TrainingError
     from stem_jax.run import Ending, train
+    from stem_jax.study.code_state import commit
 
     config, workdir = config_from_json(json.dumps(job["config"])), Path(job["workdir"])
+    if commit() != job["commit"]:
+        raise InputError(
+            f"the code is {commit()[:12]} now, the study began with {job['commit'][:12]}: bring "
+            "that back, or begin again"
+        )
     diverged = None
     try:
         if train(config, workdir) is Ending.STOPPED:

@@ -52,7 +52,7 @@ def test_configurations_of_runs(tmp_path):
     config = study.config(run)
     assert (config.train.steps, config.train.seed) == (20, 7)
     assert config.optimizer.learning_rate == pytest.approx(3 * 3e-3)
-    assert (config.optimizer.warmup_steps, config.eval.every, config.checkpoint.every) == (2, 2, 5)
+    assert (config.optimizer.warmup_steps, config.eval.every, config.checkpoint.every) == (2, 5, 5)
     stem = study.config(dataclasses.replace(run, variant="stem_half"))
     assert len(stem.model.stem_layers) == 1
 
