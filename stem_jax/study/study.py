@@ -5,6 +5,7 @@ but variants; its base is a ConfigDict as `get_config()` returns it. See configs
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -103,8 +104,8 @@ class Study:
         raw["optimizer"]["warmup_steps"] = min(
             raw["optimizer"]["warmup_steps"], train["steps"] // 10
         )
-        raw["eval"]["every"] = max(train["steps"] // _VALIDATIONS, 1)
-        raw["checkpoint"]["every"] = max(train["steps"] // _SAVES, 1)
+        raw["eval"]["every"] = math.ceil(train["steps"] / _VALIDATIONS)
+        raw["checkpoint"]["every"] = math.ceil(train["steps"] / _SAVES)
         return raw
 
 
