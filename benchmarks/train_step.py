@@ -22,6 +22,7 @@ from benchmarks.interleave import interleave, ratio_range, speed_ratio
 from configs.base import get_config as base_config
 from stem_jax.config import Config
 from stem_jax.config_file import build
+from stem_jax.kept_memory import keep_freed_memory
 from stem_jax.mesh import make_mesh
 from stem_jax.training.batch import Batch
 from stem_jax.training.blueprint import ModelDef, Params
@@ -127,6 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args()
+    keep_freed_memory()
     # Idle torch threads would otherwise spin while JAX has its turn.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from benchmarks.torch_steps import TorchStep

@@ -271,6 +271,12 @@ class Config:
         return self.train.global_batch_size * self.train.seq_len
 
     @property
+    def offloads(self) -> bool:
+        """Whether rows of some memory may lie in host memory."""
+        sections = ("tables", *MEMORY_SECTIONS)
+        return any(self.value_of(f"{name}.resident_rows") is not None for name in sections)
+
+    @property
     def origins(self) -> dict[str, str]:
         """Folders of other runs that this one is to begin with, by key."""
         train = self.train

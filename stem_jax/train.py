@@ -6,6 +6,7 @@ from pathlib import Path
 from stem_jax import cli
 from stem_jax.config_file import load_config
 from stem_jax.jax_start import start_jax
+from stem_jax.kept_memory import keep_freed_memory
 from stem_jax.processes.cluster import Gang, add_flags, add_stop_flag, membership
 from stem_jax.storage import local_path
 
@@ -29,6 +30,9 @@ def main(argv: list[str]) -> None:
     gang = Gang.from_flags(args)
     folder = config.train.compilation_cache
     kept = None if folder is None else local_path(folder, "train.compilation_cache")
+    if not config.offloads:
+        # Whoever has tables in host memory has none to spare.
+        keep_freed_memory()
     start_jax(args.compilation_cache, kept)
     from stem_jax.generation.final_sample import show_sample
     from stem_jax.processes.agreement import is_first

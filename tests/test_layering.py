@@ -25,6 +25,7 @@ LEVELS = [
         "compilation_cache",
         "cuda_plugin",
         "jax_start",
+        "kept_memory",
         "config_keys",
         "config",
         "layer_patterns",
