@@ -53,6 +53,8 @@ def run_program(path: Path, what: str, use: Callable[[Any], Result]) -> Result:
         with _base_of(path):
             spec.loader.exec_module(module)
             return use(module)
+    except InputError as error:
+        raise InputError(f"{what} {path}: {error}") from error
     # It is the user's program and may fail in any way.
     except Exception as error:
         message = " ".join(str(error).split())[:300]

@@ -17,6 +17,7 @@ from stem_jax.config_file import build
 from stem_jax.config_program import found_program, run_program
 from stem_jax.errors import InputError
 from stem_jax.study.runs import Phase, Run
+from stem_jax.study.study_file import read_study
 from stem_jax.study.variants import Variant, load_variant
 
 # What all variants share: text and its order, batches, evaluation, length.
@@ -120,23 +121,12 @@ def load_study(path: Path, variant_files: Sequence[str] = ()) -> Study:
         InputError: no such file, a key that is missing or unknown, or a variant that is none.
     """
     path = found_program(path, "study", "--config=", "study")
-    raw = run_program(path, "study", lambda module: module.get_study())
-    names = [field.name for field in dataclasses.fields(Study) if field.name != "variants"]
-    if unknown := sorted(set(raw) - set(names)):
-        raise InputError(f"study {path}: unknown key {unknown[0]!r}; known: {', '.join(names)}")
-    if missing := sorted(set(names) - set(raw)):
-        raise InputError(f"study {path}: key {missing[0]!r} is missing")
+    raw = run_program(path, "study", read_study)
     own = {variant.name: variant for variant in map(load_variant, variant_files)}
     phases = tuple(_with_users(Phase(**phase), raw["baseline"], own) for phase in raw["phases"])
     used = {name: None for phase in phases for name in phase.variants}
     shipped = {name: load_variant(name) for name in used if name not in own}
     texts = {name: TextSettings(**settings) for name, settings in raw["texts"].items()}
-    for phase in phases:
-        if phase.text not in texts:
-            raise InputError(
-                f"study {path}: phase {phase.purpose!r} reads text {phase.text!r}; known: "
-                f"{', '.join(texts)}"
-            )
     rest = {"phases": phases, "texts": texts, "variants": shipped | own}
     return Study(**{**raw, **rest, "base": raw["base"].to_dict()})
 

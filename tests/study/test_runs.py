@@ -98,6 +98,16 @@ def test_phases_by_purpose(tmp_path):
         ('"tokens": 2560', '"token": 2560', "unknown key 'token'"),
         ('"baseline": "dense",', "", "key 'baseline' is missing"),
         ('"texts": {"prose"', '"texts": {"verse"', "reads text 'prose'"),
+        ('"says": "rates"', '"sais": "rates"', "unknown key 'sais'; known: purpose, says"),
+        ('"vocab_size": 384', '"vocab": 384', "text 'prose': unknown key 'vocab'"),
+        ('("dense", "stem_half")', '"dense"', "phase 'rate': variants is 'dense'; give a tuple"),
+        ('"seeds": (1000,)', '"seeds": ()', r"phase 'rate': seeds is \(\); give a tuple"),
+        ('"tokens": 2560', '"tokens": "many"', "tokens is 'many'; give a number over 0"),
+        ('"minutes": None', '"minutes": -1', "minutes is -1; give a number over 0"),
+        ('"base": base', '"base": {}', r"base is \{\}; give what a config's get_config"),
+        ('"baseline": "dense"', '"baseline": "stem_half"', "results compare with 'dense'"),
+        ("def get_study", "def study", r"has no function get_study\(\); add one"),
+        ("    return {", "    return 3\n    _ = {", r"get_study\(\) is 3; give a dict"),
     ],
 )
 def test_study_files_are_refused(tmp_path, old, new, said):
