@@ -18,7 +18,7 @@ def get_study():
         "name": "toy",
         "base": base,
         "tokens": 2560,
-        "texts": {"prose": {"vocab_size": 384}},
+        "texts": {"prose": {"vocab_size": 300}},
         "baseline": "dense",
         "claims": None,
         "tokens_per_second": 1000.0,
