@@ -67,12 +67,16 @@ def test_every_program_has_a_script():
         for path in (ROOT / PACKAGE).glob("*.py")
         if 'if __name__ == "__main__"' in path.read_text()
     }
+    # A program with a package of its own name is that package's.
+    packages = {path.parent.name for path in (ROOT / PACKAGE).glob("*/__main__.py")}
+    programs |= packages
     expected = {f"stem-{p.replace('_', '-')}": f"{PACKAGE}.scripts:{p}" for p in programs}
     assert expected == SCRIPTS
     for place in SCRIPTS.values():
         name = place.partition(":")[2]
         assert callable(getattr(scripts, name))
-        assert callable(importlib.import_module(f"{PACKAGE}.{name}").main)
+        module = f"{PACKAGE}.{name}" + ".__main__" * (name in packages)
+        assert callable(importlib.import_module(module).main)
 
 
 @pytest.mark.parametrize(

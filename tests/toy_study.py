@@ -27,7 +27,7 @@ def get_study():
             {
                 "purpose": "rate",
                 "says": "rates",
-                "variants": ("dense", "stem_half"),
+                "variants": ("dense",),
                 "seeds": (1000,),
                 "shares": (0.5,),
                 "rates": (1.0, 3.0),
@@ -53,7 +53,7 @@ def get_study():
 
 
 def toy_study(folder: Path) -> Path:
-    """The study's file: two variants, two seeds, ten runs of 20 steps or so."""
+    """The study's file: two variants, two seeds, eight runs of 20 steps or so."""
     path = folder / "toy.py"
     path.write_text(_STUDY)
     return path

@@ -98,7 +98,7 @@ class Campaign:
         own, code = code_state.commit(), code_state.ROOT
         if wanted is not None and wanted != own:
             code, own = code_state.worktree(wanted, self.places.workdir / "code"), wanted
-            self.say(f"training with the records' code, {wanted[:12]}, in {code}")
+            self.say(f"training with the records' code, {code_state.short(wanted)}, in {code}")
         for phase in self.phases:
             self._check_chosen(phase)
             chosen = chosen_rates(list(self.records.values()))

@@ -26,6 +26,12 @@ def commit() -> str:
     return f"{head}+{code_version()}" if changed else head
 
 
+def short(name: str) -> str:
+    """A commit as `commit` gives it, for messages."""
+    head, plus, digest = name.partition("+")
+    return f"{head[:12]}{plus}{digest[:8]}"
+
+
 def worktree(wanted: str, folder: Path) -> Path:
     """A checkout of a commit in `folder`, which is made where there is none.
 

@@ -35,13 +35,13 @@ def main(argv: list[str]) -> None:
     start_jax(True, Path(job["compiled"]))
     from stem_jax.config_file import config_from_json
     from stem_jax.run import Ending, train
-    from stem_jax.study.code_state import commit
+    from stem_jax.study.code_state import commit, short
 
     config, workdir = config_from_json(json.dumps(job["config"])), Path(job["workdir"])
     if commit() != job["commit"]:
         raise InputError(
-            f"the code is {commit()[:12]} now, the study began with {job['commit'][:12]}: bring "
-            "that back, or begin again"
+            f"the code is {short(commit())} now, the study began with {short(job['commit'])}: "
+            "bring that back, or begin again"
         )
     diverged = None
     try:

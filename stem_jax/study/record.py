@@ -9,6 +9,7 @@ from typing import Any
 from stem_jax.config import Config
 from stem_jax.errors import InputError
 from stem_jax.files import read_json, write_whole
+from stem_jax.study.code_state import short
 
 FORMAT = 1
 # Bytes.
@@ -98,7 +99,7 @@ def one_commit(records: Iterable[dict[str, Any]], mixed: bool) -> str | None:
     if len(commits) > 1 and not mixed:
         (first, a), (second, b) = list(commits.items())[:2]
         raise InputError(
-            f"record {a} is of commit {first[:12]}, {b} of {second[:12]}: figures of different "
+            f"record {a} is of commit {short(first)}, {b} of {short(second)}: figures of different "
             "code are not compared; give --mixed-code, which the page then says"
         )
     return next(iter(commits)) if len(commits) == 1 else None

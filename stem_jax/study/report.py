@@ -10,6 +10,7 @@ from stem_jax.study.campaign import Campaign
 from stem_jax.study.claims import Claim, check_claims
 from stem_jax.study.cost import cost_of_variants
 from stem_jax.study.csv_file import write_csv
+from stem_jax.study.markdown import markdown_of, picture_files
 from stem_jax.study.page import write_page
 from stem_jax.study.results import results_of, results_text
 from stem_jax.study.study import Study
@@ -31,7 +32,7 @@ def read_claims(study: Study) -> tuple[Claim, ...]:
 
 
 def write_report(campaign: Campaign, claims: tuple[Claim, ...], with_cost: bool) -> str:
-    """Writes study.json, study.csv, study.html and, where it is not there, cost.json.
+    """Writes study.json, its page, tables and pictures and, if it is not there, cost.json.
 
     Returns a few lines for people.
     """
@@ -46,6 +47,9 @@ def write_report(campaign: Campaign, claims: tuple[Claim, ...], with_cost: bool)
     write_whole(workdir / "study.json", results_text(results))
     write_csv(records, workdir / "study.csv")
     write_page(results, cost, workdir / "study.html")
+    write_whole(workdir / "study.md", markdown_of(results))
+    for name, figure in picture_files(results).items():
+        write_whole(workdir / "pictures" / name, figure)
     lines = [f"{claim['verdict']:<11} {claim['says']}" for claim in results["claims"]]
     missing = len(campaign.missing())
     if missing:

@@ -91,7 +91,9 @@ def prepare_text(
         text = open_text(folder)
         there = text.record
         found = (text.name, there.get("vocab_size"), there.get("recipe"))
-        if found != (name, vocab_size, digest):
+        # What is text in a file, and which documents are alike, may have been decided anew.
+        rules = (RULES[recipe.kind], NEAR) if recipe else (None, None)
+        if found != (name, vocab_size, digest) or (there.get("rule"), there.get("near")) != rules:
             raise InputError(
                 f"folder {folder} holds text {text.name} of vocabulary {found[1]}, another than"
                 f" {name} of {vocab_size} as it is described now: give a new folder"
