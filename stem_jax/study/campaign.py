@@ -94,7 +94,7 @@ class Campaign:
         deadline = None if minutes is None else time.monotonic() + 60 * minutes
         for folder in _FOLDERS:
             (self.places.workdir / folder).mkdir(parents=True, exist_ok=True)
-        wanted = one_commit(self.records.values(), self.mixed_code)
+        wanted = None if self.mixed_code else one_commit(self.records.values(), False)
         own, code = code_state.commit(), code_state.ROOT
         if wanted is not None and wanted != own:
             code, own = code_state.worktree(wanted, self.places.workdir / "code"), wanted

@@ -40,13 +40,16 @@ def worktree(wanted: str, folder: Path) -> Path:
     """
     if folder.exists():
         there = _git("rev-parse", "HEAD", cwd=folder)
+        if _git("status", "--porcelain", "--", *_DECIDES, cwd=folder):
+            there = f"{there} with changes"
         if there == wanted:
             return folder
         raise InputError(
             f"{folder} holds commit {there}, the records are of {wanted}; remove that folder"
         )
     done = subprocess.run(
-        ["git", "worktree", "add", "--detach", str(folder.resolve()), wanted],
+        # --force: one that was removed by hand is still listed.
+        ["git", "worktree", "add", "--force", "--detach", str(folder.resolve()), wanted],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -60,9 +63,9 @@ def worktree(wanted: str, folder: Path) -> Path:
     return folder
 
 
-def _git(*command: str, cwd: Path = ROOT) -> str | None:
+def _git(*command: str, cwd: Path | None = None) -> str | None:
     try:
-        done = subprocess.run(["git", *command], cwd=cwd, capture_output=True, text=True)
+        done = subprocess.run(["git", *command], cwd=cwd or ROOT, capture_output=True, text=True)
     except OSError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None

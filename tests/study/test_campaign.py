@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 
 from stem_jax.errors import InputError
+from stem_jax.study import code_state
 from stem_jax.study.campaign import Campaign, Places, locked
 from stem_jax.study.code_state import ROOT, commit, worktree
 from stem_jax.study.forecast import forecast
@@ -96,6 +98,28 @@ def test_a_phase_waits_for_its_rates(tmp_path):
     campaign = _campaign(tmp_path, ["main"])
     with pytest.raises(InputError, match="ask for --phases=rate,main"):
         campaign.train(None, None)
+
+
+class _Workers:
+    """Notes what it is to do."""
+
+    def run(self, jobs, code, done, deadline=None):
+        self.commits, self.code = {job["commit"] for job in jobs}, code
+
+
+def test_whose_code_trains_what_is_missing(tmp_path, monkeypatch):
+    campaign, workers, theirs = _campaign(tmp_path, ["rate"]), _Workers(), "b" * 40
+    campaign.records = {"x": record(commit=theirs)}
+    text = types.SimpleNamespace(store=tmp_path / "store")
+    monkeypatch.setattr(Campaign, "_text", lambda self, name: text)
+    monkeypatch.setattr(code_state, "commit", lambda: "a" * 40)
+    monkeypatch.setattr(code_state, "worktree", lambda wanted, folder: folder / wanted)
+    campaign.train(workers, None)
+    assert workers.code == tmp_path / "work" / "code" / theirs and workers.commits == {theirs}
+    # Such as where the other cannot be brought back.
+    campaign.mixed_code = True
+    campaign.train(workers, None)
+    assert workers.code == ROOT and workers.commits == {"a" * 40}
 
 
 def test_one_study_in_a_folder(tmp_path):
