@@ -104,6 +104,9 @@ class Workers:
         process.stdin.write(json.dumps(job).encode())
         process.stdin.close()
         self._running[worker] = (process, job, time.monotonic())
+        if self._signal is not None:
+            # It came before this one was known to run.
+            process.send_signal(signal.SIGTERM)
 
     def _collect(self, done: Callable[[dict[str, Any], float], None]) -> None:
         for worker, (process, job, start) in list(self._running.items()):

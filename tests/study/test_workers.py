@@ -87,6 +87,22 @@ def test_a_signal_reaches_what_runs(tmp_path, code):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_a_signal_reaches_what_is_begun_meanwhile(tmp_path, code, monkeypatch):
+    job = _job(tmp_path, "a", "waits")
+    begin = subprocess.Popen
+
+    def interrupted(*args, **kwargs):
+        process = begin(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    start = time.monotonic()
+    with pytest.raises(Stopped):
+        Workers(1, 1, tmp_path).run([job], code, lambda job, seconds: None)
+    assert time.monotonic() - start < 30
+
+
 def test_a_deadline_ends_what_runs(tmp_path, code):
     jobs = [_job(tmp_path, "a", "waits"), _job(tmp_path, "b")]
     start = time.monotonic()
