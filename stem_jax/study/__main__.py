@@ -35,7 +35,8 @@ def main(argv: list[str]) -> None:
         print(forecast(campaign, args.workers))
         return
     with locked(args.workdir):
-        if not args.no_training:
+        if not args.no_training and campaign.missing():
+            _say(forecast(campaign, args.workers))
             workers = Workers(args.workers, args.threads, args.workdir / "logs")
             try:
                 campaign.train(workers, args.minutes or study.minutes)

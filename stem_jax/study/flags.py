@@ -27,6 +27,8 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.workers < 1 or args.threads < 0:
         parser.error("--workers must be at least 1, and --threads at least 0")
+    if args.minutes is not None and not args.minutes > 0:
+        parser.error(f"--minutes={args.minutes:g} must be more than 0; leave it out for no limit")
     args.texts = args.texts or args.workdir / "texts"
     args.phases = [part.strip() for part in (args.phases or "").split(",") if part.strip()]
     return args
