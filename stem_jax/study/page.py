@@ -65,8 +65,11 @@ def _subtitle(results: Results, main: Panel | None) -> str:
 
 def _answer(results: Results) -> str:
     claims = results["claims"]
-    if not claims or not results["panels"]:
-        return "<h2>The answer</h2>" + paragraph("None yet: there are no claims, or no runs.")
+    if not results["panels"]:
+        return "<h2>The answer</h2>" + paragraph("None yet: no run has ended.")
+    if not claims:
+        said = "Nothing was claimed before the first run: all figures here are exploratory."
+        return "<h2>The answer</h2>" + paragraph(said)
     counts = [f"{sum(c['verdict'] == v for c in claims)} {v}" for v in _VERDICTS]
     lead = (
         f"{len(claims)} claims were written down before the first run: {', '.join(counts)}. "

@@ -86,7 +86,9 @@ def test_parts_without_figures_are_left_out(page, results):
     assert "4.85 k 1.00 (0.98 to 1.02)" in text and "hash moe – –" in text
     empty = page_of(results_of([], CLAIMS, "core"), None)
     assert "no run has ended yet" in empty and "<svg" not in empty
-    assert _text(page_of(results_of(study_records(), (), "core"), None)).count("None yet") == 1
+    unclaimed = _text(page_of(results_of(study_records(), (), "core"), None))
+    assert unclaimed.count("all figures here are exploratory") == 1
+    assert _text(empty).count("None yet") == 1
 
 
 def test_sizes_are_said_of_what_they_are_matched_with(page):
