@@ -54,10 +54,12 @@ def test_another_commit_in_a_worktree(checkout, tmp_path):
     with pytest.raises(InputError, match=f"holds commit {first}, the records are of"):
         code_state.worktree(code_state.commit(), folder)
     (folder / "stem_jax" / "mine.py").touch()
-    with pytest.raises(InputError, match="with changes, the records are of .*; remove that folder"):
+    with pytest.raises(
+        InputError, match=r"with changes, the records are of .*; remove that folder"
+    ):
         code_state.worktree(first, folder)
 
 
 def test_a_commit_that_is_not_there(checkout, tmp_path):
-    with pytest.raises(InputError, match="cannot bring back .*--mixed-code"):
+    with pytest.raises(InputError, match=r"cannot bring back .*--mixed-code"):
         code_state.worktree("f" * 40, tmp_path / "code")
