@@ -20,6 +20,7 @@ from stem_jax.study.forecast import forecast
 from stem_jax.study.record import FORMAT, config_of_record, write_record
 from stem_jax.study.study import load_study, phases_named
 from stem_jax.study.texts import load_recipes, prepare_text
+from tests import effort
 from tests.study.archives import archive, prose, recipe
 from tests.study_records import record
 from tests.toy_study import toy_study
@@ -163,7 +164,13 @@ def _start(folder: Path, workdir: str, workers: int) -> subprocess.Popen:
     command += [f"--workdir={folder / workdir}", f"--records={folder / workdir / 'records'}"]
     command += [f"--texts={folder / 'texts'}", f"--workers={workers}", "--no-cost"]
     command += ["--phases=rate,main"]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    environment = {**os.environ, "XLA_FLAGS": effort.flags(1)}
+    with _said(folder, workdir).open("wb") as said:
+        return subprocess.Popen(command, stdout=said, stderr=said, cwd=ROOT, env=environment)
+
+
+def _said(folder: Path, workdir: str) -> Path:
+    return folder / f"{workdir}.txt"
 
 
 @pytest.mark.long
@@ -171,7 +178,7 @@ def test_a_study_that_was_killed_says_the_same(tmp_path):
     toy_study(tmp_path)
     _text(tmp_path / "texts")
     whole = _start(tmp_path, "whole", 1)
-    assert whole.wait(900) == 0, whole.stderr.read()
+    assert whole.wait(900) == 0, _said(tmp_path, "whole").read_text()
     cores = len(os.sched_getaffinity(0))
     for turn, number in enumerate((signal.SIGTERM, signal.SIGKILL, signal.SIGKILL)):
         study = _start(tmp_path, "killed", min(2, cores))
@@ -184,7 +191,7 @@ def test_a_study_that_was_killed_says_the_same(tmp_path):
         study.send_signal(number)
         assert study.wait(300) == (0 if number == signal.SIGTERM else -number)
     again = _start(tmp_path, "killed", min(2, cores))
-    assert again.wait(900) == 0, again.stderr.read()
+    assert again.wait(900) == 0, _said(tmp_path, "killed").read_text()
     one, other = ((tmp_path / name / "study.json").read_text() for name in ("whole", "killed"))
     assert one == other
     assert json.loads(one)["missing"] == []
