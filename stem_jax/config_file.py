@@ -51,7 +51,12 @@ def config_from_json(text: str) -> Config:
     Raises:
         InputError: an unknown key, or a value that is refused.
     """
-    raw = json.loads(text)
+    return build(with_later_keys(json.loads(text)))
+
+
+def with_later_keys(raw: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Plain values as this version has them, of an earlier one: with what held before a key was."""
+    raw = {section: dict(values) for section, values in raw.items()}
     for name, key in declared_keys().items():
         section, _, field = name.partition(".")
         values = raw.setdefault(section, {})
@@ -62,7 +67,7 @@ def config_from_json(text: str) -> Config:
         if key.before is not NOTHING:
             # Lists of layers are written so.
             values.setdefault(field, "none" if key.layers else key.before)
-    return build(raw)
+    return raw
 
 
 def build(raw: dict[str, dict[str, Any]]) -> Config:

@@ -16,6 +16,7 @@ from stem_jax.study.prepared_text import PreparedText
 from stem_jax.study.record import (
     check_config,
     config_of_record,
+    for_code_of,
     one_commit,
     read_record,
     read_records,
@@ -104,6 +105,9 @@ class Campaign:
             chosen = chosen_rates(list(self.records.values()))
             runs = {run.name: run for run in runs_of(self.study, phase, chosen)}
             jobs = [self._job(r, own) for n, r in runs.items() if n not in self.records]
+            if code != code_state.ROOT:
+                of_code = next(iter(self.records.values()))
+                jobs = [{**job, "config": for_code_of(of_code, job["config"])} for job in jobs]
             if jobs:
                 self.say(f"{phase.purpose}: {phase.says}: {len(jobs)} of {len(runs)} runs to make")
                 workers.run(jobs, code, self._done, deadline)

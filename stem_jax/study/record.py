@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stem_jax.config import Config
+from stem_jax.config_file import with_later_keys
 from stem_jax.errors import InputError
 from stem_jax.files import read_json, write_whole
 from stem_jax.study.code_state import short
@@ -77,14 +78,42 @@ def config_of_record(config: Config, text: str) -> dict[str, Any]:
 def check_config(record: dict[str, Any], config: Config) -> None:
     """Refuses a record of a run of the same name with another configuration."""
     asked = config_of_record(config, record["run"]["text"])
+    # It may be of code that had fewer keys.
+    found = with_later_keys(record["config"])
     for section, values in asked.items():
         for key, value in values.items():
-            there = record["config"].get(section, {}).get(key)
+            there = found.get(section, {}).get(key)
+            if there == "none" and value == []:
+                continue  # Layers, as they are written and as they are built.
             if there != value:
                 raise InputError(
                     f"record {record['name']} was trained with {section}.{key}={there!r}, the "
                     f"study asks for {value!r}; give another --records, or the study as it was"
                 )
+
+
+def for_code_of(record: dict[str, Any], raw: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """A configuration without the keys that the code of a record, an earlier one, has not.
+
+    Raises:
+        InputError: one of those keys says more than that all is as it was before.
+    """
+    known = record["config"]
+    kept = {
+        section: {key: value for key, value in values.items() if key in known.get(section, {})}
+        for section, values in raw.items()
+        if section in known
+    }
+    filled = with_later_keys(kept)
+    for section, values in raw.items():
+        for key, value in values.items():
+            before = filled.get(section, {}).get(key)
+            if before != value and not (before == "none" and value == []):
+                raise InputError(
+                    f"{section}.{key}={value!r} is unknown to the records' code "
+                    f"({short(record['commit'])}); leave it out, or give --mixed-code"
+                )
+    return kept
 
 
 def one_commit(records: Iterable[dict[str, Any]], mixed: bool) -> str | None:

@@ -110,7 +110,8 @@ class _Workers:
 
 def test_whose_code_trains_what_is_missing(tmp_path, monkeypatch):
     campaign, workers, theirs = _campaign(tmp_path, ["rate"]), _Workers(), "b" * 40
-    campaign.records = {"x": record(commit=theirs)}
+    config = config_of_record(campaign.study.config(campaign.asked()[0]), "prose")
+    campaign.records = {"x": record(commit=theirs) | {"config": config}}
     text = types.SimpleNamespace(store=tmp_path / "store")
     monkeypatch.setattr(Campaign, "_text", lambda self, name: text)
     monkeypatch.setattr(code_state, "commit", lambda: "a" * 40)

@@ -7,6 +7,7 @@ from stem_jax.study import record as records_file
 from stem_jax.study.record import (
     check_config,
     config_of_record,
+    for_code_of,
     one_commit,
     read_record,
     read_records,
@@ -83,3 +84,18 @@ def test_a_record_of_another_configuration_is_refused(tmp_path):
     found["config"]["optimizer"]["beta2"] = 0.5
     with pytest.raises(InputError, match=r"optimizer\.beta2=0\.5, the study asks for 0\.95"):
         check_config(found, config)
+
+
+def test_a_record_of_code_with_fewer_keys(tmp_path):
+    study = load_study(toy_study(tmp_path))
+    config = study.config(Run("toy", "main", "dense", "prose", 1280, 1.0, 1))
+    earlier = config_of_record(config, "prose")
+    del earlier["optimizer"]["train"], earlier["value"]
+    found = {"name": "x", "run": {"text": "prose"}, "config": earlier, "commit": "a" * 40}
+    check_config(found, config)
+    asked = config_of_record(config, "prose")
+    assert for_code_of(found, asked) == earlier
+    # Where that code could not do what is asked, nothing is left out.
+    asked["optimizer"]["train"] = "tables"
+    with pytest.raises(InputError, match=r"optimizer\.train='tables' is unknown .*aaa\); leave"):
+        for_code_of(found, asked)
