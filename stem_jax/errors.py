@@ -13,6 +13,10 @@ class TrainingError(RuntimeError):
     """A run cannot go on, for a reason found while it ran; the last checkpoint stands."""
 
 
+class DivergedError(TrainingError):
+    """Loss or gradients stayed without finite values."""
+
+
 class BadRecord(InputError):
     """One document among many that cannot be used; whoever reads them may leave it out.
 

@@ -24,7 +24,7 @@ def get_config():
     config.model.num_kv_heads = 2
     config.model.ffn_dim = 192
     config.model.stem_layers = "none"
-    config.optimizer.learning_rate = 3e-3
+    config.optimizer.learning_rate = 9e-3  # better than 1e-3 and 3e-3 for each
     config.train.init = "name"
     # 8, 16 and 32 take the same time for a token; fewer at a time learn more from as many tokens.
     config.train.global_batch_size = 8

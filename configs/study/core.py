@@ -96,7 +96,6 @@ def get_study():
                 "says": "other places and memories",
                 "variants": ("stem_third", "stem_all", "up_add", "stem_ngram", "per_layer"),
                 "seeds": SEEDS,
-                "rates": (1.0,),
             },
         ],
     }

@@ -31,6 +31,10 @@ from stem_jax.evaluation.training_text import TrainingText
 _BEFORE = 4
 
 
+class NothingAlike(InputError):
+    """A run was trained on no text that held-out text is like."""
+
+
 def memorization(
     run: LoadedRun,
     text: TrainingText,
@@ -58,12 +62,12 @@ def memorization(
         seen one and without. `times`: how often a seen piece was trained on, on average.
 
     Raises:
-        InputError: no held-out text, or none that seen text is like.
+        InputError: no held-out text. NothingAlike: none that seen text is like.
     """
     check_limit(limit, "held-out pieces")
     pairs, unpaired = draw_pairs(text, held_out, kind_of, limit)
     if not pairs:
-        raise InputError(
+        raise NothingAlike(
             "--memorization: the run was trained on no text that its held-out text is like; give "
             "a run of more steps"
         )

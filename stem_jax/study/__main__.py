@@ -30,11 +30,12 @@ def main(argv: list[str]) -> None:
     phases = phases_named(study, args.phases)
     places = Places(args.workdir, records, args.texts)
     campaign = Campaign(study, phases, places, args.mixed_code, _say)
-    campaign.read()
     if args.dry_run:
+        campaign.read()
         print(forecast(campaign, args.workers))
         return
-    with locked(args.workdir):
+    with locked(args.workdir, "--workdir"), locked(records, "--records"):
+        campaign.read()
         if not args.no_training and campaign.missing():
             _say(forecast(campaign, args.workers))
             workers = Workers(args.workers, args.threads, args.workdir / "logs")

@@ -155,7 +155,8 @@ class Campaign:
         rate_phases = [p for p in self.study.phases if p.purpose == RATE]
         trials = [run for p in rate_phases for run in runs_of(self.study, p, {})]
         for run in trials:
-            if run.variant in phase.variants and run.name not in self.records:
+            needed = run.variant in (*phase.variants, self.study.baseline)
+            if needed and run.name not in self.records:
                 raise InputError(
                     f"phase {phase.purpose!r} needs the rate of {run.variant!r}, whose trial "
                     f"{run.name} has no record; ask for --phases={RATE},{phase.purpose}"
@@ -197,17 +198,19 @@ def cost_of(study: Study, runs: list[Run]) -> list[tuple[Run, float, float]]:
     return found
 
 
-def locked(workdir: Path) -> Lock:
-    """The lock of a study's folder.
+def locked(folder: Path, flag: str) -> Lock:
+    """The lock of a study's folder, or of one of records.
+
+    flag: that names it, for messages.
 
     Raises:
         InputError: another study is at work there.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
-    lock = Lock.take(workdir / ".lock")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = Lock.take(folder / ".lock")
     if lock is None:
         raise InputError(
-            f"--workdir={workdir} is in use by {Lock.holder(workdir / '.lock')}; wait for it, or "
+            f"{flag}={folder} is in use by {Lock.holder(folder / '.lock')}; wait for it, or "
             "give another folder"
         )
     return lock

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from stem_jax import cli
-from stem_jax.errors import InputError, TrainingError
+from stem_jax.errors import DivergedError, InputError
 
 STOPPED = 3
 # Of Linux's prctl.
@@ -43,11 +43,11 @@ def main(argv: list[str]) -> None:
             f"the code is {short(commit())} now, the study began with {short(job['commit'])}: "
             "bring that back, or begin again"
         )
-    diverged = None
+    diverged = False
     try:
         if train(config, workdir) is Ending.STOPPED:
             sys.exit(STOPPED)
-    except TrainingError as error:
+    except DivergedError as error:
         print(f"diverged: {error}", file=sys.stderr)
         diverged = True
     _write(job, config, workdir, diverged)
@@ -62,7 +62,7 @@ def end_with(parent: int) -> None:
             sys.exit(STOPPED)
 
 
-def _write(job: dict[str, Any], config: Any, workdir: Path, diverged: bool | None) -> None:
+def _write(job: dict[str, Any], config: Any, workdir: Path, diverged: bool) -> None:
     import jax
 
     from stem_jax.study.curve import curve_of
@@ -75,6 +75,9 @@ def _write(job: dict[str, Any], config: Any, workdir: Path, diverged: bool | Non
 
     text = open_text(Path(job["text"]))
     curve = curve_of(workdir, config.tokens_per_step)
+    # It may have got lost with finite losses all along.
+    last = curve["loss"][-1]
+    lost = diverged or last is None or last > curve["loss"][0]
     if diverged:
         found = {"measures": {}, "documents": {"nats": [], "bytes": []}, "curve": curve}
         digests = {}
@@ -91,7 +94,7 @@ def _write(job: dict[str, Any], config: Any, workdir: Path, diverged: bool | Non
         },
         "config": config_of_record(config, job["run"]["text"]),
         "checksums": {"text": text.checksum, **digests},
-        "diverged": round(curve["tokens"][-1] / config.tokens_per_step) if diverged else None,
+        "diverged": round(curve["tokens"][-1] / config.tokens_per_step) if lost else None,
         "size": size_of(config) | {"compiled_flops_per_token": compiled_flops(config)},
     }
     write_record(Path(job["records"]), own | found)

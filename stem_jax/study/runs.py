@@ -36,7 +36,8 @@ class Phase:
 
     purpose: a word, in records. says: a line for people.
     variants, seeds, text: of its runs. shares: of the study's N tokens.
-    rates: times the base's; None: of each variant the one that was chosen on the rate runs.
+    rates: times the base's; None: of each variant the one that was chosen on the rate runs, of
+    those without such runs the baseline's.
     compares: a variant that a user adds belongs here, too.
     """
 
@@ -59,8 +60,9 @@ def runs_of(study: Any, phase: Phase, chosen: dict[str, float]) -> list[Run]:
 
     Args:
         study: a `study.Study`.
-        chosen: of each variant the rate of its other runs; without one 1.
+        chosen: of each variant the rate of its other runs; without one the baseline's, or 1.
     """
+    otherwise = chosen.get(study.baseline, 1.0)
     return [
         Run(
             study.name,
@@ -74,7 +76,7 @@ def runs_of(study: Any, phase: Phase, chosen: dict[str, float]) -> list[Run]:
         for seed in phase.seeds
         for share in phase.shares
         for variant in phase.variants
-        for rate in (phase.rates or (chosen.get(variant, 1.0),))
+        for rate in (phase.rates or (chosen.get(variant, otherwise),))
     ]
 
 

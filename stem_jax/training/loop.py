@@ -18,7 +18,7 @@ import jax
 from tqdm import tqdm
 
 from stem_jax.config import Config
-from stem_jax.errors import TrainingError
+from stem_jax.errors import DivergedError
 from stem_jax.hardware import chip_of
 from stem_jax.model.cost import training_flops_per_token
 from stem_jax.processes.process_log import log
@@ -73,7 +73,7 @@ class Loop:
             owes_validation: a stop came before the one of the state's step.
 
         Raises:
-            TrainingError: `train.max_bad_steps` non-finite steps in a row.
+            DivergedError: `train.max_bad_steps` non-finite steps in a row.
         """
         start, end = int(state.step), self.config.train.steps
         mesh = self.programs.mesh
@@ -256,7 +256,7 @@ class _Reporter:
         if step % self._config.train.log_every == 0 or bad or step == self._config.train.steps:
             self._write(step, values, seconds, tokens_per_second)
         if bad >= self._config.train.max_bad_steps:
-            raise TrainingError(
+            raise DivergedError(
                 f"loss or gradients were not finite in {bad} steps in a row, up to step {step} "
                 f"(train.max_bad_steps={self._config.train.max_bad_steps}); those updates were "
                 "skipped and the last checkpoint stands. Lower optimizer.learning_rate, or look "

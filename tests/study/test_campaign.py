@@ -125,8 +125,11 @@ def test_whose_code_trains_what_is_missing(tmp_path, monkeypatch):
 
 
 def test_one_study_in_a_folder(tmp_path):
-    with locked(tmp_path / "work"), pytest.raises(InputError, match="is in use by process"):
-        locked(tmp_path / "work")
+    with (
+        locked(tmp_path / "work", "--workdir"),
+        pytest.raises(InputError, match="is in use by process"),
+    ):
+        locked(tmp_path / "work", "--workdir")
 
 
 def test_another_commits_code(tmp_path):

@@ -28,6 +28,13 @@ def test_runs_come_seed_by_seed(tmp_path):
     assert len({run.name for run in runs}) == len(runs)
 
 
+def test_a_variant_without_trials_takes_the_baselines_rate(tmp_path):
+    study = load_study(toy_study(tmp_path))
+    phase = Phase("others", "", ("stem_half",), (1,))
+    assert [r.rate for r in runs_of(study, phase, {"dense": 3.0})] == [3.0]
+    assert [r.rate for r in runs_of(study, phase, {})] == [1.0]
+
+
 def test_the_rate_with_fewest_dev_bits_is_chosen():
     records = [
         _record("dense", 1 / 3, 2.5),
@@ -51,7 +58,7 @@ def test_configurations_of_runs(tmp_path):
     run = Run("toy", "main", "dense", "prose", 128 * 20, 3.0, 7)
     config = study.config(run)
     assert (config.train.steps, config.train.seed) == (20, 7)
-    assert config.optimizer.learning_rate == pytest.approx(3 * 3e-3)
+    assert config.optimizer.learning_rate == pytest.approx(3 * 9e-3)
     assert (config.optimizer.warmup_steps, config.eval.every, config.checkpoint.every) == (2, 5, 5)
     stem = study.config(dataclasses.replace(run, variant="stem_half"))
     assert len(stem.model.stem_layers) == 1
@@ -99,8 +106,8 @@ def test_phases_by_purpose(tmp_path):
         ('"baseline": "dense",', "", "key 'baseline' is missing"),
         ('"texts": {"prose"', '"texts": {"verse"', "reads text 'prose'"),
         ('"says": "rates"', '"sais": "rates"', "unknown key 'sais'; known: purpose, says"),
-        ('"vocab_size": 384', '"vocab": 384', "text 'prose': unknown key 'vocab'"),
-        ('("dense", "stem_half")', '"dense"', "phase 'rate': variants is 'dense'; give a tuple"),
+        ('"vocab_size": 300', '"vocab": 300', "text 'prose': unknown key 'vocab'"),
+        ('("dense", "stem_half")', '"dense"', "phase 'main': variants is 'dense'; give a tuple"),
         ('"seeds": (1000,)', '"seeds": ()', r"phase 'rate': seeds is \(\); give a tuple"),
         ('"tokens": 2560', '"tokens": "many"', "tokens is 'many'; give a number over 0"),
         ('"minutes": None', '"minutes": -1', "minutes is -1; give a number over 0"),
