@@ -5,11 +5,10 @@ better. At most eight: each further one widens the intervals of all (Holm). What
 is measured all the same is called exploratory.
 """
 
-from stem_jax.study.claims import Claim
+from stem_jax.study.claims import MARGIN, Claim
 from stem_jax.study.measured import BITS, SHARE
 
 TEST, GAP = "test_bits_per_byte", "memorization_gap"
-MARGIN = 0.005  # bits per byte: differences inside it are called none
 
 CLAIMS = (
     Claim(

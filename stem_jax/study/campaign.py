@@ -12,6 +12,9 @@ from stem_jax.errors import InputError
 from stem_jax.files import read_json
 from stem_jax.lock import Lock
 from stem_jax.study import code_state
+from stem_jax.study.intervals import half_width_to_come
+from stem_jax.study.measured import HEADLINE
+from stem_jax.study.panels import panels_of
 from stem_jax.study.prepared_text import PreparedText
 from stem_jax.study.record import (
     check_config,
@@ -21,7 +24,7 @@ from stem_jax.study.record import (
     read_record,
     read_records,
 )
-from stem_jax.study.runs import RATE, Phase, Run, chosen_rates, runs_of
+from stem_jax.study.runs import MAIN, RATE, Phase, Run, chosen_rates, runs_of
 from stem_jax.study.sizes import size_of
 from stem_jax.study.study import Study
 from stem_jax.study.text_notes import note_text
@@ -29,6 +32,8 @@ from stem_jax.study.texts import prepare_text
 from stem_jax.study.workers import Workers
 
 _FOLDERS = ("runs", "logs")
+# Pairs after which it is known how wide an interval will be, and bits per byte that are too wide.
+_PAIRS, _WIDEST = 3, 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +152,22 @@ class Campaign:
         asked = self.asked()
         have = sum(run.name in self.records for run in asked)
         self.say(f"{have} of {len(asked)}: {job['name']}: {figure}, {seconds / 60:.1f} minutes")
+        self._warn_of_width(record["run"])
+
+    def _warn_of_width(self, run: dict[str, Any]) -> None:
+        """After three pairs: whether all seeds will resolve a hundredth of a bit per byte."""
+        phase = next((p for p in self.phases if p.purpose == run["purpose"] == MAIN), None)
+        if phase is None or run["variant"] not in phase.variants[:2]:
+            return
+        panel = panels_of(self.records.values())[0]
+        values, _ = panel.difference(phase.variants[1], self.study.baseline, HEADLINE)
+        if len(values) == _PAIRS:
+            width = half_width_to_come(list(values.values()), len(phase.seeds))
+            if width is not None and width > _WIDEST:
+                self.say(
+                    f"after {_PAIRS} pairs the interval of {phase.variants[1]} will be "
+                    f"+-{width:.3f} bits per byte: add seeds or tokens for less"
+                )
 
     def _check_chosen(self, phase: Phase) -> None:
         """Refuses a phase that needs rates which the runs so far do not choose."""

@@ -3,6 +3,9 @@
 from stem_jax.study.campaign import Campaign, cost_of
 from stem_jax.study.runs import chosen_rates, runs_of
 
+# Seconds of a run that are no training: starting, compiling, validating, measuring.
+_AROUND = 60
+
 
 def forecast(campaign: Campaign, workers: int) -> str:
     """A table of phases: runs, those that have records, training FLOPs and hours of the others.
@@ -24,7 +27,7 @@ def forecast(campaign: Campaign, workers: int) -> str:
         missing = [run for run in runs if run.name not in campaign.records]
         costs = cost_of(study, missing)
         flops = sum(cost[1] for cost in costs)
-        hours = sum(cost[2] for cost in costs) / 3600 / workers
+        hours = sum(cost[2] + _AROUND for cost in costs) / 3600 / workers
         lines.append(
             f"{phase.purpose:<11} {len(runs):>5} {len(runs) - len(missing):>5} {len(missing):>8}  "
             f"{flops:>8.2g} {hours:>6.1f}  {phase.says}"

@@ -84,8 +84,10 @@ def _answer(results: Results) -> str:
             f'<dt class="{verdict}">{verdict.capitalize()}</dt>{items or "<dd>Nothing.</dd>"}'
         )
     note = (
-        "Bits per byte: what a model needs to write down text that it has not seen. Refuted: the "
-        "opposite was found. Unresolved: runs with other random numbers differ too much to tell."
+        "STEM: a model some of whose layers look up a token's row in a table, where others "
+        "compute. Bits per byte: what a model needs to write down text that it has not seen. "
+        "Refuted: the opposite was found. Unresolved: there are no such runs yet, or runs with "
+        "other random numbers differ too much to tell."
     )
     verdicts = f'<dl class="verdicts">{"".join(rows)}</dl>'
     return f"<h2>The answer</h2>{paragraph(lead)}{verdicts}{paragraph(note, 'note')}"

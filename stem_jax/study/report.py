@@ -8,7 +8,7 @@ from stem_jax.config_program import found_program, run_program
 from stem_jax.files import read_json, write_whole
 from stem_jax.study.campaign import Campaign
 from stem_jax.study.claims import Claim, check_claims
-from stem_jax.study.cost import cost_of_variants
+from stem_jax.study.cost import compared, cost_of_variants
 from stem_jax.study.csv_file import write_csv
 from stem_jax.study.markdown import markdown_of, picture_files
 from stem_jax.study.page import write_page
@@ -60,7 +60,10 @@ def write_report(campaign: Campaign, claims: tuple[Claim, ...], with_cost: bool)
 def _cost(campaign: Campaign, wanted: bool) -> dict[str, Any] | None:
     path = campaign.places.workdir / "cost.json"
     if path.exists():
-        return read_json(path)
+        there = read_json(path)
+        # A variant may have come since.
+        if set(there["variants"]) >= set(compared(campaign.study)):
+            return there
     if not wanted or campaign.missing():
         return None
     cost = cost_of_variants(campaign.study, campaign.places.texts)

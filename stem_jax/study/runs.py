@@ -53,6 +53,8 @@ class Phase:
 
 # Of the phase whose runs choose each variant's rate.
 RATE = "rate"
+# Of the phase whose runs the headline compares.
+MAIN = "main"
 
 
 def runs_of(study: Any, phase: Phase, chosen: dict[str, float]) -> list[Run]:

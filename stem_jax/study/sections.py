@@ -1,5 +1,6 @@
 """Parts of the page about measures: each is HTML, "" where there is nothing to say of it."""
 
+from stem_jax.study.claims import MARGIN
 from stem_jax.study.markup import paragraph, table_html
 from stem_jax.study.measured import GROUPS, measure_of
 from stem_jax.study.numbers import interval, plain, spoken
@@ -17,8 +18,6 @@ from stem_jax.study.tables import (
 )
 
 GAP, FACTS = "memorization_gap", "facts_"
-# Bits per byte: differences inside it are called none, as in the claims.
-_MARGIN = 0.005
 
 
 def differences(results: Results) -> str:
@@ -46,7 +45,7 @@ def difference_picture(panel: Panel, measure: str) -> str:
         "bits per byte, dense = 0",
         f"Dense itself needs {plain(_dense_mean(panel, measure))} bits per byte.",
         less_is_better=True,
-        margin=_MARGIN,
+        margin=MARGIN,
     )
 
 
@@ -59,7 +58,8 @@ def multiplier(results: Results) -> str:
         "How many times a variant's computation a dense model needs to end with the same bits per "
         f"byte. Over 1, the variant is cheaper. Dense was trained at {len(found['lengths'])} "
         "lengths, each with its whole schedule; beyond the longest nothing is known, and a figure "
-        "is only a bound, drawn as an arrow."
+        "is only a bound, drawn as an arrow. What the compiler counts is what a machine does; two "
+        "for each active parameter, the papers' count, leaves out attention and counts embeddings."
     )
     drawn = [multiplier_picture(results, name) for name in COUNTS]
     note = (
@@ -97,7 +97,8 @@ def gap(main: Panel | None) -> str:
     drawn = "" if main is None else gap_picture(main)
     lead = (
         "The memorisation gap: bits per byte of unseen text, minus those of text like it that the "
-        "model was trained on, at the end of the run."
+        "model was trained on, at the end of the run. Unseen text is of other packages, which is "
+        "most of dense's own gap; what a variant has more than dense is memorised."
     )
     return paragraph(lead) + drawn if drawn else ""
 

@@ -23,8 +23,8 @@ _SIZES = (
     ("compiled_flops_per_token", "FLOPs a token, compiled"),
 )
 COUNTS = {
-    "active": "two FLOPs for each active parameter",
     "compiled": "FLOPs of the compiled training step",
+    "active": "two FLOPs for each active parameter",
 }
 
 

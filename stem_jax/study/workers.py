@@ -15,7 +15,7 @@ from stem_jax.study.job import STOPPED
 
 _POLL_SECONDS = 0.2
 # Of glibc. Small steps on CPUs spend more time on pages than on numbers without them.
-_HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 class Stopped(Exception):
@@ -96,7 +96,7 @@ class Workers:
                 stdout=output,
                 stderr=output,
                 cwd=code,
-                env={**os.environ, **_HUGE_PAGES, "PYTHONPATH": str(code)},
+                env={**os.environ, **HUGE_PAGES, "PYTHONPATH": str(code)},
                 # Ctrl-C goes to the parent, which asks each once.
                 start_new_session=True,
             )

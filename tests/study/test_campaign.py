@@ -149,6 +149,18 @@ def test_another_commits_code(tmp_path):
         worktree("0" * 40, tmp_path / "other")
 
 
+def test_wide_intervals_are_told_of_after_three_pairs(tmp_path):
+    said = []
+    campaign = _campaign(tmp_path)
+    campaign.say = said.append
+    for seed in (1, 2, 3):
+        for variant, bits in (("dense", 2.0), ("stem_half", 1.9 + 0.1 * seed)):
+            made = record(variant, seed, purpose="main", bits=bits)
+            campaign.records[made["name"]] = made
+            campaign._warn_of_width(made["run"])
+    assert len(said) == 1 and "after 3 pairs the interval of stem_half will be" in said[0]
+
+
 def _text(folder: Path) -> None:
     """A small text in the place of the shipped one."""
     cache = folder / "cache"
