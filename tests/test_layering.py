@@ -48,6 +48,7 @@ LEVELS = [
     ["training"],
     ["checkpoints"],
     ["generation"],
+    ["serving"],
     [
         "result_folder",
         "interop",

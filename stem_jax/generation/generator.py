@@ -17,40 +17,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from stem_jax.config import Config, ModelConfig
+from stem_jax.config import Config
 from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
+from stem_jax.generation.buckets import bucket, padded, within
 from stem_jax.generation.completion import Completion, Progress
+from stem_jax.generation.decode_state import DecodeState, state_places
 from stem_jax.generation.sampling import Sampling, sample
 from stem_jax.memory.catalogue import memories
 from stem_jax.memory.memory import NO_TOKEN
-from stem_jax.mesh import BATCH_AXES, axis_size, batch_sharding, divided, replicated
+from stem_jax.mesh import BATCH_AXES, axis_size, divided, replicated
 from stem_jax.model.cache import LayerCache, NewCache
 from stem_jax.model.inputs import Inputs
 from stem_jax.model.memory_rows import MemoryRows, last_tokens
 from stem_jax.tables.row_source import RowSource, ServedRows
 from stem_jax.training.blueprint import ModelDef, Params
-
-_SMALLEST_BUCKET = 16
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecodeState:
-    """What a decode step replaces.
-
-    caches: one per layer. readers: see `Outputs.states`. before: [B, R] int32, the tokens before
-    the next that keys of rows depend on; None without such. seeds: [B] uint32. step: scalar int32,
-    tokens drawn so far.
-    """
-
-    caches: list[LayerCache]
-    readers: list[dict[str, Any]]
-    before: jax.Array | None
-    seeds: jax.Array
-    step: jax.Array
 
 
 class Generator:
@@ -74,24 +57,25 @@ class Generator:
         model = dataclasses.replace(config.model, remat="none")
         self.config = dataclasses.replace(config, model=model)
         self.tokenizer = tokenizer
-        self._params = params
-        self._rows = MemoryRows(memories(config), rows)
+        self.mesh = mesh
+        self.params = params
+        self.rows = MemoryRows(memories(config), rows)
         self._model = ModelDef(self.config, divided(mesh))
-        self._shards = 1 if mesh is None else axis_size(mesh, BATCH_AXES)
+        self.shards = 1 if mesh is None else axis_size(mesh, BATCH_AXES)
         # Ids that decode to nothing are never drawn; mostly there are none.
         size = config.model.vocab_size
         absent = [] if tokenizer is None else tokenizer.absent_ids(size)
         self._absent_V = np.isin(np.arange(size), absent) if absent else None
         whole = None if mesh is None else replicated(mesh)
-        self._place = lambda array: jax.device_put(array, whole)
-        places = whole, None if mesh is None else _state_places(model, mesh)
+        self.place = lambda array: jax.device_put(array, whole)
+        places = whole, None if mesh is None else state_places(model, mesh)
         self.prefill = jax.jit(self._prefill, static_argnames="slots", out_shardings=places)
         self.decode = jax.jit(self._decode, donate_argnames="state", out_shardings=places)
 
     def with_rows(self, rows: Mapping[str, RowSource]) -> "Generator":
         """The same programs on other rows; rows of the same kind and number compile nothing."""
         other = copy.copy(self)
-        other._rows = MemoryRows(self._rows.memories, rows)
+        other.rows = MemoryRows(self.rows.memories, rows)
         return other
 
     @property
@@ -125,7 +109,7 @@ class Generator:
         Raises:
             InputError: no prompt, one that leaves no room in the context, or an unknown id.
         """
-        self._check(prompts, max_new_tokens)
+        self.check(prompts, max_new_tokens)
         seeds = sequence_seeds(0, prompts) if seeds is None else seeds
         if len(seeds) != len(prompts) or not all(0 <= seed < 2**32 for seed in seeds):
             raise InputError(
@@ -160,7 +144,7 @@ class Generator:
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size} must be at least 1")
         ids = [self.encode(prompt, special) for prompt in prompts]
-        self._check(ids, max_new_tokens)
+        self.check(ids, max_new_tokens)
         seeds = sequence_seeds(seed, ids)
         tokenizer, completions = self.tokenizer, []
         assert tokenizer is not None
@@ -179,29 +163,29 @@ class Generator:
         return completions
 
     def _steps(self, prompts, limits: list[int], scalars, seeds_B) -> Iterator[list[int | None]]:
-        length = min(_bucket(max(map(len, prompts))), self.context)
+        length = min(bucket(max(map(len, prompts))), self.context)
         last = max(limits) - 1
         # Every shard of the batch has as many; what these say nobody hears.
-        missing = -len(prompts) % self._shards
+        missing = -len(prompts) % self.shards
         batch = [*prompts, *[prompts[0]] * missing]
-        tokens_BxL = self._place(_padded(batch, length))
+        tokens_BxL = self.place(padded(batch, length))
         lengths_B = np.array([*map(len, batch)], np.int32)
         token_B, state = self.prefill(
-            self._params,
-            self._rows.serve(tokens_BxL, self._place(_within(lengths_B, length))),
+            self.params,
+            self.rows.serve(tokens_BxL, self.place(within(lengths_B, length))),
             tokens_BxL,
-            self._place(lengths_B),
-            self._place(np.pad(seeds_B, (0, missing))),
+            self.place(lengths_B),
+            self.place(np.pad(seeds_B, (0, missing))),
             scalars,
-            slots=_bucket(length + last),
+            slots=bucket(length + last),
         )
         stops = () if self.tokenizer is None else self.tokenizer.special.stop_ids
         ended = [False] * len(prompts)
         for step in range(last + 1):
             next_B = None
             if step < last:
-                rows = self._rows.serve(token_B[:, None], before_BxR=state.before)
-                next_B, state = self.decode(self._params, rows, token_B, scalars, state=state)
+                rows = self.rows.serve(token_B[:, None], before_BxR=state.before)
+                next_B, state = self.decode(self.params, rows, token_B, scalars, state=state)
             read = np.asarray(token_B).tolist()[: len(prompts)]
             yield [None if end else token for end, token in zip(ended, read)]
             ended = [
@@ -229,9 +213,13 @@ class Generator:
         return self._draw(logits_BxV, state.seeds, state.step, scalars), following
 
     def _draw(self, logits_BxV, seeds_B, step, scalars):
-        if self._absent_V is not None:
-            logits_BxV = jnp.where(self._absent_V, -jnp.inf, logits_BxV)
-        return sample(logits_BxV, seeds_B, step, *scalars)
+        return sample(self.drawable(logits_BxV), seeds_B, step, *scalars)
+
+    def drawable(self, logits_BxV: jax.Array) -> jax.Array:
+        """The logits, -inf for ids that decode to nothing."""
+        if self._absent_V is None:
+            return logits_BxV
+        return jnp.where(self._absent_V, -jnp.inf, logits_BxV)
 
     def advance(
         self,
@@ -261,12 +249,12 @@ class Generator:
         if isinstance(first, LayerCache):
             positions_BxL = places_BxL + first.lengths[:, None]
         if segment_ids_BxL is None:
-            segment_ids_BxL = _within(lengths_B, length)
+            segment_ids_BxL = within(lengths_B, length)
         else:
-            segment_ids_BxL = jnp.where(_within(lengths_B, length) != 0, segment_ids_BxL, 0)
+            segment_ids_BxL = jnp.where(within(lengths_B, length) != 0, segment_ids_BxL, 0)
             firsts_BxL = _firsts(segment_ids_BxL)
             positions_BxL = places_BxL - firsts_BxL
-        blocks, index = self._rows.blocks(
+        blocks, index = self.rows.blocks(
             rows, tokens_BxL, segment_ids_BxL, self.config.model.compute_dtype, before_BxR
         )
         inputs = Inputs(tokens_BxL, positions_BxL, segment_ids_BxL, index)
@@ -277,11 +265,12 @@ class Generator:
             first_Bx1 = jnp.take_along_axis(firsts_BxL, last_Bx1, axis=1)
             longer = [cache.beginning_at(first_Bx1[:, 0], lengths_B) for cache in longer]
             tokens_BxL = jnp.where(places_BxL < first_Bx1, NO_TOKEN, tokens_BxL)
-        following = last_tokens(tokens_BxL, lengths_B, before_BxR, self._rows.reach)
+        following = last_tokens(tokens_BxL, lengths_B, before_BxR, self.rows.reach)
         last_Bx1xD = jnp.take_along_axis(hidden_BxLxD, last_Bx1[..., None], axis=1)
         return model.logits(last_Bx1xD)[:, 0], (longer, after, following)
 
-    def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    def check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+        """Raises InputError: see `steps`."""
         if not prompts:
             raise InputError("there is no prompt to complete; give one or more")
         if max_new_tokens < 1:
@@ -301,23 +290,6 @@ class Generator:
                 )
 
 
-def _state_places(model: ModelConfig, mesh: Mesh) -> DecodeState:
-    # Of heads that several devices share, each has all.
-    heads = "tensor" if model.num_kv_heads % mesh.shape["tensor"] == 0 else None
-    # A state with shardings for arrays.
-    slots: Any = NamedSharding(mesh, PartitionSpec(BATCH_AXES, None, heads, None))
-    batch: Any = batch_sharding(mesh)
-    whole: Any = replicated(mesh)
-    cache = LayerCache(slots, slots, batch)
-    readers: Any = batch
-    return DecodeState([cache] * model.num_layers, readers, batch, whole, whole)
-
-
-def _within(lengths_B, length: int):
-    """Which of so many positions are of each sequence: 1, else 0; [B, L] int32."""
-    return (np.arange(length) < lengths_B[:, None]).astype(np.int32)
-
-
 def _firsts(segment_ids_BxL: jax.Array) -> jax.Array:
     """The place at which the document of each position begins, [B, L] int32."""
     before_BxL = jnp.pad(segment_ids_BxL, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
@@ -333,16 +305,3 @@ def sequence_seeds(seed: int, prompts: Sequence[Sequence[int]]) -> list[int]:
         seeds.append(zlib.crc32(repr((seed, seen[prompt], prompt)).encode()))
         seen[prompt] += 1
     return seeds
-
-
-def _bucket(size: int) -> int:
-    """The next power of two, 16 at least."""
-    return max(_SMALLEST_BUCKET, 1 << (size - 1).bit_length())
-
-
-def _padded(prompts: Sequence[Sequence[int]], length: int) -> np.ndarray:
-    """Ids [B, L] int32; padding is 0."""
-    tokens_BxL = np.zeros((len(prompts), length), np.int32)
-    for row_L, prompt in zip(tokens_BxL, prompts, strict=True):
-        row_L[: len(prompt)] = prompt
-    return tokens_BxL

@@ -56,34 +56,49 @@ def sample(logits_BxV, seeds_B, step, temperature, top_k, top_p) -> jax.Array:
 
     Args:
         logits_BxV: float32.
-        seeds_B: uint32; a sequence's draw depends on its own seed, `step` and logits alone.
-        step: int32, number of tokens drawn before.
-        temperature, top_k, top_p: scalars, see `Sampling`.
+        seeds_B: uint32; a sequence's draw depends on its own seed, step, settings and logits alone.
+        step: int32, number of tokens drawn before; one of each sequence [B], or one of all.
+        temperature, top_k, top_p: see `Sampling`; of each sequence [B], or of all.
     """
+    steps_B, temperature_B = _of_each(step, seeds_B), _of_each(temperature, seeds_B)
+    greedy_B = jnp.argmax(logits_BxV, axis=-1)
 
     def draw():
-        kept_BxV = keep_likeliest(logits_BxV / temperature, top_k, top_p)
-        keys_B = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(seeds_B)
-        return jax.vmap(jax.random.categorical)(keys_B, kept_BxV)
+        divisor_B = jnp.where(temperature_B > 0, temperature_B, 1)
+        kept_BxV = keep_likeliest(logits_BxV / divisor_B[:, None], top_k, top_p)
+        keys_B = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(
+            seeds_B, steps_B
+        )
+        drawn_B = jax.vmap(jax.random.categorical)(keys_B, kept_BxV)
+        return jnp.where(temperature_B > 0, drawn_B, greedy_B)
 
-    token_B = jax.lax.cond(temperature > 0, draw, lambda: jnp.argmax(logits_BxV, axis=-1))
+    token_B = jax.lax.cond(jnp.any(temperature_B > 0), draw, lambda: greedy_B)
     return token_B.astype(jnp.int32)
 
 
 def keep_likeliest(logits_BxV: jax.Array, top_k, top_p) -> jax.Array:
     """Float32 logits with all tokens outside the top k, then outside the top p, at -inf.
 
-    Of tied tokens the lower ids come first, so exactly k are kept; the likeliest always is.
+    Of tied tokens the lower ids come first, so exactly k are kept; the likeliest always is. Both
+    are of each sequence [B], or of all.
     """
+    k_B, p_B = _of_each(top_k, logits_BxV), _of_each(top_p, logits_BxV)
 
     def within_k():
-        return _fewest(logits_BxV, jnp.ones_like(logits_BxV), top_k.astype(jnp.float32))
+        target_Bx1 = k_B.astype(jnp.float32)[:, None]
+        few_BxV = _fewest(logits_BxV, jnp.ones_like(logits_BxV), target_Bx1)
+        return jnp.where(k_B[:, None] > 0, few_BxV, logits_BxV)
 
     def within_p():
-        return _fewest(kept_BxV, jax.nn.softmax(kept_BxV, axis=-1), top_p)
+        few_BxV = _fewest(kept_BxV, jax.nn.softmax(kept_BxV, axis=-1), p_B[:, None])
+        return jnp.where(p_B[:, None] < 1, few_BxV, kept_BxV)
 
-    kept_BxV = jax.lax.cond(top_k > 0, within_k, lambda: logits_BxV)
-    return jax.lax.cond(top_p < 1, within_p, lambda: kept_BxV)
+    kept_BxV = jax.lax.cond(jnp.any(k_B > 0), within_k, lambda: logits_BxV)
+    return jax.lax.cond(jnp.any(p_B < 1), within_p, lambda: kept_BxV)
+
+
+def _of_each(setting, sequences) -> jax.Array:
+    return jnp.broadcast_to(setting, (len(sequences),))
 
 
 def _fewest(logits_BxV: jax.Array, weights_BxV: jax.Array, target) -> jax.Array:

@@ -373,7 +373,7 @@ def test_a_loaded_run_is_the_saved_one(run_folder, bytes_state):
 def test_ids_that_stand_for_nothing_are_never_drawn(generator, device_mesh):
     """A model's vocabulary is often padded; what decodes to nothing is no token to give."""
     few = dataclasses.replace(BYTES, vocab_size=120)
-    model = generator.config, generator._params, generator._rows.sources
+    model = generator.config, generator.params, generator.rows.sources
     padded = Generator(*model, few, device_mesh((1, 1, 1)))
     hot = Sampling(1e6, 0, 1.0)
     drawn = {token for c in padded.complete(PROMPTS, 12, hot) for token in c.tokens}

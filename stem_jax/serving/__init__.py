@@ -1,0 +1,1 @@
+"""Many requests at once from one model: continuous batching, and a server."""

@@ -1,0 +1,293 @@
+"""Continuous batching: requests join and leave a batch of fixed shape between its steps.
+
+There are so many slots, each with room for one sequence of the whole context. A step makes one
+token of every slot that is taken; between two steps prompts that wait are read into free slots, a
+bounded number of tokens. All shapes are compiled by `start`.
+
+Stages by step distance: what the devices made in step t is read by the host while they compute
+step t+1. A sequence that ends with a stop id has been in step t+1 too, of which nothing is told.
+"""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from stem_jax.config import Config
+from stem_jax.data.tokenizer import Tokenizer
+from stem_jax.errors import InputError
+from stem_jax.generation.generator import Generator
+from stem_jax.serving.books import Books
+from stem_jax.serving.programs import Drawn, Programs
+from stem_jax.serving.prompt_parts import PromptPart, PromptParts
+from stem_jax.serving.request import Finish, NotServing, Request, Step
+from stem_jax.serving.slot_state import SlotState
+from stem_jax.serving.ticket import Ticket
+from stem_jax.tables.row_source import RowSource
+from stem_jax.training.blueprint import Params
+
+_LOG = logging.getLogger(__name__)
+
+
+class Engine:
+    """Answers requests from one set of parameters, many at a time, on a thread of its own.
+
+    failure: what ended the thread, None as long as nothing did.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        params: Params,
+        rows: Mapping[str, RowSource],
+        tokenizer: Tokenizer | None,
+        mesh: Mesh | None = None,
+        *,
+        slots: int = 8,
+        queue: int = 64,
+    ):
+        """See `Generator`.
+
+        Args:
+            slots: sequences at a time.
+            queue: requests that may wait for a slot.
+
+        Raises:
+            InputError: no slots, or a number that does not divide over the shards of the batch.
+        """
+        self.generator = Generator(config, params, rows, tokenizer, mesh)
+        shards = self.generator.shards
+        if slots < 1 or slots % shards:
+            raise InputError(
+                f"slots={slots} must be at least 1 and a multiple of the {shards} parts that the "
+                "devices divide a batch into"
+            )
+        if queue < 0:
+            raise InputError(f"queue={queue} must be at least 0")
+        self.failure: BaseException | None = None
+        self.steps = 0
+        self._parts = PromptParts(self.generator.context, slots, shards)
+        self._books = Books(slots, queue, self._parts)
+        self._programs = Programs(self.generator, slots)
+        stops = () if tokenizer is None else tokenizer.special.stop_ids
+        self._stop_ids = frozenset(stops)
+        self._lock = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._draining = self._closing = False
+        # Results that the host has not read, and whose they are; the oldest first.
+        self._under_way: deque[tuple[Drawn, list[tuple[int, Ticket]]]] = deque()
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken."""
+        alive = self._thread is not None and self._thread.is_alive()
+        return alive and self.failure is None and not (self._draining or self._closing)
+
+    def start(self) -> None:
+        """Compiles every shape, and begins to serve."""
+        state = self._compile()
+        self._thread = threading.Thread(target=self._run, args=(state,), name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request, on_step: Callable[[Step], None]) -> Ticket:
+        """Puts a request behind those that wait.
+
+        Args:
+            on_step: hears every new token, on the engine's thread, which it must not hold up; the
+                last has `finish`.
+
+        Raises:
+            InputError: a prompt that leaves no room in the context, or an unknown id.
+            QueueFull: as many wait as may.
+            NotServing: the engine takes no requests, now or ever again.
+        """
+        self.generator.check([request.prompt_ids], request.max_new_tokens)
+        limit = min(request.max_new_tokens, self.generator.context - len(request.prompt_ids))
+        stop_ids = self._stop_ids | frozenset(request.stop_ids)
+        ticket = Ticket(request, on_step, limit, stop_ids, self._cancel)
+        with self._lock:
+            if not self.ready:
+                raise NotServing(
+                    f"the engine takes no requests: {self._why_not()}"
+                ) from self.failure
+            self._books.add(ticket)
+            self._lock.notify_all()
+        return ticket
+
+    def stats(self) -> dict[str, float]:
+        """Counts, as of now; those that end in `_total` only grow."""
+        with self._lock:
+            books = self._books
+            finished = {f"requests_total_{name}": books.finished[name] for name in _FINISHES}
+            return {
+                "running": len(books.running),
+                "waiting": len(books.waiting),
+                "slots": len(books.slots),
+                "prompt_tokens_total": books.prompt_tokens,
+                "new_tokens_total": books.new_tokens,
+                "steps_total": self.steps,
+                "compiled_programs": self._programs.compiled,
+                **finished,
+            }
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Takes no new requests, and waits until those that it has are done.
+
+        Args:
+            timeout: seconds to wait at most; None: as long as it takes.
+
+        Returns:
+            Whether they are.
+        """
+        with self._lock:
+            self._draining = True
+            return self._lock.wait_for(lambda: self._books.idle or not self._alive(), timeout)
+
+    def close(self) -> None:
+        """Ends the thread; requests that it still has are cancelled. The rows are the caller's."""
+        with self._lock:
+            self._closing = True
+            self._lock.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _alive(self) -> bool:
+        return self._thread is not None and self._thread.is_alive() and self.failure is None
+
+    def _why_not(self) -> str:
+        if self.failure is not None:
+            return f"it has failed ({self.failure!r})"
+        if self._draining or self._closing:
+            return "it is being shut down"
+        return "it was not started"
+
+    def _cancel(self, ticket: Ticket) -> None:
+        with self._lock:
+            if ticket.finish is None and self._alive():
+                self._books.cancelled.append(ticket)
+                self._lock.notify_all()
+
+    def _compile(self) -> SlotState:
+        """The empty state, after every program has run on it."""
+        generator, slots = self.generator, len(self._books.slots)
+        tokens_Bx1 = generator.place(np.ones((slots, 1), np.int32))
+        first_rows = generator.rows.serve(tokens_Bx1)
+        state = self._programs.empty(first_rows)
+        for shape in self._parts.shapes():
+            _, state = self._read(self._parts.nothing(*shape), state)
+        for _ in range(2):
+            _, state = self._step([], state)
+        return jax.block_until_ready(state)
+
+    def _run(self, state: SlotState) -> None:
+        finish: Finish = "cancelled"
+        try:
+            self._serve(state)
+        except BaseException as error:
+            _LOG.exception("the engine has failed")
+            finish, self.failure = "error", error
+        with self._lock:
+            self._closing = True
+            books = self._books
+            left = [*books.running, *books.waiting]
+        for ticket in left:
+            self._finish(ticket, finish)
+
+    def _serve(self, state: SlotState) -> None:
+        while True:
+            with self._lock:
+                self._lock.wait_for(lambda: self._closing or not self._books.idle)
+                if self._closing:
+                    return
+                cancelled = self._books.take_cancelled()
+            for ticket in cancelled:
+                self._finish(ticket, "cancelled")
+            state = self._prompts(state)
+            with self._lock:
+                active = self._books.active()
+            if active:
+                drawn, state = self._step(active, state)
+                self._follow(drawn, active)
+            newest = 1 if active else 0
+            while len(self._under_way) > newest:
+                self._tell(*self._under_way.popleft())
+
+    def _prompts(self, state: SlotState) -> SlotState:
+        """Reads prompts into slots: as many tokens as fit between two steps."""
+        left = self._parts.longest
+        while left > 0:
+            with self._lock:
+                part = self._books.next_part()
+            if part is None:
+                break
+            drawn, state = self._read(part, state)
+            self._follow(drawn, [(n, t) for n, t in enumerate(part.tickets) if t.is_read])
+            left -= part.tokens.size
+        return state
+
+    def _read(self, part: PromptPart, state: SlotState) -> tuple[Drawn, SlotState]:
+        generator, place = self.generator, self.generator.place
+        tokens_PxL, lengths_P = place(part.tokens), place(part.lengths)
+        within_PxL = place((np.arange(part.tokens.shape[1]) < part.lengths[:, None]).astype("i4"))
+        before = None
+        if not part.begins and state.before is not None:
+            before = state.before[place(np.minimum(part.slots, len(self._books.slots) - 1))]
+        rows = generator.rows.serve(tokens_PxL, within_PxL, before)
+        program = self._programs.begin if part.begins else self._programs.go_on
+        wants_top = any(ticket.request.top_logprobs for ticket in part.tickets)
+        settings = jax.tree.map(place, part.settings)
+        call = rows, tokens_PxL, lengths_P, place(part.slots), settings, np.bool_(wants_top)
+        return program(generator.params, *call, state=state)
+
+    def _step(self, active: list[tuple[int, Ticket]], state: SlotState) -> tuple[Drawn, SlotState]:
+        generator = self.generator
+        active_B = np.zeros(len(self._books.slots), bool)
+        active_B[[slot for slot, _ in active]] = True
+        rows = generator.rows.serve(state.tokens[:, None], before_BxR=state.before)
+        wants_top = np.bool_(any(ticket.request.top_logprobs for _, ticket in active))
+        self.steps += bool(active)
+        return self._programs.decode(
+            generator.params, rows, generator.place(active_B), wants_top, state=state
+        )
+
+    def _follow(self, drawn: Drawn, whose: list[tuple[int, Ticket]]) -> None:
+        with self._lock:
+            self._books.ask([ticket for _, ticket in whose])
+        if whose:
+            self._under_way.append((drawn, whose))
+
+    def _tell(self, drawn: Drawn, whose: list[tuple[int, Ticket]]) -> None:
+        """Waits for what was drawn, and says it."""
+        tokens, logprobs = np.asarray(drawn.tokens).tolist(), np.asarray(drawn.logprobs).tolist()
+        tops = _tops(drawn) if any(ticket.request.top_logprobs for _, ticket in whose) else None
+        for place, ticket in whose:
+            if ticket.finish is not None:
+                continue
+            top = tops[place][: ticket.request.top_logprobs] if tops else ()
+            ticket.tell(tokens[place], logprobs[place], top)
+            with self._lock:
+                self._books.new_tokens += 1
+                if ticket.finish is not None:
+                    self._forget(ticket)
+
+    def _finish(self, ticket: Ticket, finish: Finish) -> None:
+        ticket.end(finish)
+        with self._lock:
+            self._forget(ticket)
+
+    def _forget(self, ticket: Ticket) -> None:
+        """Takes a ticket that has ended out of the books; the lock is held."""
+        self._books.remove(ticket)
+        self._lock.notify_all()
+
+
+_FINISHES: tuple[Finish, ...] = ("stop", "length", "cancelled", "error")
+
+
+def _tops(drawn: Drawn) -> list[tuple[tuple[int, float], ...]]:
+    ids, values = np.asarray(drawn.top_ids).tolist(), np.asarray(drawn.top_logprobs).tolist()
+    return [tuple(zip(*line, strict=True)) for line in zip(ids, values, strict=True)]
