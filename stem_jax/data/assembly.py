@@ -35,8 +35,9 @@ class Assembly:
         tokenizer: Tokenizer,
         name: str,
         validation_fraction: float,
+        has_scored: bool = False,
     ):
-        """Goes on where the preparation was."""
+        """Goes on where the preparation was. has_scored: the pieces say what of them is."""
         self._folder, self._record = place.pieces, place.progress
         self._recorded, self._bad, self._coverage, written = self._read_record(splits)
         # The first piece that is not in the stores, and that is not recorded to be.
@@ -53,6 +54,7 @@ class Assembly:
                     name=name,
                     split=split,
                     written=written[split],
+                    has_scored=has_scored,
                 )
                 for split in splits
             }

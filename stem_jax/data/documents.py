@@ -9,7 +9,8 @@ from typing import Any
 
 from stem_jax.byte_order_mark import without_marks
 from stem_jax.data.bad_records import BadRecords
-from stem_jax.data.formats import AS_FOUND, Reading, format_of
+from stem_jax.data.conversations import conversation_text
+from stem_jax.data.formats import AS_FOUND, CHAT, Reading, format_of
 from stem_jax.data.json_documents import decode, read_json_array, read_json_lines
 from stem_jax.data.packing import one_line, read_chunks
 from stem_jax.data.parquet_documents import read_parquet
@@ -32,7 +33,8 @@ _NAMES = {
 class Document:
     """A text and where it came from: `file`, `file:line`, `file[index]` or `file#row`.
 
-    Byte order marks, of its file or of those that were joined in it, are no text.
+    Byte order marks, of its file or of those that were joined in it, are no text. That of a
+    conversation is what `conversation_text` makes.
     """
 
     text: str
@@ -119,6 +121,11 @@ def _read_plain(path: Path) -> Iterator[Document | BadRecord]:
 
 
 def _document_of(record: Any, where: str, reading: Reading) -> Document | BadRecord:
+    if reading.format == CHAT:
+        try:
+            return Document(conversation_text(record), where)
+        except BadRecord as error:
+            return BadRecord(f"{where}: {error}", where)
     if not isinstance(record, dict):
         return BadRecord(
             f"{where} is {_named(record)}: put one object on each line, or in each place of an"

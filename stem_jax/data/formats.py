@@ -10,6 +10,8 @@ from stem_jax.errors import InputError
 
 # text: a file is a document; jsonl: an object on each line; json: an array of objects.
 FORMATS = ("auto", "text", "jsonl", "json", "parquet")
+# Of conversations, which `prepare` alone reads: objects on lines or in an array.
+CHAT = "chat"
 
 _JSON_SUFFIXES = (".json", ".jsonl", ".ndjson", ".jsonlines")
 _PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
@@ -48,14 +50,14 @@ class Reading:
     """How files of text are read.
 
     text_field: key of a JSON object, or column of a Parquet file, that holds the text.
-    format: one of FORMATS; "auto" goes by name and content.
+    format: one of FORMATS, or CHAT; "auto" goes by name and content.
     """
 
     text_field: str = "text"
     format: str = "auto"
 
     def __post_init__(self):
-        if self.format not in FORMATS:
+        if self.format not in (*FORMATS, CHAT):
             raise InputError(f"format {self.format!r} is unknown: use one of {', '.join(FORMATS)}")
 
 
@@ -68,12 +70,17 @@ def format_of(path: Path, reading: Reading) -> str:
     Raises InputError for what is no text, and for a name or a beginning that leaves open what it
     is, with the flag that decides it.
     """
-    if reading.format != "auto":
+    if reading.format not in ("auto", CHAT):
         return reading.format
     name, packing = split_name(path)
     suffix = PurePath(name).suffix
     start = next(read_chunks(path), b"")
     start = start[after_marks(start) :]
+    if reading.format == CHAT:
+        if start.startswith(_PARQUET_MAGIC):
+            raise InputError(f"input file {path} is Parquet: write its conversations as JSON lines")
+        _check_kind(path, start)
+        return "json" if start.lstrip()[:1] == b"[" else "jsonl"
     if suffix in _PARQUET_SUFFIXES or start.startswith(_PARQUET_MAGIC):
         if packing is not None:
             raise InputError(f"input file {path}: unpack it, Parquet compresses by itself")

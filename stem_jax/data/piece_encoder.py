@@ -11,7 +11,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from stem_jax.data.coverage import UNSEEN, coverage_of
+from stem_jax.data.chat_template import Chat
+from stem_jax.data.conversations import encode_conversation, texts_of
+from stem_jax.data.coverage import UNSEEN, Coverage, coverage_of
 from stem_jax.data.documents import Document
 from stem_jax.data.encoded_piece import EncodedPiece
 from stem_jax.data.splitter import fraction_of
@@ -46,10 +48,12 @@ def cut_pieces(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 @dataclasses.dataclass(frozen=True)
 class PieceEncoder:
-    """What a worker needs to know. seed: of the split."""
+    """What a worker needs to know. seed: of the split. chat: for documents that are conversations;
+    None: they are texts."""
 
     tokenizer: Tokenizer
     seed: int
+    chat: Chat | None = None
 
     def encode(self, piece: list[Document]) -> EncodedPiece:
         """The ids of the documents, on one thread.
@@ -58,24 +62,24 @@ class PieceEncoder:
         """
         tokenizer = self.tokenizer
         dtype = token_dtype(tokenizer.vocab_size)
-        bos, eos = np.array([tokenizer.bos_id], dtype), np.array([tokenizer.eos_id], dtype)
         tokens: list[np.ndarray] = [np.empty(0, dtype)]
+        scored: list[np.ndarray] = [np.empty(0, bool)]
         lengths, num_bytes, fractions, bad = [], [], [], []
         coverage = UNSEEN
         for document in piece:
             try:
-                ids = np.asarray(tokenizer.encode_document(document.text), np.int64)
+                ids, scored_T, size = self._encode_one(document)
             except BadRecord as error:
                 bad.append((document.origin, f"{document.origin}: {error}"))
                 continue
             check_ids(ids, tokenizer.vocab_size, document.origin)
             if coverage.text < _SAMPLED_BYTES:
-                coverage += coverage_of(tokenizer, document.text, ids.tolist())
-            raw = document.text.encode()
-            tokens += [bos, ids.astype(dtype), eos]
-            lengths.append(len(ids) + 2)
-            num_bytes.append(len(raw))
-            fractions.append(fraction_of(self.seed, raw))
+                coverage += self._coverage_of(document, ids)
+            tokens.append(ids.astype(dtype))
+            scored.append(scored_T)
+            lengths.append(len(ids))
+            num_bytes.append(size)
+            fractions.append(fraction_of(self.seed, document.text.encode()))
         return EncodedPiece(
             np.concatenate(tokens),
             np.array(lengths, np.int64),
@@ -83,7 +87,30 @@ class PieceEncoder:
             np.array(fractions, np.float64),
             tuple(bad),
             coverage,
+            None if self.chat is None else np.concatenate(scored),
         )
+
+    def _encode_one(self, document: Document) -> tuple[np.ndarray, np.ndarray, int]:
+        """Ids, which of them are scored (none said of a text), bytes of what is."""
+        tokenizer, text = self.tokenizer, document.text
+        if self.chat is None:
+            ids = [tokenizer.bos_id, *tokenizer.encode_document(text), tokenizer.eos_id]
+            return np.asarray(ids, np.int64), np.empty(0, bool), len(text.encode())
+        try:
+            made = encode_conversation(self.chat, text)
+        except BadRecord:
+            raise
+        except InputError as error:
+            raise InputError(f"{document.origin}: {error}") from error
+        return made.ids, made.scored, made.num_bytes
+
+    def _coverage_of(self, document: Document, ids: np.ndarray) -> Coverage:
+        if self.chat is None:
+            return coverage_of(self.tokenizer, document.text, ids[1:-1].tolist())
+        found = UNSEEN
+        for text in texts_of(document.text):
+            found += coverage_of(self.tokenizer, text, self.tokenizer.encode(text))
+        return found
 
 
 def send(file: IO[bytes], message: Any) -> None:

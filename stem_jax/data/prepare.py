@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from stem_jax.data.assembly import Assembly
 from stem_jax.data.bad_records import BadRecords
+from stem_jax.data.chat_template import Chat
 from stem_jax.data.documents import Document
 from stem_jax.data.encoded_piece import EncodedPiece
 from stem_jax.data.encoder_pool import Piece, cores, encode_pieces
@@ -63,6 +64,7 @@ def write_stores(
     progress: bool,
     processes: int | None = None,
     bad: BadRecords | None = None,
+    chat: Chat | None = None,
 ) -> tuple[int, int]:
     """Makes the stores of a preparation and puts them, with all that is in `place.new`, in place.
 
@@ -76,6 +78,7 @@ def write_stores(
         progress: draw a bar (documents, MB, tokens per second) on stderr if it is a terminal.
         processes: that tokenize; None: one for each core.
         bad: takes the documents that the tokenizer cannot take; None: the first one is raised.
+        chat: of documents that are conversations, of which the answers are scored.
 
     Returns:
         Pieces of the input, and how many of them an earlier call of the same job had tokenized.
@@ -94,7 +97,8 @@ def write_stores(
     splits = SPLITS if validation_fraction > 0 else SPLITS[:1]
     with ExitStack() as stack:
         stack.enter_context(exit_on_sigterm(place.consequence))
-        assembly = Assembly(place, splits, tokenizer, name, validation_fraction)
+        has_scored = chat is not None
+        assembly = Assembly(place, splits, tokenizer, name, validation_fraction, has_scored)
         stack.enter_context(assembly)
         bar = stack.enter_context(_Progress(name, enabled=progress))
         found = 0
@@ -109,7 +113,7 @@ def write_stores(
                     yield index, piece
 
         done = 0
-        encoder = PieceEncoder(tokenizer, seed)
+        encoder = PieceEncoder(tokenizer, seed, chat)
         encoded = encode_pieces(missing(), encoder, processes)
         for index, content in stack.enter_context(closing(encoded)):
             piece = EncodedPiece.from_bytes(content)

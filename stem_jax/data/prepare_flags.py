@@ -4,7 +4,7 @@ import argparse
 
 from stem_jax.data.bad_records import ON_BAD
 from stem_jax.data.corpora import BUILTIN
-from stem_jax.data.formats import FORMATS
+from stem_jax.data.formats import CHAT, FORMATS
 from stem_jax.data.special_tokens import SpecialFlags
 from stem_jax.data.tokenizer import KINDS
 from stem_jax.storage import local_path
@@ -20,7 +20,9 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
     add("input", nargs="+", action="extend", default=[], help=files)
     add("corpus", action="append", choices=BUILTIN, default=[], help="a built-in corpus")
     add("text-field", default="text", help="JSON field or Parquet column")
-    add("format", choices=FORMATS, default="auto", help="of the files; auto: by name and content")
+    kinds = "of the files; auto: by name and content; chat: JSON with the messages of conversations"
+    add("format", choices=(*FORMATS, CHAT), default="auto", help=kinds)
+    add("chat-template", help="a file; without it that of the tokenizer's folder")
     add("on-bad", choices=ON_BAD, default="stop", help="at a record without usable text")
     add("tokenizer", choices=KINDS, default="sentencepiece", help="kind of tokenizer")
     add("tokenizer-path", help="a .model file or a tokenizer.json")
@@ -38,6 +40,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
     args.out = local_path(args.out, "--out")
     if args.tokenizer_path is not None:
         args.tokenizer_path = local_path(args.tokenizer_path, "--tokenizer-path")
+    if args.chat_template is not None:
+        args.chat_template = local_path(args.chat_template, "--chat-template")
     models = [args.tokenizer_path is not None, args.vocab_size is not None]
     if args.verify:
         if args.input + args.corpus or any(models):
@@ -45,6 +49,10 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
         return args
     if not args.input + args.corpus:
         parser.error("give --input or --corpus")
+    if args.format == CHAT and (args.corpus or args.vocab_size is not None):
+        parser.error("--format=chat takes --input, and a tokenizer that is there: --tokenizer-path")
+    if args.chat_template is not None and args.format != CHAT:
+        parser.error("--chat-template is of --format=chat")
     if sum(models) != (args.tokenizer != "bytes") or (models[1] and args.tokenizer == "hf"):
         parser.error(
             "give --tokenizer-path or, to train SentencePiece, --vocab-size; none to bytes"

@@ -1,6 +1,7 @@
 """What `python -m stem_jax.prepare` does: text and tokenizer to a folder that training reads."""
 
 import argparse
+import dataclasses
 import json
 import shutil
 import sys
@@ -8,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from stem_jax.data.bad_records import BadRecords
-from stem_jax.data.formats import Reading
+from stem_jax.data.chat_template import Chat, load_chat
+from stem_jax.data.formats import CHAT, Reading
 from stem_jax.data.preparation import SKIPPED, TOKENIZER, Preparation
 from stem_jax.data.prepare import open_stores, write_stores
 from stem_jax.data.sentencepiece_training import train_sentencepiece
@@ -45,10 +47,16 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
         tokenizer = load_tokenizer(args.tokenizer, args.tokenizer_path, flags)
         for note in tokenizer.notes:
             print(f"note: {note}", file=sys.stderr)
+    chat = None
+    if args.format == CHAT:
+        assert tokenizer is not None
+        chat = load_chat(tokenizer, args.chat_template)
+        # Whoever talks to the model that learns from these stores writes as they do.
+        tokenizer = dataclasses.replace(tokenizer, chat_template=chat.template)
     out = args.out
     _check_tokenizer_folder(out / TOKENIZER)
     pieces = resumed = 0
-    with Preparation(out, _job(args, names, tokenizer, reading)) as place:
+    with Preparation(out, _job(args, names, tokenizer, reading, chat)) as place:
         if not place.finished:
             tokenizer = tokenizer or _trained(place, names, reading, args)
             _put_tokenizer(tokenizer, place.new / TOKENIZER, out / TOKENIZER)
@@ -64,6 +72,7 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
                     progress=not args.json,
                     processes=args.processes,
                     bad=bad,
+                    chat=chat,
                 )
     stores = open_stores(out, load_tokenizer_folder(out / TOKENIZER))
     note = stores["train"].meta.coverage_note
@@ -101,7 +110,11 @@ def _report_skipped(path: Path) -> int:
 
 
 def _job(
-    args: argparse.Namespace, names: list[str], tokenizer: Tokenizer | None, reading: Reading
+    args: argparse.Namespace,
+    names: list[str],
+    tokenizer: Tokenizer | None,
+    reading: Reading,
+    chat: Chat | None,
 ) -> dict[str, Any]:
     """What the folder is a function of."""
     settings: dict[str, Any] = {"vocab_size": args.vocab_size}
@@ -109,6 +122,8 @@ def _job(
         settings = settings_record(tokenizer, args.validation_fraction, args.seed)
         settings["special_tokens"] = tokenizer.special.record()
     settings |= {"validation_fraction": args.validation_fraction, "seed": args.seed}
+    if chat is not None:
+        settings["chat_template"] = chat.template
     return {"sources": names, **settings, **text_record(names, reading)}
 
 

@@ -56,7 +56,7 @@ class Splitter:
         for split, writer in self._writers.items():
             chosen = rest.documents(held_out_n == (split == "validation"))
             if chosen.num_documents:
-                writer.extend(chosen.tokens, chosen.lengths, chosen.num_bytes)
+                _extend(writer, chosen)
 
     def finish(self, name: str, bad: BadRecords) -> None:
         """Places the held document. Raises InputError if there are too few documents.
@@ -94,4 +94,8 @@ class Splitter:
         return "validation" if fraction < self._fraction else "train"
 
     def _write(self, split: str, document: EncodedPiece) -> None:
-        self._writers[split].extend(document.tokens, document.lengths, document.num_bytes)
+        _extend(self._writers[split], document)
+
+
+def _extend(writer: TokenStoreWriter, piece: EncodedPiece) -> None:
+    writer.extend(piece.tokens, piece.lengths, piece.num_bytes, piece.scored)

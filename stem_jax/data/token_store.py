@@ -5,7 +5,9 @@ A store is a folder:
     tokens.bin     ids of all documents in turn, each as bos, text, eos; little-endian uint16 if
                    the vocabulary has at most 65536 ids, else uint32
     documents.bin  uint64 start offsets into tokens.bin, one more than documents; the last = total
-    bytes.bin      uint64 UTF-8 bytes of each document's text
+    bytes.bin      uint64 UTF-8 bytes of each document's text, of what is scored of it
+    scored.bin     uint8 for each token: 1 where it is scored as a target; in stores of
+                   conversations, else all are
     meta.json      the fields of StoreMeta
 
 Rows of any length are cut at load time. With L = 4 and two documents (B = bos, E = eos)
@@ -14,7 +16,8 @@ Rows of any length are cut at load time. With L = 4 and two documents (B = bos, 
     row 0        B  a  b  E | targets a  b  E  B   mask 1 1 1 0   segments 1 1 1 1
     row 1        B  c  d  e | targets c  d  e  E   mask 1 1 1 1   segments 1 1 1 1
 
-every (input, target) pair inside a document is scored in exactly one row.
+every (input, target) pair inside a document is scored in exactly one row. A conversation begins as
+its chat template writes it, with or without a bos.
 """
 
 import dataclasses
@@ -31,6 +34,8 @@ from stem_jax.files import read_json
 
 FORMAT_VERSION = 1
 META_FILE = "meta.json"
+SCORED_FILE = "scored.bin"
+_CHECKED_FILES = ("tokens.bin", "documents.bin")
 _HASH_BYTES = 1 << 22
 _SUM_ITEMS = 1 << 20
 
@@ -39,10 +44,12 @@ _SUM_ITEMS = 1 << 20
 class StoreMeta:
     """What meta.json records.
 
-    checksum: sha256 (hex) over tokens.bin and documents.bin. bytes_checksum: over bytes.bin; ""
-    where an earlier version wrote none. bos_id, eos_id: that every document begins and ends with;
-    None where an earlier version did not say. left_out, changed: shares of a sample, as
-    `Coverage` has them, and left_out_example a character; in the file where there are any.
+    checksum: sha256 (hex) over tokens.bin, documents.bin and, where it is there, scored.bin.
+    bytes_checksum: over bytes.bin; "" where an earlier version wrote none. bos_id, eos_id: that
+    every document begins and ends with; None where an earlier version did not say. left_out,
+    changed: shares of a sample, as `Coverage` has them, and left_out_example a character; in the
+    file where there are any. has_scored: there is scored.bin; in the file where there is, so that
+    programs that do not know of it refuse the store.
     """
 
     format_version: int
@@ -61,6 +68,12 @@ class StoreMeta:
     left_out: float = 0.0
     changed: float = 0.0
     left_out_example: str = ""
+    has_scored: bool = False
+
+    @property
+    def checked_files(self) -> tuple[str, ...]:
+        """Those that `checksum` is over, in their order."""
+        return (*_CHECKED_FILES, *([SCORED_FILE] if self.has_scored else []))
 
     @property
     def coverage_note(self) -> str:
@@ -74,7 +87,8 @@ class TokenStore:
 
     tokens: memory map [num_tokens] uint16 or uint32.
     document_starts: memory map [num_documents + 1] int64, offsets into tokens.
-    document_bytes: memory map [num_documents] int64, UTF-8 bytes of the text.
+    document_bytes: memory map [num_documents] int64, UTF-8 bytes of the text that is scored.
+    scored: memory map [num_tokens] bool, which tokens are; None: all but the first of a document.
     """
 
     folder: Path
@@ -82,6 +96,7 @@ class TokenStore:
     tokens: np.ndarray = dataclasses.field(repr=False, compare=False)
     document_starts: np.ndarray = dataclasses.field(repr=False, compare=False)
     document_bytes: np.ndarray = dataclasses.field(repr=False, compare=False)
+    scored: np.ndarray | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @classmethod
     def open(
@@ -122,6 +137,9 @@ class TokenStore:
             # Signed, because NumPy turns uint64 minus int64 into float64.
             _map(folder / "documents.bin", np.dtype("<i8"), meta.num_documents + 1),
             _map(folder / "bytes.bin", np.dtype("<i8"), meta.num_documents),
+            _map(folder / SCORED_FILE, np.dtype(bool), meta.num_tokens)
+            if meta.has_scored
+            else None,
         )
         if ends is not None and ends != store.ends:
             raise InputError(
@@ -135,7 +153,7 @@ class TokenStore:
 
     def _verify(self) -> None:
         checked: list[tuple[str, tuple[str, ...]]]
-        checked = [(self.meta.checksum, ("tokens.bin", "documents.bin"))]
+        checked = [(self.meta.checksum, self.meta.checked_files)]
         if self.meta.bytes_checksum:
             checked.append((self.meta.bytes_checksum, ("bytes.bin",)))
         for checksum, names in checked:
@@ -179,6 +197,20 @@ class TokenStore:
         start, end = self.document_starts[index : index + 2]
         return np.asarray(self.tokens[start:end])
 
+    def ids(self, start: int, stop: int) -> np.ndarray:
+        """The tokens [start, stop): [n] int32.
+
+        Raises InputError for ids outside the vocabulary, which only a damaged file has.
+        """
+        ids = self.tokens[start:stop].astype(np.int32)
+        if ids.max() >= self.meta.vocab_size:
+            raise InputError(
+                f"token store {self.folder} holds id {ids.max()} at token {start + ids.argmax()},"
+                f" outside its vocabulary of {self.meta.vocab_size}: it was damaged, prepare the"
+                " text again"
+            )
+        return ids
+
     def packed_row(self, seq_len: int) -> int | None:
         """The first row of `seq_len` inputs with several documents; None if each has one."""
         rows, offsets = np.divmod(self.document_starts, seq_len)
@@ -209,7 +241,7 @@ class TokenStore:
             targets: int32, the token after each input; 0 where padded.
             segment_ids: int32, counts the documents in this row from 1; 0 where padded.
             positions: int32, from 0 at each document start and at the row start, so always < L.
-            loss_mask: float32, 1 where the target is in the input's document, else 0.
+            loss_mask: float32, 1 where the target is in the input's document and scored, else 0.
 
         Raises InputError for ids outside the vocabulary, which only a damaged file has.
         """
@@ -217,13 +249,7 @@ class TokenStore:
             raise IndexError(f"row {index} of token store {self.folder} with seq_len {seq_len}")
         start = index * seq_len
         length = min(seq_len, self.num_tokens - 1 - start)
-        ids = self.tokens[start : start + length + 1].astype(np.int32)
-        if ids.max() >= self.meta.vocab_size:
-            raise InputError(
-                f"token store {self.folder} holds id {ids.max()} at token {start + ids.argmax()},"
-                f" outside its vocabulary of {self.meta.vocab_size}: it was damaged, prepare the"
-                " text again"
-            )
+        ids = self.ids(start, start + length + 1)
         # Boundaries in (start, start + length], as offsets into the row.
         low, high = np.searchsorted(self.document_starts, [start, start + length], side="right")
         starts = np.asarray(self.document_starts[low:high]) - start
@@ -232,13 +258,16 @@ class TokenStore:
         is_start[starts] = True
         segment_ids = 1 + np.cumsum(is_start[:length], dtype=np.int32)
         first = np.concatenate([[0], starts])[segment_ids - 1]
+        scored = ~is_start[1:]
+        if self.scored is not None:
+            scored = scored & self.scored[start + 1 : start + length + 1]
         padding = (0, seq_len - length)
         return {
             "tokens": np.pad(ids[:-1], padding),
             "targets": np.pad(ids[1:], padding),
             "segment_ids": np.pad(segment_ids, padding),
             "positions": np.pad((np.arange(length) - first).astype(np.int32), padding),
-            "loss_mask": np.pad((~is_start[1:]).astype(np.float32), padding),
+            "loss_mask": np.pad(scored.astype(np.float32), padding),
         }
 
 

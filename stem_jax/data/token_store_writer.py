@@ -12,7 +12,13 @@ from typing import Any, Self
 import numpy as np
 
 from stem_jax.data.coverage import UNSEEN, Coverage
-from stem_jax.data.token_store import FORMAT_VERSION, META_FILE, StoreMeta, checksum_of
+from stem_jax.data.token_store import (
+    FORMAT_VERSION,
+    META_FILE,
+    SCORED_FILE,
+    StoreMeta,
+    checksum_of,
+)
 from stem_jax.errors import InputError
 from stem_jax.files import write_whole
 
@@ -52,8 +58,10 @@ class TokenStoreWriter:
         name: str,
         split: str,
         written: StoreSize = StoreSize(),
+        has_scored: bool = False,
     ):
-        """written: of an unfinished store in the folder, what is kept.
+        """written: of an unfinished store in the folder, what is kept. has_scored: it says of each
+        token whether it is scored.
 
         Raises InputError if the folder holds a store, cannot be made, or holds less than that.
         """
@@ -77,17 +85,22 @@ class TokenStoreWriter:
             "fingerprint": fingerprint,
             "bos_id": bos_id,
             "eos_id": eos_id,
+            "has_scored": has_scored,
         }
         self._size = written
         self._stack = ExitStack()
         with ExitStack() as stack:
-            sizes = (written.tokens * self.dtype.itemsize, 8 * (written.documents + 1))
-            self._files = [
-                stack.enter_context(_open(self._folder / file, size))
-                for file, size in zip(
-                    (_TOKENS, _DOCUMENTS, _BYTES), (*sizes, 8 * written.documents), strict=True
-                )
-            ]
+            sizes = {
+                _TOKENS: written.tokens * self.dtype.itemsize,
+                _DOCUMENTS: 8 * (written.documents + 1),
+                _BYTES: 8 * written.documents,
+            }
+            if has_scored:
+                sizes[SCORED_FILE] = written.tokens
+            self._files = {
+                file: stack.enter_context(_open(self._folder / file, size))
+                for file, size in sizes.items()
+            }
             self._stack = stack.pop_all()
 
     def __enter__(self) -> Self:
@@ -118,17 +131,27 @@ class TokenStoreWriter:
         check_ids(whole_T, self._vocab_size, f"document {self.num_documents}")
         self.extend(whole_T.astype(self.dtype), np.array([len(whole_T)]), np.array([num_bytes]))
 
-    def extend(self, tokens_T: np.ndarray, lengths_n: np.ndarray, bytes_n: np.ndarray) -> None:
+    def extend(
+        self,
+        tokens_T: np.ndarray,
+        lengths_n: np.ndarray,
+        bytes_n: np.ndarray,
+        scored_T: np.ndarray | None = None,
+    ) -> None:
         """Appends documents.
 
         tokens_T: their ids, checked, of `dtype`, with bos and eos. lengths_n: tokens of each.
-        bytes_n: UTF-8 bytes of each text.
+        bytes_n: UTF-8 bytes of each text. scored_T: bool, which tokens are scored, for a store that
+        says so.
         """
+        assert (scored_T is not None) == self._meta["has_scored"]
         size = self._size
-        tokens, documents, sizes = self._files
-        tokens.write(tokens_T.tobytes())
-        documents.write((size.tokens + np.cumsum(lengths_n)).astype("<u8").tobytes())
-        sizes.write(bytes_n.astype("<u8").tobytes())
+        starts_n = size.tokens + np.cumsum(lengths_n)
+        self._files[_TOKENS].write(tokens_T.tobytes())
+        self._files[_DOCUMENTS].write(starts_n.astype("<u8").tobytes())
+        self._files[_BYTES].write(bytes_n.astype("<u8").tobytes())
+        if scored_T is not None:
+            self._files[SCORED_FILE].write(scored_T.astype(bool).tobytes())
         self._size = StoreSize(
             size.documents + len(lengths_n),
             size.tokens + len(tokens_T),
@@ -137,7 +160,7 @@ class TokenStoreWriter:
 
     def sync(self) -> None:
         """What was written is on the disk when it returns."""
-        for file in self._files:
+        for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
 
@@ -157,12 +180,13 @@ class TokenStoreWriter:
             num_tokens=self._size.tokens,
             num_documents=self._size.documents,
             num_bytes=self._size.bytes,
-            checksum=checksum_of(self._folder, (_TOKENS, _DOCUMENTS)),
+            checksum="",
             bytes_checksum=checksum_of(self._folder, (_BYTES,)),
         )
+        meta = dataclasses.replace(meta, checksum=checksum_of(self._folder, meta.checked_files))
         # Where all is there, the file is one that earlier versions read.
         said = dataclasses.asdict(meta)
-        for key in ("left_out", "changed", "left_out_example"):
+        for key in ("left_out", "changed", "left_out_example", "has_scored"):
             if not said[key]:
                 del said[key]
         text = json.dumps(said, indent=2) + "\n"

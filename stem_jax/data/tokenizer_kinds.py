@@ -120,13 +120,15 @@ class Tokenizer(abc.ABC):
         ids = self.encode_special(text)
         return ids if first and ids[: len(first)] == first else first + ids
 
-    def encode_behind(self, text: str) -> list[int]:
+    def encode_behind(self, text: str, special: bool = False) -> list[int]:
         """Ids of a text that stands behind other text, such as " word" inside a sentence.
 
+        special: the texts of special tokens give these tokens.
         Raises InputError if they are not to be told from those of what stands before.
         """
+        encode = self.encode_special if special else self.encode
         for before in ("a", ".", "\n"):
-            start, whole = self.encode(before), self.encode(before + text)
+            start, whole = encode(before), encode(before + text)
             if whole[: len(start)] == start:
                 return whole[len(start) :]
         raise InputError(
