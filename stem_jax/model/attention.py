@@ -81,7 +81,7 @@ class Attention(nnx.Module):
         if inside:
             out = kept_names.attention(attend(q, k, v, segment_ids_BxL, backend, self.mesh))
         else:
-            out = cached_attention(q, cache.keys, cache.values, before.lengths)
+            out = cached_attention(q, *cache.seen, before.lengths)
         return self.o_proj(out.reshape(B, L, -1)), cache
 
     def _with_splash(self, x_BxLxD, angles, segment_ids_BxL, more_BxLxKxD):

@@ -28,12 +28,19 @@ class LayerCache:
     """What one attention layer remembers: position p of a sequence is in its slot p of T.
 
     keys, values: [B, T, K, Dh] in the compute dtype, keys already rotated. lengths: [B] int32,
-    positions that each sequence has; what is in the slots behind them is never read.
+    positions that each sequence has; what is in the slots behind them is never read. window: of T,
+    slots that some sequence may have come to; no attention looks further. None: all.
     """
 
     keys: jax.Array
     values: jax.Array
     lengths: jax.Array
+    window: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def seen(self) -> tuple[jax.Array, jax.Array]:
+        """Keys and values within the window."""
+        return self.keys[:, : self.window], self.values[:, : self.window]
 
     def extend(self, keys_BxLxKxD, values_BxLxKxD, lengths_B: jax.Array) -> "LayerCache":
         """Adds the first `lengths_B` of L positions; the caller sees to it that slots are left.
@@ -48,7 +55,7 @@ class LayerCache:
             return slots.at[sequences_Bx1, slots_BxL].set(new.astype(slots.dtype), mode="drop")
 
         keys, values = write(self.keys, keys_BxLxKxD), write(self.values, values_BxLxKxD)
-        return LayerCache(keys, values, self.lengths + lengths_B)
+        return LayerCache(keys, values, self.lengths + lengths_B, self.window)
 
     def beginning_at(self, first_B: jax.Array, end_B: jax.Array) -> "LayerCache":
         """The positions from `first_B` up to `end_B` of each sequence alone; counted from 0."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from stem_jax.memory.memory import NO_TOKEN, Memory
 from stem_jax.model.inputs import RowIndex
@@ -30,6 +31,22 @@ class MemoryRows:
     def reach(self) -> int:
         """Tokens before its own that some key depends on."""
         return max((memory.reach for memory in self.memories.values()), default=0)
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Tokens whose rows can be served at a time, whatever they are; None: any number."""
+        rooms = {name: source.room for name, source in self.sources.items()}
+        return min((n // self._keys_of(name) for name, n in rooms.items() if n), default=None)
+
+    def fix_shapes(self, most_tokens: int) -> None:
+        """See `RowSource`; of so many tokens at a time."""
+        for name, source in self.sources.items():
+            source.fix_shapes(most_tokens * self._keys_of(name))
+
+    def _keys_of(self, name: str) -> int:
+        """Keys of a token."""
+        one = np.zeros((1, 1), np.int32)
+        return np.size(self.memories[name].keys(one, one + 1))
 
     def serve(
         self,

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from stem_jax.config import Config
 from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
+from stem_jax.generation.buckets import bucket, within
 from stem_jax.generation.generator import Generator
 from stem_jax.serving.books import Books
 from stem_jax.serving.programs import Drawn, Programs
@@ -31,6 +32,8 @@ from stem_jax.tables.row_source import RowSource
 from stem_jax.training.blueprint import Params
 
 _LOG = logging.getLogger(__name__)
+# Places of each slot that a step looks at, at least; then twice as many, up to the context.
+_SMALLEST_WINDOW = 128
 
 
 class Engine:
@@ -66,11 +69,18 @@ class Engine:
                 f"slots={slots} must be at least 1 and a multiple of the {shards} parts that the "
                 "devices divide a batch into"
             )
+        room = self.generator.rows.most_tokens
+        if room is not None and room < max(slots, shards):
+            raise InputError(
+                f"slots={slots} sequences may ask for rows of as many tokens at a time, and the "
+                f"rows kept on the device are those of {room}; give more --resident-rows, or fewer "
+                "slots"
+            )
         if queue < 0:
             raise InputError(f"queue={queue} must be at least 0")
         self.failure: BaseException | None = None
         self.steps = 0
-        self._parts = PromptParts(self.generator.context, slots, shards)
+        self._parts = PromptParts(self.generator.context, slots, shards, room)
         self._books = Books(slots, queue, self._parts)
         self._programs = Programs(self.generator, slots)
         stops = () if tokenizer is None else tokenizer.special.stop_ids
@@ -174,13 +184,14 @@ class Engine:
     def _compile(self) -> SlotState:
         """The empty state, after every program has run on it."""
         generator, slots = self.generator, len(self._books.slots)
+        generator.rows.fix_shapes(max(slots, self._parts.most_tokens))
         tokens_Bx1 = generator.place(np.ones((slots, 1), np.int32))
         first_rows = generator.rows.serve(tokens_Bx1)
         state = self._programs.empty(first_rows)
         for shape in self._parts.shapes():
             _, state = self._read(self._parts.nothing(*shape), state)
-        for _ in range(2):
-            _, state = self._step([], state)
+        for window in self._windows():
+            _, state = self._step([], state, window)
         return jax.block_until_ready(state)
 
     def _run(self, state: SlotState) -> None:
@@ -210,7 +221,8 @@ class Engine:
             with self._lock:
                 active = self._books.active()
             if active:
-                drawn, state = self._step(active, state)
+                window = self._window(max(ticket.places for _, ticket in active))
+                drawn, state = self._step(active, state, window)
                 self._follow(drawn, active)
             newest = 1 if active else 0
             while len(self._under_way) > newest:
@@ -231,28 +243,35 @@ class Engine:
 
     def _read(self, part: PromptPart, state: SlotState) -> tuple[Drawn, SlotState]:
         generator, place = self.generator, self.generator.place
-        tokens_PxL, lengths_P = place(part.tokens), place(part.lengths)
-        within_PxL = place((np.arange(part.tokens.shape[1]) < part.lengths[:, None]).astype("i4"))
+        within_PxL = place(within(part.lengths, part.tokens.shape[1]))
         before = None
         if not part.begins and state.before is not None:
             before = state.before[place(np.minimum(part.slots, len(self._books.slots) - 1))]
-        rows = generator.rows.serve(tokens_PxL, within_PxL, before)
+        rows = generator.rows.serve(place(part.tokens), within_PxL, before)
         program = self._programs.begin if part.begins else self._programs.go_on
         wants_top = any(ticket.request.top_logprobs for ticket in part.tickets)
-        settings = jax.tree.map(place, part.settings)
-        call = rows, tokens_PxL, lengths_P, place(part.slots), settings, np.bool_(wants_top)
+        call = rows, part.tokens, part.lengths, part.slots, part.settings, np.bool_(wants_top)
         return program(generator.params, *call, state=state)
 
-    def _step(self, active: list[tuple[int, Ticket]], state: SlotState) -> tuple[Drawn, SlotState]:
+    def _windows(self) -> list[int]:
+        """Of all steps that there will ever be."""
+        return sorted({self._window(places) for places in range(1, self.generator.context + 1)})
+
+    def _window(self, places: int) -> int:
+        """Of each slot, how many places a step looks at where sequences have so many."""
+        return min(self.generator.context, max(_SMALLEST_WINDOW, bucket(places)))
+
+    def _step(
+        self, active: list[tuple[int, Ticket]], state: SlotState, window: int
+    ) -> tuple[Drawn, SlotState]:
         generator = self.generator
         active_B = np.zeros(len(self._books.slots), bool)
         active_B[[slot for slot, _ in active]] = True
         rows = generator.rows.serve(state.tokens[:, None], before_BxR=state.before)
         wants_top = np.bool_(any(ticket.request.top_logprobs for _, ticket in active))
         self.steps += bool(active)
-        return self._programs.decode(
-            generator.params, rows, generator.place(active_B), wants_top, state=state
-        )
+        call = generator.params, rows, active_B, wants_top
+        return self._programs.decode(*call, state=state, window=window)
 
     def _follow(self, drawn: Drawn, whose: list[tuple[int, Ticket]]) -> None:
         with self._lock:
@@ -264,15 +283,18 @@ class Engine:
         """Waits for what was drawn, and says it."""
         tokens, logprobs = np.asarray(drawn.tokens).tolist(), np.asarray(drawn.logprobs).tolist()
         tops = _tops(drawn) if any(ticket.request.top_logprobs for _, ticket in whose) else None
+        told = 0
         for place, ticket in whose:
             if ticket.finish is not None:
                 continue
+            told += 1
             top = tops[place][: ticket.request.top_logprobs] if tops else ()
             ticket.tell(tokens[place], logprobs[place], top)
-            with self._lock:
-                self._books.new_tokens += 1
-                if ticket.finish is not None:
+            if ticket.finish is not None:
+                with self._lock:
                     self._forget(ticket)
+        with self._lock:
+            self._books.new_tokens += told
 
     def _finish(self, ticket: Ticket, finish: Finish) -> None:
         ticket.end(finish)

@@ -49,7 +49,7 @@ class Programs:
         make = functools.partial(jax.jit, donate_argnames="state", out_shardings=places)
         self.begin = make(self._begin)
         self.go_on = make(self._go_on)
-        self.decode = make(self._decode)
+        self.decode = make(self._decode, static_argnames="window")
 
     @property
     def compiled(self) -> int:
@@ -103,12 +103,17 @@ class Programs:
         return drawn, state.with_sequences(slots_P, drawn.tokens, read, settings)
 
     def _decode(
-        self, params: Params, rows, active_B, wants_top, state: SlotState
+        self, params: Params, rows, active_B, wants_top, state: SlotState, window: int
     ) -> tuple[Drawn, SlotState]:
-        """One more token of the active slots; the others stay as they are."""
+        """One more token of the active slots; the others stay as they are.
+
+        Args:
+            window: places that hold the active sequences, with this token.
+        """
         one_B = active_B.astype(jnp.int32)
-        own = state.caches, state.readers, state.before
+        own = _within(state.caches, window), state.readers, state.before
         logits, read = self._generator.advance(params, rows, state.tokens[:, None], one_B, *own)
+        read = _within(read[0], None), *read[1:]
         drawn = self._draw(logits, state.settings, state.steps, wants_top)
         tokens_B = jnp.where(active_B, drawn.tokens, state.tokens)
         return drawn, SlotState(tokens_B, *read, state.steps + one_B, state.settings)
@@ -128,7 +133,5 @@ class Programs:
         return Drawn(tokens_N, own_N - total_N, ids_NxM, values_NxM - total_N[:, None])
 
 
-def cache_bytes(state: SlotState) -> int:
-    """Of all slots, over all devices."""
-    caches: list[LayerCache] = state.caches
-    return sum(x.nbytes for cache in caches for x in (cache.keys, cache.values))
+def _within(caches: list[LayerCache], window: int | None) -> list[LayerCache]:
+    return [dataclasses.replace(cache, window=window) for cache in caches]

@@ -35,12 +35,17 @@ class PromptParts:
     """The shapes of parts.
 
     together: numbers P of prompts. longest: tokens of one part; a longer prompt has several.
+    most_tokens: of all prompts of a part, padding included.
     """
 
-    def __init__(self, context: int, slots: int, shards: int = 1):
-        """shards: of the batch, over which P divides."""
+    def __init__(self, context: int, slots: int, shards: int = 1, most_tokens: int | None = None):
+        """Args:
+        shards: of the batch, over which P divides.
+        most_tokens: of a part, all prompts and padding together; None: as many as is good.
+        """
         self._context, self._slots, self._shards = context, slots, shards
-        self.longest = min(context, _MOST_TOKENS)
+        self.most_tokens = min(_MOST_TOKENS, most_tokens or _MOST_TOKENS)
+        self.longest = min(context, self.most_tokens // shards)
         self.together = sorted({shards, -(-_TOGETHER // shards) * shards})
 
     def shapes(self) -> list[tuple[bool, int, int]]:
@@ -101,7 +106,7 @@ class PromptParts:
         return next(size for size in self.together if size >= number)
 
     def _fits(self, prompts: int, length: int) -> bool:
-        return prompts == self.together[0] or prompts * length <= _MOST_TOKENS
+        return prompts == self.together[0] or prompts * length <= self.most_tokens
 
 
 def _settings(tickets: Sequence[Ticket], missing: int) -> Settings:

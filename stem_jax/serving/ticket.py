@@ -42,6 +42,11 @@ class Ticket:
         """Whether all of the prompt was read."""
         return self.read == len(self.request.prompt_ids)
 
+    @property
+    def places(self) -> int:
+        """Places of a cache that its sequence has, with the token that is asked for next."""
+        return self.read + self.asked
+
     def tell(self, token: int, logprob: float, top: tuple[tuple[int, float], ...]) -> None:
         """The next token; which may be the last."""
         self.told += 1

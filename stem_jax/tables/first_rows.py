@@ -78,6 +78,15 @@ class FirstRows:
                 made[first : first + len(piece)] = found
         return made
 
+    def compile(self, spec: TableSpec, most: int) -> None:
+        """Compiles what it takes to make up to so many rows at a time."""
+        size = _FEWEST_ROWS
+        while True:
+            self.made(spec, np.zeros(size, np.int64))
+            if size >= min(most, _most_rows(spec)):
+                return
+            size *= 2
+
 
 @functools.cache
 def _maker(spec: TableSpec):

@@ -69,6 +69,17 @@ class OffloadedRows:
         self._read = jax.jit(self._caught_up)
         self._prefetch = Prefetch(mesh, store, policy, ahead=0, read_only=True)
         self._arrays = self._prefetch.load()
+        self._one_room = False
+
+    @property
+    def room(self) -> int:
+        """See `row_source.RowSource`."""
+        return self.spec.num_slots
+
+    def fix_shapes(self, most_keys: int) -> None:
+        """See `row_source.RowSource`."""
+        self._one_room = True
+        self._arrays = self._prefetch.compile(self._arrays, min(most_keys, self.room))
 
     def close(self) -> None:
         """Ends the threads."""
@@ -92,7 +103,7 @@ class OffloadedRows:
         ticket = self._prefetch.ticket(AskedRows.of({0: (distinct_U, tokens_U)}, 1))
         self._arrays = self._prefetch.apply(self._arrays, ticket)
         room = rows.size
-        if room > _FEW_KEYS:
+        if room > _FEW_KEYS and not self._one_room:
             room = min(room, 1 << (len(distinct_U) - 1).bit_length())
         slots_U = np.zeros(room, np.int32)
         slots_U[: len(distinct_U)] = ticket.move.assignments[0].slots

@@ -69,6 +69,15 @@ class OverlaidRows:
         keys_K[np.asarray(token_ids)[led]] = vocab_size + numbers[led]
         self._keys = jnp.asarray(keys_K)
 
+    @property
+    def room(self) -> int | None:
+        """See `row_source.RowSource`."""
+        return self._base.room
+
+    def fix_shapes(self, most_keys: int) -> None:
+        """See `row_source.RowSource`."""
+        self._base.fix_shapes(most_keys)
+
     def serve(self, keys: jax.Array) -> OverlaidBlock:
         """See `row_source.RowSource`."""
         keys, of_table = _led(self._keys, keys, self._vocab_size)
@@ -95,6 +104,15 @@ class SequenceKeys:
                 keys_BxV[row, token] = key
         self._base = base
         self._keys_BxV = jnp.asarray(keys_BxV)
+
+    @property
+    def room(self) -> int | None:
+        """See `row_source.RowSource`."""
+        return self._base.room
+
+    def fix_shapes(self, most_keys: int) -> None:
+        """See `row_source.RowSource`."""
+        self._base.fix_shapes(most_keys)
 
     def serve(self, keys: jax.Array) -> ServedRows:
         """See `row_source.RowSource`; the first axis of the tokens is the batch."""

@@ -29,7 +29,7 @@ from stem_jax.mesh import axis_size
 from stem_jax.tables.asked_rows import AskedRows
 from stem_jax.tables.host_block import Arrays, HostBlock, owners_here
 from stem_jax.tables.host_store import DeviceArrays, HostStore, shards_on
-from stem_jax.tables.row_slots import Move, RowSlots
+from stem_jax.tables.row_slots import Move, RowSlots, move_sizes
 from stem_jax.tables.slot_shards import SlotShards
 from stem_jax.tables.spec import TableSpec, logical, stored, table_shardings
 
@@ -143,6 +143,22 @@ class Prefetch:
             _, arrays = self._shards.swap(arrays, staged, of_device, leave=False)
             # One piece at a time in memory.
             jax.block_until_ready(arrays)
+        return arrays
+
+    def compile(self, arrays: DeviceArrays, most_rows: int) -> DeviceArrays:
+        """Compiles what swaps of up to so many rows need, and what makes them; `arrays` is donated.
+
+        Nothing changes.
+        """
+        for size in move_sizes(most_rows):
+            nothing = {block.shard: np.empty(0, np.int64) for block in self.store.blocks}
+            # Past the end, as what fills the rest of a move.
+            places = np.arange(size, dtype=np.int32) + self._slots_per_owner
+            of_device = dict.fromkeys(self._owner_of, places)
+            staged = self._staged(nothing, size)
+            _, arrays = self._shards.swap(arrays, staged, of_device, leave=not self._read_only)
+        if self.store.first is not None:
+            self.store.first.compile(self.spec, most_rows)
         return arrays
 
     def fits(self, asked: AskedRows) -> bool:

@@ -173,6 +173,11 @@ def _of_lowest_keys(
     return {owner: rows[owners == owner][:resident] for owner in own}
 
 
+def move_sizes(most_rows: int) -> list[int]:
+    """The rooms of all moves of up to so many rows."""
+    return sorted({_room(size) for size in range(1, most_rows + 1)})
+
+
 def _room(size: int) -> int:
     """The next of 16, 20, 24, 28, 32, 40, ...: a program for each, a fifth of padding at most."""
     if size <= _SMALLEST_MOVE:

@@ -34,10 +34,23 @@ class ServedRows(Protocol):
 
 
 class RowSource(Protocol):
-    """What a host loop asks before it runs a program on these keys."""
+    """What a host loop asks before it runs a program on these keys.
+
+    room: distinct keys that it can serve at a time; None: any number.
+    """
+
+    @property
+    def room(self) -> int | None: ...
 
     def serve(self, keys: jax.Array) -> ServedRows:
         """The rows for int32 keys of any shape, on the device and perhaps not computed yet."""
+
+    def fix_shapes(self, most_keys: int) -> None:
+        """Shapes of what is served follow from those of the keys alone from now on.
+
+        Args:
+            most_keys: at a time; what it takes to bring so many rows is compiled.
+        """
 
     def close(self) -> None:
         """Ends the threads that bring rows, if it or the source it reads from has any."""
@@ -60,6 +73,14 @@ class ResidentRows:
     def blocks(self) -> int:
         """See `ServedRows`."""
         return 1 if self.mesh is None else axis_size(self.mesh, BATCH_AXES)
+
+    @property
+    def room(self) -> None:
+        """See `RowSource`."""
+        return None
+
+    def fix_shapes(self, most_keys: int) -> None:
+        """See `RowSource`; nothing is brought."""
 
     def serve(self, keys: jax.Array) -> "ResidentRows":
         return self

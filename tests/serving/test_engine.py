@@ -21,30 +21,11 @@ from stem_jax.serving.request import MAX_LOGPROBS, NotServing, QueueFull, Reques
 from stem_jax.tables.row_source import ResidentRows
 from stem_jax.training.blueprint import Blueprint
 from stem_jax.training.state import init_state
+from tests.engine_requests import Heard, alone
 
 CONTEXT = 48
 BYTES = load_tokenizer("bytes")
 GREEDY = Sampling(temperature=0.0)
-
-
-class Heard:
-    """The steps of one request."""
-
-    def __init__(self):
-        self.steps, self.ended = [], threading.Event()
-
-    def __call__(self, step):
-        self.steps.append(step)
-        if step.finish is not None:
-            self.ended.set()
-
-    def tokens(self):
-        assert self.ended.wait(120)
-        return [step.token for step in self.steps]
-
-    @property
-    def finish(self):
-        return self.steps[-1].finish
 
 
 @pytest.fixture(scope="module")
@@ -91,14 +72,6 @@ def own_engine(parts):
     yield make
     for engine in engines:
         engine.close()
-
-
-def alone(generator, request):
-    """What the generator says to the request alone."""
-    steps = generator.steps(
-        [request.prompt_ids], request.max_new_tokens, request.sampling, [request.seed]
-    )
-    return [token for [token] in steps]
 
 
 def test_tokens_are_those_of_each_alone(engine, generator):
