@@ -143,6 +143,9 @@ def get_config() -> config_dict.ConfigDict:
     # auto (by name and content), text (a file is a document), jsonl (an object on each line), json
     # (an array of objects), parquet.
     config.data.format = "auto"
+    # How documents become rows: cut (wherever a row ends) or whole (each in one row, which padding
+    # fills; what is longer than a row is cut there).
+    config.data.packing = "cut"
     config.data.validation_fraction = 0.02  # of the documents, for text prepared here
     config.data.folder = None  # where text is prepared; None: <workdir>/data
 

@@ -152,6 +152,7 @@ class DataConfig:
     tokenizer_path: str | None = key(Role.CONTINUED, path=True)
     text_field: str = key(Role.CONTINUED, before="text")
     format: str = key(Role.CONTINUED, before="auto")
+    packing: str = key(Role.CONTINUED, before="cut")
     validation_fraction: float = key(Role.CONTINUED)
     folder: str | None = key(Role.HARMLESS, path=True)
 

@@ -24,6 +24,7 @@ _CHOICES = {
     "tables.moments": ("adamw", "rowwise"),
     "data.tokenizer": ("sentencepiece", "hf", "bytes"),
     "data.format": ("auto", "text", "jsonl", "json", "parquet"),
+    "data.packing": ("cut", "whole"),
     "optimizer.name": ("adamw", "muon"),
     "optimizer.train": ("all", "tables", "backbone"),
     "optimizer.schedule": ("constant", "linear", "inv_sqrt", "cosine", "wsd"),

@@ -286,10 +286,12 @@ def _latest(workdir: Path) -> CheckpointInfo | None:
 
 def _verdict(config: Config, data: RunData, validation: Validation) -> str:
     lines = [f"held-out text: {validation.bits_per_byte:.3f} bits per byte{validation.caution}"]
-    if not config.eval.baselines or data.held_out is None:
+    held_out = data.held_out
+    # Of text that is scored in part there is nothing to compare with.
+    if not config.eval.baselines or held_out is None or not held_out.scores_all:
         return lines[0]
-    unigrams = token_unigrams(list(data.stores), data.held_out, config.model.vocab_size)
-    for baseline in (unigrams, xz(data.held_out, data.tokenizer)):
+    unigrams = token_unigrams(list(data.stores), held_out, config.model.vocab_size)
+    for baseline in (unigrams, xz(held_out, data.tokenizer)):
         ratio = validation.bits_per_byte / baseline.bits_per_byte - 1
         how = "better" if ratio < 0 else "worse"
         note = f" (from {baseline.sample})" if baseline.sample else ""

@@ -144,13 +144,13 @@ def check_documents(config: Config, mesh: Mesh, data: RunData) -> None:
     length = config.train.seq_len
     if resolve_backend(config.model, mesh, length) != "cudnn":
         return
-    held_out = () if data.held_out is None else data.held_out.stores
-    for store in (*data.stores, *held_out):
-        row = store.packed_row(length)
+    held_out = () if data.held_out is None else data.held_out.rows
+    for rows in (*data.batches.rows, *held_out):
+        row, name = rows.packed_row(), rows.store.meta.name
         if row is not None:
             raise InputError(
                 f"model.attention=cudnn attends over whole rows, and row {row} of {length} tokens "
-                f"(train.seq_len) of {store.meta.name!r} (data.sources) holds several documents; "
+                f"(train.seq_len) of {name!r} (data.sources) holds several documents; "
                 "set model.attention to auto, or train on rows of one document each"
             )
 

@@ -12,6 +12,7 @@ from typing import Any, Self
 import grain
 import numpy as np
 
+from stem_jax.data.rows import CUT, Rows, rows_of
 from stem_jax.data.token_store import TokenStore
 from stem_jax.errors import InputError
 
@@ -58,6 +59,8 @@ class GlobalBatches:
 
     Rows are drawn without replacement, in another order each epoch. The rows of global batch t are
     its parts in their order, whichever processes read them.
+
+    rows: of each store.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class GlobalBatches:
         num_threads: int = 4,
         prefetch: int = 8,
         keys_of: KeysOf | None = None,
+        packing: str = CUT,
     ):
         """stores: (store, weight); a batch holds rows in proportion to the weights.
 
@@ -80,6 +84,7 @@ class GlobalBatches:
         first_step: the number of the first batch; there are none before.
         prefetch: batches that `iterate` reads ahead, on `num_threads` threads.
         keys_of: gives keys that go with each batch, made on these threads.
+        packing: how documents become rows, see `rows.PACKINGS`.
         Raises InputError if the batch does not divide into parts, a weight is not positive, or a
         store is shorter than a row.
         """
@@ -91,11 +96,13 @@ class GlobalBatches:
                 raise InputError(
                     f"weight {weight} of source {store.meta.name!r} must be a positive number"
                 )
-        rows = [_Rows(store, seq_len) for store, _ in stores]
+        self.rows: tuple[Rows, ...] = tuple(
+            rows_of(store, seq_len, packing, drop_last=True) for store, _ in stores
+        )
         self._weights = [float(weight) for _, weight in stores]
-        self._num_rows = [len(rows_of_store) for rows_of_store in rows]
+        self._num_rows = [len(rows_of_store) for rows_of_store in self.rows]
         self._batch_size, self._seed = global_batch_size, seed
-        mixture = self._mixture(rows)
+        mixture = self._mixture(self.rows)
         # Dropping a remainder that never comes: grain rounds the other length up past sys.maxsize.
         parts = mixture.batch(rows_of_part, drop_remainder=True)
         self._batches = grain.MapDataset.source(_Shares(parts, share, keys_of))
@@ -192,6 +199,7 @@ class ValidationBatches:
         share: Share = WHOLE,
         max_batches: int | None = None,
         keys_of: KeysOf | None = None,
+        packing: str = CUT,
     ):
         """Raises InputError if there is no store, or the batch does not divide into parts."""
         if not stores:
@@ -207,14 +215,24 @@ class ValidationBatches:
         self._own_rows = [
             part * rows_of_part + row for part in share.parts for row in range(rows_of_part)
         ]
-        rows = [store.num_rows(seq_len, drop_last=False) for store in self.stores]
+        self.rows: tuple[Rows, ...] = tuple(
+            rows_of(store, seq_len, packing) for store in self.stores
+        )
+        rows = [len(rows_of_store) for rows_of_store in self.rows]
+        # Whether each token but the first of a document is scored, and in the order of the store.
+        self.scores_all = packing == CUT and all(store.scored is None for store in self.stores)
         # Store s holds the rows [row_starts[s], row_starts[s + 1]).
         self._row_starts = np.concatenate([[0], np.cumsum(rows)])
         self.num_rows = int(self._row_starts[-1])
         if max_batches is not None:
             self.num_rows = min(self.num_rows, max_batches * global_batch_size)
         self.num_batches = -(-self.num_rows // global_batch_size)
-        self.num_bytes = round(sum(self._scored_bytes()))
+        self.num_bytes = round(
+            sum(
+                rows_of_store.scored_bytes(read)
+                for rows_of_store, read in zip(self.rows, self._rows_read(), strict=True)
+            )
+        )
 
     @property
     def left_out(self) -> float:
@@ -242,6 +260,8 @@ class ValidationBatches:
     def document_ids(self) -> Iterator[np.ndarray]:
         """Ids [n] of each document that is scored, up to its last scored token, in order.
 
+        Where `scores_all`.
+
         The first id is bos, which is read but never scored; all others are targets of one row.
         """
         for store, end in self.scored_ends():
@@ -252,46 +272,25 @@ class ValidationBatches:
                 yield store.document_ids(document)[: end - start]
 
     def scored_ends(self) -> Iterator[tuple[TokenStore, int]]:
-        """(store, one past the last token that is a target) for each store that is read."""
-        for store, first in zip(self.stores, self._row_starts[:-1], strict=True):
-            rows = self.num_rows - int(first)
-            if rows > 0:
+        """(store, one past the last token that is a target) for each store that is read.
+
+        Where `scores_all`.
+        """
+        for store, rows in zip(self.stores, self._rows_read(), strict=True):
+            if rows:
                 yield store, min(rows * self._seq_len + 1, store.num_tokens)
+
+    def _rows_read(self) -> list[int]:
+        """Rows of each store that are read, from its first one on."""
+        edges = np.minimum(self._row_starts, self.num_rows)
+        return np.diff(edges).tolist()
 
     def _row(self, row: int) -> HostBatch:
         if row < self.num_rows:
             store = int(np.searchsorted(self._row_starts, row, side="right")) - 1
-            return self.stores[store].row(row - int(self._row_starts[store]), self._seq_len)
-        filling = self.stores[0].row(0, self._seq_len)
+            return self.rows[store][row - int(self._row_starts[store])]
+        filling = self.rows[0][0]
         return {key: np.zeros_like(value) for key, value in filling.items()}
-
-    def _scored_bytes(self) -> Iterator[float]:
-        for store, end in self.scored_ends():
-            # Documents [0, cut) end at or before `end`.
-            cut = int(np.searchsorted(store.document_starts, end, side="right")) - 1
-            yield float(np.sum(store.document_bytes[:cut]))
-            if cut < store.num_documents:
-                start, stop = (int(edge) for edge in store.document_starts[cut : cut + 2])
-                share = max(end - start - 1, 0) / (stop - start - 1)
-                yield float(store.document_bytes[cut]) * share
-
-
-class _Rows:
-    """The full rows of a store as a random-access source for grain."""
-
-    def __init__(self, store: TokenStore, seq_len: int):
-        self._store = store
-        self._seq_len = seq_len
-        self._num_rows = store.num_rows(seq_len, drop_last=True)
-
-    def __len__(self) -> int:
-        return self._num_rows
-
-    def __getitem__(self, index: int) -> HostBatch:
-        return self._store.row(int(index), self._seq_len)
-
-    def __repr__(self) -> str:
-        return f"_Rows({self._store.folder}, seq_len={self._seq_len})"
 
 
 class _Places:

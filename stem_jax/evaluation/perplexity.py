@@ -130,6 +130,11 @@ def _documents(source: str, run: LoadedRun, reading: Reading) -> Iterator[_Measu
     if is_store_folder(source):
         stores = open_stores(source, tokenizer, run.config.model.vocab_size)
         store = stores.get("validation", stores["train"])
+        if store.scored is not None:
+            raise InputError(
+                f"--perplexity={source} are conversations, of which answers alone are scored: a "
+                "run that has them in data.sources validates on them (eval/loss)"
+            )
         for index in range(store.num_documents):
             size = int(store.document_bytes[index])
             # Of all its documents alike: nobody knows of which.

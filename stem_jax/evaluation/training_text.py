@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from stem_jax.checkpoints.loading import LoadedRun, open_checkpoint
+from stem_jax.data.rows import CUT
 from stem_jax.data.sources import OpenedSource
 from stem_jax.data.trained_pairs import PairCounts, count_pairs
 from stem_jax.errors import InputError
@@ -60,6 +61,12 @@ def open_training_text(run: LoadedRun, workdir: str | Path) -> TrainingText:
         raise InputError(
             f"the text behind data.sources={config.data.sources!r} is not what checkpoint "
             f"{info.step} of {workdir} was trained on; bring it back"
+        )
+    if config.data.packing != CUT or any(store.scored is not None for store in data.stores):
+        raise InputError(
+            f"{workdir} was trained on conversations or on whole documents (data.packing=whole); "
+            "what was learned by how often it was read is measured of rows that are cut from text "
+            "(data.packing=cut) alone"
         )
     times = tuple(data.batches.times_read(info.step))
     return TrainingText(data.sources, times, config.train.seq_len, config.model.vocab_size)

@@ -115,7 +115,11 @@ def _counted(
 ) -> dict[str, DistinctRows]:
     train = config.train
     batches = GlobalBatches(
-        stores, seed=train.seed, seq_len=train.seq_len, global_batch_size=train.global_batch_size
+        stores,
+        seed=train.seed,
+        seq_len=train.seq_len,
+        global_batch_size=train.global_batch_size,
+        packing=config.data.packing,
     )
     batch = batches.batch(0)
     origin = f"counted in the first batch of {config.data.sources}"

@@ -85,17 +85,20 @@ def open_run_data(
         "seq_len": train.seq_len,
         "global_batch_size": train.global_batch_size,
         "share": share,
+        "packing": data.packing,
         "keys_of": keys_on_the_host(memories(with_eos(config, tokenizer.special.eos_id))),
     }
     held_out = [source.validation for source in sources if source.validation is not None]
+    batches = GlobalBatches(
+        [(s.train, s.weight) for s in sources], seed=train.seed, first_step=first_step, **slices
+    )
+    if not prepared:
+        for source, rows in zip(sources, batches.rows, strict=True):
+            if rows.note:
+                log.info(f"{source.source}: {rows.note}")
     return RunData(
         tokenizer,
-        GlobalBatches(
-            [(s.train, s.weight) for s in sources],
-            seed=train.seed,
-            first_step=first_step,
-            **slices,
-        ),
+        batches,
         sources,
         ValidationBatches(held_out, max_batches=config.eval.max_batches, **slices)
         if held_out

@@ -222,12 +222,12 @@ def test_cudnn_trains_on_rows_of_one_document_alone(tiny_config):
     """Refused where a training starts, of what it validates with as well."""
 
     def data(packed, held_out=None):
-        def store(row):
-            meta = SimpleNamespace(name=f"text of {row}")
-            return SimpleNamespace(meta=meta, packed_row=lambda length: row)
+        def rows(row):
+            store = SimpleNamespace(meta=SimpleNamespace(name=f"text of {row}"))
+            return SimpleNamespace(store=store, packed_row=lambda: row)
 
-        found = SimpleNamespace(stores=(store(held_out),))
-        return SimpleNamespace(stores=(store(None), store(packed)), held_out=found)
+        batches = SimpleNamespace(rows=(rows(None), rows(packed)))
+        return SimpleNamespace(batches=batches, held_out=SimpleNamespace(rows=(rows(held_out),)))
 
     keys = {"model.compute_dtype": "bfloat16", "train.seq_len": 128}
     cudnn, gpu = tiny_config(**keys, **{"model.attention": "cudnn"}), StandIn("gpu")
