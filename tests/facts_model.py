@@ -17,6 +17,7 @@ from stem_jax import export, import_torch
 from stem_jax.data import facts
 from stem_jax.editing import cases as edit_cases
 from stem_jax.evaluation import recall
+from stem_jax.interop.hf_export import CODE_FILES
 
 COUNTRIES = (
     """Spain Germany Japan Brazil Canada Egypt Norway Chile Kenya Peru Hungary Samoa""".split()
@@ -70,5 +71,5 @@ if __name__ == "__main__":
         flags = ["--format=hf", "--dtype=bfloat16", f"--out={FOLDER}"]
         export.main([f"--workdir={folder}", *flags])
     # No second copy of the code; an import reads the rest.
-    for name in ("modeling_stem.py", "generation_config.json"):
+    for name in (*CODE_FILES, "generation_config.json"):
         (FOLDER / name).unlink()

@@ -1,7 +1,7 @@
 """Export for the transformers library: a folder that `AutoModelForCausalLM` loads.
 
 A dense model becomes a plain `LlamaForCausalLM`; one with STEM layers brings `modeling_stem.py`
-along. Weights go from the checkpoint into safetensors files piece by piece.
+along, with its configuration. Weights go from the checkpoint into safetensors files piece by piece.
 """
 
 import json
@@ -22,7 +22,7 @@ from stem_jax.interop.safetensors_files import BFLOAT16, SafetensorsWriter
 from stem_jax.interop.said_keys import check_format
 from stem_jax.interop.tokenizer_export import padding_id, write_tokenizer
 
-MODELING_FILE = "modeling_stem.py"
+CODE_FILES = ("configuration_stem.py", "modeling_stem.py", "stem_tables.py")
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": BFLOAT16}
 # Of a model's generation configuration; they speak of its code, or of lengths that we set.
 _NOT_CARRIED = {"transformers_version", "_from_model_config", "cache_implementation", "max_length"}
@@ -64,7 +64,8 @@ def export_hf(
         generation = generation_config(saved.config, saved.tokenizer)
         _write_json(folder / "generation_config.json", generation)
         if saved.model.stem_layers:
-            shutil.copyfile(Path(__file__).with_name(MODELING_FILE), folder / MODELING_FILE)
+            for name in CODE_FILES:
+                shutil.copyfile(Path(__file__).with_name(name), folder / name)
         shapes = llama_shapes(saved.model)
         with SafetensorsWriter(folder, shapes, DTYPES[dtype], file_bytes) as writer:
             for weight in llama_weights(saved.model):
@@ -94,15 +95,16 @@ def hf_config(config: Config, tokenizer: Tokenizer, dtype: str) -> dict[str, Any
         "hidden_act": "silu",
     }
     if model.stem_layers:
-        module = MODELING_FILE.removesuffix(".py")
         kind = {
             "architectures": ["StemForCausalLM"],
             "model_type": "stem",
             "auto_map": {
-                "AutoConfig": f"{module}.StemConfig",
-                "AutoModelForCausalLM": f"{module}.StemForCausalLM",
+                "AutoConfig": "configuration_stem.StemConfig",
+                "AutoModel": "modeling_stem.StemModel",
+                "AutoModelForCausalLM": "modeling_stem.StemForCausalLM",
             },
             "stem_layers": list(model.stem_layers),
+            "stem_site": model.stem_site,
         }
     return {
         **kind,

@@ -4,6 +4,7 @@ from typing import Any
 
 from stem_jax.errors import InputError
 from stem_jax.json_fields import Fields
+from stem_jax.model.ffn import SITES
 
 # Values that change what is computed, with those that we compute.
 _ONLY = {
@@ -47,6 +48,9 @@ def llama_model_values(config: Fields) -> dict[str, Any]:
             raise InputError(
                 f"config.json has {key}={config.values[key]!r}, only {value!r} can be imported"
             )
+    site = config.text("stem_site", "up")
+    if site not in SITES:
+        raise InputError(f"config.json has stem_site={site!r}, only {', '.join(SITES)} can be read")
     D, H = config.integer("hidden_size", least=1), config.integer("num_attention_heads", least=1)
     return {
         "vocab_size": config.integer("vocab_size", least=1),
@@ -57,6 +61,7 @@ def llama_model_values(config: Fields) -> dict[str, Any]:
         "head_dim": config.integer("head_dim", D // H, least=1),
         "ffn_dim": config.integer("intermediate_size", least=1),
         "stem_layers": config.integers("stem_layers", ()),
+        "stem_site": site,
         "tie_embeddings": config.boolean("tie_word_embeddings", False),
         "norm_eps": config.number("rms_norm_eps"),
         **_rope_values(config),

@@ -5,7 +5,7 @@
     blocks.0.attention_norm.scale            model.layers.0.input_layernorm.weight
     blocks.0.attention.q_proj.kernel         model.layers.0.self_attn.q_proj.weight
     blocks.0.ffn_norm.scale                  model.layers.0.post_attention_layernorm.weight
-    blocks.0.ffn.up_proj.kernel              model.layers.0.mlp.up_proj.weight (dense layers only)
+    blocks.0.ffn.up_proj.kernel              model.layers.0.mlp.up_proj.weight (if there)
     norm.scale                               model.norm.weight
     head.kernel                              lm_head.weight, none if tied
 
@@ -54,11 +54,15 @@ def llama_weights(config: ModelConfig) -> Iterator[Weight]:
                 f"{ours}.attention.{name}.kernel", f"{theirs}.self_attn.{name}.weight", shape, True
             )
         yield Weight(f"{ours}.ffn_norm.scale", f"{theirs}.post_attention_layernorm.weight", (D,))
-        ffn = [("gate_proj", (F, D), True), ("down_proj", (D, F), False)]
-        if "up_proj.kernel" in kind.weights(config):
-            ffn.append(("up_proj", (F, D), True))
-        for name, shape, turned in ffn:
-            yield Weight(f"{ours}.ffn.{name}.kernel", f"{theirs}.mlp.{name}.weight", shape, turned)
+        for name, shape, turned in (
+            ("gate_proj", (F, D), True),
+            ("down_proj", (D, F), False),
+            ("up_proj", (F, D), True),
+        ):
+            # Of layers with tables, those beside the row.
+            if f"{name}.kernel" in kind.weights(config):
+                own = f"{ours}.ffn.{name}.kernel"
+                yield Weight(own, f"{theirs}.mlp.{name}.weight", shape, turned)
     yield Weight("norm.scale", "model.norm.weight", (D,))
     if not config.tie_embeddings:
         yield Weight("head.kernel", HEAD, (V, D), True)

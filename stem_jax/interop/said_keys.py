@@ -19,7 +19,7 @@ _SIZES = frozenset(
 _ROPE = frozenset({"rope_scaling", "rope_factor", "rope_original_len"})
 # Of each --format of an export, the keys that it says.
 FORMATS = {
-    "hf": _SIZES | _ROPE,
+    "hf": _SIZES | _ROPE | {"stem_site"},
     # The last two of rotary scaling do nothing without the first.
     "official": (_SIZES | _ROPE | {"init_base_std", "init_std_factor"}) - {"rope_scaling"},
 }

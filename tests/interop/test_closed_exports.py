@@ -38,8 +38,8 @@ OTHERS = {
     "scan_layers": True,
 }
 # Of these, what an export of a model with them says, or refuses.
-REFUSED = {"hf": {"stem_site", "hash_moe_layers"}}
-REFUSED["official"] = REFUSED["hf"] | {"rope_scaling"}
+REFUSED = {"hf": {"hash_moe_layers"}}
+REFUSED["official"] = REFUSED["hf"] | {"stem_site", "rope_scaling"}
 
 
 def _export(name: str, config):

@@ -22,6 +22,7 @@ from stem_jax.data.sentencepiece_training import train_sentencepiece
 from stem_jax.data.tokenizer import load_tokenizer
 from stem_jax.errors import InputError
 from stem_jax.interop.hf_export import export_hf
+from stem_jax.interop.modeling_stem import _CACHE as CACHE
 from stem_jax.tables.spec import logical
 from tests.saved_models import (
     BYTES,
@@ -174,8 +175,8 @@ def test_cached_steps_are_the_whole_forward(exported):
         whole = model(tokens).logits
         output, pieces = None, []
         for part in (tokens[:, :5], tokens[:, 5:6], tokens[:, 6:]):
-            cache = None if output is None else output.past_key_values
-            output = model(part, past_key_values=cache, use_cache=True)
+            cache = {} if output is None else {CACHE: output[CACHE]}
+            output = model(part, use_cache=True, **cache)
             pieces.append(output.logits)
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=1e-5, rtol=0)
 

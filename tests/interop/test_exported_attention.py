@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from stem_jax.interop.modeling_stem import _CACHE_FIELD as CACHE
+from stem_jax.interop.modeling_stem import _CACHE as CACHE
 from stem_jax.interop.modeling_stem import StemConfig, StemForCausalLM
 
 CONTEXT = 16
