@@ -17,6 +17,7 @@ def main(argv: list[str]) -> None:
     from stem_jax.editing.patch import edited_run, read_patch
     from stem_jax.generation.completion import read_prompts, special_notes
     from stem_jax.generation.generator import Generator
+    from stem_jax.generation.job import complete_into_file
     from stem_jax.generation.sampling import Sampling
 
     prompts = args.prompt + [line for path in args.prompt_file for line in read_prompts(path)]
@@ -27,12 +28,14 @@ def main(argv: list[str]) -> None:
     as_tokens = args.special_tokens == "special"
     for note in () if as_tokens else special_notes(run.tokenizer, prompts):
         print(f"note: {note}", file=sys.stderr)
+    if args.out is not None:
+        return complete_into_file(args, run, generator, prompts, sampling)
     # The prompt goes out with the first piece, when no error can follow any more.
     left = iter(prompts)
     stream = len(prompts) == 1 and not (args.json or args.no_stream)
     on_text = (lambda _, text: print(next(left, "") + text, end="", flush=True)) if stream else None
-    options = {"on_text": on_text, "special": as_tokens}
-    found = generator.complete(prompts, args.max_new_tokens, sampling, args.seed, **options)
+    how = args.max_new_tokens, sampling, args.seed, args.batch_size
+    found = generator.complete(prompts, *how, on_text=on_text, special=as_tokens)
     if args.json:
         print(json.dumps([dataclasses.asdict(completion) for completion in found]))
         return

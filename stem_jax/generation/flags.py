@@ -25,6 +25,10 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
     add("--top-p", type=float, default=0.95, help="fewest tokens that reach p; 1: all")
     add("--greedy", action="store_true", help="always the likeliest token")
     add("--seed", type=int, default=0, help="of the samples")
+    add("--batch-size", type=int, default=32, help="prompts at a time")
+    parser.add_path(
+        "--out", help="file of JSON lines, one a prompt; goes on with one that is there"
+    )
     add("--no-stream", action="store_true", help="print when all is done")
     add("--resident-rows", type=int, help="table rows kept on the devices")
     add("--devices", type=int, default=1, help="that the model is divided over")
@@ -34,4 +38,6 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.prompt + args.prompt_file:
         parser.error("give --prompt or --prompt-file")
+    if args.out is not None and args.json:
+        parser.error("--out writes JSON lines; leave --json out")
     return args

@@ -141,26 +141,66 @@ class Generator:
         Raises:
             InputError: see `steps`.
         """
+        how = max_new_tokens, sampling, seed, batch_size
+        batches = self.batches(prompts, *how, on_text=on_text, special=special)
+        return [completion for batch in batches for completion in batch]
+
+    def batches(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        batch_size: int = 32,
+        *,
+        on_text: Callable[[int, str], None] | None = None,
+        special: bool = False,
+        done: int = 0,
+    ) -> Iterator[list[Completion]]:
+        """`complete`, batch by batch, as each is done.
+
+        done: so many of the prompts are left out, which changes nothing for the others.
+        """
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size} must be at least 1")
         ids = [self.encode(prompt, special) for prompt in prompts]
         self.check(ids, max_new_tokens)
         seeds = sequence_seeds(seed, ids)
-        tokenizer, completions = self.tokenizer, []
+        parts = [slice(first, first + batch_size) for first in range(done, len(ids), batch_size)]
+        hear = on_text or (lambda index, text: None)
+        return (
+            self._batch(
+                prompts[part],
+                ids[part],
+                seeds[part],
+                max_new_tokens,
+                sampling,
+                lambda index, text, first=part.start: hear(first + index, text),
+            )
+            for part in parts
+        )
+
+    def _batch(
+        self,
+        prompts: Sequence[str],
+        ids: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        max_new_tokens: int,
+        sampling: Sampling | None,
+        on_text: Callable[[int, str], None],
+    ) -> list[Completion]:
+        tokenizer = self.tokenizer
         assert tokenizer is not None
-        for first in range(0, len(prompts), batch_size):
-            part = slice(first, first + batch_size)
-            batch = [
-                Progress(tokenizer, prompt, prompt_ids, max_new_tokens, self.context)
-                for prompt, prompt_ids in zip(prompts[part], ids[part])
-            ]
-            for tokens in self.steps(ids[part], max_new_tokens, sampling, seeds[part]):
-                for index, (progress, token) in enumerate(zip(batch, tokens)):
-                    piece = "" if token is None else progress.push(token)
-                    if piece and on_text is not None:
-                        on_text(first + index, piece)
-            completions += [progress.completion() for progress in batch]
-        return completions
+        batch = [
+            Progress(tokenizer, prompt, prompt_ids, max_new_tokens, self.context)
+            for prompt, prompt_ids in zip(prompts, ids)
+        ]
+        for tokens in self.steps(ids, max_new_tokens, sampling, seeds):
+            for index, (progress, token) in enumerate(zip(batch, tokens)):
+                piece = "" if token is None else progress.push(token)
+                if piece:
+                    on_text(index, piece)
+        return [progress.completion() for progress in batch]
 
     def _steps(self, prompts, limits: list[int], scalars, seeds_B) -> Iterator[list[int | None]]:
         length = min(bucket(max(map(len, prompts))), self.context)
