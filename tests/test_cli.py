@@ -15,7 +15,7 @@ from stem_jax.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 PROGRAMS = ["train", "generate", "edit", "analyze", "evaluate", "export", "import_torch"]
-PROGRAMS += ["prepare", "plan"]
+PROGRAMS += ["prepare", "plan", "serve"]
 # What takes seconds to import.
 HEAVY = ("jax", "flax", "orbax", "grain", "torch", "transformers", "matplotlib")
 
@@ -79,6 +79,9 @@ def test_a_path_flag_refuses_an_address_and_knows_the_home(monkeypatch):
     [
         ["train", "--config=configs/tiny.py", "--workdir=gs://b/run"],
         ["generate", "--workdir=s3:b/run", "--prompt=a"],
+        ["generate", "--workdir=x", "--prompt=a", "--out=s3://b/x"],
+        ["serve", "--workdir=gs://b/run"],
+        ["serve", "--workdir=x", "--chat-template=gs://b/t"],
         ["prepare", "--input=README.md", "--tokenizer=bytes", "--out=gs://b/s"],
         ["prepare", "--input", "README.md", "s3://b/t", "--tokenizer=bytes", "--out=x"],
         ["evaluate", "--workdir=x", "--perplexity=facts,gs://b/t"],

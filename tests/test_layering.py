@@ -66,7 +66,7 @@ LEVELS = [
 ]
 # The programs: one per thing a user does, imported by nobody.
 ENTRY_POINTS = ["train", "generate", "edit", "analyze", "evaluate", "export", "import_torch"]
-ENTRY_POINTS += ["prepare", "plan"]
+ENTRY_POINTS += ["prepare", "plan", "serve"]
 # The console scripts, which import a program when it is called.
 SCRIPTS = ["scripts"]
 LEVEL = {

@@ -55,7 +55,7 @@ def test_what_an_extra_asks_for_is_what_the_tests_run_with(name):
 
 
 def test_extras_are_those_that_the_documents_name():
-    assert set(EXTRAS) == {"tpu", "cuda", "export", "chat", "eval", "study", "dev"}
+    assert set(EXTRAS) == {"tpu", "cuda", "export", "chat", "eval", "serve", "study", "dev"}
 
 
 # --- Console scripts ---

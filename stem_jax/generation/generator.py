@@ -167,27 +167,20 @@ class Generator:
         self.check(ids, max_new_tokens)
         seeds = sequence_seeds(seed, ids)
         parts = [slice(first, first + batch_size) for first in range(done, len(ids), batch_size)]
-        hear = on_text or (lambda index, text: None)
+        how = max_new_tokens, sampling, on_text
         return (
-            self._batch(
-                prompts[part],
-                ids[part],
-                seeds[part],
-                max_new_tokens,
-                sampling,
-                lambda index, text, first=part.start: hear(first + index, text),
-            )
-            for part in parts
+            self._batch(part.start, prompts[part], ids[part], seeds[part], *how) for part in parts
         )
 
     def _batch(
         self,
+        first: int,
         prompts: Sequence[str],
         ids: Sequence[Sequence[int]],
         seeds: Sequence[int],
         max_new_tokens: int,
         sampling: Sampling | None,
-        on_text: Callable[[int, str], None],
+        on_text: Callable[[int, str], None] | None,
     ) -> list[Completion]:
         tokenizer = self.tokenizer
         assert tokenizer is not None
@@ -198,8 +191,8 @@ class Generator:
         for tokens in self.steps(ids, max_new_tokens, sampling, seeds):
             for index, (progress, token) in enumerate(zip(batch, tokens)):
                 piece = "" if token is None else progress.push(token)
-                if piece:
-                    on_text(index, piece)
+                if piece and on_text is not None:
+                    on_text(first + index, piece)
         return [progress.completion() for progress in batch]
 
     def _steps(self, prompts, limits: list[int], scalars, seeds_B) -> Iterator[list[int | None]]:
