@@ -13,7 +13,7 @@ from pathlib import Path
 import jaxlib
 from jax.sharding import Mesh
 
-from stem_jax.config import MEMORY_SECTIONS, Config
+from stem_jax.config import MEMORY_SECTIONS, Config, ModelConfig
 from stem_jax.errors import InputError
 from stem_jax.kernels import float8
 from stem_jax.memory.catalogue import table_specs, with_eos
@@ -104,7 +104,7 @@ def check_mesh(config: Config, mesh: Mesh, under_way: bool = False) -> None:
     if wanted is not None and (reason := float8.missing(mesh.devices.flat[0])):
         raise InputError(f"model.matmul_dtype={wanted} {reason}; set it to none")
     backend = resolve_backend(config.model, mesh, config.train.seq_len)
-    if not (under_way and backend in ("xla", "chunked")):
+    if not (under_way and backend in ("xla", "chunked")) or _shares_cut_heads(config.model, mesh):
         check_heads(config.model, mesh)
     check_context(config.train.seq_len, mesh)
     check_host_rows(table_specs(with_eos(config, 0)).values(), mesh)
@@ -116,6 +116,12 @@ def check_mesh(config: Config, mesh: Mesh, under_way: bool = False) -> None:
             f"divide over the {devices} devices of mesh axes {', '.join(BATCH_AXES)}; change one "
             "of them"
         )
+
+
+def _shares_cut_heads(model: ModelConfig, mesh: Mesh) -> bool:
+    """Whether queries would be dealt out to devices that share a KV head, and do not divide."""
+    tensor = mesh.shape["tensor"]
+    return tensor % model.num_kv_heads == 0 and model.num_heads % tensor != 0
 
 
 def _check_offload(config: Config, mesh: Mesh) -> None:

@@ -62,8 +62,9 @@ def test_heads_that_would_be_cut_are_refused(
     with pytest.raises(InputError, match=re.escape(message)):
         check_mesh(config, mesh)
     check_mesh(config, StandIn(platform, 1))
-    # A run that an earlier version began with xla goes on; with the others it never began.
-    if kernel == "xla":
+    # A run that an earlier version began with xla goes on, but where devices would share a KV head
+    # and the queries do not divide over them; with the others it never began.
+    if kernel == "xla" and numbers != (6, 2):
         check_mesh(config, mesh, under_way=True)
     else:
         with pytest.raises(InputError, match=re.escape(message)):
