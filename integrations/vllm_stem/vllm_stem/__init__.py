@@ -1,0 +1,13 @@
+"""STEM models for vLLM, which finds `register` by its entry point `vllm.general_plugins`."""
+
+
+def register() -> None:
+    """Makes the model and its configuration known, in each process that vLLM starts."""
+    from transformers import AutoConfig
+    from vllm import ModelRegistry
+
+    from vllm_stem.configuration_stem import StemConfig
+
+    AutoConfig.register("stem", StemConfig, exist_ok=True)
+    # By name: a module that is imported here would begin with CUDA before vLLM forks.
+    ModelRegistry.register_model("StemForCausalLM", "vllm_stem.model:StemForCausalLM")

@@ -1,0 +1,1 @@
+../../../stem_jax/interop/configuration_stem.py
