@@ -39,6 +39,6 @@ def cache_places(model: ModelConfig, mesh: Mesh) -> list[LayerCache]:
     """Caches of the layers with shardings for arrays."""
     # Of heads that several devices share, each has all.
     heads = "tensor" if model.num_kv_heads % mesh.shape["tensor"] == 0 else None
-    slots: Any = NamedSharding(mesh, PartitionSpec(BATCH_AXES, None, heads, None))
+    slots: Any = NamedSharding(mesh, PartitionSpec(BATCH_AXES, heads, None, None))
     batch: Any = batch_sharding(mesh)
     return [LayerCache(slots, slots, batch)] * model.num_layers

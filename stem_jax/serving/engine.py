@@ -32,8 +32,9 @@ from stem_jax.tables.row_source import RowSource
 from stem_jax.training.blueprint import Params
 
 _LOG = logging.getLogger(__name__)
-# Places of each slot that a step looks at, at least; then twice as many, up to the context.
-_SMALLEST_WINDOW = 128
+# Places of each slot that a step looks at, at least; then twice as many. Cut out, they are copied:
+# on CPUs half of the context took longer than all of it.
+_SMALLEST_WINDOW, _WINDOW_PAYS = 128, 4
 
 
 class Engine:
@@ -98,7 +99,8 @@ class Engine:
         return alive and self.failure is None and not (self._draining or self._closing)
 
     def start(self) -> None:
-        """Compiles every shape, and begins to serve."""
+        """Compiles every shape, and begins to serve; once."""
+        assert self._thread is None
         state = self._compile()
         self._thread = threading.Thread(target=self._run, args=(state,), name="engine", daemon=True)
         self._thread.start()
@@ -230,7 +232,7 @@ class Engine:
 
     def _prompts(self, state: SlotState) -> SlotState:
         """Reads prompts into slots: as many tokens as fit between two steps."""
-        left = self._parts.longest
+        left = self._parts.most_tokens
         while left > 0:
             with self._lock:
                 part = self._books.next_part()
@@ -259,7 +261,8 @@ class Engine:
 
     def _window(self, places: int) -> int:
         """Of each slot, how many places a step looks at where sequences have so many."""
-        return min(self.generator.context, max(_SMALLEST_WINDOW, bucket(places)))
+        window, context = max(_SMALLEST_WINDOW, bucket(places)), self.generator.context
+        return window if _WINDOW_PAYS * window <= context else context
 
     def _step(
         self, active: list[tuple[int, Ticket]], state: SlotState, window: int
@@ -267,7 +270,7 @@ class Engine:
         generator = self.generator
         active_B = np.zeros(len(self._books.slots), bool)
         active_B[[slot for slot, _ in active]] = True
-        rows = generator.rows.serve(state.tokens[:, None], before_BxR=state.before)
+        rows = generator.rows.serve(state.tokens, before_BxR=state.before)
         wants_top = np.bool_(any(ticket.request.top_logprobs for _, ticket in active))
         self.steps += bool(active)
         call = generator.params, rows, active_B, wants_top

@@ -59,7 +59,15 @@ class Programs:
         return sum(program._cache_size() for program in programs)
 
     def empty(self, rows: Mapping[str, ServedRows]) -> SlotState:
-        """The state of slots in which nothing is. rows: served for prompts, for their shapes."""
+        """The state of slots in which nothing is. rows: see `shapes`."""
+
+        def zeros():
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.shapes(rows))
+
+        return jax.jit(zeros, out_shardings=self._places)()
+
+    def shapes(self, rows: Mapping[str, ServedRows]) -> SlotState:
+        """The state's, in their places. rows: served for one token of each slot, for theirs."""
         generator, B = self._generator, self._slots
 
         def begun(params, rows):
@@ -68,14 +76,10 @@ class Programs:
             _, read = generator.advance(params, rows, ones_B[:, None], ones_B, caches)
             settings = Settings(*(jnp.zeros(B, d) for d in ("uint32", "float32", "int32")), ones_B)
             settings = dataclasses.replace(settings, top_p=jnp.ones(B, jnp.float32))
-            return SlotState(ones_B, *read, ones_B, settings)
+            return SlotState(ones_B[:, None], *read, ones_B, settings)
 
-        shapes = jax.eval_shape(begun, generator.params, rows)
-
-        def zeros():
-            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-
-        return jax.jit(zeros, out_shardings=self._places)()
+        placed = jax.jit(begun, out_shardings=self._places)
+        return placed.eval_shape(generator.params, rows)
 
     def _begin(
         self, params: Params, rows, tokens_PxL, lengths_P, slots_P, settings, wants_top, state
@@ -112,11 +116,11 @@ class Programs:
         """
         one_B = active_B.astype(jnp.int32)
         own = _within(state.caches, window), state.readers, state.before
-        logits, read = self._generator.advance(params, rows, state.tokens[:, None], one_B, *own)
+        logits, read = self._generator.advance(params, rows, state.tokens, one_B, *own)
         read = _within(read[0], None), *read[1:]
         drawn = self._draw(logits, state.settings, state.steps, wants_top)
-        tokens_B = jnp.where(active_B, drawn.tokens, state.tokens)
-        return drawn, SlotState(tokens_B, *read, state.steps + one_B, state.settings)
+        tokens_Bx1 = jnp.where(active_B[:, None], drawn.tokens[:, None], state.tokens)
+        return drawn, SlotState(tokens_Bx1, *read, state.steps + one_B, state.settings)
 
     def _draw(self, logits_NxV, settings: Settings, steps_N, wants_top) -> Drawn:
         logits_NxV = self._generator.drawable(logits_NxV)

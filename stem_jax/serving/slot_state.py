@@ -32,8 +32,8 @@ class Settings:
 class SlotState:
     """Of B slots what a step replaces.
 
-    tokens: [B] int32, the last of each sequence, which no cache has yet. caches, readers, before:
-    as in `DecodeState`. steps: [B] int32, tokens drawn so far of each.
+    tokens: [B, 1] int32, the last of each sequence, which no cache has yet. caches, readers,
+    before: as in `DecodeState`. steps: [B] int32, tokens drawn so far of each.
     """
 
     tokens: jax.Array
@@ -63,12 +63,13 @@ class SlotState:
         """
 
         def put(held, new):
-            if new.ndim > 1 and new.shape[1] < held.shape[1]:
-                return held.at[slots_P, : new.shape[1]].set(new.astype(held.dtype), mode="drop")
-            return held.at[slots_P].set(new.astype(held.dtype), mode="drop")
+            place = slots_P
+            if new.ndim == 4 and new.shape[2] < held.shape[2]:
+                place = slots_P, slice(None), slice(new.shape[2])
+            return held.at[place].set(new.astype(held.dtype), mode="drop")
 
         own = self.tokens, (self.caches, self.readers, self.before), self.steps, self.settings
-        new = tokens_P, read, jnp.ones_like(tokens_P), settings
+        new = tokens_P[:, None], read, jnp.ones_like(tokens_P), settings
         tokens, read, steps, settings = jax.tree.map(put, own, new)
         return SlotState(tokens, *read, steps, settings)
 

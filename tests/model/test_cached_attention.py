@@ -41,7 +41,8 @@ def test_sequences_of_unequal_lengths_see_their_own(L, H, K, Dh):
     # What is behind the end was of another sequence once.
     for b, n in enumerate(before):
         k[b, n + L :], v[b, n + L :] = 50, 1e4
-    found = jax.jit(cached_attention)(q, k, v, np.array(before, np.int32))
+    heads_first = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    found = jax.jit(cached_attention)(q, *heads_first, np.array(before, np.int32))
     np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
@@ -54,7 +55,8 @@ def test_a_cache_grows_by_what_each_sequence_adds():
         cache = cache.extend(jnp.asarray(new), jnp.asarray(2 * new), jnp.array(lengths))
         kept = [np.concatenate([old, x[:n]]) for old, x, n in zip(kept, new, lengths)]
     assert cache.lengths.tolist() == [8, 3, 5]
-    for keys, values, expected in zip(cache.keys, cache.values, kept, strict=True):
+    held = cache.keys.swapaxes(1, 2), cache.values.swapaxes(1, 2)
+    for keys, values, expected in zip(*held, kept, strict=True):
         np.testing.assert_array_equal(keys[: len(expected)], expected)
         np.testing.assert_array_equal(values[: len(expected)], 2 * expected)
 

@@ -116,9 +116,10 @@ def test_n_grams_and_their_convolution_go_on(make_model, expected):
     assert _served(*make_model()) == expected
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), pytest.param((1, 1, 2), marks=pytest.mark.long)])
 @pytest.mark.usefixtures("in_parts")
-def test_rows_in_host_memory(make_model, expected):
-    config, params, _, mesh = make_model(**FEW)
+def test_rows_in_host_memory(make_model, expected, shape):
+    config, params, _, mesh = make_model(shape, **FEW)
     stores = {
         name: HostStore.create(spec, table_key(config, name), mesh, moments=False)
         for name, spec in table_specs(config).items()
