@@ -16,6 +16,7 @@ def main(argv: list[str]) -> None:
     from stem_jax.checkpoints.loading import load_run
     from stem_jax.editing.patch import edited_run, read_patch
     from stem_jax.generation.completion import read_prompts, special_notes
+    from stem_jax.generation.conversations import with_conversations
     from stem_jax.generation.generator import Generator
     from stem_jax.generation.job import complete_into_file
     from stem_jax.generation.sampling import Sampling
@@ -24,6 +25,10 @@ def main(argv: list[str]) -> None:
     sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p)
     run = load_run(args.workdir, args.step, args.resident_rows, devices=args.devices)
     run = edited_run(run, [read_patch(path) for path in args.edits])
+    if args.chat:
+        run, prompts = with_conversations(run, prompts, args)
+    # Of a conversation the answer alone.
+    shown = [""] * len(prompts) if args.chat else prompts
     generator = Generator(run.config, run.params, run.rows, run.tokenizer, run.mesh)
     as_tokens = args.special_tokens == "special"
     for note in () if as_tokens else special_notes(run.tokenizer, prompts):
@@ -31,7 +36,7 @@ def main(argv: list[str]) -> None:
     if args.out is not None:
         return complete_into_file(args, run, generator, prompts, sampling)
     # The prompt goes out with the first piece, when no error can follow any more.
-    left = iter(prompts)
+    left = iter(shown)
     stream = len(prompts) == 1 and not (args.json or args.no_stream)
     on_text = (lambda _, text: print(next(left, "") + text, end="", flush=True)) if stream else None
     how = args.max_new_tokens, sampling, args.seed, args.batch_size
@@ -41,7 +46,7 @@ def main(argv: list[str]) -> None:
         return
     for number, completion in enumerate(found, start=1):
         label = f"[{number}] " if len(found) > 1 else ""
-        print(next(left, "") if stream else label + completion.prompt + completion.text)
+        print(next(left, "") if stream else label + shown[number - 1] + completion.text)
         if completion.stop == "context":
             note = f"{label}stopped at the context of {generator.context} tokens, prompt included"
             print(f"note: {note}", file=sys.stderr)

@@ -58,15 +58,26 @@ class Chat:
         return self._render(messages, add_generation_prompt, tools)
 
     def prompt_ids(self, messages: Messages, tools: Tools | None = None) -> list[int]:
-        """Ids [n] of the conversation up to where the assistant's next turn begins.
+        """Ids [n] of `prompt`: texts of special tokens are these tokens, also in a user's words."""
+        return self.tokenizer.encode_special(self.prompt(messages, tools))
 
-        What the template writes is all there is: texts of special tokens are these tokens, also in
-        the words of a user, and no bos is put before it.
+    def prompt(self, messages: Messages, tools: Tools | None = None) -> str:
+        """The conversation up to where the assistant's next turn begins.
+
         Raises as `text` does, and for a message that the template leaves out.
         """
         text = self.text(messages, add_generation_prompt=True, tools=tools)
         self.check_roles(messages, tools)
-        return self.tokenizer.encode_special(text)
+        return text
+
+    @property
+    def prompt_tokenizer(self) -> Tokenizer:
+        """The tokenizer, with prompts that have nothing before what the template writes.
+
+        Its `encode_prompt(prompt(messages), special=True)` gives `prompt_ids`.
+        """
+        special = dataclasses.replace(self.tokenizer.special, prompt_ids=())
+        return dataclasses.replace(self.tokenizer, special=special)
 
     def check_roles(self, messages: Messages, tools: Tools | None = None) -> None:
         """Raises BadRecord for a message of a role that the template passes over in silence."""

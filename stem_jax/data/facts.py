@@ -20,7 +20,7 @@ _SEED = 20260110
 # learns to copy from the sentence before instead of remembering.
 _SENTENCES = 4
 
-_NOUNS: dict[str, tuple[str, str, str]] = {
+NOUNS: dict[str, tuple[str, str, str]] = {
     "capital": ("capital", "capital city", "seat of government"),
     "currency": ("currency", "money", "legal tender"),
     "continent": ("continent", "part of the world", "region on the globe"),
@@ -63,15 +63,15 @@ _OWN_SENTENCES: dict[str, tuple[str, str, str]] = {
         "On the internet, {country} has the domain {answer}",
     ),
 }
-RELATIONS = tuple(_NOUNS)
+RELATIONS = tuple(NOUNS)
 
 
 def _framed(relation: str, held_out: bool) -> tuple[str, ...]:
     return tuple(
         frame.format(noun=noun, article=_ARTICLES.get(relation, ""))
-        for place, noun in enumerate(_NOUNS[relation])
+        for place, noun in enumerate(NOUNS[relation])
         for number, frame in enumerate(_FRAMES)
-        if ((number + 1) % len(_NOUNS[relation]) == place) == held_out
+        if ((number + 1) % len(NOUNS[relation]) == place) == held_out
     )
 
 

@@ -12,9 +12,13 @@ def summarize(stores: dict[str, TokenStore]) -> dict[str, Any]:
         for key in ("documents", "bytes", "tokens")
     }
     meta = stores["train"].meta
+    # Of conversations the bytes are those of the answers.
+    scored = sum(store.num_scored for store in stores.values())
+    measured = scored if meta.has_scored else total["tokens"]
     summary = {
         **total,
-        "bytes_per_token": round(total["bytes"] / total["tokens"], 4),
+        **({"scored_tokens": scored} if meta.has_scored else {}),
+        "bytes_per_token": round(total["bytes"] / measured, 4),
         "vocab_size": meta.vocab_size,
         "fingerprint": meta.fingerprint,
     }

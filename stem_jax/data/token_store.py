@@ -184,6 +184,13 @@ class TokenStore:
         return self.meta.bos_id, self.meta.eos_id
 
     @property
+    def num_scored(self) -> int:
+        """Tokens that are scored; reads all of scored.bin, where there is one."""
+        if self.scored is None:
+            return self.num_tokens - self.num_documents
+        return int(np.count_nonzero(self.scored))
+
+    @property
     def num_documents(self) -> int:
         return self.meta.num_documents
 

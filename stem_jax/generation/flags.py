@@ -16,6 +16,11 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
     add("--step", type=int, help="checkpoint; without it, the newest")
     add("--prompt", action="append", default=[], help="text to complete; may be repeated")
     parser.add_path("--prompt-file", action="append", default=[], help="one prompt per line")
+    add("--chat", action="store_true", help="prompts are what a user says; print the answers")
+    parser.add_path(
+        "--messages", action="append", default=[], help="JSON list of messages to go on with"
+    )
+    parser.add_path("--chat-template", help="a file; without it that of the run's tokenizer")
     add(
         "--special-tokens", choices=SPECIAL, default="text", help="what their texts are in a prompt"
     )
@@ -36,8 +41,17 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
     add("--json", action="store_true", help="print a JSON list instead")
     parser.add_cache_flag()
     args = parser.parse_args(argv)
-    if not args.prompt + args.prompt_file:
-        parser.error("give --prompt or --prompt-file")
     if args.out is not None and args.json:
         parser.error("--out writes JSON lines; leave --json out")
+    if not args.prompt + args.prompt_file + args.messages:
+        parser.error("give --prompt, --prompt-file or --messages")
+    if args.messages and args.prompt + args.prompt_file and not args.chat:
+        parser.error(
+            "--messages are answered, prompts are gone on with: give --chat to answer both"
+        )
+    args.chat = args.chat or bool(args.messages)
+    if args.chat:
+        args.special_tokens = "special"
+    if args.chat_template is not None and not args.chat:
+        parser.error("--chat-template is of --chat and --messages")
     return args

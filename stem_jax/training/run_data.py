@@ -118,6 +118,7 @@ def run_tokenizer(config: Config, workdir: Path, prepared: bool) -> Tokenizer:
 
     It is the configured one, else that of the run that this one begins with, else that of the first
     prepared token store among the sources, else a sentencepiece model trained here on the sources.
+    Conversations among the sources bring their chat template along, and what ends a turn in it.
     """
     folder = workdir / TOKENIZER_FOLDER
     data = config.data
@@ -128,7 +129,7 @@ def run_tokenizer(config: Config, workdir: Path, prepared: bool) -> Tokenizer:
         for spec in parse_sources(data.sources):
             check_folder(spec.source)
         # Of an import prompts may begin otherwise; those of this run as its documents do.
-        tokenizer = _first_tokenizer(config, workdir).for_documents()
+        tokenizer = _talking(_first_tokenizer(config, workdir).for_documents(), config)
     if not prepared and _kind_counts(config) and tokenizer.kind != data.tokenizer:
         raise InputError(
             f"data.tokenizer={data.tokenizer!r}, but the tokenizer of this run is "
@@ -156,6 +157,23 @@ def _kind_counts(config: Config) -> bool:
     """Whether `data.tokenizer` says what is made here. Prepared stores come with theirs."""
     sources = [spec.source for spec in parse_sources(config.data.sources)]
     return config.data.tokenizer_path is not None or not all(map(is_store_folder, sources))
+
+
+def _talking(tokenizer: Tokenizer, config: Config) -> Tokenizer:
+    """A tokenizer as the first source of conversations was prepared with it."""
+    for spec in parse_sources(config.data.sources):
+        folder = local_path(spec.source, "data.sources")
+        if not is_store_folder(spec.source) or not (folder / TOKENIZER_FOLDER).is_dir():
+            continue
+        found = load_tokenizer_folder(folder / TOKENIZER_FOLDER)
+        # Another vocabulary is refused where the store is opened.
+        same = found.fingerprint == tokenizer.fingerprint
+        if same and TokenStore.open(folder / "train").scored is not None:
+            special = dataclasses.replace(tokenizer.special, stop_ids=found.special.stop_ids)
+            return dataclasses.replace(
+                tokenizer, special=special, chat_template=found.chat_template
+            )
+    return tokenizer
 
 
 def _first_tokenizer(config: Config, workdir: Path) -> Tokenizer:

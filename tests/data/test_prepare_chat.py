@@ -77,6 +77,8 @@ def test_the_stores_hold_ids_and_what_is_scored(tmp_path, folder, source, capsys
         expected[tuple(made.ids.tolist())] = made.scored.tolist(), made.num_bytes
     assert found == expected
     assert told["bytes"] == sum(size for _, size in expected.values())
+    assert told["scored_tokens"] == sum(sum(scored) for scored, _ in expected.values())
+    assert told["bytes_per_token"] == round(told["bytes"] / told["scored_tokens"], 4)
 
 
 def test_rows_score_what_the_store_says(tmp_path, folder, source):
