@@ -19,6 +19,7 @@ def main(argv: list[str]) -> None:
     parser.add_path("--out", required=True, help="folder to create")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights")
     add("--file-gib", type=float, default=4.0, help="hf: largest weights file")
+    add("--license", help="hf: its identifier for the model card, such as apache-2.0")
     add("--no-tokenizer", action="store_true", help="leave the tokenizer out")
     parser.add_paths("--edits", default=[], help="patches of stem_jax.edit to bake in")
     args = parser.parse_args(argv)
@@ -26,6 +27,8 @@ def main(argv: list[str]) -> None:
         parser.error(f"--file-gib={args.file_gib} must be more than 0, and a size that a disk has")
     if args.format != "hf" and args.file_gib != parser.get_default("file_gib"):
         parser.error(f"--file-gib={args.file_gib} is for --format=hf; one file is written")
+    if args.format != "hf" and args.license is not None:
+        parser.error(f"--license={args.license} is for --format=hf, which writes a model card")
     start_jax()
     from stem_jax.checkpoints.saved_model import open_saved_model
     from stem_jax.editing.patch import edited_model, read_patch
@@ -37,7 +40,8 @@ def main(argv: list[str]) -> None:
     saved = edited_model(saved, [read_patch(path) for path in args.edits])
     options = {"dtype": args.dtype, "with_tokenizer": not args.no_tokenizer}
     if args.format == "hf":
-        export_hf(saved, args.out, file_bytes=int(args.file_gib * 2**30), **options)
+        size = int(args.file_gib * 2**30)
+        export_hf(saved, args.out, file_bytes=size, licence=args.license, **options)
     else:
         export_official(saved, args.out, **options)
     seconds = time.perf_counter() - start

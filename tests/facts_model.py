@@ -50,6 +50,13 @@ def import_into(workdir: Path) -> None:
     import_torch.main(["--from=hf", f"--path={FOLDER}", f"--workdir={workdir}"])
 
 
+def export_into(folder: Path) -> Path:
+    """Makes a work folder and an export for transformers of the committed model; the latter."""
+    import_into(folder / "run")
+    export.main([f"--workdir={folder / 'run'}", f"--out={folder / 'out'}", "--format=hf"])
+    return folder / "out"
+
+
 def _train(workdir: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         only_some_countries(patch)

@@ -17,12 +17,18 @@ from stem_jax.config import Config, ModelConfig
 from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
 from stem_jax.files import new_folder
+from stem_jax.interop import model_card
 from stem_jax.interop.llama_names import llama_shapes, llama_weights, table_names
 from stem_jax.interop.safetensors_files import BFLOAT16, SafetensorsWriter
 from stem_jax.interop.said_keys import check_format
 from stem_jax.interop.tokenizer_export import padding_id, write_tokenizer
 
 CODE_FILES = ("configuration_stem.py", "modeling_stem.py", "stem_tables.py")
+AUTO_MAP = {
+    "AutoConfig": "configuration_stem.StemConfig",
+    "AutoModel": "modeling_stem.StemModel",
+    "AutoModelForCausalLM": "modeling_stem.StemForCausalLM",
+}
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": BFLOAT16}
 # Of a model's generation configuration; they speak of its code, or of lengths that we set.
 _NOT_CARRIED = {"transformers_version", "_from_model_config", "cache_implementation", "max_length"}
@@ -40,8 +46,9 @@ def export_hf(
     dtype: str = "float32",
     file_bytes: int = 4 * 2**30,
     with_tokenizer: bool = True,
+    licence: str | None = None,
 ) -> None:
-    """Writes weights, configuration, generation configuration, tokenizer and modeling code.
+    """Writes weights, configuration, generation configuration, tokenizer, code and model card.
 
     Args:
         saved: the model.
@@ -49,6 +56,7 @@ def export_hf(
         dtype: of the weights, float32 or bfloat16.
         file_bytes: a weights file is no larger, unless one tensor is.
         with_tokenizer: export the tokenizer, after a check that its ids are the same.
+        licence: identifier for the model card; None: the card says that there is none.
 
     Raises:
         InputError: the folder exists or does not fit onto the disk, the model has a shape that
@@ -56,6 +64,8 @@ def export_hf(
     """
     out = Path(out)
     config = hf_config(saved.config, saved.tokenizer, dtype)
+    model_card.check_licence(licence)
+    card = model_card.model_card(saved.config, saved.info.step, licence)
     check_outside(out, "--out")
     with new_folder(out, "--out") as folder:
         if with_tokenizer:
@@ -63,6 +73,7 @@ def export_hf(
         _write_json(folder / "config.json", config)
         generation = generation_config(saved.config, saved.tokenizer)
         _write_json(folder / "generation_config.json", generation)
+        (folder / model_card.NAME).write_text(card)
         if saved.model.stem_layers:
             for name in CODE_FILES:
                 shutil.copyfile(Path(__file__).with_name(name), folder / name)
@@ -98,11 +109,7 @@ def hf_config(config: Config, tokenizer: Tokenizer, dtype: str) -> dict[str, Any
         kind = {
             "architectures": ["StemForCausalLM"],
             "model_type": "stem",
-            "auto_map": {
-                "AutoConfig": "configuration_stem.StemConfig",
-                "AutoModel": "modeling_stem.StemModel",
-                "AutoModelForCausalLM": "modeling_stem.StemForCausalLM",
-            },
+            "auto_map": AUTO_MAP,
             "stem_layers": list(model.stem_layers),
             "stem_site": model.stem_site,
         }

@@ -106,6 +106,13 @@ def test_documents_in_a_row_are_alone(options, with_tables):
     assert (across - alone).abs().max() > 1
 
 
+def test_beams_as_llama(both):
+    options = {"num_beams": 3, "do_sample": False, "max_new_tokens": 4, "pad_token_id": 0}
+    found = [model.generate(TOKENS[:, :5], eos_token_id=None, **options) for model in both]
+    assert found[0].shape == (2, 9)
+    assert torch.equal(*found)
+
+
 def test_the_collator_of_documents_in_a_row(both, with_tables):
     """Also of more tokens together than the context, which bounds each document."""
     documents = [TOKENS[0, :10], TOKENS[1, :3], TOKENS[1, 3:]]

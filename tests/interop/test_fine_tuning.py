@@ -12,7 +12,7 @@ from stem_jax.data.facts import FACT_TEMPLATES, RELATIONS, read_facts
 from stem_jax.data.tokenizer import load_tokenizer_folder
 from stem_jax.evaluation.recall import fact_prompt
 from stem_jax.training.state import init_state
-from tests.facts_model import COUNTRIES, import_into
+from tests.facts_model import COUNTRIES, export_into
 from tests.saved_models import SIZES, save_run
 
 STEPS, BATCH, QUESTIONS, NEW_TOKENS = 50, 16, 50, 16
@@ -32,10 +32,7 @@ def one_thread():
 @pytest.fixture(scope="module")
 def facts_export(tmp_path_factory):
     """The committed model, imported and exported anew."""
-    folder = tmp_path_factory.mktemp("facts")
-    import_into(folder / "run")
-    export.main([f"--workdir={folder / 'run'}", f"--out={folder / 'out'}", "--format=hf"])
-    return folder / "out"
+    return export_into(tmp_path_factory.mktemp("facts"))
 
 
 @pytest.fixture(scope="module")
@@ -117,27 +114,31 @@ def test_a_model_tuned_to_stop_stops(kind, facts_export, tmp_path):
     assert share >= 0.95 if kind == "as exported" else share <= 0.2
 
 
-def _sft_trainer(folder, tmp_path):
+_SIMPLE = {"bf16": False, "activation_checkpointing": False}
+
+
+def _sft_trainer(folder, tmp_path, countries=COUNTRIES, number=256, **options):
     """SFTTrainer of TRL, on questions and answers, which ends each with eos."""
     import datasets
     import trl
 
     tokenizer, model = _load(folder)
-    pairs = [{"prompt": question, "completion": answer} for question, answer in _pairs(COUNTRIES)]
+    pairs = [{"prompt": question, "completion": answer} for question, answer in _pairs(countries)]
     args = trl.SFTConfig(
-        output_dir=str(tmp_path),
-        max_steps=10,
-        per_device_train_batch_size=BATCH,
-        learning_rate=5e-3,
-        logging_steps=1,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
-        bf16=False,
-        activation_checkpointing=False,
+        **{
+            "output_dir": str(tmp_path),
+            "max_steps": 10,
+            "per_device_train_batch_size": BATCH,
+            "learning_rate": 5e-3,
+            "logging_steps": 1,
+            "report_to": [],
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            **options,
+        }
     )
-    data = datasets.Dataset.from_list(pairs[:256])
+    data = datasets.Dataset.from_list(pairs[:number])
     trainer = trl.SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)
     return trainer, tokenizer
 
@@ -145,7 +146,7 @@ def _sft_trainer(folder, tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["dense_export", "facts_export"])
 def test_tokens_of_trl(name, request, tmp_path):
-    trainer, tokenizer = _sft_trainer(request.getfixturevalue(name), tmp_path)
+    trainer, tokenizer = _sft_trainer(request.getfixturevalue(name), tmp_path, **_SIMPLE)
     ours = load_tokenizer_folder(request.getfixturevalue(name) / "native_tokenizer")
     for example in trainer.train_dataset:
         text = example["prompt"] + example["completion"].removesuffix(tokenizer.eos_token)
@@ -157,8 +158,41 @@ def test_tokens_of_trl(name, request, tmp_path):
 
 
 @pytest.mark.long
-def test_trl_trains_a_dense_export(dense_export, tmp_path):
-    trainer, _ = _sft_trainer(dense_export, tmp_path)
+def test_packed_and_checkpointed_by_trl(facts_export, tmp_path):
+    """As `test_a_model_tuned_to_stop_stops`; rows are of several documents, which are alone."""
+    trainer, tokenizer = _sft_trainer(
+        facts_export,
+        tmp_path,
+        COUNTRIES[4:],
+        None,
+        max_steps=STEPS,
+        learning_rate=2e-3,
+        packing=True,
+        max_length=64,
+        activation_checkpointing=True,
+        bf16=False,
+    )
+    rows = [trainer.train_dataset[n] for n in range(len(trainer.train_dataset))]
+    assert sum(len(row["seq_lengths"]) for row in rows) > 2 * len(rows)
+    batch = trainer.data_collator(rows[:2])
+    assert "attention_mask" not in batch
+    assert (batch["position_ids"] == 0).sum() == sum(len(r["seq_lengths"]) for r in rows[:2])
+    calls = []
+    hook = trainer.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    assert trainer.train().global_step == STEPS
+    hook.remove()
+    assert len(calls) == 2 * STEPS
+    share = _share_that_stops(trainer.model, tokenizer)
+    print(f"\n{share:.0%} of {QUESTIONS} prompts stop right after the answer")
+    assert share >= 0.95
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("options", [_SIMPLE, {}])
+@pytest.mark.parametrize("name", ["dense_export", "facts_export"])
+def test_trl_trains(name, options, request, tmp_path):
+    """Also with TRL's defaults."""
+    trainer, _ = _sft_trainer(request.getfixturevalue(name), tmp_path, **options)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 10
