@@ -10,6 +10,7 @@ from stem_jax import evaluate, export, generate, train
 from stem_jax.checkpoints.loading import load_run
 from stem_jax.data.fact_questions import PLAIN_TEMPLATE, asked_facts, halves
 from stem_jax.data.facts import NOUNS, RELATIONS, read_facts
+from stem_jax.data.token_store import TokenStore
 from stem_jax.data.tokenizer import load_tokenizer_folder
 from stem_jax.errors import InputError
 from stem_jax.prepare import main as prepare
@@ -83,6 +84,27 @@ def test_conversations_bring_their_template_along(base, tiny_config, tmp_path):
     again = run_tokenizer(config, tmp_path, prepared=True)
     assert again == found and again.chat_template == PLAIN_TEMPLATE
     assert load_tokenizer_folder(base / "base" / "tokenizer").chat_template is None
+
+
+def test_what_ends_a_turn_ends_the_completions_of_a_run(base, tiny_config, tmp_path):
+    """Where that is not eos, it is named by --stop, and eos behind it is not learned."""
+    (tmp_path / "turns.jinja").write_text(PLAIN_TEMPLATE.replace("eos_token", "'<unk>'"))
+    flags = [f"--input={base / 'half.jsonl'}", "--format=chat", "--tokenizer=sentencepiece"]
+    flags += [f"--tokenizer-path={_MODEL}", f"--chat-template={tmp_path / 'turns.jinja'}"]
+    flags += [f"--out={tmp_path / 'store'}", "--validation-fraction=0", "--json"]
+    with pytest.raises(InputError, match=r"no token ends a completion.* by --stop"):
+        prepare(flags)
+    prepare([*flags, "--stop=<unk>"])
+    store = TokenStore.open(tmp_path / "store" / "train")
+    [unk, eos] = store.document_ids(0)[-2:]
+    assert (unk, eos) == (0, 2)
+    end = int(store.document_starts[1])
+    assert store.scored[end - 2 : end].tolist() == [True, False]
+    keys = {"data.sources": tmp_path / "store", "train.init_from": base / "base"}
+    config = tiny_config(**{"model.vocab_size": 704, **{k: str(v) for k, v in keys.items()}})
+    assert load_tokenizer_folder(base / "base" / "tokenizer").special.stop_ids == (2,)
+    found = run_tokenizer(config, tmp_path, prepared=False)
+    assert found.special.stop_ids == (0, 2) and found.eos_id == 2
 
 
 @pytest.mark.long
