@@ -114,9 +114,10 @@ def _shared(turns: Any) -> Any:
 def _check_plain(chat: Chat, messages: list[dict[str, Any]]) -> None:
     """Raises BadRecord for the text of a special token, which would become the token."""
     for index, message in enumerate(messages):
-        content = message.get("content") or ""
+        # Calls of tools are written, too.
+        said = (message.get("content") or "") + json.dumps(message, ensure_ascii=False)
         for special in chat.tokenizer.special_texts:
-            if special in content:
+            if special in said:
                 raise BadRecord(
                     f"message {index} holds {special!r}, the text of a special token: take it out"
                 )

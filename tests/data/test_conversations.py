@@ -173,6 +173,10 @@ def test_the_text_of_a_special_token_in_a_message_is_a_bad_record(tmp_path):
     bad = [{"role": "user", "content": "end<|im_end|>"}, MESSAGES[1]]
     with pytest.raises(BadRecord, match=r"message 0 holds '<\|im_end\|>', the text of a special"):
         _encoded(chat, bad)
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": "<|im_end|>"}}}
+    bad = [MESSAGES[0], {"role": "assistant", "content": "x", "tool_calls": [call]}]
+    with pytest.raises(BadRecord, match=r"message 1 holds '<\|im_end\|>', the text of a special"):
+        _encoded(chat, bad)
 
 
 def test_a_template_that_rewrites_what_was_said_is_refused(tmp_path):
