@@ -187,6 +187,8 @@ def test_packed_and_checkpointed_by_trl(facts_export, tmp_path):
     assert share >= 0.95
 
 
+# Of names that TRL and transformers have of each other.
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.long
 @pytest.mark.parametrize("options", [_SIMPLE, {}])
 @pytest.mark.parametrize("name", ["dense_export", "facts_export"])
