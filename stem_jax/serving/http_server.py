@@ -19,6 +19,9 @@ from stem_jax.serving.service import Service
 _SEND_BUFFER = 32 * 2**10
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _LOOK_SECONDS = 0.1
+# Of connections without a request. Clients of httpx end theirs after 5: who asks again just when
+# the server ends one gets an error.
+_IDLE_SECONDS = 30
 # For what is sent after the last answer has ended.
 _LAST_SECONDS = 5
 
@@ -95,6 +98,7 @@ class HttpServer(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                timeout_keep_alive=_IDLE_SECONDS,
                 timeout_graceful_shutdown=_LAST_SECONDS,
             )
         )

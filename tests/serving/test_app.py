@@ -146,6 +146,15 @@ def test_stop_strings_end_a_choice_and_free_its_slot(service):
     assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
 
 
+def test_a_choice_that_a_stop_string_ends_makes_room_for_the_next():
+    with contextlib.closing(FakeEngine(slots=1, pause=0.01)) as engine:
+        body = {**ASKED, "max_tokens": 50, "stop": "c", "n": 2}
+        choices = ask(service_of(engine), COMPLETIONS, body).json()["choices"]
+    assert [choice["text"] for choice in choices] == ["ab", "ab"]
+    # The second begins when the first has ended.
+    assert all(ticket.made < 50 for ticket in engine.tickets)
+
+
 def test_logprobs(service):
     body = {**ASKED, "max_tokens": 7, "logprobs": 2, "stop": "ef"}
     whole = ask(service, COMPLETIONS, body).json()["choices"][0]

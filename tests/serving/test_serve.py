@@ -20,6 +20,7 @@ from stem_jax.checkpoints.loading import load_run
 from stem_jax.generation.generator import Generator
 from stem_jax.generation.sampling import Sampling
 from stem_jax.serving.flags import KEY_VARIABLE
+from stem_jax.serving.http_server import bound_socket
 from tests import saved_models
 
 ROOT = Path(__file__).parent.parent.parent
@@ -130,6 +131,30 @@ def test_a_second_sigterm_does_not_wait(workdir):
     assert code == 0
     assert said[0].startswith("note: whoever reaches 0.0.0.0 may use it")
     assert said[1:] == ["note: 1 requests were cut off\n"]
+
+
+@pytest.mark.long
+@pytest.mark.little_effort
+def test_sigterm_while_it_compiles(workdir):
+    with bound_socket("127.0.0.1", 0) as own:
+        port = own.getsockname()[1]
+    flags = [f"--workdir={workdir}", f"--port={port}", "--no-compilation-cache"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "stem_jax.serve", *flags],
+        cwd=ROOT,
+        env={**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"},
+        stdout=subprocess.PIPE,
+    ) as process:
+        answer = None
+        while answer is None:
+            assert process.poll() is None
+            with contextlib.suppress(httpx.ConnectError):
+                answer = httpx.get(f"http://127.0.0.1:{port}/health", timeout=60)
+            time.sleep(0.01)
+        assert answer.status_code == 503 and "compiling" in answer.text
+        process.terminate()
+        said = process.stdout.read()
+        assert process.wait(60) == 0 and b"serving" not in said
 
 
 @pytest.mark.parametrize(
