@@ -9,6 +9,7 @@ step t+1. A sequence that ends with a stop id has been in step t+1 too, of which
 """
 
 import logging
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ from stem_jax.errors import InputError
 from stem_jax.generation.buckets import bucket, within
 from stem_jax.generation.generator import Generator
 from stem_jax.serving.books import Books
-from stem_jax.serving.programs import Drawn, Programs
+from stem_jax.serving.programs import Drawn, Programs, Wanted
 from stem_jax.serving.prompt_parts import PromptPart, PromptParts
 from stem_jax.serving.request import Finish, NotServing, Request, Step
 from stem_jax.serving.slot_state import SlotState
@@ -251,8 +252,8 @@ class Engine:
             before = state.before[place(np.minimum(part.slots, len(self._books.slots) - 1))]
         rows = generator.rows.serve(place(part.tokens), within_PxL, before)
         program = self._programs.begin if part.begins else self._programs.go_on
-        wants_top = any(ticket.request.top_logprobs for ticket in part.tickets)
-        call = rows, part.tokens, part.lengths, part.slots, part.settings, np.bool_(wants_top)
+        wanted = Wanted.by(ticket.request for ticket in part.tickets)
+        call = rows, part.tokens, part.lengths, part.slots, part.settings, wanted
         return program(generator.params, *call, state=state)
 
     def _windows(self) -> list[int]:
@@ -271,9 +272,9 @@ class Engine:
         active_B = np.zeros(len(self._books.slots), bool)
         active_B[[slot for slot, _ in active]] = True
         rows = generator.rows.serve(state.tokens, before_BxR=state.before)
-        wants_top = np.bool_(any(ticket.request.top_logprobs for _, ticket in active))
+        wanted = Wanted.by(ticket.request for _, ticket in active)
         self.steps += bool(active)
-        call = generator.params, rows, active_B, wants_top
+        call = generator.params, rows, active_B, wanted
         return self._programs.decode(*call, state=state, window=window)
 
     def _follow(self, drawn: Drawn, whose: list[tuple[int, Ticket]]) -> None:
@@ -284,15 +285,18 @@ class Engine:
 
     def _tell(self, drawn: Drawn, whose: list[tuple[int, Ticket]]) -> None:
         """Waits for what was drawn, and says it."""
-        tokens, logprobs = np.asarray(drawn.tokens).tolist(), np.asarray(drawn.logprobs).tolist()
-        tops = _tops(drawn) if any(ticket.request.top_logprobs for _, ticket in whose) else None
+        tokens, wanted = np.asarray(drawn.tokens).tolist(), Wanted.by(t.request for _, t in whose)
+        logprobs = np.asarray(drawn.logprobs).tolist() if wanted >= Wanted.LOGPROBS else None
+        tops = _tops(drawn) if wanted == Wanted.TOP else None
         told = 0
         for place, ticket in whose:
             if ticket.finish is not None:
                 continue
             told += 1
-            top = tops[place][: ticket.request.top_logprobs] if tops else ()
-            ticket.tell(tokens[place], logprobs[place], top)
+            number = ticket.request.top_logprobs
+            logprob = math.nan if logprobs is None or number is None else logprobs[place]
+            top = tops[place][:number] if tops and number else ()
+            ticket.tell(tokens[place], logprob, top)
             if ticket.finish is not None:
                 with self._lock:
                     self._forget(ticket)

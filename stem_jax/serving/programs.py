@@ -1,18 +1,20 @@
 """The programs of the engine: prompts into slots, and one more token of every slot."""
 
 import dataclasses
+import enum
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from stem_jax.generation.generator import Generator
 from stem_jax.generation.sampling import sample
 from stem_jax.mesh import replicated
 from stem_jax.model.cache import LayerCache, NewCache
-from stem_jax.serving.request import MAX_LOGPROBS
+from stem_jax.serving.request import MAX_LOGPROBS, Request
 from stem_jax.serving.slot_state import Settings, SlotState, slot_places
 from stem_jax.tables.row_source import ServedRows
 from stem_jax.training.blueprint import Params
@@ -24,13 +26,27 @@ class Drawn:
     """New tokens of N sequences.
 
     tokens: [N] int32. logprobs: [N] float32. top_ids, top_logprobs: [N, M] of the M likeliest
-    tokens; zeros where nobody asked for them.
+    tokens. NaN is what nobody wants.
     """
 
     tokens: Any
     logprobs: Any
     top_ids: Any
     top_logprobs: Any
+
+
+class Wanted(enum.IntEnum):
+    """What is said of tokens that are drawn, beside what they are."""
+
+    TOKENS = 0
+    LOGPROBS = 1
+    TOP = 2
+
+    @classmethod
+    def by(cls, requests: Iterable[Request]) -> np.int32:
+        """The most that one of them wants."""
+        most = max((-1 if r.top_logprobs is None else r.top_logprobs for r in requests), default=-1)
+        return np.int32(cls.TOKENS if most < 0 else cls.TOP if most else cls.LOGPROBS)
 
 
 class Programs:
@@ -82,32 +98,32 @@ class Programs:
         return placed.eval_shape(generator.params, rows)
 
     def _begin(
-        self, params: Params, rows, tokens_PxL, lengths_P, slots_P, settings, wants_top, state
+        self, params: Params, rows, tokens_PxL, lengths_P, slots_P, settings, wanted, state
     ) -> tuple[Drawn, SlotState]:
         """Prompts from their first token on.
 
         Args:
             slots_P: where they go; past the last slot, nowhere.
-            wants_top: bool, whether somebody wants the likeliest tokens.
+            wanted: int32, the most that somebody wants, see `Wanted`.
         """
         caches = [NewCache(tokens_PxL.shape[1])] * self._generator.config.model.num_layers
         logits, read = self._generator.advance(params, rows, tokens_PxL, lengths_P, caches)
-        return self._put(logits, read, slots_P, settings, wants_top, state)
+        return self._put(logits, read, slots_P, settings, wanted, state)
 
     def _go_on(
-        self, params: Params, rows, tokens_PxL, lengths_P, slots_P, settings, wants_top, state
+        self, params: Params, rows, tokens_PxL, lengths_P, slots_P, settings, wanted, state
     ) -> tuple[Drawn, SlotState]:
         """The next parts of prompts that have begun in these slots."""
         own = state.sequences(slots_P)
         logits, read = self._generator.advance(params, rows, tokens_PxL, lengths_P, *own)
-        return self._put(logits, read, slots_P, settings, wants_top, state)
+        return self._put(logits, read, slots_P, settings, wanted, state)
 
-    def _put(self, logits_PxV, read, slots_P, settings: Settings, wants_top, state: SlotState):
-        drawn = self._draw(logits_PxV, settings, jnp.zeros_like(slots_P), wants_top)
+    def _put(self, logits_PxV, read, slots_P, settings: Settings, wanted, state: SlotState):
+        drawn = self._draw(logits_PxV, settings, jnp.zeros_like(slots_P), wanted)
         return drawn, state.with_sequences(slots_P, drawn.tokens, read, settings)
 
     def _decode(
-        self, params: Params, rows, active_B, wants_top, state: SlotState, window: int
+        self, params: Params, rows, active_B, wanted, state: SlotState, window: int
     ) -> tuple[Drawn, SlotState]:
         """One more token of the active slots; the others stay as they are.
 
@@ -118,23 +134,30 @@ class Programs:
         own = _within(state.caches, window), state.readers, state.before
         logits, read = self._generator.advance(params, rows, state.tokens, one_B, *own)
         read = _within(read[0], None), *read[1:]
-        drawn = self._draw(logits, state.settings, state.steps, wants_top)
+        drawn = self._draw(logits, state.settings, state.steps, wanted)
         tokens_Bx1 = jnp.where(active_B[:, None], drawn.tokens[:, None], state.tokens)
         return drawn, SlotState(tokens_Bx1, *read, state.steps + one_B, state.settings)
 
-    def _draw(self, logits_NxV, settings: Settings, steps_N, wants_top) -> Drawn:
+    def _draw(self, logits_NxV, settings: Settings, steps_N, wanted) -> Drawn:
         logits_NxV = self._generator.drawable(logits_NxV)
         how = settings.temperature, settings.top_k, settings.top_p
         tokens_N = sample(logits_NxV, settings.seeds, steps_N, *how)
-        total_N = jax.nn.logsumexp(logits_NxV, axis=-1)
-        own_N = jnp.take_along_axis(logits_NxV, tokens_N[:, None], axis=-1)[:, 0]
         shape = (len(tokens_N), self._top)
-        values_NxM, ids_NxM = jax.lax.cond(
-            wants_top,
-            lambda: tuple(jax.lax.top_k(logits_NxV, self._top)),
-            lambda: (jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int32)),
-        )
-        return Drawn(tokens_N, own_N - total_N, ids_NxM, values_NxM - total_N[:, None])
+        no_top = jnp.zeros(shape, jnp.int32), jnp.full(shape, jnp.nan, jnp.float32)
+
+        def own():
+            total_N = jax.nn.logsumexp(logits_NxV, axis=-1)
+            own_N = jnp.take_along_axis(logits_NxV, tokens_N[:, None], axis=-1)[:, 0]
+            return own_N - total_N, total_N
+
+        def top():
+            own_N, total_N = own()
+            values_NxM, ids_NxM = jax.lax.top_k(logits_NxV, self._top)
+            return own_N, ids_NxM, values_NxM - total_N[:, None]
+
+        nothing_N = jnp.full(len(tokens_N), jnp.nan, jnp.float32)
+        ways = [lambda: (nothing_N, *no_top), lambda: (own()[0], *no_top), top]
+        return Drawn(tokens_N, *jax.lax.switch(wanted, ways))
 
 
 def _within(caches: list[LayerCache], window: int | None) -> list[LayerCache]:

@@ -21,8 +21,9 @@ class Request:
 
     prompt_ids: what every prompt begins with included. max_new_tokens: at most; the context may end
     it sooner. seed: below 2^32; one of `generator.sequence_seeds` gives what `generate` draws.
-    top_logprobs: how many of the likeliest tokens each step names, up to MAX_LOGPROBS. stop_ids:
-    that end it beside those of the tokenizer.
+    top_logprobs: how many of the likeliest tokens each step names, up to MAX_LOGPROBS; None: not
+    even its own token's log-probability, which costs a little. stop_ids: that end it beside those
+    of the tokenizer.
 
     Raises:
         InputError: a value outside its range.
@@ -32,7 +33,7 @@ class Request:
     max_new_tokens: int = 64
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     seed: int = 0
-    top_logprobs: int = 0
+    top_logprobs: int | None = None
     stop_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
@@ -40,7 +41,7 @@ class Request:
             raise InputError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed={self.seed} must be from 0 to {2**32 - 1}")
-        if not 0 <= self.top_logprobs <= MAX_LOGPROBS:
+        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_LOGPROBS:
             raise InputError(
                 f"top_logprobs={self.top_logprobs} must be from 0 to {MAX_LOGPROBS}; ask for fewer"
             )
@@ -52,8 +53,9 @@ class Step:
 
     token: a stop id where finish is "stop"; NO_NEW_TOKEN where it is "cancelled" or "error".
     logprob: natural logarithm of the token's probability by the model, before temperature, among
-    all ids that stand for something; NaN without a token. top: (id, logprob) of the likeliest
-    tokens, as many as asked for, likeliest first. finish: None as long as more follows.
+    all ids that stand for something; NaN without a token, or where nobody asked. top: (id, logprob)
+    of the likeliest tokens, as many as asked for, likeliest first. finish: None as long as more
+    follows.
     """
 
     token: int

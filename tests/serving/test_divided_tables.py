@@ -78,11 +78,9 @@ def _programs(config, mesh) -> dict[str, jax.stages.Lowered]:
     state = programs.shapes(rows)
     two = _shape(2)
     how = (_shape(2, dtype=d) for d in (jnp.uint32, jnp.float32, jnp.int32, jnp.float32))
-    part = params, rows, _shape(2, LENGTH), two, two, Settings(*how), _shape(dtype=bool)
+    part = params, rows, _shape(2, LENGTH), two, two, Settings(*how), _shape()
     active = _shape(SLOTS, dtype=bool)
-    step = programs.decode.lower(
-        params, rows, active, _shape(dtype=bool), state=state, window=LENGTH
-    )
+    step = programs.decode.lower(params, rows, active, _shape(), state=state, window=LENGTH)
     return found | {
         "begin": programs.begin.lower(*part, state=state),
         "go on": programs.go_on.lower(*part, state=state),

@@ -148,10 +148,12 @@ def test_log_probabilities_are_those_of_the_model(engine, generator, parts):
             found = [step.logprob, *(value for _, value in step.top)]
             np.testing.assert_allclose(found, logprobs_V[[token, *best]], atol=1e-4, rtol=0)
             text.append(token)
-    silent = Heard()
+    own, silent = Heard(), Heard()
+    engine.submit(Request(prompt, 2, GREEDY, top_logprobs=0), own)
     engine.submit(Request(prompt, 2, GREEDY), silent)
-    silent.tokens()
-    assert silent.steps[0].top == () and silent.steps[0].logprob == cold.steps[0].logprob
+    assert own.tokens() == silent.tokens()
+    assert own.steps[0].top == () and own.steps[0].logprob == cold.steps[0].logprob
+    assert silent.steps[0].top == () and math.isnan(silent.steps[0].logprob)
 
 
 def test_a_full_queue_refuses_and_cancelled_requests_leave(own_engine, generator):
