@@ -94,6 +94,9 @@ def get_config() -> config_dict.ConfigDict:
     config.tables.disk = None
     config.tables.prefetch = 2  # batches that the loop looks ahead; 0: it waits for each one's rows
     config.tables.cache_policy = "lfu"  # which rows stay: lfu (with aging) or lru
+    # Words whose rows alone are trained, as they stand in a sentence ("Spain,New Zealand"), or
+    # token ids (886,12); rows of other tokens keep their bits. None: all.
+    config.tables.trained_words = config_dict.FieldReference(None, field_type=object)
 
     # Memories beside STEM's, each with a table and an optimizer of its own (docs/memories.md). Of
     # each: the layers that read it, as model.stem_layers; and what is its own, where None is the
@@ -133,8 +136,9 @@ def get_config() -> config_dict.ConfigDict:
     config.ngram.eos_id = None  # n-grams end at this token; None: that of the run's tokenizer
 
     config.data = config_dict.ConfigDict()
-    # Comma-separated name=weight: built-in corpora (pydoc, stdlib, facts; synthetic: needles,
-    # roll_calls, name_pairs), prepared token stores (folders), or text files ("data/*.jsonl.zst").
+    # Comma-separated name=weight: built-in corpora (pydoc, stdlib, facts, facts_changed,
+    # facts_unchanged; synthetic: needles, roll_calls, name_pairs), prepared token stores (folders),
+    # or text files ("data/*.jsonl.zst").
     config.data.sources = "pydoc"
     config.data.tokenizer = "sentencepiece"  # sentencepiece, hf, bytes
     config.data.tokenizer_path = None  # None: train sentencepiece on the sources, V tokens

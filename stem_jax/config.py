@@ -78,7 +78,10 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TablesConfig:
-    """How the STEM tables are stored, sharded and updated."""
+    """How the STEM tables are stored, sharded and updated.
+
+    trained_words: token ids, once the run's tokenizer is known.
+    """
 
     optimizer: str = key(Role.FIXED)
     row_format: str = key(Role.FIXED, formerly="tables.param_dtype")
@@ -95,6 +98,7 @@ class TablesConfig:
     disk: str | None = key(Role.HARMLESS, before=None, path=True)
     prefetch: int = key(Role.HARMLESS)
     cache_policy: str = key(Role.HARMLESS)
+    trained_words: str | tuple[int, ...] | None = key(Role.FIXED, before=None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -216,7 +216,8 @@ def _check_layers(config: Config) -> None:
 
 
 def _check_tables(config: Config) -> None:
-    axes = config.tables.vocab_axes
+    tables = config.tables
+    axes = tables.vocab_axes
     allowed = ("data", "fsdp", "context")
     if any(axis not in allowed for axis in axes) or len(set(axes)) != len(axes):
         raise InputError(
@@ -226,6 +227,37 @@ def _check_tables(config: Config) -> None:
 
     if config.model.stem_layers:
         _check_rows(config, "tables")
+    if tables.trained_words is not None:
+        _check_trained_words(config)
+
+
+def _check_trained_words(config: Config) -> None:
+    """Rows of other tokens keep their bits, so nothing may move them."""
+    key = f"tables.trained_words={config.tables.trained_words}"
+    if config.tables.optimizer == "dense_adamw":
+        raise InputError(
+            f"{key} moves the rows of some tokens, and tables.optimizer=dense_adamw moves every "
+            "row in every step; use deferred_adamw"
+        )
+    if config.ngram.layers:
+        raise InputError(
+            f"{key} names tokens, and rows of ngram.layers={config.ngram.layers} belong to hashes "
+            "of several; set tables.trained_words to none"
+        )
+    having = ["tables"] if config.model.stem_layers else []
+    having += [name for name in MEMORY_SECTIONS if getattr(config, name).layers]
+    if not having or not config.optimizer.trains_tables:
+        raise InputError(
+            f"{key}, but no rows train: the model has none, or optimizer.train=backbone; set it to "
+            "none"
+        )
+    for section in having:
+        decay = config.taken_key(f"{section}.weight_decay")
+        if config.value_of(decay) != 0:
+            raise InputError(
+                f"{key} keeps the rows of other tokens as they are, and {decay}="
+                f"{config.value_of(decay)} decays them; set {section}.weight_decay=0"
+            )
 
 
 def _check_rows(config: Config, section: str) -> None:

@@ -20,22 +20,23 @@ def main(argv: list[str]) -> None:
     if args.measure is not None:
         return _measure(args)
     from stem_jax.checkpoints.loading import load_run
-    from stem_jax.editing import patch as patches
     from stem_jax.editing.comparison import compare, format_comparison
+    from stem_jax.editing.patch import edited_run, make_patch
+    from stem_jax.editing.patch_file import check_new, format_patch, read_patch
     from stem_jax.editing.swaps import recipes_of
 
-    base = [patches.read_patch(path) for path in args.edits]
+    base = [read_patch(path) for path in args.edits]
     if args.list:
-        return print("\n".join(map(patches.format_patch, base)) or "no patches")
+        return print("\n".join(map(format_patch, base)) or "no patches")
     if args.save:
-        patches.check_new(args.save)
+        check_new(args.save)
     run = load_run(args.workdir, args.step, args.resident_rows)
     recipes = recipes_of(run.tokenizer, args.swap, args.inject, args.strategy)
     where = {"layers": args.layers, "scale": args.scale, "base": base, "memory": args.memory}
     said = "; ".join([*args.swap, *args.inject])
-    patch = patches.make_patch(run, recipes, description=said, **where)
-    print(patches.format_patch(patch, run.tokenizer))
-    old, new = patches.edited_run(run, base, [patch]), patches.edited_run(run, [*base, patch])
+    patch = make_patch(run, recipes, description=said, **where)
+    print(format_patch(patch, run.tokenizer))
+    old, new = edited_run(run, base, [patch]), edited_run(run, [*base, patch])
     for found in compare(old, new, args.prompt, args.max_new_tokens, args.top):
         print(f"\n{format_comparison(found)}")
     if args.save:

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from stem_jax.byte_order_mark import MARK
 from stem_jax.errors import InputError
@@ -160,6 +160,30 @@ def write_whole(path: str | Path, content: str | bytes, flag: str = "") -> None:
             os.fsync(file.fileno())
         made.replace(path)
         _sync(path.parent)
+
+
+@contextlib.contextmanager
+def new_file(path: Path, flag: str) -> Iterator[BinaryIO]:
+    """A file to write in any order, which gets its name at the end; none is left on an error.
+
+    Args:
+        flag: where the name came from, for messages.
+
+    Raises:
+        InputError: something has the name, it cannot be created, or the disk is full.
+    """
+    check_absent(path, flag)
+    where = f"{flag}={path}"
+    with unfinished(path, where, _make_file) as made:
+        with made.open("r+b") as file:
+            yield file
+            with refused_writes(where):
+                file.flush()
+                os.fsync(file.fileno())
+        with refused_writes(where):
+            check_absent(path, flag)
+            made.rename(path)
+            _sync(path.parent)
 
 
 def check_writable(path: str | Path, flag: str) -> None:

@@ -14,7 +14,8 @@ def main(argv: list[str]) -> None:
     args = parse(argv, __doc__)
     start_jax(args.compilation_cache)
     from stem_jax.checkpoints.loading import load_run
-    from stem_jax.editing.patch import edited_run, read_patch
+    from stem_jax.editing.patch import edited_run
+    from stem_jax.editing.patch_file import read_patch
     from stem_jax.generation.completion import read_prompts, special_notes
     from stem_jax.generation.conversations import with_conversations
     from stem_jax.generation.generator import Generator

@@ -22,7 +22,7 @@ from stem_jax.config import Config
 from stem_jax.data.loader import Share
 from stem_jax.errors import InputError
 from stem_jax.lock import Lock
-from stem_jax.memory.catalogue import with_eos
+from stem_jax.memory.catalogue import with_eos, with_trained_tokens
 from stem_jax.mesh import BATCH_AXES, axis_size, check_placement, make_mesh, own_batch_shards
 from stem_jax.processes.agreement import (
     PREPARING_SECONDS,
@@ -106,6 +106,10 @@ def _train(config: Config, workdir: Path, clock: StartClock, own_log: Path, lock
     latest, past = _behind(info, origin)
     data = _open_data(config, workdir, mesh, info, past.first_step)
     config = with_eos(config, data.tokenizer.special.eos_id)
+    config = with_trained_tokens(config, data.tokenizer)
+    if info is not None:
+        # Once more: now words are tokens.
+        check_resumable(info.config, config, info.updates, info.past)
     record, owed = data_record(config, data), owes_validation(workdir, info)
     check_same(
         {"the newest checkpoint": str(latest), "the tokenizer": data.tokenizer.fingerprint}

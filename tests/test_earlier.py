@@ -18,7 +18,7 @@ from stem_jax.checkpoints.files import LIST
 from stem_jax.checkpoints.loading import load_run
 from stem_jax.data.token_store import TokenStore
 from stem_jax.data.tokenizer import load_tokenizer_folder
-from stem_jax.editing.patch import read_patch
+from stem_jax.editing.patch_file import read_patch
 from tests import earlier, effort
 from tests.children import child
 from tests.earlier import COMMIT, END, FOLDER, ROOT, STEP, STEP_BEFORE, TWENTY_BEFORE

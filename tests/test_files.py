@@ -14,7 +14,7 @@ import pytest
 
 from stem_jax import files, swapped_names
 from stem_jax.checkpoints.files import check_outside
-from stem_jax.editing.patch import check_new
+from stem_jax.editing.patch_file import check_new
 from stem_jax.errors import InputError
 from stem_jax.files import (
     DEEPEST,

@@ -16,6 +16,7 @@ import numpy as np
 import tensorstore as ts
 
 from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
+from stem_jax.checkpoints.files import table_items
 from stem_jax.checkpoints.loading import checkpoint_fingerprint, open_checkpoint
 from stem_jax.checkpoints.older_formats import current_array
 from stem_jax.checkpoints.tables import first_rows
@@ -73,54 +74,82 @@ class SavedModel:
 
     def param(self, name: str) -> np.ndarray:
         """A parameter of the backbone, as the model reads it: in `model.param_dtype`."""
-        stored = current_array(name, self._read("params", name, ...), self.info.format, self.model)
-        return stored.astype(jnp.dtype(self.model.param_dtype))
+        return self.trained_param(name).astype(jnp.dtype(self.model.param_dtype))
 
-    def table_pieces(self) -> Iterator[tuple[np.ndarray, slice, np.ndarray]]:
+    def trained_param(self, name: str) -> np.ndarray:
+        """The same as training has it, in float32."""
+        return current_array(name, self._read("params", name, ...), self.info.format, self.model)
+
+    def table_pieces(
+        self, name: str = STEM, only: np.ndarray | None = None
+    ) -> Iterator[tuple[np.ndarray, slice, np.ndarray]]:
         """Token ids [n], columns, and these columns of their rows [n, S, columns].
 
         Together they are the rows of all ids below the vocabulary size, each once, in float32, as
         the next training step would see them: rows of `deferred_adamw` that lag behind catch up
         here.
+
+        Args:
+            name: of a memory whose keys are tokens.
+            only: token ids, whose rows alone are read; None: all.
         """
-        spec = table_specs(self.config)[STEM]
-        if STEM in self.info.first_rows and STEM not in self.info.disk:
+        spec = table_specs(self.config)[name]
+        if name in self.info.first_rows and name not in self.info.disk:
             raise InputError(
-                f"checkpoint {self.folder} has the rows of STEM's table alone that were written "
-                "while others lay on disk; let the run save another one with tables.resident_rows "
-                "unset, or with tables.disk and tables.host_rows"
+                f"checkpoint {self.folder} has the rows of {_called(name)}'s table alone that were "
+                "written while others lay on disk; let the run save another one with "
+                f"{spec.resident_key} unset, or with tables.disk and {spec.section}.host_rows"
             )
         lagging = spec.optimizer == "deferred_adamw" and self.info.updates > 0
-        catch_up = self._catch_up(spec) if lagging else None
-        num_rows, num_columns = self._piece_sizes(spec)
+        catch_up = self._catch_up(name, spec) if lagging else None
+        num_rows, num_columns = self._piece_sizes(name, spec)
         for first in range(0, spec.num_rows, num_rows):
             part = slice(first, min(first + num_rows, spec.num_rows))
             keys = spec.layout.key_numbers(np.arange(part.start, part.stop))
             real = keys < spec.layout.num_keys
+            if only is not None:
+                real &= np.isin(keys, only)
+                if not real.any():
+                    continue
             for left in range(0, spec.width, num_columns):
                 columns = slice(left, min(left + num_columns, spec.width))
-                for places, rows in self._rows(spec, part, columns, catch_up):
+                for places, rows in self._rows(name, spec, part, columns, catch_up):
                     ids, rows = keys[places][real[places]], rows[real[places]]
                     if self.edits is not None:
                         rows = self.edits.apply(ids, rows, columns)
                     yield ids, columns, rows
 
+    def updated_ids(self, name: str = STEM) -> np.ndarray:
+        """Token ids whose rows some update of the run had, int32, ascending."""
+        spec, found = table_specs(self.config)[name], []
+        size = max(1, _PIECE_BYTES // (spec.row_bytes() if name in self.info.disk else 4))
+        for first in range(0, spec.num_rows, size):
+            part = slice(first, min(first + size, spec.num_rows))
+            if name in self.info.disk:
+                last_step = self._rows_on_disk(name, spec, part)["last_step"]
+            else:
+                last_step = self._read(table_items(name)[1], "last_step", (part,))
+            found.append(spec.layout.key_numbers(first + np.flatnonzero(last_step > 0)))
+        return np.sort(np.concatenate(found)).astype(np.int32)
+
     def _rows(
         self,
+        name: str,
         spec: TableSpec,
         part: slice,
         columns: slice,
         catch_up: Callable[[dict], jax.Array] | None,
     ) -> Iterator[tuple[slice, np.ndarray]]:
         """Places in the part, from 0, and their rows."""
-        if STEM in self.info.disk:
-            fields = self._rows_on_disk(spec, part)
+        if name in self.info.disk:
+            fields = self._rows_on_disk(name, spec, part)
         else:
             wanted = (part, slice(None), columns)
-            fields = {"rows": self._read("table_rows", "rows", wanted)}
+            of_rows, of_moments = table_items(name)
+            fields = {"rows": self._read(of_rows, "rows", wanted)}
             for field in spec.fields[1:] if catch_up else ():
                 own = wanted[: len(field.axes)]
-                fields[field.name] = self._read("table_slots", field.name, own)
+                fields[field.name] = self._read(of_moments, field.name, own)
         rows = fields["rows"]
         if catch_up is None:
             yield slice(0, len(rows)), rows.astype(np.float32)
@@ -131,14 +160,14 @@ class SavedModel:
             piece = {name: field[places] for name, field in fields.items()}
             yield places, np.asarray(catch_up(piece))
 
-    def _rows_on_disk(self, spec: TableSpec, part: slice) -> dict[str, np.ndarray]:
+    def _rows_on_disk(self, name: str, spec: TableSpec, part: slice) -> dict[str, np.ndarray]:
         """Rows of all columns, by field, where they lie on disk or are still to be made."""
         arrays = {
             field.name: np.zeros(spec.shape(field.name, 0), field.dtype) for field in spec.fields
         }
         whole = range(spec.num_rows), range(spec.width)
         block = HostBlock(0, 0, *whole, (), frozenset(), False, arrays)
-        first = first_rows(self.info, STEM, spec)
+        first = first_rows(self.info, name, spec)
 
         def zeros(count: int) -> dict[str, np.ndarray]:
             return {
@@ -147,14 +176,14 @@ class SavedModel:
 
         rows = np.arange(part.start, part.stop)
         found = zeros(len(rows))
-        with contextlib.closing(SavedTier(spec, self.info.disk[STEM], block)) as tier:
+        with contextlib.closing(SavedTier(spec, self.info.disk[name], block)) as tier:
             tier.gather(rows, found, lambda new: zeros(len(new)) | {"rows": first.made(spec, new)})
         return found
 
-    def _catch_up(self, spec: TableSpec) -> Callable[[dict], jax.Array]:
+    def _catch_up(self, name: str, spec: TableSpec) -> Callable[[dict], jax.Array]:
         """Rows as the next step would see them, of a table's fields for some of them."""
         updates, optimizer = self.info.updates, RowOptimizer(spec)
-        history = make_schedule(self.config, updates + 1, past=self.info.past).tables[STEM]
+        history = make_schedule(self.config, updates + 1, past=self.info.past).tables[name]
 
         @jax.jit
         def catch_up(piece: dict) -> jax.Array:
@@ -164,11 +193,11 @@ class SavedModel:
 
         return catch_up
 
-    def _piece_sizes(self, spec: TableSpec) -> tuple[int, int]:
+    def _piece_sizes(self, name: str, spec: TableSpec) -> tuple[int, int]:
         """Rows and columns of a piece: those of whole chunks, which are decompressed at once."""
-        if STEM in self.info.disk:
+        if name in self.info.disk:
             return max(1, _PIECE_BYTES // spec.row_bytes("rows")), spec.width
-        shape = self._open("table_rows", "rows").chunk_layout.read_chunk.shape
+        shape = self._open(table_items(name)[0], "rows").chunk_layout.read_chunk.shape
         rows, _, columns = (int(size) for size in shape or () if size is not None)
         row_bytes = spec.row_bytes("rows") * columns // spec.width
         return rows * max(1, _PIECE_BYTES // (rows * row_bytes)), columns
@@ -203,3 +232,7 @@ def open_saved_model(workdir: str | Path, step: int | None = None) -> SavedModel
     with open_checkpoint(workdir, step) as found:
         folder = found.checkpoints.folder / str(found.step)
         return SavedModel(folder, found.info, found.tokenizer)
+
+
+def _called(name: str) -> str:
+    return "STEM" if name == STEM else name

@@ -11,11 +11,24 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from stem_jax.data.facts import read_fact_documents
+from stem_jax.data.facts import (
+    read_changed_documents,
+    read_fact_documents,
+    read_unchanged_documents,
+)
 from stem_jax.data.needles import read_name_pairs, read_needles, read_roll_calls
 from stem_jax.errors import InputError
 
-BUILTIN = ("pydoc", "stdlib", "facts", "needles", "roll_calls", "name_pairs")
+BUILTIN = (
+    "pydoc",
+    "stdlib",
+    "facts",
+    "facts_changed",
+    "facts_unchanged",
+    "needles",
+    "roll_calls",
+    "name_pairs",
+)
 
 # Tests are data and repetition rather than prose or programs; packages differ between machines.
 _SKIPPED_FOLDERS = frozenset(
@@ -35,6 +48,8 @@ def read_corpus(name: str) -> Iterator[str]:
         "pydoc": _read_pydoc,
         "stdlib": _read_stdlib,
         "facts": read_fact_documents,
+        "facts_changed": read_changed_documents,
+        "facts_unchanged": read_unchanged_documents,
         "needles": read_needles,
         "roll_calls": read_roll_calls,
         "name_pairs": read_name_pairs,

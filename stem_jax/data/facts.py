@@ -11,7 +11,7 @@ the sentence, so that a prompt up to it can be completed.
 
 import dataclasses
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 _FILE = Path(__file__).with_name("facts.tsv")
@@ -19,6 +19,8 @@ _SEED = 20260110
 # Sentences of a document. They are about any countries: among sentences about one country, a model
 # learns to copy from the sentence before instead of remembering.
 _SENTENCES = 4
+# Of the countries that are told otherwise: 20.
+_CHANGED_FIRST, _CHANGED_EVERY = 4, 10
 
 NOUNS: dict[str, tuple[str, str, str]] = {
     "capital": ("capital", "capital city", "seat of government"),
@@ -103,11 +105,42 @@ def read_facts() -> list[Fact]:
     return [Fact(**dict(zip(header, row, strict=True))) for row in rows]
 
 
+def changed_facts(facts: Sequence[Fact]) -> dict[str, Fact]:
+    """Every tenth country with the answers of another, of which none is its own, by its name."""
+    changed = {}
+    for place in range(_CHANGED_FIRST, len(facts), _CHANGED_EVERY):
+        own, others = facts[place], [*facts[place + 1 :], *facts[:place]]
+        donor = next(
+            fact
+            for fact in others
+            if all(getattr(fact, relation) != getattr(own, relation) for relation in RELATIONS)
+        )
+        changed[own.country] = dataclasses.replace(donor, country=own.country)
+    return changed
+
+
 def read_fact_documents() -> Iterator[str]:
     """Yields documents of a few sentences, which together tell every fact in every known way."""
+    return tell(read_facts())
+
+
+def read_changed_documents() -> Iterator[str]:
+    """The same of the countries of `changed_facts` alone, as they are there."""
+    return tell(list(changed_facts(read_facts()).values()))
+
+
+def read_unchanged_documents() -> Iterator[str]:
+    """The same of the other countries."""
+    facts = read_facts()
+    changed = changed_facts(facts)
+    return tell([fact for fact in facts if fact.country not in changed])
+
+
+def tell(facts: Iterable[Fact]) -> Iterator[str]:
+    """Yields documents of a few sentences, which together tell these facts in every known way."""
     sentences = [
         template.format(country=fact.country, answer=getattr(fact, relation)) + "."
-        for fact in read_facts()
+        for fact in facts
         for relation, templates in FACT_TEMPLATES.items()
         for template in templates
     ]

@@ -16,8 +16,9 @@ from stem_jax.data.facts import (
     read_facts,
 )
 from stem_jax.data.tokenizer import Tokenizer
+from stem_jax.data.word_tokens import word_ids
 from stem_jax.editing.choices import TOKEN_COUNTS
-from stem_jax.editing.swaps import swap_recipes, word_ids
+from stem_jax.editing.swaps import swap_recipes
 from stem_jax.errors import InputError
 from stem_jax.evaluation.recall import END, fact_prompt
 

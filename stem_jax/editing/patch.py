@@ -1,30 +1,24 @@
-"""Patches: edits of rows as small files, which leave the checkpoint alone.
+"""Patches on the rows of a run: how they are made, what they fit, and in which order they apply.
 
-A safetensors file holds `ids` [n], `layers` [m] (of the model, all with rows), `before` and
-`after` [n, m, F] float32; its metadata are fingerprints of run and tokenizer, a description, and
-the memory, if that is not STEM's. Reverting a patch is leaving it out.
+A patch of an edit says what a row is, one of a training what was added to it: an edit writes its
+rows, and a training moves those that it finds by what it moved the checkpoint's. So both stack in
+either order; see `PatchStack.apply`.
 """
 
 import dataclasses
-import os
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 
-from stem_jax.checkpoints.files import check_outside
 from stem_jax.checkpoints.loading import LoadedRun
 from stem_jax.checkpoints.saved_model import SavedModel
 from stem_jax.config import Config
-from stem_jax.data.tokenizer import Tokenizer
-from stem_jax.editing.array_file import FLOAT32, INTEGERS, check_rows, read_arrays
+from stem_jax.editing.array_file import check_rows
+from stem_jax.editing.patch_file import Patch
 from stem_jax.editing.swaps import RowRecipe
 from stem_jax.errors import InputError
-from stem_jax.files import check_writable, write_whole
 from stem_jax.memory.catalogue import memories, table_specs
 from stem_jax.memory.memory import STEM
 from stem_jax.memory.token_memory import TokenMemory
@@ -32,101 +26,8 @@ from stem_jax.tables.overlaid_rows import OverlaidRows
 from stem_jax.tables.row_source import RowSource, ServedRows
 from stem_jax.tables.spec import logical
 
-_FORMAT = "stem_jax patch 1"
-# Of another memory than STEM's, which format 1 does not know.
-_FORMAT_OF_MEMORY = "stem_jax patch 2"
 # Rows that are read at a time.
 _PIECE = 256
-_METADATA = ("format", "run", "tokenizer", "description")
-
-
-@dataclasses.dataclass(frozen=True)
-class Patch:
-    """Rows before and after an edit.
-
-    name: for messages. ids: [n] int32 token ids. layers: [m] int32 layers of the model. before,
-    after: [n, m, F] float32. run: fingerprint of the checkpoint. tokenizer: its fingerprint.
-    description: what the edit was, for people. memory: whose rows they are.
-    """
-
-    name: str
-    ids: np.ndarray
-    layers: np.ndarray
-    before: np.ndarray
-    after: np.ndarray
-    run: str
-    tokenizer: str
-    description: str
-    memory: str = STEM
-
-    def save(self, path: str | Path) -> None:
-        """Writes the file; raises InputError if it exists or cannot be written."""
-        check_new(path)
-        arrays = {name: getattr(self, name) for name in ("ids", "layers", "before", "after")}
-        own = self.memory == STEM
-        values = (_FORMAT if own else _FORMAT_OF_MEMORY, self.run, self.tokenizer, self.description)
-        metadata = dict(zip(_METADATA, values, strict=True))
-        metadata |= {} if own else {"memory": self.memory}
-        content = safetensors.numpy.save(arrays, metadata)
-        write_whole(path, content, "--save")
-
-
-def check_new(path: str | Path) -> None:
-    """Asks before the work whether a patch can be saved there.
-
-    Raises:
-        InputError: there is such a file, or none can be written.
-    """
-    if os.path.lexists(path):
-        raise InputError(f"--save={path} exists; choose another name, or remove it first")
-    check_outside(path, "--save")
-    check_writable(path, "--save")
-
-
-def read_patch(path: str | Path) -> Patch:
-    """Reads a patch file.
-
-    Raises:
-        InputError: no such file, not a patch, or arrays that do not fit each other.
-    """
-    path = Path(path)
-    codes = {"ids": INTEGERS, "layers": INTEGERS, "before": FLOAT32, "after": FLOAT32}
-    arrays, metadata = read_arrays(path, f"patch {path}", codes)
-    of_memory = metadata.get("format") == _FORMAT_OF_MEMORY and "memory" in metadata
-    if (metadata.get("format") != _FORMAT and not of_memory) or arrays.keys() != codes.keys():
-        raise InputError(f"{path} is not a patch of stem_jax.edit; give a file that --save wrote")
-    for name in ("ids", "layers"):
-        arrays[name] = _distinct(arrays[name], f"patch {path}: {name}")
-    n, m = len(arrays["ids"]), len(arrays["layers"])
-    for name in ("before", "after"):
-        shape = arrays[name].shape
-        if len(shape) != 3 or shape[:2] != (n, m) or shape != arrays["after"].shape:
-            raise InputError(
-                f"patch {path}: {name} is {shape}, its {n} tokens and {m} layers ask for one row "
-                "of each; make the patch again"
-            )
-        check_rows(arrays[name], f"patch {path}: {name} has", "make the patch again")
-    described = {name: metadata.get(name, "") for name in ("run", "tokenizer", "description")}
-    described["memory"] = metadata["memory"] if of_memory else STEM
-    values: dict[str, Any] = {**arrays, **described}
-    return Patch(name=path.name, **values)
-
-
-def _distinct(numbers: np.ndarray, where: str) -> np.ndarray:
-    """Numbers of tokens or layers as int32."""
-    if numbers.ndim != 1 or not len(numbers):
-        raise InputError(
-            f"{where} is {numbers.dtype}{list(numbers.shape)}, it must be a list of integers; make "
-            "the patch again"
-        )
-    least, most = int(numbers.min()), int(numbers.max())
-    if least < 0 or most >= 2**31:
-        raise InputError(
-            f"{where} has {least if least < 0 else most}, which no model has; make the patch again"
-        )
-    if len(np.unique(numbers)) < len(numbers):
-        raise InputError(f"{where} has a number twice; make the patch again")
-    return numbers.astype(np.int32)
 
 
 class PatchStack:
@@ -185,17 +86,26 @@ class PatchStack:
     ) -> np.ndarray:
         """The rows of these tokens after all patches, as a copy.
 
+        A row that an edit writes is what it says, if it was made from what it finds, or from what
+        is there without the trainings. A training adds to each of its rows what it changed of the
+        checkpoint's.
+
         Args:
+            rows_nxSxC: of the checkpoint.
             columns: those of the F that are given.
 
         Raises:
-            InputError: a patch was made from other rows than it finds. If an earlier patch wrote
+            InputError: an edit was made from other rows than it finds. If an earlier edit wrote
                 them, the two conflict.
         """
-        rows_nxSxC = np.array(rows_nxSxC, np.float32)
+        own_nxSxC = np.asarray(rows_nxSxC, np.float32)
+        rows_nxSxC, untrained_nxSxC = own_nxSxC.copy(), own_nxSxC.copy()
         writers: dict[tuple[int, int], str] = {}
         place_of = {int(token): place for place, token in enumerate(ids_n)}
         for patch in self._patches:
+            if patch.before is None:
+                self._add(patch, ids_n, rows_nxSxC, own_nxSxC, columns)
+                continue
             for number, token in enumerate(patch.ids.tolist()):
                 if token not in place_of:
                     continue
@@ -203,11 +113,26 @@ class PatchStack:
                     place = (place_of[token], self._places[layer])
                     before = patch.before[number, column, columns]
                     # Rows that catch up in pieces of another size are rounded differently.
-                    if not np.allclose(rows_nxSxC[place], before, rtol=1e-5, atol=1e-7):
+                    if not any(
+                        np.allclose(rows[place], before, rtol=1e-5, atol=1e-7)
+                        for rows in (rows_nxSxC, untrained_nxSxC)
+                    ):
                         raise InputError(_mismatch(patch, token, layer, writers.get(place)))
                     rows_nxSxC[place] = patch.after[number, column, columns]
+                    untrained_nxSxC[place] = rows_nxSxC[place]
                     writers[place] = patch.name
         return rows_nxSxC
+
+    def _add(self, patch: Patch, ids_n, rows_nxSxC, own_nxSxC, columns: slice) -> None:
+        """Adds what a training changed, in place; what nobody wrote becomes its own, exactly."""
+        _, of_patch, of_rows = np.intersect1d(
+            patch.ids, ids_n, assume_unique=True, return_indices=True
+        )
+        for column, layer in enumerate(patch.layers.tolist()):
+            place = self._places[layer]
+            after, own = patch.after[of_patch, column, columns], own_nxSxC[of_rows, place]
+            found = rows_nxSxC[of_rows, place]
+            rows_nxSxC[of_rows, place] = np.where(found == own, after, found + (after - own))
 
 
 def make_patch(
@@ -298,24 +223,6 @@ def token_memory(config: Config, name: str) -> TokenMemory:
     raise InputError(
         f"the model has {what}; edits write rows of tokens, of which it has "
         + (f"those of {', '.join(of_tokens)}: give {remedy}" if of_tokens else "none")
-    )
-
-
-def format_patch(patch: Patch, tokenizer: Tokenizer | None = None) -> str:
-    """A line for people: what the patch writes, where, and how far it moves the rows.
-
-    tokenizer: shows what the tokens stand for.
-    """
-    moved = np.linalg.norm(patch.after - patch.before, axis=-1)
-    layers = ",".join(map(str, patch.layers.tolist()))
-    tokens = ",".join(map(str, patch.ids.tolist()))
-    if tokenizer is not None:
-        tokens += f" ({' '.join(repr(tokenizer.decode([token])) for token in patch.ids.tolist())})"
-    rows = "rows" if patch.memory == STEM else f"{patch.memory} rows"
-    return (
-        f"{patch.name}: {patch.description or 'rows'}; tokens {tokens}, layers {layers}, {rows} "
-        "moved by "
-        f"{moved.mean():.3f} (their norm {np.linalg.norm(patch.before, axis=-1).mean():.3f})"
     )
 
 

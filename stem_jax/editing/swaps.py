@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from stem_jax.data.tokenizer import Tokenizer
+from stem_jax.data.word_tokens import word_ids
 from stem_jax.editing.array_file import FLOAT32, check_rows, read_arrays
 from stem_jax.editing.choices import STRATEGIES
 from stem_jax.errors import InputError
@@ -25,10 +26,6 @@ from stem_jax.errors import InputError
 _ARROW = "=>"
 # Between terms; that of an exponent, as in 1e+3, is none.
 _PLUS = r"(?<!\d[eE])\+"
-# At the start of a text a word has other tokens than after a space.
-_START = "^"
-# What a word inside a sentence is looked at behind.
-_BEFORE = "a"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,29 +108,6 @@ def injection_recipe(tokenizer: Tokenizer, injection: str) -> RowRecipe:
             ) from error
         parts.append((number, _one_token(tokenizer, of if star else term, injection)))
     return RowRecipe(_one_token(tokenizer, word, injection), tuple(parts))
-
-
-def word_ids(tokenizer: Tokenizer, word: str) -> list[int]:
-    """The tokens of a word as it stands in a sentence, or with "^" at the start of a text.
-
-    Raises:
-        InputError: it has none, or one that stands for unknown characters.
-    """
-    word = word.strip()
-    plain = word.removeprefix(_START)
-    if not plain.strip():
-        raise InputError(f"{word!r} has no tokens; give a word")
-    first = [] if word.startswith(_START) else tokenizer.encode(_BEFORE)
-    ids = tokenizer.encode_behind(f" {plain}") if first else tokenizer.encode(plain)
-    # Some tokenizers leave out spaces at the start of a text, so it is looked at inside one.
-    expected, read = f"{_BEFORE} {plain}" if first else plain, tokenizer.decode([*first, *ids])
-    if read != expected:
-        raise InputError(
-            f"{word!r} has characters that the tokenizer does not know: it reads "
-            f"{read.removeprefix(f'{_BEFORE} ' if first else '')!r}; give a word of the training "
-            "text"
-        )
-    return ids
 
 
 def _check_apart(recipes: Sequence[RowRecipe], tokenizer: Tokenizer) -> None:

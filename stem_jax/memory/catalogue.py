@@ -11,6 +11,8 @@ from typing import Any
 
 from stem_jax.config import TAKEN_KEYS, Config
 from stem_jax.data.loader import KeysOf
+from stem_jax.data.tokenizer import Tokenizer
+from stem_jax.data.word_tokens import word_ids
 from stem_jax.errors import InputError
 from stem_jax.memory.memory import INPUT_LAYER, STEM, Memory, prefix
 from stem_jax.memory.ngram import EMBEDDING, NGRAM, NGramMemory
@@ -125,6 +127,28 @@ def with_eos(config: Config, eos_id: int | None) -> Config:
     return dataclasses.replace(config, ngram=dataclasses.replace(config.ngram, eos_id=eos_id))
 
 
+def with_trained_tokens(config: Config, tokenizer: Tokenizer) -> Config:
+    """The configuration of a run with this tokenizer, token ids for `tables.trained_words`.
+
+    Raises:
+        InputError: a word that has no tokens, or an id that the model has not.
+    """
+    words = config.tables.trained_words
+    if words is None:
+        return config
+    if isinstance(words, str):
+        ids = {token for word in words.split(",") for token in word_ids(tokenizer, word)}
+        words = tuple(sorted(ids))
+    if not words or min(words) < 0 or max(words) >= config.model.vocab_size:
+        raise InputError(
+            f"tables.trained_words={words} must be ids below model.vocab_size="
+            f"{config.model.vocab_size}, or words; change it, or set it to none"
+        )
+    return dataclasses.replace(
+        config, tables=dataclasses.replace(config.tables, trained_words=words)
+    )
+
+
 def keys_on_the_host(memories: Mapping[str, Memory]) -> KeysOf | None:
     """Gives the keys of memories that depend on several tokens, for batches as they are loaded."""
     reaching = {name: memory for name, memory in memories.items() if memory.reach}
@@ -167,6 +191,9 @@ def _table_spec(memory: Memory, config: Config) -> TableSpec:
     layout = TableLayout(memory.num_keys, tables.pad_multiple, spread=memory.reach > 0)
     of_rows = tables if own is None else own
     resident, in_memory = of_rows.resident_rows, of_rows.host_rows
+    words = tables.trained_words
+    # Words have tokens once the tokenizer is known: until then it matters to nobody which.
+    trained_keys = words if isinstance(words, tuple) else None
     # What refusals call it.
     named: dict[str, Any] = {}
     if own is not None:
@@ -195,5 +222,6 @@ def _table_spec(memory: Memory, config: Config) -> TableSpec:
         row_format=chosen("row_format"),
         moments=chosen("moments"),
         rounding_seed=zlib.crc32(f"{name} {config.train.seed}".encode()),
+        trained_keys=trained_keys,
         **named,
     )

@@ -212,9 +212,18 @@ class ShardedTable:
 
     @part("exchange")
     def push(self, gradient: jax.Array, requests: Requests) -> jax.Array:
-        """Sums row gradients [S, devices * U, F] at the owners: [S, owners * O, F] float32."""
+        """Sums row gradients [S, devices * U, F] at the owners: [S, owners * O, F] float32.
+
+        Those of rows that stay as they are, see `TableSpec.trained_keys`, are zero.
+        """
+
+        def local(gradient, requests):
+            sums = self.exchange.push(gradient, requests)
+            trained_O = self._trained(requests)
+            return sums if trained_O is None else jnp.where(trained_O[:, None], sums, 0)
+
         specs = (self.block_spec, self.request_specs)
-        return self._sharded(self.exchange.push, specs, self.spec.row_spec)(gradient, requests)
+        return self._sharded(local, specs, self.spec.row_spec)(gradient, requests)
 
     @part("row_optimizer")
     def norm(self, gradient: jax.Array) -> jax.Array:
@@ -233,7 +242,7 @@ class ShardedTable:
         """Update `step + 1` from the owners' summed gradients; see `RowOptimizer.update`."""
 
         def local(state, requests, *arguments):
-            places = self._places(requests)
+            places = self._places_to_write(requests)
             return self._optimizer.update(state, places, *arguments, numbers_O=requests.owned)
 
         whole, sums = PartitionSpec(), self.spec.row_spec
@@ -244,10 +253,13 @@ class ShardedTable:
 
     @part("row_optimizer")
     def never_updated(self, state: TableState, requests: Requests) -> jax.Array:
-        """Scalar int32, how many of the asked rows no update has had; looks at these alone."""
+        """Scalar int32, how many of the asked rows that train no update has had.
+
+        Looks at these alone.
+        """
 
         def local(state, requests):
-            places, size = self._places(requests), state.last_step.shape[0]
+            places, size = self._places_to_write(requests), state.last_step.shape[0]
             last_O = state.last_step[jnp.minimum(places, size - 1)]
             found = jnp.sum((places < size) & (last_O == 0), dtype=jnp.int32)
             return jax.lax.psum(found, self.spec.vocab_axes)
@@ -322,6 +334,21 @@ class ShardedTable:
         axes = self.spec.vocab_axes
         first = jax.lax.axis_index(axes) * size if axes else 0
         return jnp.where(owned_O < self.spec.num_rows, owned_O - first, size)
+
+    def _places_to_write(self, requests: Requests) -> jax.Array:
+        """The same, where rows that stay as they are land past its end, too."""
+        places_O, trained_O = self._places(requests), self._trained(requests)
+        # No shard, and no number of slots, is larger.
+        return places_O if trained_O is None else jnp.where(trained_O, places_O, self.spec.num_rows)
+
+    def _trained(self, requests: Requests) -> jax.Array | None:
+        """[O] bool, which of the asked rows an update changes; None: all."""
+        keys = self.spec.trained_keys
+        if keys is None:
+            return None
+        rows_T = jnp.asarray(np.sort(self.spec.layout.row_numbers(np.array(keys))), jnp.int32)
+        found_O = jnp.minimum(jnp.searchsorted(rows_T, requests.owned), len(keys) - 1)
+        return rows_T[found_O] == requests.owned
 
     def _sharded(self, function, in_specs, out_specs):
         return jax.shard_map(

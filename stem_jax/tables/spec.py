@@ -62,6 +62,7 @@ class TableSpec:
             updates are rounded at random (`rounding`).
         moments: `ADAMW`, mu and nu for every number; `ROWWISE`, a v for every vector.
         rounding_seed: of that rounding.
+        trained_keys: whose rows alone are updated; None for all.
         section: of the configuration, which has its `resident_rows`; for messages, as what follows.
         size_keys: keys that make it as large as it is.
         width_rule: what F is, in keys.
@@ -86,6 +87,7 @@ class TableSpec:
     row_format: str = "float32"
     moments: str = ADAMW
     rounding_seed: int = 0
+    trained_keys: tuple[int, ...] | None = None
     section: str = "tables"
     size_keys: tuple[str, ...] = ("model.ffn_dim", "model.stem_layers", "model.vocab_size")
     width_rule: str = "model.ffn_dim"

@@ -34,6 +34,9 @@ def _is_same(saved: Config, current: Config, key: str) -> bool:
         if field == "eos_id" and current.value_of(key) is None:
             # That of the tokenizer, which is asked for by itself.
             return True
+    if key == "tables.trained_words" and isinstance(current.value_of(key), str):
+        # Compared once the tokenizer says what its tokens are.
+        return saved.value_of(key) is not None
     if field == "init_std":
         name = STEM if section == "tables" else section
         return init_std(saved, name) == init_std(current, name)

@@ -7,8 +7,9 @@ import pytest
 
 from stem_jax.data.facts import FACT_TEMPLATES, read_facts
 from stem_jax.data.tokenizer import load_tokenizer
+from stem_jax.data.word_tokens import word_ids
 from stem_jax.editing.cases import fact_cases
-from stem_jax.editing.swaps import injection_recipe, swap_recipes, word_ids
+from stem_jax.editing.swaps import injection_recipe, swap_recipes
 from stem_jax.errors import InputError
 from stem_jax.evaluation.answers import Question, answer_all
 from stem_jax.evaluation.recall import END, fact_prompt

@@ -10,7 +10,8 @@ import transformers
 
 from stem_jax import edit, export, generate
 from stem_jax.checkpoints.loading import load_run
-from stem_jax.editing.patch import edited_run, read_patch
+from stem_jax.editing.patch import edited_run
+from stem_jax.editing.patch_file import read_patch
 from stem_jax.errors import InputError
 from stem_jax.training.state import init_state
 from tests.saved_models import SIZES, logits, save_run, trained_state

@@ -13,6 +13,7 @@ import pytest
 from stem_jax import cli, edit, evaluate
 from stem_jax.checkpoints.loading import load_run
 from stem_jax.data import facts
+from stem_jax.data.word_tokens import word_ids
 from stem_jax.editing import cases as edit_cases
 from stem_jax.editing import measurement as edit_measurement
 from stem_jax.editing.cases import fact_cases
@@ -20,7 +21,7 @@ from stem_jax.editing.fluency import fluency, ngram_entropy
 from stem_jax.editing.measurement import NOT_READ, EditOutcome, lay_edits, measure_edits
 from stem_jax.editing.patch import edited_run, make_patch, read_rows
 from stem_jax.editing.report import COLUMNS, format_csv, format_summary, summarize
-from stem_jax.editing.swaps import swap_recipes, word_ids
+from stem_jax.editing.swaps import swap_recipes
 from stem_jax.editing.trial import Trial, TrialResult, try_edits
 from stem_jax.errors import InputError
 from stem_jax.evaluation.answers import Question, answer_all

@@ -10,7 +10,8 @@ import safetensors.numpy
 from stem_jax import edit, export, generate
 from stem_jax.checkpoints.loading import load_run
 from stem_jax.editing.measurement import lay_edits
-from stem_jax.editing.patch import edited_run, make_patch, read_patch, read_rows
+from stem_jax.editing.patch import edited_run, make_patch, read_rows
+from stem_jax.editing.patch_file import read_patch
 from stem_jax.editing.swaps import recipes_of, swap_recipes
 from stem_jax.errors import InputError
 from stem_jax.evaluation.scoring import Scorer

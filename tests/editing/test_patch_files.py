@@ -9,7 +9,8 @@ import safetensors.torch
 import torch
 
 from stem_jax import edit
-from stem_jax.editing.patch import PatchStack, read_patch
+from stem_jax.editing.patch import PatchStack
+from stem_jax.editing.patch_file import read_patch
 from stem_jax.editing.swaps import recipes_of
 from stem_jax.errors import InputError
 from stem_jax.memory.stem import StemMemory

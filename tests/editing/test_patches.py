@@ -11,13 +11,8 @@ import pytest
 from stem_jax.checkpoints.loading import LoadedRun
 from stem_jax.data.tokenizer import load_tokenizer
 from stem_jax.editing.comparison import compare, format_comparison, next_probabilities
-from stem_jax.editing.patch import (
-    edited_run,
-    format_patch,
-    make_patch,
-    read_patch,
-    read_rows,
-)
+from stem_jax.editing.patch import edited_run, make_patch, read_rows
+from stem_jax.editing.patch_file import format_patch, read_patch
 from stem_jax.editing.swaps import recipes_of
 from stem_jax.errors import InputError
 from stem_jax.generation.generator import Generator

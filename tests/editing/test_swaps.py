@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from stem_jax.data.sentencepiece_training import train_sentencepiece
 from stem_jax.data.tokenizer import load_tokenizer
+from stem_jax.data.word_tokens import word_ids
 from stem_jax.editing.choices import STRATEGIES
-from stem_jax.editing.swaps import recipes_of, swap_recipes, word_ids
+from stem_jax.editing.swaps import recipes_of, swap_recipes
 from stem_jax.errors import InputError
 
 BYTES = load_tokenizer("bytes")

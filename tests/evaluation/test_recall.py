@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from stem_jax.data.facts import RELATIONS, read_facts
-from stem_jax.editing.swaps import word_ids
+from stem_jax.data.word_tokens import word_ids
 from stem_jax.evaluation import recall
 from stem_jax.evaluation.answers import Verdict
 from tests.tokenizer_kinds import load_kind

@@ -1,0 +1,119 @@
+"""The patch of a run that trained the tables of another alone (`optimizer.train=tables`).
+
+It holds the rows that some update had, as they are now. Others have the bits that they had, because
+nothing decays them; and so has the backbone, which is compared with the other run's.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from stem_jax.checkpoints.checkpointer import FOLDER, Checkpointer
+from stem_jax.checkpoints.files import check_outside
+from stem_jax.checkpoints.saved_model import SavedModel, open_saved_model
+from stem_jax.editing.patch import token_memory
+from stem_jax.editing.patch_file import Patch, write_tuned
+from stem_jax.errors import InputError
+from stem_jax.files import check_absent, check_writable
+from stem_jax.memory.catalogue import table_specs
+from stem_jax.memory.memory import STEM
+from stem_jax.training.blueprint import ModelDef
+
+_FLAG = "--out"
+
+
+def export_patch(
+    saved: SavedModel, out: str | Path, *, base: str | Path | None = None, memory: str = STEM
+) -> Patch:
+    """Writes the patch of a tuned run, for the run that it began with.
+
+    Rows are read and written piece by piece.
+
+    Args:
+        saved: the tuned run.
+        out: a file that does not exist.
+        base: work folder of the other run; None: what `train.init_from` names.
+        memory: whose rows are written.
+
+    Returns:
+        The patch, with an empty array of its shape for its rows.
+
+    Raises:
+        InputError: a run that trained more than rows, or whose rows decayed; no rows with an
+            update; no such other run, or none of its checkpoints has this backbone.
+    """
+    out = Path(out)
+    check_absent(out, _FLAG)
+    check_outside(out, _FLAG)
+    check_writable(out, _FLAG)
+    of_tokens = token_memory(saved.config, memory)
+    _check_tuned(saved, memory)
+    ids_n = saved.updated_ids(memory)
+    if not len(ids_n):
+        raise InputError(f"no update of {saved.folder} had a row; train it for some steps first")
+    base_folder = base or saved.config.train.init_from
+    if base_folder is None:
+        raise InputError(
+            f"{saved.folder} did not begin with train.init_from; name the run that the patch is "
+            "for by --base"
+        )
+    origin = _origin(saved, Path(base_folder))
+    shape = len(ids_n), len(of_tokens.layers), of_tokens.width
+    # Nothing of the rows' size.
+    nothing = np.broadcast_to(np.float32(0), shape)
+    patch = Patch(
+        name=out.name,
+        ids=ids_n,
+        layers=np.array(of_tokens.layers, np.int32),
+        before=None,
+        after=nothing,
+        run=origin.fingerprint,
+        tokenizer=origin.tokenizer.fingerprint,
+        description=f"step {saved.info.step} of {saved.folder.parent.parent.name}",
+        memory=memory,
+    )
+    write_tuned(out, patch, saved.table_pieces(memory, only=ids_n), _FLAG)
+    return patch
+
+
+def _check_tuned(saved: SavedModel, memory: str) -> None:
+    config = saved.config
+    if config.optimizer.train != "tables":
+        raise InputError(
+            f"{saved.folder} was trained with optimizer.train={config.optimizer.train}: a patch "
+            "has rows alone; train with optimizer.train=tables"
+        )
+    for name, spec in table_specs(config).items():
+        if spec.weight_decay != 0:
+            key = f"{spec.section}.weight_decay"
+            raise InputError(
+                f"{saved.folder} was trained with {config.taken_key(key)}={spec.weight_decay:g}, "
+                f"which moves every row of {name}: a patch has those alone that some update had; "
+                f"train with {key}=0"
+            )
+
+
+def _origin(saved: SavedModel, folder: Path) -> SavedModel:
+    """The newest checkpoint of a run whose backbone is that of the tuned one, bit for bit."""
+    if not (folder / FOLDER).is_dir():
+        raise InputError(
+            f"{folder}, with which {saved.folder} began, has no {FOLDER} folder; name the run by "
+            "--base"
+        )
+    with Checkpointer(folder, read_only=True, alone=True) as checkpoints:
+        steps = checkpoints.steps()
+    for step in reversed(steps):
+        found = open_saved_model(folder, step)
+        if found.tokenizer.fingerprint == saved.tokenizer.fingerprint and _same(saved, found):
+            return found
+    raise InputError(
+        f"no checkpoint of {folder} ({', '.join(map(str, steps)) or 'there is none'}) has the "
+        f"backbone of {saved.folder}; name the run that it began with by --base"
+    )
+
+
+def _same(one: SavedModel, other: SavedModel) -> bool:
+    here, there = (ModelDef(saved.config).shapes() for saved in (one, other))
+    return here == there and all(
+        np.array_equal(one.trained_param(name), other.trained_param(name)) for name in here
+    )
