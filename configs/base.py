@@ -135,6 +135,23 @@ def get_config() -> config_dict.ConfigDict:
     config.ngram.seed = 0  # of the hashes' multipliers
     config.ngram.eos_id = None  # n-grams end at this token; None: that of the run's tokenizer
 
+    # LoRA: the backbone stays as it is, and adapters of low rank beside its projections train in
+    # its place, in a run that begins with another (train.init_from). Saved in PEFT's format by
+    # stem_jax.export --format=peft, merged by --format=hf.
+    config.lora = config_dict.ConfigDict()
+    config.lora.rank = 0  # r; 0: none
+    config.lora.alpha = 16.0  # what an adapter adds is multiplied by alpha / r
+    # Projections with an adapter, in all layers that have them.
+    config.lora.targets = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+
     config.data = config_dict.ConfigDict()
     # Comma-separated name=weight: built-in corpora (pydoc, stdlib, facts, facts_changed,
     # facts_unchanged; synthetic: needles, roll_calls, name_pairs), prepared token stores (folders),

@@ -11,6 +11,7 @@ import typing
 from typing import Any
 
 from stem_jax.config_keys import NOTHING, Key, Role, key
+from stem_jax.lora_targets import LORA_TARGETS
 
 # A pattern, or indices.
 _LAYERS = str | tuple[int, ...]
@@ -148,6 +149,20 @@ class NGramConfig(MemoryConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Adapters of low rank beside frozen projections; rank 0: none."""
+
+    rank: int = key(Role.SHAPE, before=0)
+    alpha: float = key(Role.FIXED, before=16.0)
+    targets: tuple[str, ...] = key(Role.SHAPE, before=tuple(LORA_TARGETS))
+
+    @property
+    def scale(self) -> float:
+        """What an adapter's product is multiplied by."""
+        return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where the tokens come from."""
 
@@ -258,6 +273,7 @@ class Config:
     value: ValueConfig
     per_layer: PerLayerConfig
     ngram: NGramConfig
+    lora: LoraConfig
     data: DataConfig
     mesh: MeshConfig
     optimizer: OptimizerConfig

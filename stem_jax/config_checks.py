@@ -5,8 +5,15 @@ Each check names the value, the field and the remedy.
 
 import math
 
-from stem_jax.config import MEMORY_SECTIONS, TAKEN_KEYS, Config, layer_keys, layer_lists
+from stem_jax.config import (
+    MEMORY_SECTIONS,
+    TAKEN_KEYS,
+    Config,
+    layer_keys,
+    layer_lists,
+)
 from stem_jax.errors import InputError
+from stem_jax.lora_targets import LORA_TARGETS
 
 _CHOICES = {
     "model.stem_site": ("up", "gate", "up_add"),
@@ -103,6 +110,8 @@ def validate(config: Config) -> None:
     _check_range(config, ["model.rope_factor"], lambda v: 1 <= v < math.inf, "at least 1")
     _check_range(config, ["ngram.max_order"], lambda v: v >= 2, "at least 2")
     _check_range(config, ["ngram.eos_id"], lambda v: v is None or v >= 0, "0 or more, or none")
+    _check_range(config, ["lora.rank"], lambda v: v >= 0, "0 or more")
+    _check_range(config, ["lora.alpha"], lambda v: 0 < v < math.inf, "more than 0")
     _check_range(config, ["tables.prefetch"], lambda v: 0 <= v <= 16, "0 to 16")
     _check_range(
         config, ["tables.weight_decay"], lambda v: v is None or v >= 0, "0 or more, or none"
@@ -111,6 +120,7 @@ def validate(config: Config) -> None:
     _check_model(config)
     _check_optimizer(config)
     _check_tables(config)
+    _check_lora(config)
     _check_batch(config)
 
 
@@ -299,6 +309,21 @@ def _check_rows(config: Config, section: str) -> None:
             f"{key1}={beta1} must be less than the square root of {key2}={beta2} "
             "for tables.optimizer=deferred_adamw: the steps a row missed would not die out; choose "
             "other betas, or tables.optimizer=dense_adamw"
+        )
+
+
+def _check_lora(config: Config) -> None:
+    lora = config.lora
+    unknown = [target for target in lora.targets if target not in LORA_TARGETS]
+    if unknown or not lora.targets or len(set(lora.targets)) < len(lora.targets):
+        raise InputError(
+            f"lora.targets={','.join(lora.targets)} must be some of {', '.join(LORA_TARGETS)}, "
+            "each once"
+        )
+    if lora.rank and not config.optimizer.trains_backbone:
+        raise InputError(
+            f"lora.rank={lora.rank} with optimizer.train={config.optimizer.train}: no adapter "
+            "would train; set it to backbone (adapters alone) or all (and tables), or lora.rank=0"
         )
 
 

@@ -39,6 +39,8 @@ LOGICAL_TO_MESH = {
     "taps": None,
     "vocab": "tensor",
     "norm": None,
+    # Of an adapter: a few dozen at most.
+    "rank": None,
     # Each device has its share of every layer.
     "layers": None,
 }

@@ -52,6 +52,11 @@ def check_first_start(config: Config) -> None:
             f"optimizer.train={config.optimizer.train} trains nothing: with model.stem_layers=none "
             "and no other memory there are no tables; set it to all, or choose STEM layers"
         )
+    if config.lora.rank and not config.origins:
+        raise InputError(
+            f"lora.rank={config.lora.rank} keeps the backbone as it begins, which would be random; "
+            "give the run that it begins with by train.init_from, or set lora.rank=0"
+        )
     _check_schedule(config)
     # Of sizes and rates: which token ends n-grams is not known yet.
     for name, spec in table_specs(with_eos(config, 0)).items():

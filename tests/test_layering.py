@@ -28,6 +28,7 @@ LEVELS = [
         "cuda_plugin",
         "jax_start",
         "kept_memory",
+        "lora_targets",
         "config_keys",
         "config",
         "layer_patterns",

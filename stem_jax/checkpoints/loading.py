@@ -80,6 +80,8 @@ def checkpoint_fingerprint(
     facts = [step, tokenizer.fingerprint, model]
     # Those of models without these memories stay what they were.
     facts += [[name, _shape_of(config, name)] for name in memories(config) if name != STEM]
+    if config.lora.rank:
+        facts.append(["lora", dataclasses.asdict(config.lora)])
     digest = hashlib.sha256(json.dumps(facts, default=list).encode())
     digest.update(norm_D.astype(np.float32).tobytes())
     return digest.hexdigest()

@@ -15,6 +15,7 @@ from stem_jax.config import MEMORY_SECTIONS, Config, keys_of
 from stem_jax.config_keys import Role
 from stem_jax.errors import InputError
 from stem_jax.memory.catalogue import table_specs, with_eos
+from stem_jax.model.lora import is_of_adapters
 from stem_jax.model.readers import READERS
 from stem_jax.model.transformer import reader_of
 from stem_jax.storage import local_path
@@ -59,7 +60,12 @@ class Origin:
     def describe(self, config: Config) -> str:
         """What a run of this configuration takes over, in a line."""
         if not self.continues:
-            fresh = ", ".join(grafted(self.info.config, config))
+            fresh = ", ".join(
+                [
+                    *grafted(self.info.config, config),
+                    *(["adapters"] if begins_adapters(self.info.config, config) else []),
+                ]
+            )
             more = f"; it has no {fresh}, which begin anew" if fresh else ""
             return f"beginning with checkpoint {self.info.step} of {self.folder}{more}"
         updates = self.info.updates
@@ -112,6 +118,11 @@ def grafted(there: Config, here: Config) -> list[str]:
     ]
 
 
+def begins_adapters(there: Config, here: Config) -> bool:
+    """Whether a run has adapters, and its origin none."""
+    return here.lora.rank > 0 and there.lora.rank == 0
+
+
 def _check_shapes(origin: Origin, here: Config) -> None:
     there = origin.info.config
     here = with_eos(here, there.ngram.eos_id)
@@ -123,6 +134,8 @@ def _check_shapes(origin: Origin, here: Config) -> None:
             f"begin anew and learn together, and optimizer.train={here.optimizer.train} keeps one "
             "of them as it begins; set it to all"
         )
+    if begins_adapters(there, here) and not origin.continues:
+        free = (*free, "lora")
     changed = changed_keys(there, here)
     for shaping in keys_of(Role.SHAPE):
         before, now = there.value_of(shaping), here.value_of(shaping)
@@ -148,17 +161,24 @@ def begin_from(origin: Origin, programs: TrainStep) -> tuple[TrainState, dict[st
         with Checkpointer(origin.folder, read_only=True) as checkpoints:
             return checkpoints.restore(info.step, abstract, stores), stores
     specs, fresh = _specs_there(info.config, config), grafted(info.config, config)
+    adapted = begins_adapters(info.config, config)
     histories = make_schedule(info.config, info.updates + 1, past=info.past).tables
     stores = stores_for(info, specs, mesh)
     old = dataclasses.replace(
         abstract,
-        params={n: p for n, p in abstract.params.items() if reader_of(n) not in fresh},
+        params={
+            n: p
+            for n, p in abstract.params.items()
+            if reader_of(n) not in fresh and not (is_of_adapters(n) and adapted)
+        },
         tables={name: abstract.tables[name] for name in specs},
     )
     with Checkpointer(origin.folder, read_only=True) as checkpoints:
         params, tables = checkpoints.restore_model(info.step, old, stores)
     if fresh:
         params |= _silent_readers(programs, fresh)
+    if adapted:
+        params |= programs.model.init_adapters(mesh)
     here, rows = programs.reads.specs, {}
     for name in list(stores):
         store = caught_up_store(

@@ -6,6 +6,7 @@ parameter, or a few MiB of rows, are read at a time, straight from the arrays of
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -25,10 +26,12 @@ from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
 from stem_jax.memory.catalogue import table_specs
 from stem_jax.memory.memory import STEM
+from stem_jax.model.lora import adapters, factors, is_output_first
 from stem_jax.tables.host_block import HostBlock
 from stem_jax.tables.row_optimizer import RowOptimizer
 from stem_jax.tables.saved_disk import SavedTier
 from stem_jax.tables.spec import TableSpec, TableState, logical, stored
+from stem_jax.training.blueprint import ModelDef
 from stem_jax.training.schedule import make_schedule
 
 # Of rows that are read at a time; with both moments there are three arrays of this size.
@@ -73,8 +76,23 @@ class SavedModel:
         return checkpoint_fingerprint(self.config, self.info.step, self.tokenizer, norm)
 
     def param(self, name: str) -> np.ndarray:
-        """A parameter of the backbone, as the model reads it: in `model.param_dtype`."""
-        return self.trained_param(name).astype(jnp.dtype(self.model.param_dtype))
+        """A parameter of the backbone, as the model reads it: in `model.param_dtype`.
+
+        Of a projection with what an adapter adds to it.
+        """
+        value = self.trained_param(name)
+        projection, _, kind = name.rpartition(".")
+        if kind == "kernel" and projection in self.adapters:
+            down_IxR, up_RxO = map(self.trained_param, factors(projection))
+            added = self.config.lora.scale * (down_IxR @ up_RxO)
+            # A projection back into the stream is [out, in].
+            value = value + (added.T if is_output_first(projection) else added)
+        return value.astype(jnp.dtype(self.model.param_dtype))
+
+    @functools.cached_property
+    def adapters(self) -> list[str]:
+        """The projections that have one."""
+        return adapters(ModelDef(self.config).shapes()) if self.config.lora.rank else []
 
     def trained_param(self, name: str) -> np.ndarray:
         """The same as training has it, in float32."""

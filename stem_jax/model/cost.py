@@ -9,6 +9,7 @@ from stem_jax.memory.catalogue import read_row_format, table_specs
 from stem_jax.memory.memory import INPUT_LAYER
 from stem_jax.model.feed_forward import kinds_of
 from stem_jax.model.kind import LayerCost
+from stem_jax.model.lora import adapter_weights
 from stem_jax.model.readers import READERS
 from stem_jax.model.row_reads import RowReads, row_reads
 
@@ -69,7 +70,7 @@ def count_parameters(config: Config) -> ParameterCount:
     embeddings = (1 if model.tie_embeddings else 2) * model.vocab_size * D
     dropped = D if model.token_embedding_dropout > 0 else 0
     others = model.num_layers * _attention_weights(model) + norms + embeddings + dropped
-    active = others + layers.reads
+    active = others + layers.reads + adapter_weights(config)
     table = sum(m.num_keys * m.vectors * m.width for m in reads.memories.values())
     rows = sum(_row_numbers(reads, name) for name in reads.memories)
     return ParameterCount(active, table, active + rows, layers.parameters - layers.reads)
@@ -158,7 +159,7 @@ def _block_matmuls(config: Config, context: int) -> int:
     model = config.model
     scores = 2 * context * model.num_heads * model.head_dim
     attention = model.num_layers * (_attention_weights(model) + scores)
-    return 2 * (attention + _layers(config).matmuls)
+    return 2 * (attention + _layers(config).matmuls + adapter_weights(config))
 
 
 def _head_matmul(model: ModelConfig) -> int:

@@ -120,8 +120,9 @@ def stacked(tree: Any, names: Iterable[str], stack: Callable = jnp.stack) -> Any
     """A tree that has its parameters by layer, as a state has it that calls them so.
 
     Args:
-        tree: a dictionary in it has all parameters or none. In place of one may stand a tree with
-            that of each layer in the same places (optimizers mask what they leave alone).
+        tree: a dictionary in it has a parameter of all layers or of none. In place of one may stand
+            a tree with that of each layer in the same places (optimizers mask what they leave
+            alone).
         names: of the state.
         stack: makes one of the list of some layers'.
     """
@@ -136,6 +137,7 @@ def stacked(tree: Any, names: Iterable[str], stack: Callable = jnp.stack) -> Any
             if len(layers) > 1
             else part[layers[0]]
             for name, layers in layers_of.items()
+            if layers[0] in part
         }
 
     return _map_dicts(stacks, tree)

@@ -54,6 +54,9 @@ class Linear(nnx.Module):
     float8: multiplies in it where x is by position, see `kernels.float8`.
     """
 
+    # What is added to y, of x; see `model.lora`.
+    adapter: nnx.Module | None = None
+
     def __init__(
         self, shape, logical_axes, std, cut, *, rngs: nnx.Rngs, output_first=False, float8=False
     ):
@@ -66,21 +69,28 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(x.dtype)
         if self.float8:
-            return projection(float8.project(x, kernel, self.output_first))
-        project = _project_back if self.output_first else _project
-        return projection(project(x, kernel))
+            y = float8.project(x, kernel, self.output_first)
+        else:
+            y = (_project_back if self.output_first else _project)(x, kernel)
+        return projection(y if self.adapter is None else y + self.adapter(x))
 
     @part("block_matmuls")
     def positions_last(self, x_BxLxI: jax.Array) -> jax.Array:
         """y as [B, out, L]."""
         kernel_IxO = self.kernel[...].astype(x_BxLxI.dtype)
-        return projection(_project_positions_last(x_BxLxI, kernel_IxO))
+        y_BxOxL = _project_positions_last(x_BxLxI, kernel_IxO)
+        if self.adapter is not None:
+            y_BxOxL += self.adapter(x_BxLxI).swapaxes(1, 2)
+        return projection(y_BxOxL)
 
     @part("block_matmuls")
     def of_positions_last(self, x_BxIxL: jax.Array) -> jax.Array:
         """y as [B, L, out] of x [B, in, L]."""
         kernel_IxO = self.kernel[...].astype(x_BxIxL.dtype)
-        return projection(jnp.einsum("bil,io->blo", x_BxIxL, kernel_IxO))
+        y_BxLxO = jnp.einsum("bil,io->blo", x_BxIxL, kernel_IxO)
+        if self.adapter is not None:
+            y_BxLxO += self.adapter(x_BxIxL.swapaxes(1, 2))
+        return projection(y_BxLxO)
 
 
 @jax.custom_vjp

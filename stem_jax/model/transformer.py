@@ -24,6 +24,7 @@ from stem_jax.model.kind import Aux, FeedForward, Read
 from stem_jax.model.layer_plan import LayerGroups, repeating_groups
 from stem_jax.model.layer_rows import LayerVectors, OpenRows
 from stem_jax.model.layers import Linear, RMSNorm
+from stem_jax.model.lora import add_adapters
 from stem_jax.model.reader import Reader
 from stem_jax.model.readers import READERS
 from stem_jax.model.rotary import rotary_angles
@@ -157,6 +158,7 @@ class Transformer(nnx.Module):
                 for layer, kind in enumerate(kinds_of(model))
             ]
         )
+        add_adapters(self.blocks, config)
         self.norm = RMSNorm(model.embed_dim, model.norm_eps)
         std = model.embed_dim**-0.5
         self.head = (

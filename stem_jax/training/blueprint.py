@@ -25,6 +25,7 @@ from stem_jax.model.layer_plan import (
     stacked,
 )
 from stem_jax.model.layers import truncated_normal
+from stem_jax.model.lora import first_factor, is_of_adapters, trained_by
 from stem_jax.model.row_reads import layer_forms
 from stem_jax.model.transformer import Transformer
 from stem_jax.training.optimizer import make_optimizer
@@ -74,7 +75,9 @@ class ModelDef:
         self._groups = repeating_groups(layer_forms(config)) if config.model.scan_layers else None
         # What a state calls its parameters.
         self.state_names = stack_names(self._axes, self._groups)
-        self.optimizer = make_optimizer(config.optimizer, self.axes_of)
+        # Whether steps that train the backbone change a parameter.
+        self.trains = trained_by(config)
+        self.optimizer = make_optimizer(config.optimizer, self.axes_of, self.trains)
 
     def copies(self, params: Params) -> Params:
         """The parameters as a step reads them, in `model.param_dtype`.
@@ -115,6 +118,17 @@ class ModelDef:
         specs = self.specs()
         return {
             name: _placer(NamedSharding(mesh, specs[name]))(value) for name, value in params.items()
+        }
+
+    def init_adapters(self, mesh: Mesh) -> Params:
+        """Of the same, the factors of adapters alone, made without the others."""
+        specs = self.specs()
+        return {
+            name: _placer(NamedSharding(mesh, specs[name]))(
+                first_factor(name, shape.shape, self._seed)
+            )
+            for name, shape in self.shapes().items()
+            if is_of_adapters(name)
         }
 
     def _drawn(self, name: str, value: jax.Array | Draw) -> jax.Array:

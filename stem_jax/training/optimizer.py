@@ -22,12 +22,16 @@ _MUON_RMS = 0.2
 
 
 def make_optimizer(
-    config: OptimizerConfig, axes_of: Callable[[str], Axes]
+    config: OptimizerConfig,
+    axes_of: Callable[[str], Axes],
+    trains: Callable[[str], bool] = lambda name: True,
 ) -> optax.GradientTransformation:
-    """The configured optimizer; of a backbone that is frozen it keeps no moments.
+    """The configured optimizer; of what is frozen it keeps no moments.
 
     Args:
         axes_of: the logical axes of a parameter by its name, see `ModelDef.axes_of`.
+        trains: whether a parameter trains with the backbone. Updates are of those that do alone;
+            what it begins with may have others.
     """
     if not config.trains_backbone:
         # A count, which a checkpoint has something to hold by.
@@ -38,10 +42,15 @@ def make_optimizer(
         # Norm scales are the only vectors; the published recipe decays them too.
         return {name: config.decay_mask == "all" or _is_matrix(axes_of(name)) for name in params}
 
-    return optax.chain(
+    optimizer = optax.chain(
         _DIRECTIONS[config.name](config, axes_of),
         optax.add_decayed_weights(config.weight_decay, mask=decays),
     )
+
+    def init(params):
+        return optimizer.init({name: p for name, p in params.items() if trains(name)})
+
+    return optax.GradientTransformation(init, optimizer.update)
 
 
 def _adam(config: OptimizerConfig, axes_of: Callable[[str], Axes] | None = None):

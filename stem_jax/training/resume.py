@@ -28,6 +28,8 @@ def changed_keys(saved: Config, current: Config) -> list[str]:
 
 def _is_same(saved: Config, current: Config, key: str) -> bool:
     section, _, field = key.partition(".")
+    if section == "lora" and not saved.lora.rank and not current.lora.rank:
+        return True
     if section in MEMORY_SECTIONS:
         if not getattr(saved, section).layers and not getattr(current, section).layers:
             return True

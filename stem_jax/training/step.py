@@ -20,7 +20,7 @@ from stem_jax.tables.asked_rows import AskedRows
 from stem_jax.tables.requests import Requests
 from stem_jax.tables.sharded_table import Demand, ShardedTable
 from stem_jax.training.batch import Batch
-from stem_jax.training.blueprint import Blueprint
+from stem_jax.training.blueprint import Blueprint, Params
 from stem_jax.training.optimizer import apply_update, clip_factor
 from stem_jax.training.reads import Reads, ReadSizes, all_finite
 from stem_jax.training.schedule import Schedule
@@ -158,10 +158,12 @@ class TrainStep:
             with part("optimizer"):
                 factor = clip_factor(norm, config.optimizer.clip_norm)
                 gradients = jax.tree.map(lambda g: g.astype(jnp.float32) * factor, gradients)
-                updated = apply_update(self.model.optimizer, params, opt_state, gradients, rate)
-                params, opt_state = jax.tree.map(
-                    lambda new, old: jnp.where(finite, new, old), updated, (params, opt_state)
+                trained, _ = self._parts(params)
+                updated = apply_update(self.model.optimizer, trained, opt_state, gradients, rate)
+                trained, opt_state = jax.tree.map(
+                    lambda new, old: jnp.where(finite, new, old), updated, (trained, opt_state)
                 )
+                params = {**params, **trained}
         new_state = TrainState(
             step=state.step + 1,
             updates=state.updates + finite,
@@ -189,8 +191,9 @@ class TrainStep:
     def _gradients(self, params, rows, requests, batch: Batch, dropped, scored):
         """Loss, layers' metrics and gradients, means over all micro-batches' scored positions.
 
-        Gradients of what does not train are None.
+        Gradients of what does not train are None, or are not among those of the parameters.
         """
+        params, frozen = self._parts(params)
 
         def micro_batch(carry, piece):
             # Sums of all rows are long, and a micro-batch has few of these: where that can be, its
@@ -200,7 +203,7 @@ class TrainStep:
             by = tuple(place for place, trains in zip(places, self._trains) if trains)
             (loss, (cross_entropy, metrics)), found = jax.value_and_grad(
                 self._loss, argnums=by, has_aux=True
-            )(params, rows, row_sums, *piece, scored)
+            )(params, rows, row_sums, *piece, scored, frozen)
             values = loss, cross_entropy
             found = dict(zip(by, found))
             gradients, row_gradients = map(found.get, places)
@@ -229,14 +232,20 @@ class TrainStep:
         (loss, cross_entropy), (gradients, row_gradients) = total
         return loss, cross_entropy, metrics, gradients, row_gradients
 
-    def _loss(self, params, rows, row_sums, batch: Batch, index, dropped, scored):
+    def _parts(self, params: Params) -> tuple[Params, Params]:
+        """The parameters that steps change, where they train the backbone, and the others."""
+        trained = {name: p for name, p in params.items() if self.model.trains(name)}
+        return trained, {name: p for name, p in params.items() if name not in trained}
+
+    def _loss(self, params, rows, row_sums, batch: Batch, index, dropped, scored, frozen=None):
         """This micro-batch's part of the mean loss, of the cross-entropy alone, and of metrics.
 
         Args:
+            frozen: parameters beside the others.
             row_sums: of other micro-batches, or None; see `Transformer`.
         """
         train = self.config.train
-        model = self.model.bind(params)
+        model = self.model.bind(params | (frozen or {}))
         inputs = Inputs(batch.tokens, batch.positions, batch.segment_ids, index, dropped)
         outputs = model(inputs, rows, row_sums=row_sums)
         aux = outputs.aux / train.micro_batches
