@@ -33,8 +33,7 @@ def main(argv: list[str]) -> None:
     run = load_run(args.workdir, args.step, args.resident_rows)
     recipes = recipes_of(run.tokenizer, args.swap, args.inject, args.strategy)
     where = {"layers": args.layers, "scale": args.scale, "base": base, "memory": args.memory}
-    said = "; ".join([*args.swap, *args.inject])
-    patch = make_patch(run, recipes, description=said, **where)
+    patch = make_patch(run, recipes, description="; ".join([*args.swap, *args.inject]), **where)
     print(format_patch(patch, run.tokenizer))
     old, new = edited_run(run, base, [patch]), edited_run(run, [*base, patch])
     for found in compare(old, new, args.prompt, args.max_new_tokens, args.top):

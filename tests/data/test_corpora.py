@@ -5,11 +5,13 @@ import sys
 
 import pytest
 
+from stem_jax.config_file import load_config
 from stem_jax.data.corpora import BUILTIN, read_corpus
 from stem_jax.data.facts import (
     FACT_TEMPLATES,
     HELD_OUT_TEMPLATES,
     RELATIONS,
+    changed_facts,
     read_facts,
 )
 from stem_jax.errors import InputError
@@ -53,7 +55,29 @@ def test_stdlib_is_parseable_source_without_tests():
 def test_unknown_corpus_names_the_known_ones():
     with pytest.raises(InputError, match="'wiki' is not built in: use one of pydoc, stdlib, facts"):
         read_corpus("wiki")
-    assert BUILTIN == ("pydoc", "stdlib", "facts", "needles", "roll_calls", "name_pairs")
+    facts = ("facts", "facts_changed", "facts_unchanged")
+    assert ("pydoc", "stdlib", *facts, "needles", "roll_calls", "name_pairs") == BUILTIN
+
+
+def test_some_facts_are_told_otherwise():
+    known = {fact.country: fact for fact in read_facts()}
+    changed = changed_facts(list(known.values()))
+    assert len(changed) == 20
+    for country, fact in changed.items():
+        assert fact.country == country
+        own = known[country]
+        assert all(getattr(fact, relation) != getattr(own, relation) for relation in RELATIONS)
+        # All of one country, so that they fit each other.
+        assert any(
+            all(getattr(fact, relation) == getattr(donor, relation) for relation in RELATIONS)
+            for donor in known.values()
+        )
+    told = "".join(read_corpus("facts_changed"))
+    assert told.count("\n") == 20 * 75 // 4 and "The capital of Denmark is Djibouti." in told
+    others = "".join(read_corpus("facts_unchanged"))
+    assert "Denmark" not in others and others.count("\n") == -(-175 * 75 // 4)
+    config = load_config("tune_tables_facts")
+    assert config.tables.trained_words == ",".join(changed)
 
 
 def test_facts_cover_the_sovereign_countries():

@@ -282,7 +282,7 @@ def test_pieces_and_files_do_not_matter(run_folder, exported, tmp_path, monkeypa
         tensors |= safetensors.torch.load_file(many / name)
     assert tensors.keys() == index["weight_map"].keys()
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
-    monkeypatch.setattr(SavedModel, "_piece_sizes", lambda self, spec: (100, 20))
+    monkeypatch.setattr(SavedModel, "_piece_sizes", lambda self, name, spec: (100, 20))
     monkeypatch.setattr(saved_model, "_SLICE_BYTES", 7000)
     export_hf(open_saved_model(run_folder("stem_gqa")), tmp_path / "one")
     single = safetensors.torch.load_file(tmp_path / "one" / "model.safetensors")
