@@ -41,7 +41,8 @@ from .stem_tables import StemTable, WithTables
 _CACHE_NAMES = ["cache", "past_key_values"]
 _CACHE = next(f.name for f in dataclasses.fields(CausalLMOutputWithPast) if f.name in _CACHE_NAMES)
 if not hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):  # transformers 5.0
-    ALL_ATTENTION_FUNCTIONS = SimpleNamespace(get_interface=ALL_ATTENTION_FUNCTIONS.get)
+    _found = ALL_ATTENTION_FUNCTIONS.get
+    ALL_ATTENTION_FUNCTIONS = SimpleNamespace(get_interface=_found)  # type: ignore[assignment]
 
 
 class StemRotaryEmbedding(LlamaRotaryEmbedding):

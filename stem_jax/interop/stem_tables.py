@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 
 class StemTable(nn.Embedding):
@@ -38,8 +38,8 @@ class StemTable(nn.Embedding):
         return super()._apply(stay, recurse)
 
 
-class WithTables:
-    """What a PreTrainedModel with tables does otherwise; named before it among the bases."""
+class WithTables(PreTrainedModel):
+    """What a model with tables does otherwise; named first among the bases."""
 
     @classmethod
     def from_pretrained(cls, path, *args, config=None, device_map=None, **kwargs):
