@@ -16,7 +16,8 @@ def main(argv: list[str]) -> None:
     for package in ("starlette", "uvicorn"):
         optional(package, "stem_jax.serve")
     from stem_jax.checkpoints.loading import load_run
-    from stem_jax.editing.patch import edited_run, read_patch
+    from stem_jax.editing.patch import edited_run
+    from stem_jax.editing.patch_file import read_patch
     from stem_jax.serving.app import make_app
     from stem_jax.serving.call_reader import read_for
     from stem_jax.serving.engine import Engine
