@@ -40,7 +40,8 @@ def export_patch(
 
     Raises:
         InputError: a run that trained more than rows, or whose rows decayed; no rows with an
-            update; no such other run, or none of its checkpoints has this backbone.
+            update; no such other run, none of its checkpoints has this backbone, or a third one
+            trained rows in between.
     """
     out = Path(out)
     check_absent(out, _FLAG)
@@ -58,6 +59,8 @@ def export_patch(
             "for by --base"
         )
     origin = _origin(saved, Path(base_folder))
+    if base is not None:
+        _check_nothing_between(saved, origin)
     shape = len(ids_n), len(of_tokens.layers), of_tokens.width
     # Nothing of the rows' size.
     nothing = np.broadcast_to(np.float32(0), shape)
@@ -97,19 +100,50 @@ def _origin(saved: SavedModel, folder: Path) -> SavedModel:
     """The newest checkpoint of a run whose backbone is that of the tuned one, bit for bit."""
     if not (folder / FOLDER).is_dir():
         raise InputError(
-            f"{folder}, with which {saved.folder} began, has no {FOLDER} folder; name the run by "
+            f"{folder} has no {FOLDER} folder; name the run that {saved.folder} began with by "
             "--base"
         )
+    steps = _steps(folder)
+    found = _with_backbone(saved, folder, steps)
+    if found is None:
+        raise InputError(
+            f"no checkpoint of {folder} ({', '.join(map(str, steps)) or 'there is none'}) has the "
+            f"backbone of {saved.folder}; name the run that it began with by --base"
+        )
+    return found
+
+
+def _check_nothing_between(saved: SavedModel, origin: SavedModel) -> None:
+    """Raises InputError if the run began with another that has this backbone, too.
+
+    Rows that a run in between trained have no update here, and would be left out. Without its
+    folder that is not to be known.
+    """
+    text = saved.config.train.init_from
+    if text is None or not (Path(text) / FOLDER).is_dir():
+        return
+    began = _with_backbone(saved, Path(text), _steps(Path(text)))
+    if began is None or (began.info.step, began.config) == (origin.info.step, origin.config):
+        return
+    raise InputError(
+        f"{saved.folder} began with {began.folder}, and a patch for {origin.folder} would leave "
+        "out what was trained in between; leave --base out for a patch of the one, or train with "
+        "train.init_from on the other"
+    )
+
+
+def _steps(folder: Path) -> list[int]:
     with Checkpointer(folder, read_only=True, alone=True) as checkpoints:
-        steps = checkpoints.steps()
+        return checkpoints.steps()
+
+
+def _with_backbone(saved: SavedModel, folder: Path, steps: list[int]) -> SavedModel | None:
+    """The newest of these checkpoints of another run that has the backbone of the tuned one."""
     for step in reversed(steps):
         found = open_saved_model(folder, step)
         if found.tokenizer.fingerprint == saved.tokenizer.fingerprint and _same(saved, found):
             return found
-    raise InputError(
-        f"no checkpoint of {folder} ({', '.join(map(str, steps)) or 'there is none'}) has the "
-        f"backbone of {saved.folder}; name the run that it began with by --base"
-    )
+    return None
 
 
 def _same(one: SavedModel, other: SavedModel) -> bool:

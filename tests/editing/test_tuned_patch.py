@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -192,7 +193,7 @@ def test_a_base_of_another_backbone_is_refused(folders, train_step, make_batch, 
     flags = [f"--workdir={folders[1]}", "--format=patch", f"--out={tmp_path / 'x'}"]
     with pytest.raises(InputError, match=r"no checkpoint of .*other \(40\) has the backbone of"):
         export.main([*flags, f"--base={tmp_path / 'other'}"])
-    with pytest.raises(InputError, match=r"none, with which .* has no checkpoints folder"):
+    with pytest.raises(InputError, match=r"none has no checkpoints folder; name the run that"):
         export.main([*flags, f"--base={tmp_path / 'none'}"])
     with pytest.raises(InputError, match="the model has no value rows"):
         export.main([*flags, "--memory=value"])
@@ -202,6 +203,18 @@ def test_a_base_of_another_backbone_is_refused(folders, train_step, make_batch, 
     with pytest.raises(SystemExit):
         export.main([*flags, "--dtype=bfloat16"])
     assert not (tmp_path / "x").exists()
+
+
+def test_rows_of_a_training_in_between_are_not_left_out(folders, train_step, make_batch, tmp_path):
+    base, run = folders
+    second = _tune(tmp_path / "second", run, train_step, make_batch)
+    with pytest.raises(InputError, match=r"second.* began with .*run.*leave --base out"):
+        export_patch(open_saved_model(second), tmp_path / "x", base=base)
+    assert not (tmp_path / "x").exists()
+    # The same run elsewhere is named anew, whether or not it still lies where it was.
+    shutil.copytree(run, tmp_path / "moved")
+    patch = export_patch(open_saved_model(second), tmp_path / "y", base=tmp_path / "moved")
+    assert patch.run == open_saved_model(run).fingerprint
 
 
 # Each with the country whose answers it gets.
