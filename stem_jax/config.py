@@ -153,7 +153,7 @@ class LoraConfig:
     """Adapters of low rank beside frozen projections; rank 0: none."""
 
     rank: int = key(Role.SHAPE, before=0)
-    alpha: float = key(Role.FIXED, before=16.0)
+    alpha: float = key(Role.SHAPE, before=16.0)
     targets: tuple[str, ...] = key(Role.SHAPE, before=tuple(LORA_TARGETS))
 
     @property

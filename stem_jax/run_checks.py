@@ -19,6 +19,7 @@ from stem_jax.kernels import float8
 from stem_jax.memory.catalogue import table_specs, with_eos
 from stem_jax.mesh import BATCH_AXES, axis_size, check_context
 from stem_jax.model.attention import check_heads, resolve_backend
+from stem_jax.model.lora import adapter_weights
 from stem_jax.processes.agreement import exchange
 from stem_jax.tables.coast_groups import MOST_TERMS, num_terms
 from stem_jax.tables.disk_space import check_disk
@@ -56,6 +57,12 @@ def check_first_start(config: Config) -> None:
         raise InputError(
             f"lora.rank={config.lora.rank} keeps the backbone as it begins, which would be random; "
             "give the run that it begins with by train.init_from, or set lora.rank=0"
+        )
+    if config.lora.rank and not adapter_weights(config):
+        raise InputError(
+            f"lora.targets={','.join(config.lora.targets)}: no layer has one of them (STEM layers "
+            "have no up_proj, those with rows for the gate no gate_proj), so no adapter would "
+            "train; name others"
         )
     _check_schedule(config)
     # Of sizes and rates: which token ends n-grams is not known yet.

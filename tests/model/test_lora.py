@@ -184,12 +184,16 @@ def test_keys_that_cannot_work(tiny_config, keys, message):
 def test_what_it_begins_with(base, train_step, make_batch, tiny_config, tmp_path):
     with pytest.raises(InputError, match=r"lora.rank=3 keeps .* train.init_from"):
         check_first_start(tiny_config(**LORA))
+    nothing = {"model.stem_layers": (0, 1, 2), "lora.targets": ("up_proj",)}
+    with pytest.raises(InputError, match=r"lora.targets=up_proj: no layer has one of them"):
+        check_first_start(tiny_config(**{**LORA, **nothing, "train.init_from": str(base)}))
     step, state = _begun(base, train_step)
     _save(tmp_path, step, state)
     # Its adapters are taken on, of the same shape alone, and never left behind in silence.
     again, begun = _begun(tmp_path, train_step)
     np.testing.assert_array_equal(_host(begun)[0]["norm.scale"], _host(state)[0]["norm.scale"])
-    for keys in ({"lora.rank": 0}, {"lora.rank": 4}, {"lora.targets": ("q_proj",)}):
+    others = {"lora.rank": 0}, {"lora.rank": 4}, {"lora.targets": ("q_proj",)}, {"lora.alpha": 7.0}
+    for keys in others:
         with pytest.raises(InputError, match=r"was trained with lora\."):
             _begun(tmp_path, train_step, **keys)
     config = dataclasses.replace(
