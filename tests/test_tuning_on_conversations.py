@@ -135,7 +135,7 @@ def test_what_is_no_conversation_is_refused_by_generate(base, tmp_path, capsys):
     with pytest.raises(InputError, match=r"--messages=.*m\.json: message 0 has role 'robot'"):
         generate.main([*flags, template, f"--messages={tmp_path / 'm.json'}"])
     (tmp_path / "m.json").write_text('[{"role": "system", "content": "x"}]')
-    with pytest.raises(InputError, match=r"chat\.jinja refuses .*: only user and assistant speak"):
+    with pytest.raises(InputError, match=r"m\.json: .*jinja refuses .*: only user and assistant"):
         generate.main([*flags, template, f"--messages={tmp_path / 'm.json'}"])
     for wrong, message in (
         (["--prompt=x", "--messages=m"], "--messages are answered"),
