@@ -108,8 +108,10 @@ class WholeRows:
         self._seq_len = seq_len
         inputs_n = np.diff(store.document_starts) - 1
         self._sizes = np.minimum(inputs_n, seq_len)
-        self._cut = int(np.sum(inputs_n > seq_len))
+        cut_n = inputs_n > seq_len
+        self._cut = int(np.sum(cut_n))
         self._unread = int(np.sum(inputs_n - self._sizes))
+        self._unscored = self._scored_behind(np.flatnonzero(cut_n))
         # Documents of row r are [edges[r], edges[r + 1]) of `documents`.
         self._documents, self._edges = _in_rows(_packed(self._sizes, seq_len))
 
@@ -163,7 +165,31 @@ class WholeRows:
                 f"; {self._cut:,} of them are longer than train.seq_len and cut there, "
                 f"{self._unread:,} tokens are not read"
             )
+        if self._unscored:
+            told += f", {self._unscored:,} of {self.store.num_scored:,} scored ones among them"
         return told
+
+    def _scored_behind(self, cut: np.ndarray) -> int:
+        """Tokens of conversations that are scored and not read. cut: the documents that are.
+
+        Raises InputError if no others are scored.
+        """
+        store = self.store
+        if store.scored is None or not len(cut):
+            return 0
+        behind = sum(
+            int(np.count_nonzero(store.scored[start + self._seq_len + 1 : stop]))
+            for start, stop in zip(
+                store.document_starts[cut], store.document_starts[cut + 1], strict=True
+            )
+        )
+        if behind == store.num_scored:
+            raise InputError(
+                f"token store {store.folder} has no scored token within the first "
+                f"{self._seq_len + 1} of a conversation (data.packing=whole cuts there); set a "
+                "larger train.seq_len"
+            )
+        return behind
 
 
 def _packed(sizes_n: np.ndarray, seq_len: int) -> np.ndarray:

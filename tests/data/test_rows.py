@@ -97,6 +97,12 @@ def test_what_is_scored_goes_with_the_documents(tmp_path):
         tuple(store.document_ids(n).tolist()[:-1]): mask[1:] for n, mask in enumerate(masks)
     }
     assert found == expected
+    cut = WholeRows(store, 3)
+    kept = sum(mask for n in range(len(cut)) for _, _, of in _documents(cut[n]) for mask in of)
+    assert kept == 4 and cut.note.endswith("2 tokens are not read, 2 of 6 scored ones among them")
+    behind = _write(tmp_path / "t", [4, 6], [[0, 0, 0, 1], [0, 0, 0, 0, 1, 1]])
+    with pytest.raises(InputError, match="no scored token within the first 3 of a conversation"):
+        WholeRows(behind, 2)
 
 
 def test_batches_are_those_of_any_number_of_processes_and_read_each_row_once(tmp_path):
