@@ -61,11 +61,13 @@ def test_with_all_memories_it_holds_too(tiny_config):
         "model.num_layers": 2,
         "model.stem_layers": (1,),
         "model.vocab_size": 258,
+        # Wide, beside what the compiler does twice: it rotates keys for the cache once more.
+        "model.ffn_dim": 160,
         "value.layers": (1,),
         "per_layer.layers": (0,),
         "per_layer.width": 12,
         "ngram.layers": (1,),
-        "ngram.heads": 2,
+        "ngram.heads": 4,
         "ngram.keys_per_head": 300,
         "ngram.width": 32,
         "ngram.eos_id": 2,
@@ -73,7 +75,7 @@ def test_with_all_memories_it_holds_too(tiny_config):
     }
     for check in check_flops(checked_config(tiny_config(**memories)), ("prefill", "decode")):
         # Without either it is more than this.
-        assert check.ratio == pytest.approx(1, abs=0.0175), check
+        assert check.ratio == pytest.approx(1, abs=0.0125), check
         assert check.keys > 100
 
 
