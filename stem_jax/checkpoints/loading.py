@@ -33,6 +33,19 @@ from stem_jax.training.blueprint import Blueprint, Params
 from stem_jax.training.schedule import make_schedule
 from stem_jax.training.state import abstract_state
 
+# Of runs that keep the norm of another; with another list all their patches would be refused.
+_TRAINED_BY = (
+    "train.init_from",
+    "train.continue_from",
+    "train.seed",
+    "train.global_batch_size",
+    "train.seq_len",
+    "data.sources",
+    "optimizer.learning_rate",
+    "tables.lr_multiplier",
+    "tables.trained_words",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class LoadedRun:
@@ -69,7 +82,10 @@ class LoadedRun:
 def checkpoint_fingerprint(
     config: Config, step: int, tokenizer: Tokenizer, norm_D: np.ndarray
 ) -> str:
-    """sha256 (hex) that tells checkpoints apart: by step, tokenizer, model and final norm."""
+    """sha256 (hex) that tells checkpoints apart: by step, tokenizer, model and final norm.
+
+    Runs that keep the norm of another are told apart by how they trained.
+    """
     # The kernel is this machine's, not the checkpoint's.
     model = dataclasses.asdict(dataclasses.replace(config.model, attention="auto"))
     # Fingerprints of before these keys stay what they were.
@@ -82,6 +98,8 @@ def checkpoint_fingerprint(
     facts += [[name, _shape_of(config, name)] for name in memories(config) if name != STEM]
     if config.lora.rank:
         facts.append(["lora", dataclasses.asdict(config.lora)])
+    if config.lora.rank or not config.optimizer.trains_backbone:
+        facts.append(["frozen", [config.value_of(name) for name in _TRAINED_BY]])
     digest = hashlib.sha256(json.dumps(facts, default=list).encode())
     digest.update(norm_D.astype(np.float32).tobytes())
     return digest.hexdigest()

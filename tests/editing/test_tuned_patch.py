@@ -95,6 +95,16 @@ def test_it_has_the_rows_with_an_update_and_makes_the_base_the_tuned_run(base, f
     assert (np.abs(after[_IDS] - before[_IDS]).max(axis=(1, 2)) > 1e-4).all()
 
 
+def test_trainings_of_one_base_are_told_apart(folders, train_step, make_batch, tmp_path):
+    base, run = folders
+    words = {"tables.trained_words": (65, 66)}
+    other = _tune(tmp_path / "other", base, train_step, make_batch, **words)
+    one, two = (open_saved_model(folder) for folder in (run, other))
+    assert one.info.step == two.info.step
+    np.testing.assert_array_equal(one.param("norm.scale"), two.param("norm.scale"))
+    assert one.fingerprint == load_run(run).fingerprint != two.fingerprint
+
+
 def test_its_size_is_that_of_its_rows(folders, tmp_path):
     path = tmp_path / "x.patch"
     export.main([f"--workdir={folders[1]}", "--format=patch", f"--out={path}"])
