@@ -110,6 +110,8 @@ def _train(config: Config, workdir: Path, clock: StartClock, own_log: Path, lock
     if info is not None:
         # Once more: now words are tokens.
         check_resumable(info.config, config, info.updates, info.past)
+    if origin is not None:
+        origin.check(config)
     record, owed = data_record(config, data), owes_validation(workdir, info)
     check_same(
         {"the newest checkpoint": str(latest), "the tokenizer": data.tokenizer.fingerprint}

@@ -57,6 +57,14 @@ class Origin:
             return NO_PAST
         return info.past.and_stage(info.step, info.updates, info.config)
 
+    def check(self, config: Config) -> None:
+        """Raises InputError if a run of this configuration cannot continue it, where it shall.
+
+        Words of `tables.trained_words` are compared once they are tokens.
+        """
+        if self.continues:
+            check_continuable(self.folder, self.info.step, self.info.config, config)
+
     def describe(self, config: Config) -> str:
         """What a run of this configuration takes over, in a line."""
         if not self.continues:
@@ -104,8 +112,7 @@ def find_origin(config: Config) -> Origin | None:
         info = checkpoints.info(step)
     origin = Origin(key, folder, info)
     _check_shapes(origin, config)
-    if origin.continues:
-        check_continuable(folder, step, info.config, config)
+    origin.check(config)
     return origin
 
 

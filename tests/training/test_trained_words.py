@@ -2,11 +2,14 @@
 
 import re
 
+import jax
 import numpy as np
 import pytest
 
+from stem_jax import run
 from stem_jax.errors import InputError
 from stem_jax.memory.catalogue import with_trained_tokens
+from stem_jax.mesh import make_mesh
 from stem_jax.training.resume import changed_keys
 from stem_jax.training.schedule import make_schedule
 from stem_jax.training.state import init_state
@@ -51,6 +54,21 @@ def test_other_rows_keep_their_bits(train_step, make_batch, shape):
         return
     alone = _trained(train_step((1, 1, 1), **SOME), make_batch)[1]
     np.testing.assert_allclose(after["rows"], alone["rows"], rtol=0, atol=1e-6)
+
+
+def test_a_run_continues_with_the_same_words(tiny_config, tmp_path):
+    """Words are not known to be others before the text is opened."""
+    keys = {**WORDS, "train.seq_len": 8, "data.tokenizer": "bytes", "mesh.data": 1}
+    keys |= {"data.sources": "facts", "train.steps": 2, "train.global_batch_size": 1}
+    first = tiny_config(**keys, **{"tables.trained_words": "ab"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+        run.train(first, tmp_path / "first")
+        origin = {"train.continue_from": str(tmp_path / "first"), "train.steps": 3}
+        other = tiny_config(**{**keys, **origin, "tables.trained_words": "xy"})
+        with pytest.raises(InputError, match=r"tables.trained_words: .* -> \(32, 120, 121\)"):
+            run.train(other, tmp_path / "other")
+        assert not (tmp_path / "other" / "checkpoints").exists()
 
 
 def test_words_are_their_tokens(tiny_config):
