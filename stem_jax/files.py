@@ -86,10 +86,10 @@ def read_json(
 
 
 def check_absent(folder: Path, flag: str) -> None:
-    """Raises InputError if the folder exists."""
+    """Raises InputError if the folder, or file, exists."""
     # Unlike a Path's, it does not raise for a name that no file can have.
     if os.path.lexists(folder):
-        raise InputError(f"{flag}={folder} exists; choose a new folder, or remove that one first")
+        raise InputError(f"{flag}={folder} exists; choose another name, or remove it first")
 
 
 @contextlib.contextmanager

@@ -314,7 +314,7 @@ def test_an_earlier_step(train_step, make_batch, tmp_path):
 def test_nothing_is_half_written(kind, run_folder, tmp_path, monkeypatch):
     flags = [f"--workdir={run_folder('stem_gqa')}", f"--format={kind}"]
     (tmp_path / "there").mkdir()
-    with pytest.raises(InputError, match="there exists; choose a new folder"):
+    with pytest.raises(InputError, match="there exists; choose another name"):
         export.main([*flags, f"--out={tmp_path / 'there'}"])
     calls = []
 

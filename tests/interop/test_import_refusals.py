@@ -236,7 +236,7 @@ def test_bad_llamas(spoil, message, tmp_path, monkeypatch, capsys):
             "value.layers=(0,) is a memory that the imported model has not",
         ),
         (["--tokenizer=bytes", "--path=nowhere"], "--path=nowhere is not a folder"),
-        (["--tokenizer=bytes", "--workdir=."], "--workdir=. exists; choose a new folder"),
+        (["--tokenizer=bytes", "--workdir=."], "--workdir=. exists; choose another name"),
         (["--tokenizer=bytes", "--config.model.ffn=9"], "unknown config key model.ffn"),
     ],
 )
