@@ -116,7 +116,7 @@ class Answer:
         for choice, prompt, own in zip(self._choices, self._prompts, seeds, strict=True):
             room = context - len(prompt.ids)
             tokens = room if call.max_tokens is None else min(room, call.max_tokens)
-            request = Request(prompt.ids, tokens, call.sampling, own, call.logprobs or 0)
+            request = Request(prompt.ids, tokens, call.sampling, own, call.logprobs)
             try:
                 ticket = self._service.engine.submit(request, self._hear(choice.index))
             except QueueFull as full:

@@ -87,7 +87,7 @@ class FakeEngine:
             if self._left <= 0:
                 self.failure = RuntimeError("it broke")
                 return None
-        top = tuple((97 + n, -1.0 - n) for n in range(ticket.request.top_logprobs))
+        top = tuple((97 + n, -1.0 - n) for n in range(ticket.request.top_logprobs or 0))
         if ticket.made == ticket.request.max_new_tokens:
             return self._end(ticket, Step(token, -0.5, top, "length"))
         return ticket.on_step(Step(token, -0.5, top))
