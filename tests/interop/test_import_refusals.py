@@ -247,16 +247,16 @@ def test_bad_flags(flags, message, tmp_path, monkeypatch, capsys):
 
 
 def test_a_config_file_of_another_kind_of_model(tmp_path, monkeypatch, capsys):
-    config = tmp_path / "gate.py"
+    config = tmp_path / "hashed.py"
     config.write_text(
         "from configs.base import get_config as base\n\n\ndef get_config():\n"
-        "    config = base()\n    config.model.stem_site = 'gate'\n    return config\n"
+        "    config = base()\n    config.model.hash_moe_layers = (0,)\n    return config\n"
     )
     folder = write_llama(tmp_path / "llama", "gqa")
     flags = ["--from=llama", f"--path={folder}", f"--workdir={tmp_path / 'run'}"]
     flags += ["--tokenizer=bytes", f"--config={config}"]
     error = _refusal(import_torch.main, flags, monkeypatch, capsys)
-    assert f"{config} has model.stem_site=gate, which the imported model is not" in error
+    assert f"{config} has model.hash_moe_layers=(0,), which the imported model is not" in error
 
 
 def test_a_tokenizer_with_too_many_ids(tmp_path, few_ids, monkeypatch, capsys):
