@@ -83,9 +83,8 @@ def save_run(
     train = dataclasses.replace(step.config.train, seq_len=context)
     config = dataclasses.replace(step.config, train=train)
     tokenizer.save(folder / "tokenizer")
-    info = CheckpointInfo(
-        UPDATES, UPDATES, 0, {}, tokenizer.fingerprint, {"seed": 0, "sources": "none"}, config
-    )
+    data, touched = {"seed": 0, "sources": "none"}, dict.fromkeys(memories(config), 0)
+    info = CheckpointInfo(UPDATES, UPDATES, 0, touched, tokenizer.fingerprint, data, config)
     with Checkpointer(folder) as checkpoints:
         checkpoints.save(state, info, None)
 

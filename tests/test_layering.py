@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stem_jax.interop.hf_export import CODE_FILES
+from stem_jax.interop import hf_export
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "stem_jax"
@@ -100,6 +100,7 @@ FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 
 
 # Copied into exports, where they stand alone with transformers; importing that has effects.
+CODE_FILES = {*hf_export.CODE_FILES}.union(*(code.files for code in hf_export.CODES.values()))
 CODE_OF_EXPORTS = {f"interop.{name.removesuffix('.py')}" for name in CODE_FILES}
 
 

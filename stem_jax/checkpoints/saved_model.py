@@ -7,7 +7,7 @@ parameter, or a few MiB of rows, are read at a time, straight from the arrays of
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -51,13 +51,14 @@ class RowEdits(Protocol):
 class SavedModel:
     """One checkpoint.
 
-    folder: of the step. info: its plain part. tokenizer: that of its rows. edits: of the rows.
+    folder: of the step. info: its plain part. tokenizer: that of its rows. edits: of the rows of
+    memories, by name.
     """
 
     folder: Path
     info: CheckpointInfo
     tokenizer: Tokenizer
-    edits: RowEdits | None = None
+    edits: Mapping[str, RowEdits] = dataclasses.field(default_factory=dict)
 
     @property
     def config(self) -> Config:
@@ -133,8 +134,8 @@ class SavedModel:
                 columns = slice(left, min(left + num_columns, spec.width))
                 for places, rows in self._rows(name, spec, part, columns, catch_up):
                     ids, rows = keys[places][real[places]], rows[real[places]]
-                    if self.edits is not None:
-                        rows = self.edits.apply(ids, rows, columns)
+                    if name in self.edits:
+                        rows = self.edits[name].apply(ids, rows, columns)
                     yield ids, columns, rows
 
     def updated_ids(self, name: str = STEM) -> np.ndarray:

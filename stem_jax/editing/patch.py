@@ -235,16 +235,13 @@ def stack_of(run: LoadedRun, patches: Sequence[Patch], memory: str = STEM) -> Pa
 
 def edited_model(saved: SavedModel, patches: Sequence[Patch]) -> SavedModel:
     """The checkpoint with patched rows, for an export; raises as `edited_run`."""
-    if not patches:
-        return saved
-    # An export has STEM's rows alone, and refuses a run with others.
-    if others := sorted({patch.memory for patch in patches} - {STEM}):
-        raise InputError(
-            f"--edits write rows of {', '.join(others)}, which no export has; generate with them"
-        )
-    of_tokens = token_memory(saved.config, STEM)
-    stack = PatchStack(patches, saved.fingerprint, saved.tokenizer.fingerprint, of_tokens)
-    return dataclasses.replace(saved, edits=stack)
+    stacks = {}
+    for name in dict.fromkeys(patch.memory for patch in patches):
+        own = [patch for patch in patches if patch.memory == name]
+        of_tokens = token_memory(saved.config, name)
+        fingerprints = saved.fingerprint, saved.tokenizer.fingerprint
+        stacks[name] = PatchStack(own, *fingerprints, of_tokens)
+    return dataclasses.replace(saved, edits=stacks)
 
 
 def edited_run(run: LoadedRun, patches: Sequence[Patch], beside: Sequence[Patch] = ()) -> LoadedRun:

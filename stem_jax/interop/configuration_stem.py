@@ -12,6 +12,7 @@ class StemConfig(PretrainedConfig):
     """Sizes under the names of Llama's configuration, and what Llama has not.
 
     stem_layers: the layers with tables. stem_site: what a row does there, see `modeling_stem`.
+    memories: what a model has beside them, by name: {"value": {"layers": [0, 2]}}; each has a file.
     table_device: where the tables stay whatever `model.to` says; None: with the rest.
     """
 
@@ -40,6 +41,7 @@ class StemConfig(PretrainedConfig):
         head_dim=64,
         stem_layers=(),
         stem_site="up",
+        memories=None,
         max_position_embeddings=2048,
         rms_norm_eps=1e-5,
         rope_parameters=None,
@@ -59,6 +61,7 @@ class StemConfig(PretrainedConfig):
         self.head_dim = head_dim
         self.stem_layers = list(stem_layers)
         self.stem_site = stem_site
+        self.memories = memories or {}
         self.max_position_embeddings = max_position_embeddings
         self.rms_norm_eps = rms_norm_eps
         self.rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
@@ -70,4 +73,29 @@ class StemConfig(PretrainedConfig):
         self.attention_bias = kwargs.pop("attention_bias", False)
         self.attention_dropout = kwargs.pop("attention_dropout", 0.0)
         self.mlp_bias = kwargs.pop("mlp_bias", False)
+        super().__init__(**kwargs)
+
+
+# To transformers a class of configurations says that of the model. Each has an __init__ of its own:
+# else transformers makes one.
+
+
+class StemValueConfig(StemConfig):
+    """Of `modeling_stem_value`."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+
+
+class StemPerLayerConfig(StemConfig):
+    """Of `modeling_stem_per_layer`."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+
+
+class StemValuePerLayerConfig(StemConfig):
+    """Of `modeling_stem_value_per_layer`."""
+
+    def __init__(self, **kwargs):
         super().__init__(**kwargs)

@@ -1,11 +1,13 @@
 """Export for the transformers library: a folder that `AutoModelForCausalLM` loads.
 
-A dense model becomes a plain `LlamaForCausalLM`; one with STEM layers brings `modeling_stem.py`
-along, with its configuration. Weights go from the checkpoint into safetensors files piece by piece.
+A dense model becomes a plain `LlamaForCausalLM`; one with tables brings `modeling_stem.py` along,
+with its configuration, and a file for each memory beside STEM's. Weights go from the checkpoint
+into safetensors files piece by piece.
 """
 
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +21,21 @@ from stem_jax.errors import InputError
 from stem_jax.files import new_folder
 from stem_jax.interop import model_card
 from stem_jax.interop.llama_names import llama_shapes, llama_weights, table_names
+from stem_jax.interop.memory_names import (
+    CODES,
+    Code,
+    memories_of,
+    memory_shapes,
+    memory_tables,
+    memory_weights,
+)
 from stem_jax.interop.safetensors_files import BFLOAT16, SafetensorsWriter
 from stem_jax.interop.said_keys import check_format
 from stem_jax.interop.tokenizer_export import padding_id, write_tokenizer
+from stem_jax.memory.memory import STEM
 
-CODE_FILES = ("configuration_stem.py", "modeling_stem.py", "stem_tables.py")
-AUTO_MAP = {
-    "AutoConfig": "configuration_stem.StemConfig",
-    "AutoModel": "modeling_stem.StemModel",
-    "AutoModelForCausalLM": "modeling_stem.StemForCausalLM",
-}
+# Of every model with tables.
+CODE_FILES = ("configuration_stem.py", "modeling_stem.py", "stem_attention.py", "stem_tables.py")
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": BFLOAT16}
 # Of a model's generation configuration; they speak of its code, or of lengths that we set.
 _NOT_CARRIED = {"transformers_version", "_from_model_config", "cache_implementation", "max_length"}
@@ -74,17 +81,22 @@ def export_hf(
         generation = generation_config(saved.config, saved.tokenizer)
         _write_json(folder / "generation_config.json", generation)
         (folder / model_card.NAME).write_text(card)
-        if saved.model.stem_layers:
-            for name in CODE_FILES:
+        memories = memories_of(saved.config)
+        if saved.model.stem_layers or memories:
+            for name in {*CODE_FILES, *CODES[*memories].files}:
                 shutil.copyfile(Path(__file__).with_name(name), folder / name)
-        shapes = llama_shapes(saved.model)
+        shapes = llama_shapes(saved.model) | memory_shapes(saved.model, memories)
+        weights = *llama_weights(saved.model), *memory_weights(saved.model, memories)
+        tables: dict[str, Collection[str]] = {**memory_tables(saved.model, memories)}
+        if saved.model.stem_layers:
+            tables[STEM] = table_names(saved.model)
         with SafetensorsWriter(folder, shapes, DTYPES[dtype], file_bytes) as writer:
-            for weight in llama_weights(saved.model):
+            for weight in weights:
                 writer.write(weight.theirs, weight.exchanged(saved.param(weight.ours)))
-            tables = table_names(saved.model)
-            for ids, columns, rows_nxSxC in saved.table_pieces() if tables else ():
-                for index, name in enumerate(tables):
-                    writer.write_rows(name, ids, columns, rows_nxSxC[:, index])
+            for memory, names in tables.items():
+                for ids, columns, rows_nxSxC in saved.table_pieces(memory):
+                    for index, name in enumerate(names):
+                        writer.write_rows(name, ids, columns, rows_nxSxC[:, index])
 
 
 def hf_config(config: Config, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
@@ -95,7 +107,9 @@ def hf_config(config: Config, tokenizer: Tokenizer, dtype: str) -> dict[str, Any
     """
     model = config.model
     check_format(config, "hf")
-    if not model.stem_layers and model.embed_dim % model.num_heads:
+    memories = memories_of(config)
+    has_tables = model.stem_layers or memories
+    if not has_tables and model.embed_dim % model.num_heads:
         raise InputError(
             f"model.embed_dim={model.embed_dim} does not divide by model.num_heads="
             f"{model.num_heads}, which LlamaForCausalLM asks for; use --format=official"
@@ -105,13 +119,15 @@ def hf_config(config: Config, tokenizer: Tokenizer, dtype: str) -> dict[str, Any
         "model_type": "llama",
         "hidden_act": "silu",
     }
-    if model.stem_layers:
+    if has_tables:
+        code = CODES[*memories]
         kind = {
-            "architectures": ["StemForCausalLM"],
+            "architectures": [f"Stem{code.kind}ForCausalLM"],
             "model_type": "stem",
-            "auto_map": AUTO_MAP,
+            "auto_map": auto_map(code),
             "stem_layers": list(model.stem_layers),
             "stem_site": model.stem_site,
+            **({"memories": memories} if memories else {}),
         }
     return {
         **kind,
@@ -130,6 +146,15 @@ def hf_config(config: Config, tokenizer: Tokenizer, dtype: str) -> dict[str, Any
         "eos_token_id": tokenizer.special.eos_id,
         "use_cache": True,
         "dtype": dtype,
+    }
+
+
+def auto_map(code: Code) -> dict[str, str]:
+    """Where transformers finds the classes of a model."""
+    return {
+        "AutoConfig": f"configuration_stem.Stem{code.kind}Config",
+        "AutoModel": f"{code.name}.Stem{code.kind}Model",
+        "AutoModelForCausalLM": f"{code.name}.Stem{code.kind}ForCausalLM",
     }
 
 

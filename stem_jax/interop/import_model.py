@@ -40,12 +40,15 @@ class Imported:
 
     model: values of the model section that it decides. context: tokens it was trained with. params:
     our parameters by name, in our layout. tables: [V, F] by token id, one for each STEM layer.
+    memories: beside STEM's, the values of their sections. memory_tables: theirs, as `tables`.
     """
 
     model: dict[str, Any]
     context: int
     params: Mapping[str, np.ndarray]
     tables: list[np.ndarray]
+    memories: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    memory_tables: Mapping[str, list[np.ndarray]] = dataclasses.field(default_factory=dict)
 
 
 def import_config(
@@ -65,12 +68,14 @@ def import_config(
     shaping = [field for field, key in model_keys().items() if key.role is Role.SHAPE]
     unsaid = {field: before(field) for field in shaping if field not in imported.model}
     decided = {**unsaid, **imported.model}
-    for name, value in decided.items():
-        if f"model.{name}" in overrides:
-            raise InputError(
-                f"--config.model.{name}={overrides[f'model.{name}']} is given, the model has "
-                f"{value}; leave the flag out"
-            )
+    sections: dict[str, Mapping[str, Any]] = {"model": decided, **imported.memories}
+    for section, values in sections.items():
+        for field, value in values.items():
+            if (name := f"{section}.{field}") in overrides:
+                raise InputError(
+                    f"--config.{name}={overrides[name]} is given, the model has {value}; leave the "
+                    "flag out"
+                )
     config = load_config(path, overrides)
     for field in unsaid_keys(config.model, frozenset(ModelConfig.__dataclass_fields__) - {*unsaid}):
         raise InputError(
@@ -78,6 +83,8 @@ def import_config(
             "not; take it out of the file, or give another --config"
         )
     for key, layers in memories_beside_stem(config):
+        if key.partition(".")[0] in imported.memories:
+            continue
         raise InputError(
             f"{key}={layers} is a memory that the imported model has not; take it out of the flags "
             f"and of {path}. A run with train.init_from=WORKDIR begins one beside what was "
@@ -88,7 +95,11 @@ def import_config(
         train = dataclasses.replace(train, seq_len=imported.context)
     data = dataclasses.replace(data, tokenizer=tokenizer.kind, tokenizer_path=None)
     model = dataclasses.replace(config.model, **decided)
-    config = dataclasses.replace(config, model=model, train=train, data=data)
+    own = {
+        section: dataclasses.replace(getattr(config, section), **values)
+        for section, values in imported.memories.items()
+    }
+    config = dataclasses.replace(config, model=model, train=train, data=data, **own)
     # What the files of the model say passes the same checks as what a config file says.
     config = config_from_json(config.to_json())
     if tokenizer.vocab_size > model.vocab_size:
@@ -121,6 +132,8 @@ def write_checkpoint(
         stores = {n: HostStore.allocate(spec, mesh) for n, spec in table_specs(config).items()}
         if imported.tables:
             _fill(stores[STEM], imported.tables)
+        for memory, tables in imported.memory_tables.items():
+            _fill(stores[memory], tables)
         zero = jax.device_put(np.int32(0), whole)
         opt_state = jax.jit(ModelDef(config).optimizer.init)(params)
         state = TrainState(zero, zero, zero, dict.fromkeys(stores, zero), params, opt_state, {})

@@ -18,6 +18,12 @@ from stem_jax.interop.llama_names import (
     llama_weights,
     table_names,
 )
+from stem_jax.interop.memory_names import (
+    memory_shapes,
+    memory_tables,
+    memory_weights,
+    read_memories,
+)
 from stem_jax.interop.names import (
     STEM_PREFIX,
     check_official,
@@ -116,14 +122,20 @@ def _transformers(kind: str, path: Path) -> Imported:
                 f"{HEAD} differs from {EMBEDDING}, but config.json has tie_word_embeddings=true; "
                 "set it to false"
             )
-    check_shapes(tensors, llama_shapes(model))
+    memories = read_memories(config, model.num_layers)
+    check_shapes(tensors, llama_shapes(model) | memory_shapes(model, memories))
 
     def maker(weight):
         return lambda: weight.exchanged(tensors[weight.theirs])
 
-    makers = {weight.ours: maker(weight) for weight in llama_weights(model)}
+    weights = *llama_weights(model), *memory_weights(model, memories)
+    params = LazyParams({weight.ours: maker(weight) for weight in weights})
     tables = [tensors[name] for name in table_names(model)]
-    return Imported(values, llama_context(config), LazyParams(makers), tables)
+    of_memories = {
+        memory: [tensors[name] for name in names]
+        for memory, names in memory_tables(model, memories).items()
+    }
+    return Imported(values, llama_context(config), params, tables, memories, of_memories)
 
 
 def _model(values: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> ModelConfig:

@@ -14,83 +14,20 @@ Names and layout of the weights are those of Llama, and `model.layers.N.mlp.up_t
 [vocab_size, intermediate_size] for a table.
 """
 
-import dataclasses
-from types import SimpleNamespace
-
 import torch
 from torch import nn
 from transformers import Cache
-from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
     LlamaDecoderLayer,
     LlamaForCausalLM,
     LlamaModel,
     LlamaPreTrainedModel,
     LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
 )
 
 from .configuration_stem import StemConfig
+from .stem_attention import CACHE, CACHE_NAMES, StemAttention, StemRotaryEmbedding
 from .stem_tables import StemTable, WithTables
-
-# The key-value cache has one of these names, by the version of transformers.
-_CACHE_NAMES = ["cache", "past_key_values"]
-_CACHE = next(f.name for f in dataclasses.fields(CausalLMOutputWithPast) if f.name in _CACHE_NAMES)
-if not hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):  # transformers 5.0
-    _found = ALL_ATTENTION_FUNCTIONS.get
-    ALL_ATTENTION_FUNCTIONS = SimpleNamespace(get_interface=_found)  # type: ignore[assignment]
-
-
-class StemRotaryEmbedding(LlamaRotaryEmbedding):
-    """Llama's in float32, also when the model is cast."""
-
-    def forward(self, x, position_ids):
-        """Cosines and sines [B, L, head_dim]."""
-        return super().forward(x[..., :1].float(), position_ids)
-
-    def _apply(self, fn, recurse=True):
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            if not buffer.is_meta:
-                self._buffers[name] = buffer.to(self._buffers[name].device)
-        return self
-
-
-class StemAttention(LlamaAttention):
-    """Llama's, but that queries and keys turn in float32."""
-
-    def forward(self, hidden_states, position_embeddings, attention_mask=None, **kwargs):
-        """[B, L, D] of x [B, L, D], and the weights if the implementation has them."""
-        input_shape = hidden_states.shape[:-1]
-        head_shape = (*input_shape, -1, self.head_dim)
-        queries = self.q_proj(hidden_states).view(head_shape).transpose(1, 2)
-        keys = self.k_proj(hidden_states).view(head_shape).transpose(1, 2)
-        values = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
-        cos, sin = position_embeddings
-        turned = apply_rotary_pos_emb(queries.float(), keys.float(), cos, sin)
-        queries, keys = turned[0].to(values.dtype), turned[1].to(values.dtype)
-        cache = kwargs.pop(_CACHE, None)
-        if cache is not None:
-            keys, values = cache.update(keys, values, self.layer_idx, kwargs)
-        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        attended, weights = attention_interface(
-            self,
-            queries,
-            keys,
-            values,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        return self.o_proj(attended.reshape(*input_shape, -1).contiguous()), weights
 
 
 class StemMLP(nn.Module):
@@ -119,15 +56,18 @@ class StemMLP(nn.Module):
 class StemDecoderLayer(LlamaDecoderLayer):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
+    attention_class: type[StemAttention] = StemAttention
+
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)
-        self.self_attn = StemAttention(config, layer_idx)
+        self.self_attn = self.attention_class(config, layer_idx)
         self.is_stem = layer_idx in config.stem_layers
         if self.is_stem:
             self.mlp = StemMLP(config)
 
     def forward(self, hidden_states, token_ids=None, **kwargs):
-        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        normed = self.input_layernorm(hidden_states)
+        attended, _ = self.self_attn(normed, token_ids=token_ids, **kwargs)
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)
         return hidden_states + (self.mlp(normed, token_ids) if self.is_stem else self.mlp(normed))
@@ -136,19 +76,31 @@ class StemDecoderLayer(LlamaDecoderLayer):
 class StemPreTrainedModel(WithTables, LlamaPreTrainedModel):
     """What the base model and the one with a head have in common."""
 
-    config_class = StemConfig
+    config_class: type[StemConfig] = StemConfig
     _no_split_modules = ["StemDecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = _CACHE_NAMES
+    _skip_keys_device_placement = CACHE_NAMES
 
 
 class StemModel(StemPreTrainedModel, LlamaModel):
-    """The decoder without its head."""
+    """The decoder without its head.
+
+    layer_class: of its layers. memories: names of those beside STEM's that they read.
+    """
+
+    layer_class: type[StemDecoderLayer] = StemDecoderLayer
+    memories: tuple[str, ...] = ()
 
     def __init__(self, config):
+        if {*config.memories} != {*self.memories}:
+            raise ValueError(
+                f"config.memories has {', '.join(config.memories) or 'none'}, this class reads "
+                f"{', '.join(self.memories) or 'none'}; take the one that auto_map of config.json "
+                "names"
+            )
         super(LlamaModel, self).__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            [StemDecoderLayer(config, layer) for layer in range(config.num_hidden_layers)]
+            [self.layer_class(config, layer) for layer in range(config.num_hidden_layers)]
         )
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = StemRotaryEmbedding(config)
@@ -177,22 +129,27 @@ class StemModel(StemPreTrainedModel, LlamaModel):
                 f"{tuple(input_ids.shape)}; give the ids of the same tokens"
             )
         if past_key_values is not None:
-            kwargs[_CACHE] = past_key_values
-        cache = kwargs.get("cache", kwargs.get(_CACHE))
+            kwargs[CACHE] = past_key_values
+        cache = kwargs.get("cache", kwargs.get(CACHE))
         if not torch.compiler.is_compiling() and (cache is None or isinstance(cache, Cache)):
             self._check_lengths(input_ids, attention_mask, position_ids, cache)
         if use_cache is None:
             # Positions that restart begin a document where there is no mask and no cache.
             packed = cache is None and attention_mask is None and position_ids is not None
             use_cache = self.config.use_cache and not self.training and not packed
+        embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         return super().forward(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            inputs_embeds=self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds,
+            inputs_embeds=embeds,
             use_cache=use_cache,
-            token_ids=input_ids,
+            **self.layer_inputs(input_ids, embeds),
             **kwargs,
         )
+
+    def layer_inputs(self, input_ids, embeds):
+        """What each layer is called with beside what Llama's are."""
+        return {"token_ids": input_ids}
 
     def _check_lengths(self, input_ids, attention_mask, position_ids, cache):
         B, L = input_ids.shape
@@ -218,9 +175,11 @@ class StemModel(StemPreTrainedModel, LlamaModel):
 class StemForCausalLM(StemPreTrainedModel, LlamaForCausalLM):
     """The decoder with its head; called as LlamaForCausalLM, but with ids, as the base model."""
 
+    model_class: type[StemModel] = StemModel
+
     def __init__(self, config):
         super(LlamaForCausalLM, self).__init__(config)
-        self.model = StemModel(config)
+        self.model = self.model_class(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()

@@ -55,7 +55,8 @@ def _folders(name, place):
     (old / "config.json").write_text(json.dumps(config))
     for code in hf_export.CODE_FILES:
         shutil.copy(Path(hf_export.__file__).with_name(code), new)
-    (new / "config.json").write_text(json.dumps({**config, "auto_map": hf_export.AUTO_MAP}))
+    classes = hf_export.auto_map(hf_export.CODES[()])
+    (new / "config.json").write_text(json.dumps({**config, "auto_map": classes}))
     return old, new
 
 

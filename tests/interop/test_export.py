@@ -22,7 +22,7 @@ from stem_jax.data.sentencepiece_training import train_sentencepiece
 from stem_jax.data.tokenizer import load_tokenizer
 from stem_jax.errors import InputError
 from stem_jax.interop.hf_export import export_hf
-from stem_jax.interop.modeling_stem import _CACHE as CACHE
+from stem_jax.interop.stem_attention import CACHE
 from stem_jax.tables.spec import logical
 from tests.saved_models import (
     BYTES,

@@ -11,7 +11,8 @@ import torch
 import transformers
 from torchao.quantization import Int8WeightOnlyConfig
 
-from stem_jax.interop.modeling_stem import _CACHE as CACHE
+from stem_jax.interop.hf_export import CODE_FILES
+from stem_jax.interop.stem_attention import CACHE
 from tests.facts_model import export_into
 
 PROMPTS = ["The capital of Spain is", "The capital of Peru is", "The currency of Japan is"]
@@ -148,7 +149,7 @@ def test_a_saved_model_is_whole(load, prompts, folder, tmp_path):
     ):
         model = load(kind)
         model.save_pretrained(tmp_path / name)
-        for code in ("configuration_stem.py", "modeling_stem.py", "stem_tables.py"):
+        for code in CODE_FILES:
             assert (tmp_path / name / code).read_text() == (folder / code).read_text()
         again = kind.from_pretrained(tmp_path / name, trust_remote_code=True)
         assert torch.equal(again(ids)[name], model(ids)[name])

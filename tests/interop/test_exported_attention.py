@@ -4,8 +4,8 @@ import pytest
 import torch
 import transformers
 
-from stem_jax.interop.modeling_stem import _CACHE as CACHE
 from stem_jax.interop.modeling_stem import StemConfig, StemForCausalLM
+from stem_jax.interop.stem_attention import CACHE
 
 CONTEXT = 16
 SIZES = {

@@ -10,4 +10,6 @@ def register() -> None:
 
     AutoConfig.register("stem", StemConfig, exist_ok=True)
     # By name: a module that is imported here would begin with CUDA before vLLM forks.
-    ModelRegistry.register_model("StemForCausalLM", "vllm_stem.model:StemForCausalLM")
+    # Models with more memories come here to be refused by name.
+    for kind in ("", "Value", "PerLayer", "ValuePerLayer"):
+        ModelRegistry.register_model(f"Stem{kind}ForCausalLM", "vllm_stem.model:StemForCausalLM")

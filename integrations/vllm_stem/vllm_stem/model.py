@@ -137,6 +137,11 @@ class StemForCausalLM(LlamaForCausalLM):
 
 
 def _check(vllm_config: VllmConfig) -> None:
+    if memories := vllm_config.model_config.hf_config.memories:
+        raise ValueError(
+            f"config.json has the memories {', '.join(memories)}, which vllm_stem does not know; "
+            "serve the run by stem_jax.serve, or the export by transformers"
+        )
     if vllm_config.model_config.enable_prompt_embeds:
         raise ValueError(
             "--enable-prompt-embeds cannot be had with a STEM model: its layers look rows up by "
