@@ -77,7 +77,11 @@ def import_config(
                     "flag out"
                 )
     config = load_config(path, overrides)
-    for field in unsaid_keys(config.model, frozenset(ModelConfig.__dataclass_fields__) - {*unsaid}):
+    other = [*unsaid_keys(config.model, frozenset(ModelConfig.__dataclass_fields__) - {*unsaid})]
+    # Sizes are the model's whatever the file has; what rows do, a file says on purpose.
+    if config.model.stem_site not in (before("stem_site"), decided["stem_site"]):
+        other.append("stem_site")
+    for field in other:
         raise InputError(
             f"{path} has model.{field}={getattr(config.model, field)}, which the imported model is "
             "not; take it out of the file, or give another --config"

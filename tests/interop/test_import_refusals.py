@@ -246,17 +246,18 @@ def test_bad_flags(flags, message, tmp_path, monkeypatch, capsys):
     assert message in _refusal(import_torch.main, flags, monkeypatch, capsys)
 
 
-def test_a_config_file_of_another_kind_of_model(tmp_path, monkeypatch, capsys):
-    config = tmp_path / "hashed.py"
+@pytest.mark.parametrize(("key", "value"), [("hash_moe_layers", (0,)), ("stem_site", "gate")])
+def test_a_config_file_of_another_kind_of_model(key, value, tmp_path, monkeypatch, capsys):
+    config = tmp_path / "other.py"
     config.write_text(
         "from configs.base import get_config as base\n\n\ndef get_config():\n"
-        "    config = base()\n    config.model.hash_moe_layers = (0,)\n    return config\n"
+        f"    config = base()\n    config.model.{key} = {value!r}\n    return config\n"
     )
     folder = write_llama(tmp_path / "llama", "gqa")
     flags = ["--from=llama", f"--path={folder}", f"--workdir={tmp_path / 'run'}"]
     flags += ["--tokenizer=bytes", f"--config={config}"]
     error = _refusal(import_torch.main, flags, monkeypatch, capsys)
-    assert f"{config} has model.hash_moe_layers=(0,), which the imported model is not" in error
+    assert f"{config} has model.{key}={value}, which the imported model is not" in error
 
 
 def test_a_tokenizer_with_too_many_ids(tmp_path, few_ids, monkeypatch, capsys):
