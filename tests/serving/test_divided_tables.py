@@ -110,6 +110,7 @@ def test_each_device_needs_half_of_the_table(config, axis, name):
     _check(placed, mesh, _programs(placed, mesh)[name])
 
 
+@pytest.mark.long
 def test_two_devices_say_what_one_says(config):
     rng = random.Random(0)
     requests = [

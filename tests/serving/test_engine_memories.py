@@ -132,6 +132,7 @@ def test_rows_in_host_memory(make_model, expected, shape):
         source.close()
 
 
+@pytest.mark.long
 def test_a_patch_is_read(make_model, expected):
     config, params, rows, mesh = make_model()
     extra = np.random.default_rng(3).normal(size=(1, 1, 48)).astype(np.float32)
