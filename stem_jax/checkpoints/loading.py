@@ -65,9 +65,14 @@ class LoadedRun:
 
     @property
     def fingerprint(self) -> str:
-        """See `checkpoint_fingerprint`."""
+        """What edits of these rows name."""
+        return self.fingerprints[0]
+
+    @property
+    def fingerprints(self) -> tuple[str, ...]:
+        """See `checkpoint_fingerprints`."""
         norm = np.asarray(self.params["norm.scale"])
-        return checkpoint_fingerprint(self.config, self.step, self.tokenizer, norm)
+        return checkpoint_fingerprints(self.config, self.step, self.tokenizer, norm)
 
     def close(self) -> None:
         """Ends the threads that bring rows from the host, if there are any."""
@@ -79,12 +84,13 @@ class LoadedRun:
         return dataclasses.replace(self, rows={**self.rows, name: rows})
 
 
-def checkpoint_fingerprint(
+def checkpoint_fingerprints(
     config: Config, step: int, tokenizer: Tokenizer, norm_D: np.ndarray
-) -> str:
+) -> tuple[str, ...]:
     """sha256 (hex) that tells checkpoints apart: by step, tokenizer, model and final norm.
 
-    Runs that keep the norm of another are told apart by how they trained.
+    Runs that keep the norm of another are told apart by how they trained; a second one is that
+    which earlier versions gave them, by which patches of then may name them.
     """
     # The kernel is this machine's, not the checkpoint's.
     model = dataclasses.asdict(dataclasses.replace(config.model, attention="auto"))
@@ -98,8 +104,14 @@ def checkpoint_fingerprint(
     facts += [[name, _shape_of(config, name)] for name in memories(config) if name != STEM]
     if config.lora.rank:
         facts.append(["lora", dataclasses.asdict(config.lora)])
+    found = [_digest(facts, norm_D)]
     if config.lora.rank or not config.optimizer.trains_backbone:
         facts.append(["frozen", [config.value_of(name) for name in _TRAINED_BY]])
+        found.insert(0, _digest(facts, norm_D))
+    return tuple(found)
+
+
+def _digest(facts: list[Any], norm_D: np.ndarray) -> str:
     digest = hashlib.sha256(json.dumps(facts, default=list).encode())
     digest.update(norm_D.astype(np.float32).tobytes())
     return digest.hexdigest()

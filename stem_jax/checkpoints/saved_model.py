@@ -18,7 +18,7 @@ import tensorstore as ts
 
 from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
 from stem_jax.checkpoints.files import table_items
-from stem_jax.checkpoints.loading import checkpoint_fingerprint, open_checkpoint
+from stem_jax.checkpoints.loading import checkpoint_fingerprints, open_checkpoint
 from stem_jax.checkpoints.older_formats import current_array
 from stem_jax.checkpoints.tables import first_rows
 from stem_jax.config import Config, ModelConfig
@@ -72,9 +72,14 @@ class SavedModel:
 
     @property
     def fingerprint(self) -> str:
-        """What edits of these rows name; see `loading.checkpoint_fingerprint`."""
+        """What edits of these rows name."""
+        return self.fingerprints[0]
+
+    @property
+    def fingerprints(self) -> tuple[str, ...]:
+        """See `loading.checkpoint_fingerprints`."""
         norm = self.param("norm.scale")
-        return checkpoint_fingerprint(self.config, self.info.step, self.tokenizer, norm)
+        return checkpoint_fingerprints(self.config, self.info.step, self.tokenizer, norm)
 
     def param(self, name: str) -> np.ndarray:
         """A parameter of the backbone, as the model reads it: in `model.param_dtype`.

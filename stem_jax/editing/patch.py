@@ -36,12 +36,12 @@ class PatchStack:
     def __init__(
         self,
         patches: Sequence[Patch],
-        run: str,
+        runs: Sequence[str],
         tokenizer: str,
         memory: TokenMemory,
     ):
         """Args:
-        run, tokenizer: fingerprints of the checkpoint.
+        runs, tokenizer: fingerprints of the checkpoint, which may have several.
         memory: whose rows all of them write.
 
         Raises:
@@ -56,10 +56,10 @@ class PatchStack:
                     f"patch {patch.name} was made with tokenizer {patch.tokenizer[:12]}, the run "
                     f"has {tokenizer[:12]}: its token ids mean other words; make it again"
                 )
-            if patch.run != run:
+            if patch.run not in runs:
                 raise InputError(
                     f"patch {patch.name} was made for checkpoint {patch.run[:12]}, this is "
-                    f"{run[:12]}; give the --step it was made from, or make it again"
+                    f"{runs[0][:12]}; give the --step it was made from, or make it again"
                 )
             if patch.ids.max() >= memory.num_keys:
                 raise InputError(
@@ -230,7 +230,7 @@ def stack_of(run: LoadedRun, patches: Sequence[Patch], memory: str = STEM) -> Pa
     """Those of the patches that write a memory; raises InputError if one was made for another."""
     own = [patch for patch in patches if patch.memory == memory]
     of_tokens = token_memory(run.config, memory)
-    return PatchStack(own, run.fingerprint, run.tokenizer.fingerprint, of_tokens)
+    return PatchStack(own, run.fingerprints, run.tokenizer.fingerprint, of_tokens)
 
 
 def edited_model(saved: SavedModel, patches: Sequence[Patch]) -> SavedModel:
@@ -239,7 +239,7 @@ def edited_model(saved: SavedModel, patches: Sequence[Patch]) -> SavedModel:
     for name in dict.fromkeys(patch.memory for patch in patches):
         own = [patch for patch in patches if patch.memory == name]
         of_tokens = token_memory(saved.config, name)
-        fingerprints = saved.fingerprint, saved.tokenizer.fingerprint
+        fingerprints = saved.fingerprints, saved.tokenizer.fingerprint
         stacks[name] = PatchStack(own, *fingerprints, of_tokens)
     return dataclasses.replace(saved, edits=stacks)
 

@@ -95,8 +95,8 @@ def test_tokens_that_the_model_has_not(tmp_path):
     model = StemMemory(9, 4, (0, 1, 2))
     patch = read_patch(_write(tmp_path / "x"))
     with pytest.raises(InputError, match="patch x writes the rows of token 9, the model has 9 tok"):
-        PatchStack([patch], "r", "t", model)
-    PatchStack([patch], "r", "t", StemMemory(10, 4, (0, 1, 2)))
+        PatchStack([patch], ("r",), "t", model)
+    PatchStack([patch], ("r",), "t", StemMemory(10, 4, (0, 1, 2)))
 
 
 def test_a_patch_that_cannot_be_saved_is_refused_before_the_work(tmp_path):

@@ -105,6 +105,15 @@ def test_trainings_of_one_base_are_told_apart(folders, train_step, make_batch, t
     assert one.fingerprint == load_run(run).fingerprint != two.fingerprint
 
 
+def test_a_patch_that_an_earlier_version_made_of_such_a_run_is_taken(folders, patch):
+    run = load_run(folders[1])
+    own, earlier = run.fingerprints
+    for name in (own, earlier):
+        edited_run(run, [dataclasses.replace(patch, run=name)])
+    with pytest.raises(InputError, match="was made for checkpoint another"):
+        edited_run(run, [dataclasses.replace(patch, run="another")])
+
+
 def test_its_size_is_that_of_its_rows(folders, tmp_path):
     path = tmp_path / "x.patch"
     export.main([f"--workdir={folders[1]}", "--format=patch", f"--out={path}"])

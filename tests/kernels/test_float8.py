@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stem_jax.checkpoints.loading import checkpoint_fingerprint
+from stem_jax.checkpoints.loading import checkpoint_fingerprints
 from stem_jax.errors import InputError
 from stem_jax.hardware import Chip
 from stem_jax.kernels import float8
@@ -118,7 +118,7 @@ def test_a_checkpoint_is_the_same_however_it_was_multiplied(tiny_config):
     tokenizer = type("Tokenizer", (), {"fingerprint": "x"})()
     norm = np.ones(4, np.float32)
     configs = [tiny_config(**{"model.matmul_dtype": kind}) for kind in (None, "float8")]
-    one, other = (checkpoint_fingerprint(config, 1, tokenizer, norm) for config in configs)
+    one, other = (checkpoint_fingerprints(config, 1, tokenizer, norm) for config in configs)
     assert one == other
 
 

@@ -11,7 +11,7 @@ from stem_jax import analyze
 from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
 from stem_jax.checkpoints.checkpointer import Checkpointer
 from stem_jax.checkpoints.files import LIST, damage
-from stem_jax.checkpoints.loading import checkpoint_fingerprint, load_run
+from stem_jax.checkpoints.loading import checkpoint_fingerprints, load_run
 from stem_jax.errors import InputError
 from stem_jax.memory.catalogue import memories, table_specs
 from stem_jax.run_checks import check_device_tables, check_hosts, device_table_bytes
@@ -104,9 +104,9 @@ def test_a_checkpoint_without_a_list_needs_the_items_of_every_memory(folder):
 def test_a_fingerprint_tells_memories_apart(config, tiny_config):
     def of(**overrides):
         changed = tiny_config(**SIZES | overrides)
-        return checkpoint_fingerprint(changed, 0, BYTES, np.ones(4))
+        return checkpoint_fingerprints(changed, 0, BYTES, np.ones(4))
 
-    own = checkpoint_fingerprint(config, 0, BYTES, np.ones(4))
+    own = checkpoint_fingerprints(config, 0, BYTES, np.ones(4))
     others = [of(**{"value.layers": (0,)}), of(**{"ngram.seed": 1}), of(**{"value.layers": "none"})]
     assert len({own, *others}) == 4
     # Where there is no such memory, its other keys say nothing.

@@ -9,7 +9,7 @@ import pytest
 
 from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
 from stem_jax.checkpoints.checkpointer import Checkpointer
-from stem_jax.checkpoints.loading import checkpoint_fingerprint, load_run
+from stem_jax.checkpoints.loading import checkpoint_fingerprints, load_run
 from stem_jax.checkpoints.saved_model import open_saved_model
 from stem_jax.training.schedule import make_schedule
 from stem_jax.training.state import abstract_state, init_state
@@ -140,8 +140,8 @@ def test_readers_of_a_run_have_what_training_reads(run, tmp_path):
         np.testing.assert_array_equal(np.asarray(value), copy)
         np.testing.assert_array_equal(stored.param(name), copy)
     norm = stored.param("norm.scale")
-    fingerprint = checkpoint_fingerprint(stored.config, loaded.step, stored.tokenizer, norm)
-    assert fingerprint == loaded.fingerprint
+    fingerprint = checkpoint_fingerprints(stored.config, loaded.step, stored.tokenizer, norm)
+    assert fingerprint == loaded.fingerprints
 
 
 @pytest.mark.long
