@@ -122,7 +122,8 @@ class Routes:
         if self._key is None:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        same = hmac.compare_digest(given.strip().encode("utf-8", "surrogateescape"), self._key)
+        # Starlette reads headers as Latin-1, which gives the bytes back as they came.
+        same = hmac.compare_digest(given.encode("latin-1").strip(), self._key)
         if scheme.lower() != "bearer" or not same:
             raise ApiError(
                 "the API key is missing or wrong; send it as Authorization: Bearer KEY",

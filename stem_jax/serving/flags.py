@@ -43,8 +43,11 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
         parser.error("--model-name= is empty; give a name, or leave it out")
     if args.api_key is None:
         args.api_key = os.environ.get(KEY_VARIABLE)
-    if args.api_key is not None and not args.api_key.strip():
-        raise InputError(f"--api-key or {KEY_VARIABLE} is empty; give a key, or leave it out")
+    if args.api_key is not None:
+        # Files that keys are kept in often end with a line end, which no header can have.
+        args.api_key = args.api_key.strip()
+        if not args.api_key:
+            raise InputError(f"--api-key or {KEY_VARIABLE} is empty; give a key, or leave it out")
     return args
 
 

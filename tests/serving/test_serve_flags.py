@@ -29,6 +29,8 @@ def test_the_key_comes_by_flag_or_environment(monkeypatch):
     monkeypatch.setenv(KEY_VARIABLE, "of the environment")
     assert parse(["--workdir=x"], None).api_key == "of the environment"
     assert parse(["--workdir=x", "--api-key=k"], None).api_key == "k"
+    monkeypatch.setenv(KEY_VARIABLE, "of a file\n")
+    assert parse(["--workdir=x"], None).api_key == "of a file"
     monkeypatch.setenv(KEY_VARIABLE, " ")
     with pytest.raises(InputError, match=f"{KEY_VARIABLE} is empty"):
         parse(["--workdir=x"], None)
