@@ -28,6 +28,11 @@ class Books:
         self._times: deque[float] = deque(maxlen=_REMEMBERED)
 
     @property
+    def most(self) -> int:
+        """Tickets that can be there at a time."""
+        return len(self.slots) + self._queue
+
+    @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
         return not (self.waiting or self.running or self.cancelled)

@@ -94,6 +94,11 @@ class Engine:
         self._under_way: deque[tuple[Drawn, list[tuple[int, Ticket]]]] = deque()
 
     @property
+    def most_requests(self) -> int:
+        """That it can have at a time."""
+        return self._books.most
+
+    @property
     def ready(self) -> bool:
         """Whether requests are taken."""
         alive = self._thread is not None and self._thread.is_alive()

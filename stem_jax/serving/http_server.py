@@ -50,10 +50,14 @@ def bound_socket(host: str, port: int) -> socket.socket:
 
 
 def protocol(write_seconds: float) -> type[H11Protocol]:
-    """HTTP/1.1 that ends connections of clients that read nothing for so long."""
+    """HTTP/1.1 that ends connections of clients that read nothing for so long.
+
+    And of those that do not send the head of a request: uvicorn waits for it without end.
+    """
 
     class Protocol(H11Protocol):
         _stuck: asyncio.TimerHandle | None = None
+        _late: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             """Nothing is to be kept here: what the kernel does not take is a client's silence."""
@@ -61,6 +65,11 @@ def protocol(write_seconds: float) -> type[H11Protocol]:
             own = transport.get_extra_info("socket")
             own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
             super().connection_made(transport)
+            self._await_head()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._await_head()
 
         def pause_writing(self) -> None:
             """Bytes are left that the kernel does not take."""
@@ -74,7 +83,19 @@ def protocol(write_seconds: float) -> type[H11Protocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._forget()
+            self._forget_late()
             super().connection_lost(exc)
+
+        def _await_head(self) -> None:
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._forget_late()
+            elif self._late is None:
+                self._late = self.loop.call_later(_IDLE_SECONDS, self.transport.abort)
+
+        def _forget_late(self) -> None:
+            if self._late is not None:
+                self._late.cancel()
+                self._late = None
 
         def _forget(self) -> None:
             if self._stuck is not None:

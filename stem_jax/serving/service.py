@@ -110,6 +110,14 @@ class Answer:
     def submit(self) -> None:
         """Asks the engine for every choice. Raises ApiError if it takes one of them not."""
         call, context = self.call, self._service.reader.context
+        asked, most = len(self._choices), self._service.engine.most_requests
+        if asked > most:
+            # Later there is no more room.
+            raise ApiError(
+                f"{asked} completions are more than the {most} that this server can have at a "
+                "time; send several requests",
+                param="n" if call.choices > 1 else "prompt",
+            )
         # As `generate` has it: a prompt that is given again gets another sample.
         seed = secrets.randbits(63) if call.seed is None else call.seed
         seeds = sequence_seeds(seed, [prompt.ids for prompt in self._prompts])

@@ -38,6 +38,10 @@ class FakeEngine:
         self.finished: Counter = Counter()
 
     @property
+    def most_requests(self) -> int:
+        return self._slots + self._queue
+
+    @property
     def ready(self) -> bool:
         return self._thread is not None and self.failure is None
 

@@ -318,6 +318,11 @@ def test_a_key_is_asked_for(service, path):
     assert ask(service, "/health", key="s3cret").status_code == 200
 
 
+def test_a_key_may_have_any_letters(service):
+    headers = {"authorization": "Bearer schlüssel".encode()}
+    assert ask(service, "/v1/models", key="schlüssel", headers=headers).status_code == 200
+
+
 def test_a_chat_without_a_template():
     with contextlib.closing(FakeEngine()) as engine:
         service = service_of(engine)
@@ -326,15 +331,26 @@ def test_a_chat_without_a_template():
     assert (status, param) == (400, "messages") and "--chat-template=FILE" in text
 
 
+@pytest.mark.parametrize(("field", "value"), [("n", 3), ("prompt", ["a", "b", "c"])])
+def test_more_than_there_is_ever_room_for(field, value):
+    with contextlib.closing(FakeEngine(slots=1, queue=1)) as engine:
+        answer = ask(service_of(engine), COMPLETIONS, {**ASKED, field: value})
+        status, param, text = said(answer)
+        assert (status, param) == (400, field) and "3 completions are more than the 2" in text
+        assert not engine.tickets and "retry-after" not in answer.headers
+
+
 def test_a_full_queue():
-    with contextlib.closing(FakeEngine(slots=1, queue=1, pause=0.01)) as engine:
+    with contextlib.closing(FakeEngine(slots=1, queue=2, pause=0.01)) as engine:
         service = service_of(engine)
-        body = {**ASKED, "max_tokens": 60, "n": 3}
-        answer = ask(service, COMPLETIONS, body)
-        assert said(answer)[0] == 429 and answer.headers["retry-after"] == "8"
+        body = {**ASKED, "max_tokens": 60, "n": 2}
+        answers = ask_all(service, [(COMPLETIONS, body)] * 2)
+        taken, refused = sorted(answers, key=lambda answer: answer.status_code)
+        assert taken.status_code == 200
+        assert said(refused)[0] == 429 and refused.headers["retry-after"] == "8"
         # What had been taken of the request is given up.
         assert all(ticket.ended.wait(30) for ticket in engine.tickets)
-        assert all(ticket.made < 60 for ticket in engine.tickets)
+        assert engine.finished == {"length": 2, "cancelled": 1}
         assert ask(service, COMPLETIONS, ASKED).status_code == 200
 
 

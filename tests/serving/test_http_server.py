@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from stem_jax.errors import InputError
+from stem_jax.serving import http_server
 from stem_jax.serving.http_server import bound_socket
 from tests.serving.fake_engine import FakeEngine
 from tests.serving.served import COMPLETIONS, NAME, running, service_of
@@ -145,6 +146,23 @@ def test_an_engine_that_fails_ends_the_server():
         assert answer.status_code == 500
         with pytest.raises(RuntimeError, match="it broke"):
             ended.result(60)
+
+
+def test_connections_without_a_request_are_ended(monkeypatch):
+    monkeypatch.setattr(http_server, "_IDLE_SECONDS", 0.3)
+    engine, service = served()
+    with contextlib.closing(engine), running(service) as (address, *_):
+        host, _, port = address.removeprefix("http://").partition(":")
+        with contextlib.ExitStack() as stack:
+            silent, slow = (
+                stack.enter_context(socket.create_connection((host, int(port)), timeout=20))
+                for _ in range(2)
+            )
+            slow.sendall(b"GET /health HTTP/1.1\r\n")
+            assert silent.recv(1) == slow.recv(1) == b""
+        # An answer may take longer.
+        answer = httpx.post(address + COMPLETIONS, json={**ENDLESS, "max_tokens": 500}, timeout=60)
+        assert answer.status_code == 200 and answer.elapsed.total_seconds() > 0.3
 
 
 def test_addresses():
