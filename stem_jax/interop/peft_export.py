@@ -15,6 +15,7 @@ from stem_jax.checkpoints.saved_model import SavedModel
 from stem_jax.errors import InputError
 from stem_jax.files import new_folder
 from stem_jax.interop.llama_names import llama_weights
+from stem_jax.interop.memory_names import memories_of
 from stem_jax.interop.said_keys import check_format
 from stem_jax.model.lora import factors
 
@@ -38,7 +39,8 @@ def export_peft(saved: SavedModel, out: str | Path, *, base: str | None = None) 
         raise InputError(
             f"{saved.folder} was trained with lora.rank=0 and has no adapters; use --format=hf"
         )
-    if saved.config.optimizer.trains_tables and saved.model.stem_layers:
+    has_rows = saved.model.stem_layers or memories_of(saved.config)
+    if saved.config.optimizer.trains_tables and has_rows:
         raise InputError(
             f"{saved.folder} was trained with optimizer.train={saved.config.optimizer.train}: its "
             "tables moved, too, and PEFT's format has adapters of projections alone; use "

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from stem_jax.checkpoints.checkpointer import Checkpointer
 from stem_jax.checkpoints.loading import load_run
 from stem_jax.checkpoints.origin import begin_from, find_origin
 from stem_jax.errors import InputError
+from stem_jax.interop.peft_export import export_peft
 from stem_jax.model.cost import count_parameters
 from stem_jax.model.layer_plan import by_layer
 from stem_jax.model.layers import Linear
@@ -264,3 +267,11 @@ def test_exports_that_would_leave_something_out(base, tuned, train_step, make_ba
     with pytest.raises(InputError, match=r"optimizer.train=backbone: a patch has rows alone"):
         export.main([f"--workdir={tuned}", "--format=patch", f"--out={tmp_path / 'x'}"])
     assert not (tmp_path / "x").exists()
+
+
+def test_rows_of_other_memories_that_moved_are_not_left_out_either(tiny_config, tmp_path):
+    keys = {"optimizer.train": "all", "model.stem_layers": "none", "value.layers": (1,)}
+    config = tiny_config(**{**SIZES, **LORA, **keys})
+    saved: Any = SimpleNamespace(config=config, model=config.model, folder="run")
+    with pytest.raises(InputError, match=r"its tables moved, too, and PEFT's format"):
+        export_peft(saved, tmp_path / "x")
