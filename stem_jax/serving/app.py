@@ -111,6 +111,9 @@ class Routes:
         except TimeoutError as error:
             message = f"the body did not come within {_BODY_SECONDS:.0f} s; send it at once"
             raise ApiError(message, status=408) from error
+        except ClientDisconnect as error:
+            # Nobody reads it; counted as a failure it would look like the server's own.
+            raise ApiError("the client left before the end of the body") from error
         # A long text takes a while to tokenize; others go on meanwhile.
         return await asyncio.to_thread(read, source)
 
@@ -157,11 +160,7 @@ class _Counted:
                 self._counted.add(path, message["status"])
             await send(message)
 
-        try:
-            await self._app(scope, receive, heard)
-        except ClientDisconnect:
-            # Nobody is there to be told.
-            return
+        await self._app(scope, receive, heard)
 
 
 def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

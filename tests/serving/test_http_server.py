@@ -148,6 +148,19 @@ def test_an_engine_that_fails_ends_the_server():
             ended.result(60)
 
 
+def test_a_client_that_goes_within_its_body_is_no_failure(caplog):
+    engine, service = served()
+    with contextlib.closing(engine), running(service) as (address, *_):
+        host, _, port = address.removeprefix("http://").partition(":")
+        head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(f"{head}content-length: 100\r\n\r\n{{".encode())
+        counted = f'stem_http_answers_total{{path="{COMPLETIONS}",status='
+        until(lambda: counted in httpx.get(address + "/metrics").text)
+        assert f'{counted}"400"}} 1' in httpx.get(address + "/metrics").text
+    assert not caplog.records
+
+
 def test_connections_without_a_request_are_ended(monkeypatch):
     monkeypatch.setattr(http_server, "_IDLE_SECONDS", 0.3)
     engine, service = served()
