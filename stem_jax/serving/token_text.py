@@ -1,9 +1,11 @@
 """How single tokens are shown where their probabilities are asked for."""
 
 import dataclasses
+import math
 
 from stem_jax.data.spelling import REPLACEMENT
 from stem_jax.data.tokenizer import Tokenizer
+from stem_jax.serving.api_error import ApiError
 from stem_jax.serving.request import Step
 
 # JSON has no infinity; OpenAI's API says it so.
@@ -39,7 +41,9 @@ class TokenTexts:
         self._special = {number: text for text, number in tokenizer.special_texts.items()}
 
     def token(self, token: int, logprob: float) -> ShownToken:
-        """One token, alone."""
+        """One token, alone. Raises ApiError for NaN, which JSON has not: the model is broken."""
+        if math.isnan(logprob):
+            raise ApiError("the model gives NaN, and no probabilities", status=500, code="nan")
         added = self._bytes(token)
         logprob = max(logprob, _LEAST_LOGPROB)
         if not added:

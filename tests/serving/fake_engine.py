@@ -26,9 +26,9 @@ class FakeEngine:
     pause: seconds between tokens. fails_after: tokens of all requests after which it fails.
     """
 
-    def __init__(self, text="abcdef", slots=4, queue=4, pause=0.0, fails_after=None):
+    def __init__(self, text="abcdef", slots=4, queue=4, pause=0.0, fails_after=None, logprob=-0.5):
         self._text, self._slots, self._queue = text.encode(), slots, queue
-        self._pause, self._left = pause, fails_after
+        self._pause, self._left, self._logprob = pause, fails_after, logprob
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self.tickets: list[FakeTicket] = []
@@ -93,8 +93,8 @@ class FakeEngine:
                 return None
         top = tuple((97 + n, -1.0 - n) for n in range(ticket.request.top_logprobs or 0))
         if ticket.made == ticket.request.max_new_tokens:
-            return self._end(ticket, Step(token, -0.5, top, "length"))
-        return ticket.on_step(Step(token, -0.5, top))
+            return self._end(ticket, Step(token, self._logprob, top, "length"))
+        return ticket.on_step(Step(token, self._logprob, top))
 
     def _end(self, ticket: FakeTicket, step: Step) -> None:
         with self._lock:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 
 import pytest
 
@@ -329,6 +330,15 @@ def test_a_chat_without_a_template():
         body = {"model": NAME, "messages": [{"role": "user", "content": "hi"}]}
         status, param, text = said(ask(service, CHAT, body))
     assert (status, param) == (400, "messages") and "--chat-template=FILE" in text
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_model_without_probabilities(stream):
+    with contextlib.closing(FakeEngine(logprob=math.nan)) as engine:
+        service = service_of(engine)
+        answer = ask(service, COMPLETIONS, {**ASKED, "logprobs": 0, "stream": stream})
+        assert said(answer)[0] == 500 and "NaN" in said(answer)[2] and service.running == 0
+        assert ask(service, COMPLETIONS, {**ASKED, "stream": stream}).status_code == 200
 
 
 @pytest.mark.parametrize(("field", "value"), [("n", 3), ("prompt", ["a", "b", "c"])])
