@@ -83,6 +83,9 @@ class StemConfig(PretrainedConfig):
 class StemValueConfig(StemConfig):
     """Of `modeling_stem_value`."""
 
+    # Its rows are of all heads, values divided by columns are not.
+    base_model_tp_plan = None
+
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
 
@@ -96,6 +99,8 @@ class StemPerLayerConfig(StemConfig):
 
 class StemValuePerLayerConfig(StemConfig):
     """Of `modeling_stem_value_per_layer`."""
+
+    base_model_tp_plan = None
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)

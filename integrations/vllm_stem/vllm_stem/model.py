@@ -46,7 +46,9 @@ class StemMLP(nn.Module):
 
     def __init__(self, config, quant_config, prefix: str):
         super().__init__()
-        D, width, self.site = config.hidden_size, config.intermediate_size, config.stem_site
+        D, width = config.hidden_size, config.intermediate_size
+        # With --trust-remote-code the configuration is the export's own, which may be older.
+        self.site = getattr(config, "stem_site", "up")
         options = {"bias": False, "quant_config": quant_config}
         if self.site != "gate":
             self.gate_proj = ColumnParallelLinear(D, width, prefix=f"{prefix}.gate_proj", **options)
@@ -137,7 +139,7 @@ class StemForCausalLM(LlamaForCausalLM):
 
 
 def _check(vllm_config: VllmConfig) -> None:
-    if memories := vllm_config.model_config.hf_config.memories:
+    if memories := getattr(vllm_config.model_config.hf_config, "memories", None):
         raise ValueError(
             f"config.json has the memories {', '.join(memories)}, which vllm_stem does not know; "
             "serve the run by stem_jax.serve, or the export by transformers"
