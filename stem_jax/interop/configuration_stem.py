@@ -84,7 +84,7 @@ class StemValueConfig(StemConfig):
     """Of `modeling_stem_value`."""
 
     # Its rows are of all heads, values divided by columns are not.
-    base_model_tp_plan = None
+    base_model_tp_plan = {}  # noqa: RUF012
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -100,7 +100,7 @@ class StemPerLayerConfig(StemConfig):
 class StemValuePerLayerConfig(StemConfig):
     """Of `modeling_stem_value_per_layer`."""
 
-    base_model_tp_plan = None
+    base_model_tp_plan = {}  # noqa: RUF012
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)

@@ -135,6 +135,8 @@ class Answer:
                     retry_after=full.retry_after,
                 ) from full
             except NotServing as error:
+                # An engine that failed is no server that is not ready.
+                self._service.check_ready()
                 raise ApiError(str(error), status=503, code="not_ready") from error
             except InputError as error:
                 raise ApiError(str(error)) from error
