@@ -4,7 +4,7 @@ import sys
 
 from stem_jax import background, cli
 from stem_jax.jax_start import start_jax
-from stem_jax.serving.flags import KEY_VARIABLE, open_to_all, parse
+from stem_jax.serving.flags import KEY_VARIABLE, is_loopback, open_to_all, parse
 
 
 def main(argv: list[str]) -> None:
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
         print(f"compiling for {args.slots} slots of {reader.context} tokens", flush=True)
         serve(
             service,
-            make_app(service, args.api_key),
+            make_app(service, args.api_key, local=is_loopback(args.host)),
             own,
             background.begin(engine.start, "compile"),
             args.write_timeout,

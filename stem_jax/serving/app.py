@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from starlette.applications import Starlette
@@ -14,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stem_jax.serving.api_error import ApiError
 from stem_jax.serving.call import Call
+from stem_jax.serving.flags import is_loopback
 from stem_jax.serving.metrics import Metrics
 from stem_jax.serving.reply import Reply, encoded
 from stem_jax.serving.service import Service
@@ -22,13 +24,21 @@ from stem_jax.serving.shapes import ChatShape, CompletionShape
 # Of a body, in bytes: texts of a million tokens fit.
 LARGEST_BODY = 16 * 2**20
 _BODY_SECONDS = 30.0
+# Bodies that are tokenized at a time: more would take the engine's processors.
+_READ_AT_A_TIME = 2
 _COMPLETIONS, _CHAT = "/v1/completions", "/v1/chat/completions"
 _OTHER = "other"
 
 
-def make_app(service: Service, key: str | None) -> ASGIApp:
-    """The ASGI application. key: that requests to /v1 have to bring; None: none."""
-    routes = Routes(service, key)
+def make_app(service: Service, key: str | None, *, local: bool = False) -> ASGIApp:
+    """The ASGI application.
+
+    Args:
+        key: that requests to /v1 have to bring; None: none.
+        local: it is for this machine alone. Without a key, requests then have to name it so: a page
+            of another site may have its own name lead here, and a browser would send what it asks.
+    """
+    routes = Routes(service, key, local)
     paths: dict[str, tuple[str, Callable]] = {
         _COMPLETIONS: ("POST", routes.completions),
         _CHAT: ("POST", routes.chat_completions),
@@ -51,9 +61,11 @@ def make_app(service: Service, key: str | None) -> ASGIApp:
 class Routes:
     """What is done for each path. counted: answers by path and status."""
 
-    def __init__(self, service: Service, key: str | None):
+    def __init__(self, service: Service, key: str | None, local: bool):
         self._service = service
         self._key = None if key is None else key.encode()
+        self._local = local
+        self._readers = ThreadPoolExecutor(_READ_AT_A_TIME, "read")
         self.counted = Metrics(service)
 
     async def completions(self, request: Request) -> ASGIApp:
@@ -99,6 +111,7 @@ class Routes:
     async def _read(self, request: Request, read: Callable[[bytes], Call]) -> Call:
         self._check_key(request)
         self._service.check_ready()
+        self._service.check_room()
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             # Pages of other sites may send a browser's forms here, but no JSON.
@@ -115,7 +128,7 @@ class Routes:
             # Nobody reads it; counted as a failure it would look like the server's own.
             raise ApiError("the client left before the end of the body") from error
         # A long text takes a while to tokenize; others go on meanwhile.
-        return await asyncio.to_thread(read, source)
+        return await asyncio.get_running_loop().run_in_executor(self._readers, read, source)
 
     def _reply(self, call: Call, shape: type[CompletionShape] | type[ChatShape]) -> Reply:
         answer = self._service.begin(call)
@@ -123,7 +136,7 @@ class Routes:
 
     def _check_key(self, request: Request) -> None:
         if self._key is None:
-            return
+            return self._check_host(request)
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         # Starlette reads headers as Latin-1, which gives the bytes back as they came.
         same = hmac.compare_digest(given.encode("latin-1").strip(), self._key)
@@ -132,6 +145,15 @@ class Routes:
                 "the API key is missing or wrong; send it as Authorization: Bearer KEY",
                 status=401,
                 code="invalid_api_key",
+            )
+
+    def _check_host(self, request: Request) -> None:
+        name = request.url.hostname or ""
+        if self._local and not is_loopback(name):
+            raise ApiError(
+                f"the Host header names {name[:80]!r}, and this server is for its own machine; "
+                "ask it at localhost, or give it an API key",
+                status=421,
             )
 
 

@@ -37,12 +37,17 @@ class Books:
         """Whether there is nothing to do."""
         return not (self.waiting or self.running or self.cancelled)
 
-    def add(self, ticket: Ticket) -> None:
-        """Raises QueueFull where as many wait as may; those for whom a slot is free do not."""
+    def add(self, tickets: list[Ticket]) -> None:
+        """All of them, or none; see `check_room`."""
+        self.check_room(len(tickets))
+        self.waiting.extend(tickets)
+
+    def check_room(self, more: int) -> None:
+        """Raises QueueFull where not so many more may wait; those for whom a slot is free do not
+        count."""
         free = self.slots.count(None)
-        if len(self.waiting) >= self._queue + free:
+        if len(self.waiting) + more > self._queue + free:
             raise QueueFull(len(self.waiting), self._retry_after())
-        self.waiting.append(ticket)
 
     def take_cancelled(self) -> list[Ticket]:
         """Those to be told that they are."""

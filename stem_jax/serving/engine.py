@@ -12,7 +12,7 @@ import logging
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -112,29 +112,35 @@ class Engine:
         self._thread.start()
 
     def submit(self, request: Request, on_step: Callable[[Step], None]) -> Ticket:
-        """Puts a request behind those that wait.
+        """Puts a request behind those that wait; see `submit_all`."""
+        return self.submit_all([(request, on_step)])[0]
+
+    def submit_all(self, asked: Sequence[tuple[Request, Callable[[Step], None]]]) -> list[Ticket]:
+        """Puts requests behind those that wait: all of them, or none.
 
         Args:
-            on_step: hears every new token, on the engine's thread, which it must not hold up; the
-                last has `finish`.
+            asked: each with its on_step, which hears every new token, on the engine's thread, which
+                it must not hold up; the last has `finish`.
 
         Raises:
             InputError: a prompt that leaves no room in the context, or an unknown id.
-            QueueFull: as many wait as may.
+            QueueFull: not so many may wait.
             NotServing: the engine takes no requests, now or ever again.
         """
-        self.generator.check([request.prompt_ids], request.max_new_tokens)
-        limit = min(request.max_new_tokens, self.generator.context - len(request.prompt_ids))
-        stop_ids = self._stop_ids | frozenset(request.stop_ids)
-        ticket = Ticket(request, on_step, limit, stop_ids, self._cancel)
+        tickets = [self._ticket(request, on_step) for request, on_step in asked]
         with self._lock:
             if not self.ready:
                 raise NotServing(
                     f"the engine takes no requests: {self._why_not()}"
                 ) from self.failure
-            self._books.add(ticket)
+            self._books.add(tickets)
             self._lock.notify_all()
-        return ticket
+        return tickets
+
+    def check_room(self) -> None:
+        """Raises QueueFull where not even one more request may wait."""
+        with self._lock:
+            self._books.check_room(1)
 
     def stats(self) -> dict[str, float]:
         """Counts, as of now; those that end in `_total` only grow."""
@@ -172,6 +178,12 @@ class Engine:
             self._lock.notify_all()
         if self._thread is not None:
             self._thread.join()
+
+    def _ticket(self, request: Request, on_step: Callable[[Step], None]) -> Ticket:
+        self.generator.check([request.prompt_ids], request.max_new_tokens)
+        limit = min(request.max_new_tokens, self.generator.context - len(request.prompt_ids))
+        stop_ids = self._stop_ids | frozenset(request.stop_ids)
+        return Ticket(request, on_step, limit, stop_ids, self._cancel)
 
     def _alive(self) -> bool:
         return self._thread is not None and self._thread.is_alive() and self.failure is None

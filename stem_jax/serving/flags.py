@@ -53,9 +53,14 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
 
 def open_to_all(host: str, key: str | None) -> bool:
     """Whether other machines may use a server without a key."""
-    if key is not None or host == "localhost":
-        return False
-    try:
-        return not ipaddress.ip_address(host).is_loopback
-    except ValueError:
+    return key is None and not is_loopback(host)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address is that of the machine itself, for itself alone."""
+    if host == "localhost" or host.endswith(".localhost"):
         return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

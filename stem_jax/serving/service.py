@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 from stem_jax.errors import InputError
 from stem_jax.generation.generator import sequence_seeds
@@ -53,6 +53,11 @@ class Service:
         else:
             return
         raise ApiError(message, status=503, code="not_ready", retry_after=_ELSEWHERE_SECONDS)
+
+    def check_room(self) -> None:
+        """Raises ApiError where no further call may wait, whatever it asks for."""
+        with _said_to_clients(self):
+            self.engine.check_room()
 
     def begin(self, call: Call) -> "Answer":
         """Gives a call to the engine; whoever gets the answer closes it.
@@ -108,7 +113,7 @@ class Answer:
         return sum(choice.tokens for choice in self._choices)
 
     def submit(self) -> None:
-        """Asks the engine for every choice. Raises ApiError if it takes one of them not."""
+        """Asks the engine for every choice. Raises ApiError if it does not take all of them."""
         call, context = self.call, self._service.reader.context
         asked, most = len(self._choices), self._service.engine.most_requests
         if asked > most:
@@ -121,26 +126,14 @@ class Answer:
         # As `generate` has it: a prompt that is given again gets another sample.
         seed = secrets.randbits(63) if call.seed is None else call.seed
         seeds = sequence_seeds(seed, [prompt.ids for prompt in self._prompts])
+        requests = []
         for choice, prompt, own in zip(self._choices, self._prompts, seeds, strict=True):
             room = context - len(prompt.ids)
             tokens = room if call.max_tokens is None else min(room, call.max_tokens)
             request = Request(prompt.ids, tokens, call.sampling, own, call.logprobs)
-            try:
-                ticket = self._service.engine.submit(request, self._hear(choice.index))
-            except QueueFull as full:
-                raise ApiError(
-                    f"the queue is full: {full}",
-                    status=429,
-                    code="queue_full",
-                    retry_after=full.retry_after,
-                ) from full
-            except NotServing as error:
-                # An engine that failed is no server that is not ready.
-                self._service.check_ready()
-                raise ApiError(str(error), status=503, code="not_ready") from error
-            except InputError as error:
-                raise ApiError(str(error)) from error
-            self._tickets.append(ticket)
+            requests.append((request, self._hear(choice.index)))
+        with _said_to_clients(self._service):
+            self._tickets = self._service.engine.submit_all(requests)
 
     async def pieces(self) -> AsyncIterator[TextPiece]:
         """Pieces of all choices as they come, until all have ended.
@@ -188,3 +181,23 @@ class Answer:
                 self._loop.call_soon_threadsafe(self._steps.put_nowait, (index, step))
 
         return heard
+
+
+@contextlib.contextmanager
+def _said_to_clients(service: Service) -> Iterator[None]:
+    """What the engine refuses, as an ApiError."""
+    try:
+        yield
+    except QueueFull as full:
+        raise ApiError(
+            f"the queue is full: {full}",
+            status=429,
+            code="queue_full",
+            retry_after=full.retry_after,
+        ) from full
+    except NotServing as error:
+        # An engine that failed is no server that is not ready.
+        service.check_ready()
+        raise ApiError(str(error), status=503, code="not_ready") from error
+    except InputError as error:
+        raise ApiError(str(error)) from error

@@ -50,15 +50,24 @@ class FakeEngine:
         self._thread.start()
 
     def submit(self, request: Request, on_step) -> FakeTicket:
+        return self.submit_all([(request, on_step)])[0]
+
+    def submit_all(self, asked) -> list[FakeTicket]:
         with self._lock:
             if not self.ready:
                 raise NotServing("it was not started")
-            if len(self._live) >= self._slots + self._queue:
-                raise QueueFull(self._queue, 7.5)
-            ticket = FakeTicket(request, on_step)
-            self.tickets.append(ticket)
-            self._live.append(ticket)
-        return ticket
+            self._check_room(len(asked))
+            tickets = [FakeTicket(request, on_step) for request, on_step in asked]
+            self.tickets += tickets
+            self._live.extend(tickets)
+        return tickets
+
+    def check_room(self) -> None:
+        self._check_room(1)
+
+    def _check_room(self, more: int) -> None:
+        if len(self._live) + more > self._slots + self._queue:
+            raise QueueFull(self._queue, 7.5)
 
     def stats(self) -> dict[str, float]:
         finished = {f"requests_total_{name}": n for name, n in self.finished.items()}

@@ -35,9 +35,17 @@ def ask(service: Service, path: str, body=None, key: str | None = None, **option
 
 def ask_all(service: Service, requests, key: str | None = None, **options) -> list[httpx.Response]:
     """The answers to requests that are sent at once."""
+    return _ask(_app(service, key), requests, **options)
 
+
+def ask_app(app, path: str, body, headers: dict[str, str]) -> httpx.Response:
+    """One answer of an application that was made already."""
+    return _ask(app, [(path, body)], headers=headers)[0]
+
+
+def _ask(app, requests, **options) -> list[httpx.Response]:
     async def send() -> list[httpx.Response]:
-        transport = httpx.ASGITransport(_app(service, key), raise_app_exceptions=False)
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
             return await asyncio.gather(*(_send(client, *one, **options) for one in requests))
 

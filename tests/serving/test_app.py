@@ -6,6 +6,7 @@ import json
 import pytest
 
 from stem_jax.generation.generator import sequence_seeds
+from stem_jax.serving.app import make_app
 from stem_jax.serving.request import Request
 from tests.serving.fake_engine import FakeEngine
 from tests.serving.served import (
@@ -16,6 +17,7 @@ from tests.serving.served import (
     NAME,
     ask,
     ask_all,
+    ask_app,
     events,
     service_of,
 )
@@ -316,6 +318,24 @@ def test_a_key_is_asked_for(service, path):
     answer = ask(service, path, body, "s3cret", headers={"authorization": "Bearer s3cret"})
     assert answer.status_code == (200 if path != CHAT else 400)
     assert ask(service, "/health", key="s3cret").status_code == 200
+
+
+@pytest.mark.parametrize("host", ["localhost:8000", "127.0.0.1", "[::1]:8000", "a.localhost"])
+def test_a_server_of_its_machine_is_asked_by_its_name(service, host):
+    app = make_app(service, None, local=True)
+    assert ask_app(app, COMPLETIONS, ASKED, {"host": host}).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example"])
+def test_names_that_others_lead_to_this_machine_are_refused(service, host):
+    app = make_app(service, None, local=True)
+    status, _, message = said(ask_app(app, COMPLETIONS, ASKED, {"host": host}))
+    assert status == 421 and host.partition(":")[0] in message and "localhost" in message
+    assert not service.engine.tickets
+    # Whoever has the key is no page of another site; and one server for all has many names.
+    headers = {"host": host, "authorization": "Bearer k"}
+    assert ask_app(make_app(service, "k", local=True), COMPLETIONS, ASKED, headers).is_success
+    assert ask_app(make_app(service, None), COMPLETIONS, ASKED, {"host": host}).is_success
 
 
 def test_a_key_may_have_any_letters(service):

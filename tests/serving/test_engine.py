@@ -177,6 +177,8 @@ def test_a_full_queue_refuses_and_cancelled_requests_leave(own_engine, generator
     with pytest.raises(QueueFull) as full:
         engine.submit(Request((8,), 5, GREEDY), Heard())
     assert 1 <= full.value.retry_after <= 60
+    with pytest.raises(QueueFull):
+        engine.check_room()
     running.cancel()
     waiting.cancel()
     waiting.cancel()
@@ -192,6 +194,20 @@ def test_a_full_queue_refuses_and_cancelled_requests_leave(own_engine, generator
     assert (stats["running"], stats["waiting"], stats["slots"]) == (0, 0, 1)
     with pytest.raises(NotServing, match="shut down"):
         engine.submit(Request((8,)), Heard())
+
+
+def test_requests_are_taken_together_or_not_at_all(own_engine):
+    engine = own_engine(slots=1, queue=2)
+    engine.start()
+    heard = [Heard() for _ in range(4)]
+    asked = [(Request((5 + n,), 3, GREEDY), on_step) for n, on_step in enumerate(heard)]
+    with pytest.raises(QueueFull):
+        engine.submit_all(asked)
+    assert engine.stats()["waiting"] == 0
+    engine.check_room()
+    assert len(engine.submit_all(asked[:3])) == 3
+    assert all(len(one.tokens()) == 3 for one in heard[:3]) and not heard[3].steps
+    engine.close()
 
 
 def test_draining_ends_what_there_is_and_closing_cancels_it(own_engine):

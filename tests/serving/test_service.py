@@ -1,10 +1,12 @@
 """A service that has no room, is not ready, or whose model is broken; the engine is a fake."""
 
 import contextlib
+import dataclasses
 import math
 
 import pytest
 
+from stem_jax.serving.request import Request
 from tests.serving.fake_engine import FakeEngine
 from tests.serving.served import COMPLETIONS, ask, ask_all, service_of
 from tests.serving.test_app import ASKED, said
@@ -36,10 +38,20 @@ def test_a_full_queue():
         taken, refused = sorted(answers, key=lambda answer: answer.status_code)
         assert taken.status_code == 200
         assert said(refused)[0] == 429 and refused.headers["retry-after"] == "8"
-        # What had been taken of the request is given up.
+        # All of a request, or nothing of it.
         assert all(ticket.ended.wait(30) for ticket in engine.tickets)
-        assert engine.finished == {"length": 2, "cancelled": 1}
+        assert engine.finished == {"length": 2}
         assert ask(service, COMPLETIONS, ASKED).status_code == 200
+
+
+def test_no_text_is_read_for_a_full_queue(monkeypatch):
+    with contextlib.closing(FakeEngine(slots=1, queue=0, pause=0.01)) as engine:
+        service = service_of(engine)
+        held = engine.submit(Request((1,), 1000), lambda step: None)
+        reader = dataclasses.replace(service.reader, tokenizer=None)
+        monkeypatch.setattr(service, "reader", reader)
+        assert said(ask(service, COMPLETIONS, ASKED))[0] == 429
+        held.cancel()
 
 
 def test_before_and_after():
