@@ -3,6 +3,7 @@
 python -m stem_jax.export --workdir=runs/tiny --format=hf --out=exported
 """
 
+import sys
 import time
 
 from stem_jax import cli
@@ -21,12 +22,15 @@ def main(argv: list[str]) -> None:
     from stem_jax.interop.hf_export import export_hf
     from stem_jax.interop.official_format import export_official
     from stem_jax.interop.peft_export import export_peft
+    from stem_jax.memory.catalogue import table_specs
 
     start = time.perf_counter()
     saved = open_saved_model(args.workdir, args.step)
     if args.format == "patch":
         patch = export_patch(saved, args.out, base=args.base, memory=args.memory)
         print(format_patch(patch, saved.tokenizer))
+        for name in sorted(table_specs(saved.config).keys() - {args.memory}):
+            print(f"note: rows of {name} trained, too, and are not in it", file=sys.stderr)
         return print(f"{len(patch.ids)} rows in {args.out}; generate and edit with --edits")
     saved = edited_model(saved, [read_patch(path) for path in args.edits])
     options = {"dtype": args.dtype, "with_tokenizer": not args.no_tokenizer}

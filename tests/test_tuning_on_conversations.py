@@ -86,7 +86,7 @@ def test_conversations_bring_their_template_along(base, tiny_config, tmp_path):
     assert load_tokenizer_folder(base / "base" / "tokenizer").chat_template is None
 
 
-def test_what_ends_a_turn_ends_the_completions_of_a_run(base, tiny_config, tmp_path):
+def test_what_ends_a_turn_ends_the_completions_of_a_run(base, tiny_config, caplog, tmp_path):
     """Where that is not eos, it is named by --stop, and eos behind it is not learned."""
     (tmp_path / "turns.jinja").write_text(PLAIN_TEMPLATE.replace("eos_token", "'<unk>'"))
     flags = [f"--input={base / 'half.jsonl'}", "--format=chat", "--tokenizer=sentencepiece"]
@@ -105,6 +105,13 @@ def test_what_ends_a_turn_ends_the_completions_of_a_run(base, tiny_config, tmp_p
     assert load_tokenizer_folder(base / "base" / "tokenizer").special.stop_ids == (2,)
     found = run_tokenizer(config, tmp_path, prepared=False)
     assert found.special.stop_ids == (0, 2) and found.eos_id == 2
+    # Two templates in one run: the first one's is kept, and it is said.
+    assert "another chat template" not in caplog.text
+    both = {**keys, "data.sources": f"{base / 'store'},{tmp_path / 'store'}"}
+    config = tiny_config(**{"model.vocab_size": 704, **{k: str(v) for k, v in both.items()}})
+    found = run_tokenizer(config, tmp_path / "other", prepared=False)
+    assert found.chat_template == PLAIN_TEMPLATE
+    assert f"{tmp_path / 'store'} was prepared with another chat template" in caplog.text
 
 
 @pytest.mark.long

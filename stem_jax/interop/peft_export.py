@@ -17,9 +17,13 @@ from stem_jax.files import new_folder
 from stem_jax.interop.llama_names import llama_weights
 from stem_jax.interop.memory_names import memories_of
 from stem_jax.interop.said_keys import check_format
+from stem_jax.lora_targets import LORA_TARGETS
+from stem_jax.memory.per_layer import PER_LAYER
 from stem_jax.model.lora import factors
 
 _PREFIX = "base_model.model."
+# What transformers calls the parts of a block.
+_MODULES = {"attention": "self_attn", "ffn": "mlp"}
 
 
 def export_peft(saved: SavedModel, out: str | Path, *, base: str | None = None) -> None:
@@ -56,6 +60,10 @@ def export_peft(saved: SavedModel, out: str | Path, *, base: str | None = None) 
             value = np.ascontiguousarray(saved.trained_param(factor).T)
             tensors[f"{_PREFIX}{theirs}.lora_{letter}.weight"] = value
     present = {projection.rpartition(".")[2] for projection in saved.adapters}
+    targets = [target for target in lora.targets if target in present]
+    if PER_LAYER in memories_of(saved.config):
+        # It has a gate_proj of its own. Bare names are what most readers expect.
+        targets = [f"{_MODULES[LORA_TARGETS[target]]}.{target}" for target in targets]
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -63,7 +71,7 @@ def export_peft(saved: SavedModel, out: str | Path, *, base: str | None = None) 
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,
-        "target_modules": [target for target in lora.targets if target in present],
+        "target_modules": targets,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

@@ -161,6 +161,7 @@ def _kind_counts(config: Config) -> bool:
 
 def _talking(tokenizer: Tokenizer, config: Config) -> Tokenizer:
     """A tokenizer as the first source of conversations was prepared with it."""
+    talking: Tokenizer | None = None
     for spec in parse_sources(config.data.sources):
         folder = local_path(spec.source, "data.sources")
         if not is_store_folder(spec.source) or not (folder / TOKENIZER_FOLDER).is_dir():
@@ -168,12 +169,20 @@ def _talking(tokenizer: Tokenizer, config: Config) -> Tokenizer:
         found = load_tokenizer_folder(folder / TOKENIZER_FOLDER)
         # Another vocabulary is refused where the store is opened.
         same = found.fingerprint == tokenizer.fingerprint
-        if same and TokenStore.open(folder / "train").scored is not None:
+        if not same or TokenStore.open(folder / "train").scored is None:
+            continue
+        if talking is None:
             special = dataclasses.replace(tokenizer.special, stop_ids=found.special.stop_ids)
-            return dataclasses.replace(
+            talking = dataclasses.replace(
                 tokenizer, special=special, chat_template=found.chat_template
             )
-    return tokenizer
+        elif found.chat_template != talking.chat_template:
+            log.warning(
+                f"data.sources: {folder} was prepared with another chat template than the first "
+                "source of conversations, whose template the run keeps; prepare it again with "
+                "that if it was not meant"
+            )
+    return talking or tokenizer
 
 
 def _first_tokenizer(config: Config, workdir: Path) -> Tokenizer:

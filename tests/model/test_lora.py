@@ -257,6 +257,23 @@ def test_peft_and_transformers_give_the_same_logits(base, tuned, tmp_path):
     assert greedy(run, prompt.tolist(), 8)[0] == found[0, 6:].tolist()
 
 
+@pytest.mark.long
+def test_names_reach_no_projection_of_another_memory(train_step, make_batch, tmp_path):
+    peft = pytest.importorskip("peft")
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    keys = {"per_layer.layers": "all", "per_layer.width": 8}
+    step = train_step(**SIZES, **keys)
+    save_run(tmp_path / "base", step, trained_state(step, make_batch))
+    _save(tmp_path / "tuned", *_begun(tmp_path / "base", train_step, **keys))
+    out = tmp_path / "adapter"
+    export.main([f"--workdir={tmp_path / 'tuned'}", "--format=peft", f"--out={out}"])
+    config = peft.LoraConfig.from_pretrained(out)
+    reached = ["self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj", "per_layer.gate_proj"]
+    found = [bool(check_target_module_exists(config, f"model.layers.1.{n}")) for n in reached]
+    assert found == [True, True, True, False]
+
+
 def test_exports_that_would_leave_something_out(base, tuned, train_step, make_batch, tmp_path):
     with pytest.raises(InputError, match=r"lora.rank=0 and has no adapters; use --format=hf"):
         export.main([f"--workdir={base}", "--format=peft", f"--out={tmp_path / 'x'}"])
