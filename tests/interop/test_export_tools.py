@@ -1,5 +1,6 @@
 """What people use exports with gives what plain generation gives: caches, compilers, adapters."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,20 +12,36 @@ import torch
 import transformers
 from torchao.quantization import Int8WeightOnlyConfig
 
-from stem_jax.interop.hf_export import CODE_FILES
+from stem_jax import export
 from stem_jax.interop.stem_attention import CACHE
 from tests.facts_model import export_into
+from tests.saved_models import run_folders
 
+MEMORIES = {
+    "value.layers": (0, 2),
+    "per_layer.layers": (1, 2),
+    "per_layer.width": 20,
+    "model.num_kv_heads": 2,
+    "optimizer.learning_rate": 0.003,
+}
 PROMPTS = ["The capital of Spain is", "The capital of Peru is", "The currency of Japan is"]
+TABLES = ["value_table", "per_layer.table"]
 NEW = 8
 # Of names that these packages have of each other.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """An export of the committed model."""
-    return export_into(tmp_path_factory.mktemp("facts"))
+@pytest.fixture(scope="module", params=["facts", pytest.param("memories", marks=pytest.mark.long)])
+def folder(request, tmp_path_factory):
+    """An export of the committed model, or of one that reads three memories."""
+    out = tmp_path_factory.mktemp(request.param)
+    if request.param == "facts":
+        return export_into(out)
+    models = {"memories": MEMORIES}
+    made = request.getfixturevalue("train_step"), request.getfixturevalue("make_batch")
+    run = run_folders(models, *made, tmp_path_factory)("memories")
+    export.main([f"--workdir={run}", f"--out={out / 'out'}", "--format=hf"])
+    return out / "out"
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +61,8 @@ def tokenizer(folder):
 
 @pytest.fixture(scope="module")
 def prompts(tokenizer):
-    """Ids of each prompt."""
-    return [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    """Ids of each prompt, or of its beginning where a token is a byte."""
+    return [tokenizer(prompt)["input_ids"][:11] for prompt in PROMPTS]
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +86,10 @@ def test_the_base_model(load, prompts):
     assert torch.equal(model.lm_head(hidden), model(ids).logits)
     assert torch.equal(base(ids, return_dict=False)[0], hidden)
     with pytest.raises(ValueError, match="input_ids are missing"):
-        base(inputs_embeds=torch.zeros(1, 2, 64))
+        base(inputs_embeds=torch.zeros(1, 2, base.config.hidden_size))
 
 
+@pytest.mark.parametrize("folder", ["facts"], indirect=True)
 def test_greedy_answers(alone, tokenizer):
     for ids, answer in zip(alone, ["Madrid", "Lima", "the yen"], strict=True):
         assert tokenizer.decode(ids).startswith(f" {answer}.")
@@ -84,6 +102,20 @@ def test_caches(cache, load, prompts, alone):
 
 def test_assisted(load, prompts, alone):
     assert _generated(load(), prompts, assistant_model=load()) == alone
+
+
+def test_beams(load, prompts):
+    how = {"do_sample": False, "max_new_tokens": NEW, "num_beams": 3}
+    ids = torch.tensor([prompts[0][:4], prompts[2][:4]])
+    found = [load().generate(ids, use_cache=use, **how) for use in (True, False)]
+    assert found[0].shape[1] > 4 and torch.equal(*found)
+
+
+def test_pipeline(folder, tokenizer, prompts, alone):
+    maker = transformers.pipeline("text-generation", folder, trust_remote_code=True)
+    prompt = tokenizer.decode(prompts[0][1:])
+    [found] = maker(prompt, do_sample=False, max_new_tokens=NEW, return_tensors=True)
+    assert found["generated_token_ids"] == [*prompts[0], *alone[0]]
 
 
 @pytest.mark.long
@@ -102,7 +134,8 @@ def test_continuous_batching(load, prompts, alone, tokenizer):
 def test_what_is_recorded(load, prompts):
     model, ids = load(attn_implementation="eager"), torch.tensor(prompts[:1])
     output = model(ids, output_attentions=True, output_hidden_states=True)
-    assert [len(part) for part in (output.attentions, output.hidden_states)] == [4, 5]
+    layers = model.config.num_hidden_layers
+    assert len(output.attentions) == layers and len(output.hidden_states) == layers + 1
     assert torch.allclose(output.attentions[0].sum(-1), torch.ones(()))
     model.set_attn_implementation("sdpa")
     torch.testing.assert_close(model(ids).logits, output.logits, atol=1e-5, rtol=0)
@@ -149,7 +182,9 @@ def test_a_saved_model_is_whole(load, prompts, folder, tmp_path):
     ):
         model = load(kind)
         model.save_pretrained(tmp_path / name)
-        for code in CODE_FILES:
+        codes = [path.name for path in folder.glob("*.py")]
+        assert len(codes) >= 4
+        for code in codes:
             assert (tmp_path / name / code).read_text() == (folder / code).read_text()
         again = kind.from_pretrained(tmp_path / name, trust_remote_code=True)
         assert torch.equal(again(ids)[name], model(ids)[name])
@@ -162,7 +197,7 @@ def test_the_configuration_needs_no_torch(folder):
         "from transformers import AutoConfig, AutoTokenizer\n"
         "config = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
         "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
-        "print(config.stem_layers, len(tokenizer('a').input_ids))\n"
+        "print(*config.stem_layers, len(tokenizer('a').input_ids))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, folder],
@@ -171,7 +206,10 @@ def test_the_configuration_needs_no_torch(folder):
         text=True,
         timeout=300,
     )
-    assert (done.returncode, done.stdout) == (0, "[0, 1, 2, 3] 2\n"), done.stderr
+    layers = json.loads((folder / "config.json").read_text())["stem_layers"]
+    assert len(layers) > 1
+    expected = " ".join(map(str, [*layers, 2]))
+    assert (done.returncode, done.stdout.strip()) == (0, expected), done.stderr
 
 
 # --- Compilers ---
@@ -191,9 +229,11 @@ class _Logits(torch.nn.Module):
 @pytest.fixture(scope="module")
 def exported_program(load, prompts):
     """The graph of torch.export, of any length."""
-    ids, length = torch.tensor(prompts[:1]), {1: torch.export.Dim("length", min=2, max=64)}
+    model, ids = load(), torch.tensor(prompts[:1])
+    most = model.config.max_position_embeddings
+    length = {1: torch.export.Dim("length", min=2, max=most)}
     with torch.no_grad():
-        return torch.export.export(_Logits(load()), (ids,), dynamic_shapes=(length,))
+        return torch.export.export(_Logits(model), (ids,), dynamic_shapes=(length,))
 
 
 def _both_rows(prompts):
@@ -232,8 +272,10 @@ def test_torch_compile(load, prompts):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("targets", [["q_proj", "gate_proj", "down_proj"], ["up_table"]])
-def test_lora(targets, load, prompts, tmp_path):
+@pytest.mark.parametrize("targets", [["q_proj", "gate_proj", "down_proj"], ["up_table"], TABLES])
+def test_lora(targets, load, prompts, tmp_path, folder):
+    if targets is TABLES and "memories" not in folder.parent.name:
+        pytest.skip("this model has no such tables")
     torch.manual_seed(0)
     ids = torch.tensor(prompts[:1])
     settings = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets)
@@ -242,7 +284,7 @@ def test_lora(targets, load, prompts, tmp_path):
     assert trained and all(any(target in name for target in targets) for name in trained)
     optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), 0.01)
     losses = []
-    for _ in range(12):
+    for _ in range(24):
         loss = model(ids, labels=ids).loss
         loss.backward()
         optimizer.step()
@@ -267,5 +309,6 @@ def test_int8_weights(load, prompts, alone):
     # The first words of the answers.
     found = _generated(model, prompts)
     assert [one[:3] for one in found] == [one[:3] for one in alone]
-    assert model.model.layers[0].mlp.up_table.weight.dtype == torch.float32
+    tables = [(n, p.dtype) for n, p in model.named_parameters() if "table" in n]
+    assert tables and {dtype for _, dtype in tables} == {torch.float32}
     assert CACHE in model(torch.tensor(prompts[:1]), use_cache=True)

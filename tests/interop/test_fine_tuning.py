@@ -47,6 +47,17 @@ def dense_export(facts_export, train_step, tmp_path_factory):
     return folder / "out"
 
 
+@pytest.fixture(scope="module")
+def memories_export(train_step, tmp_path_factory):
+    """An untrained model that reads three memories, a byte a token."""
+    folder = tmp_path_factory.mktemp("memories")
+    memories = {"value.layers": (0, 2), "per_layer.layers": (1, 2), "per_layer.width": 20}
+    step = train_step(**{**SIZES, **memories})
+    save_run(folder / "run", step, init_state(step.blueprint))
+    export.main([f"--workdir={folder / 'run'}", f"--out={folder / 'out'}", "--format=hf"])
+    return folder / "out"
+
+
 def _pairs(countries):
     """Questions, and answers that end the sentence, in an order of their own."""
     facts = [fact for fact in read_facts() if fact.country in countries]
@@ -191,7 +202,7 @@ def test_packed_and_checkpointed_by_trl(facts_export, tmp_path):
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.long
 @pytest.mark.parametrize("options", [_SIMPLE, {}])
-@pytest.mark.parametrize("name", ["dense_export", "facts_export"])
+@pytest.mark.parametrize("name", ["dense_export", "facts_export", "memories_export"])
 def test_trl_trains(name, options, request, tmp_path):
     """Also with TRL's defaults."""
     trainer, _ = _sft_trainer(request.getfixturevalue(name), tmp_path, **options)
