@@ -1,8 +1,11 @@
-"""Where files are: paths of this machine. Object storage has addresses, which are refused."""
+"""Where files are: paths of this machine, and addresses in object storage."""
 
 import os
 import re
 from pathlib import Path
+from typing import TypeAlias
+
+from etils import epath
 
 from stem_jax.errors import InputError
 
@@ -12,8 +15,62 @@ _SCHEMES = """
     gs gcs s3 s3a s3n r2 az azure abfs abfss adl wasb wasbs oci oss cos hdfs viewfs webhdfs dbfs hf
     http https ftp sftp file
 """.split()
+# Those that are read and written, and what other programs call them.
+BUCKETS = ("gs", "s3")
+_ALSO_CALLED = {"gcs": "gs", "s3a": "s3", "s3n": "s3"}
 # One letter is a drive of Windows.
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/*)(.*)", re.DOTALL)
+
+# A path of this machine, or the address of a folder or object in a bucket. Both know `/`, `name`,
+# `parent`, `exists`, `is_dir`, `iterdir`, `read_bytes`, `write_bytes` and `open`.
+Place: TypeAlias = Path | epath.Path
+
+
+def place(text: str | Place, flag: str) -> Place:
+    """What a flag or a key names: a path, with `~` expanded, or an address of a bucket.
+
+    Args:
+        text: a Path, or an address that was read already, stays what it is.
+        flag: as the user gave it, such as `--workdir` or `data.folder`.
+
+    Raises:
+        InputError: for no name at all, for an address of another scheme than gs and s3 or in
+            another form than gs://bucket/key, and for the home of a user who has none.
+    """
+    if not isinstance(text, str):
+        return text
+    found = _ADDRESS.fullmatch(text)
+    if found is None:
+        return local_path(text, flag)
+    scheme, slashes, rest = found.groups()
+    scheme = scheme.lower()
+    if _ALSO_CALLED.get(scheme, scheme) not in BUCKETS:
+        return local_path(text, flag)
+    scheme = _ALSO_CALLED.get(scheme, scheme)
+    form = f"{scheme}://{rest}"
+    if (text != form or slashes != "//") and text != f"{scheme}://":
+        example = form if rest.strip("/") else f"{scheme}://BUCKET/FOLDER"
+        raise InputError(
+            f"{flag}={text} is not how an address is written; give {example}, or ./{text} for a "
+            "path by that name"
+        )
+    if not rest.split("/")[0]:
+        raise InputError(f"{flag}={text} names no bucket; give {scheme}://BUCKET/FOLDER")
+    if ".." in rest.split("/"):
+        raise InputError(f"{flag}={text} has `..`, which buckets do not know; give the whole name")
+    return epath.Path(form.rstrip("/"))
+
+
+def is_remote(path: str | Place) -> bool:
+    """Whether it is the address of something in a bucket."""
+    return os.fspath(path).startswith(tuple(f"{scheme}://" for scheme in BUCKETS))
+
+
+def bucket_of(path: str | Place) -> tuple[str, str, str]:
+    """Scheme, bucket, and key, which is "" for the bucket itself, of an address."""
+    scheme, rest = os.fspath(path).split("://", 1)
+    bucket, _, key = rest.partition("/")
+    return scheme, bucket, key
 
 
 def local_path(text: str | Path, flag: str) -> Path:
@@ -38,9 +95,9 @@ def local_path(text: str | Path, flag: str) -> Path:
             form = f"{scheme.lower()}://{rest}"
             meant = "" if form == text else f" (an address is written {form})"
             raise InputError(
-                f"{flag}={text} is an address{meant}, and object storage is not read or written; "
-                f"copy it to, or mount it as, a folder of this machine and give that path, or "
-                f"./{text} for a path by that name"
+                f"{flag}={text} is an address{meant}, and object storage is not read or written "
+                f"here; copy it to, or mount it as, a folder of this machine and give that path, "
+                f"or ./{text} for a path by that name"
             )
     # Not Path.expanduser, which takes `./~` for a home, too.
     path = os.path.expanduser(text)

@@ -17,6 +17,8 @@ LEVELS = [
     [
         "errors",
         "background",
+        "bucket",
+        "bucket_errors",
         "byte_order_mark",
         "files",
         "json_fields",

@@ -1,4 +1,4 @@
-"""What a path is: `~` is a home, an address is refused, a colon alone is no address."""
+"""What a path is: `~` is a home, a colon alone is no address; and addresses of buckets."""
 
 import pathlib
 
@@ -8,7 +8,7 @@ from stem_jax import prepare
 from stem_jax.config_file import load_config
 from stem_jax.errors import InputError
 from stem_jax.interop.import_flags import parse
-from stem_jax.storage import local_path
+from stem_jax.storage import bucket_of, is_remote, local_path, place
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -34,6 +34,66 @@ def test_addresses_are_refused(text, form):
     assert message.startswith(f"--out={text} ") and "object storage is not read" in message
     assert f"./{text}" in message
     assert (f"written {form})" in message) if form else ("written" not in message.split(",")[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("gs://bucket/runs/tiny", ("gs", "bucket", "runs/tiny")),
+        ("s3://bucket/run/", ("s3", "bucket", "run")),
+        ("s3://bucket", ("s3", "bucket", "")),
+        ("gs://my.bucket/a b/c:d", ("gs", "my.bucket", "a b/c:d")),
+    ],
+)
+def test_an_address_of_a_bucket_is_a_place(text, parts):
+    found = place(text, "--workdir")
+    assert is_remote(found) and bucket_of(found) == parts
+    assert str(found / "x") == f"{text.rstrip('/')}/x" and is_remote((found / "x").parent)
+    assert place(found, "--workdir") is found
+
+
+@pytest.mark.parametrize(
+    ("text", "form"),
+    [
+        ("gs:/bucket/run", "gs://bucket/run"),
+        ("s3:bucket/run", "s3://bucket/run"),
+        ("s3:x", "s3://x"),
+        ("S3://bucket", "s3://bucket"),
+        ("gcs://bucket/run", "gs://bucket/run"),
+        ("s3a://bucket/run", "s3://bucket/run"),
+        ("gs:///bucket/run", "gs://bucket/run"),
+        ("gs:", "gs://BUCKET/FOLDER"),
+    ],
+)
+def test_an_address_in_another_form_is_told_the_right_one(text, form):
+    with pytest.raises(InputError) as refused:
+        place(text, "--workdir")
+    expected = f"--workdir={text} is not how an address is written; give {form}, or ./{text} for a"
+    assert str(refused.value).startswith(expected)
+
+
+@pytest.mark.parametrize("text", ["hdfs://host/run", "az://x/y", "", "~no-such-user-here/x"])
+def test_a_place_is_refused_as_a_path_is(text):
+    with pytest.raises(InputError) as of_path:
+        local_path(text, "--out")
+    with pytest.raises(InputError) as of_place:
+        place(text, "--out")
+    assert str(of_place.value) == str(of_path.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [("s3://", "names no bucket"), ("gs:///", "gs://BUCKET/"), ("gs://b/../c", "has `..`")],
+)
+def test_an_address_of_nothing_is_refused(text, why):
+    with pytest.raises(InputError) as refused:
+        place(text, "--out")
+    assert why in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["runs/tiny", "a/b:c", "./gs://x", "C:/runs"])
+def test_a_place_of_this_machine_is_a_path(text):
+    assert place(text, "--out") == pathlib.Path(text) and not is_remote(place(text, "--out"))
 
 
 def test_an_address_of_a_file_is_told_its_path():
