@@ -10,6 +10,7 @@ Nobody ever locks a record of another's but to ask, and no two records have one 
 whose owner is dead can be removed by anybody, at any time.
 """
 
+import dataclasses
 import errno
 import fcntl
 import json
@@ -169,6 +170,35 @@ class Lock:
             except OSError:
                 # The next time may go better, and `held` tells what came of it.
                 continue
+
+
+@dataclasses.dataclass(frozen=True)
+class Holder:
+    """A process that holds a lock, or died with it.
+
+    since: when it took it, by its machine's clock, in seconds. lives: as far as can be told; here:
+    this machine could ask for the process itself, not for its lock or the age of its record.
+    """
+
+    pid: int
+    host: str
+    since: float
+    lives: bool
+    here: bool
+
+
+def holders(path: Path) -> list[Holder]:
+    """Who holds the lock of that path, the first to take it first; nothing is changed."""
+    here, found = _this_machine(), []
+    for record in (_Record(record, time.time()) for record in _records(path)):
+        if record.facts is None or not record.held:
+            # It asks for it, or is another user's, of whom nothing is known.
+            continue
+        since = int(record.path.name.partition("-")[0]) / 1e9
+        own = all(record.facts[name] == value for name, value in here.items())
+        pid, host = record.facts["pid"], record.facts["host"]
+        found.append(Holder(pid, host, since, record.lives, own))
+    return found
 
 
 class _Record:

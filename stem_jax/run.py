@@ -21,6 +21,9 @@ from stem_jax.checkpoints.tables import stores_for
 from stem_jax.config import Config
 from stem_jax.data.loader import Share
 from stem_jax.errors import InputError
+from stem_jax.goodput.account import SAVE
+from stem_jax.goodput.progress import KeptProgress, kept_progress
+from stem_jax.goodput.start_record import COMPLETE, STOPPED
 from stem_jax.lock import Lock
 from stem_jax.memory.catalogue import with_eos, with_trained_tokens
 from stem_jax.mesh import BATCH_AXES, axis_size, check_placement, make_mesh, own_batch_shards
@@ -79,7 +82,9 @@ def train(config: Config, workdir: str | Path) -> Ending:
     check_same(_facts_of_command(config))
     with writing(workdir) as lock, process_log(workdir, jax.process_index()) as own_log:
         try:
-            return _train(config, workdir, clock, own_log, lock)
+            own = jax.process_index(), jax.process_count()
+            with kept_progress(workdir, *own, clock.began) as progress:
+                return _train(config, workdir, clock, own_log, lock, progress)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -89,7 +94,14 @@ def train(config: Config, workdir: str | Path) -> Ending:
             ) from error
 
 
-def _train(config: Config, workdir: Path, clock: StartClock, own_log: Path, lock: Lock) -> Ending:
+def _train(
+    config: Config,
+    workdir: Path,
+    clock: StartClock,
+    own_log: Path,
+    lock: Lock,
+    progress: KeptProgress,
+) -> Ending:
     with unanimous():
         mesh = make_mesh(config.mesh)
         info = _latest(workdir)
@@ -152,7 +164,9 @@ def _train(config: Config, workdir: Path, clock: StartClock, own_log: Path, lock
 
         def beat(place: str) -> None:
             watchdog.beat(place)
-            checkpoints.tidy(stores)
+            if checkpoints.tidy(stores):
+                progress.save_ended()
+            progress.beat()
 
         with StopSignal() as stop:
             loop = Loop(
@@ -167,10 +181,14 @@ def _train(config: Config, workdir: Path, clock: StartClock, own_log: Path, lock
                 beat,
                 clock,
                 past,
+                progress,
             )
             state, validation, done = loop.run(state, owed)
-            checkpoints.wait()
+            with progress.part(SAVE):
+                checkpoints.wait()
             checkpoints.tidy(stores)
+            progress.save_ended()
+    progress.ended(COMPLETE if done else STOPPED)
     if not done:
         log.info(f"stopped at step {int(state.step)}; the same command continues")
         return Ending.STOPPED

@@ -38,6 +38,9 @@ LEVELS = [
         "config_program",
         "config_checks",
         "cli",
+        "prometheus",
+        "goodput",
+        "standing",
         "hardware",
         "compiler_options",
         "parts",
@@ -69,7 +72,7 @@ LEVELS = [
 ]
 # The programs: one per thing a user does, imported by nobody.
 ENTRY_POINTS = ["train", "generate", "edit", "analyze", "evaluate", "export", "import_torch"]
-ENTRY_POINTS += ["prepare", "plan", "serve"]
+ENTRY_POINTS += ["prepare", "plan", "serve", "status"]
 # The console scripts, which import a program when it is called.
 SCRIPTS = ["scripts"]
 LEVEL = {
@@ -92,6 +95,10 @@ ONLY = {
     "swapped_names": set(),
     "json_fields": {"errors"},
     "lock": set(),
+    "prometheus": set(),
+    "goodput": {"goodput", "errors", "prometheus"},
+    # It answers at once: without JAX.
+    "standing": {"standing", "errors", "files", "goodput", "lock"},
     "storage": {"errors"},
     "unfinished": {"errors", "lock"},
     "errors": set(),

@@ -16,7 +16,7 @@ from stem_jax import cli
 ROOT = Path(__file__).parent.parent
 # The README first: manuals go on with its runs.
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROGRAMS = "train generate prepare plan export import_torch evaluate edit analyze".split()
+PROGRAMS = "train generate prepare plan export import_torch evaluate edit analyze status".split()
 SHORT = {
     "model.num_layers": 2,
     "model.embed_dim": 48,

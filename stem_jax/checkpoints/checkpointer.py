@@ -219,10 +219,12 @@ class Checkpointer:
             if not started:
                 self._drop_snapshots()
 
-    def tidy(self, stores: Stores) -> None:
-        """Drops the rows on disk that no checkpoint needs any more, unless a save is under way."""
-        if not self._untidy or self._manager.is_saving_in_progress():
-            return
+    def tidy(self, stores: Stores) -> bool:
+        """Drops the rows on disk that no checkpoint needs; False while a save is under way."""
+        if not self._untidy:
+            return True
+        if self._manager.is_saving_in_progress():
+            return False
         if disks := [store for store in stores.values() if isinstance(store, DiskStore)]:
             # When a write failed, Orbax does not count those that it was to displace; a folder on a
             # network may not show a new one yet.
@@ -230,6 +232,7 @@ class Checkpointer:
             for store in disks:
                 store.keep([save_name(step) for step in there | set(self._manager.all_steps())])
         self._untidy = False
+        return True
 
     def add_eval_loss(self, step: int, loss: float) -> None:
         """Gives a checkpoint, in every process, the loss that it was saved without.

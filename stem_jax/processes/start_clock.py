@@ -8,10 +8,13 @@ from stem_jax.processes.process_log import log
 
 
 class StartClock:
-    """Counts from the start of the process; `mark` ends a phase, `stop` the whole."""
+    """Counts from the start of the process; `mark` ends a phase, `stop` the whole.
+
+    began: when the process was started, by the monotonic clock, in seconds.
+    """
 
     def __init__(self):
-        self._begin = time.monotonic() - _process_age()
+        self.began = time.monotonic() - _process_age()
         self._marks: list[tuple[str, float]] = []
         self.running = True
 
@@ -23,14 +26,14 @@ class StartClock:
         """The first step is done: says so and returns the seconds since the process began."""
         self.mark("compiling and the step")
         self.running = False
-        last, parts = self._begin, []
+        last, parts = self.began, []
         for phase, moment in self._marks:
             parts.append(f"{phase} {moment - last:.1f}")
             last = moment
         log.info(
-            f"first step ({step}) {last - self._begin:.1f} s after the start: {', '.join(parts)}"
+            f"first step ({step}) {last - self.began:.1f} s after the start: {', '.join(parts)}"
         )
-        return last - self._begin
+        return last - self.began
 
 
 def _process_age() -> float:

@@ -1,8 +1,8 @@
 """Counts of a server in Prometheus' text format."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
 
+from stem_jax.prometheus import metric, samples
 from stem_jax.serving.service import Service
 
 # Of the engine's counts, those by how requests ended.
@@ -38,33 +38,18 @@ class Metrics:
             if name in finished:
                 continue
             kind = "counter" if name.endswith("_total") else "gauge"
-            lines += _metric(name, kind, _HELP.get(name, name), [({}, value)])
+            lines += metric(name, kind, _HELP.get(name, name), [({}, value)])
         by_finish = [({"finish": n.removeprefix(_FINISHED)}, stats[n]) for n in finished]
-        lines += _metric("sequences_total", "counter", "Sequences by how they ended.", by_finish)
+        lines += metric("sequences_total", "counter", "Sequences by how they ended.", by_finish)
         answers = [
             ({"path": path, "status": str(status)}, count)
             for (path, status), count in sorted(self._answers.items())
         ]
-        lines += _metric("http_answers_total", "counter", "Answers by path and status.", answers)
+        lines += metric("http_answers_total", "counter", "Answers by path and status.", answers)
         ready = not service.draining and service.engine.ready
-        lines += _metric("ready", "gauge", "1 while requests are taken.", [({}, int(ready))])
+        lines += metric("ready", "gauge", "1 while requests are taken.", [({}, int(ready))])
         name = "first_token_seconds"
-        lines += _metric(name, "summary", "From a request to its first token.", [])
-        lines += _samples(f"{name}_sum", [({}, service.first_token_seconds)])
-        lines += _samples(f"{name}_count", [({}, service.first_tokens)])
+        lines += metric(name, "summary", "From a request to its first token.", [])
+        lines += samples(f"{name}_sum", [({}, service.first_token_seconds)])
+        lines += samples(f"{name}_count", [({}, service.first_tokens)])
         return "\n".join(lines) + "\n"
-
-
-def _metric(
-    name: str, kind: str, said: str, samples: Iterable[tuple[Mapping[str, str], float]]
-) -> list[str]:
-    head = [f"# HELP stem_{name} {said}", f"# TYPE stem_{name} {kind}"]
-    return head + _samples(name, samples)
-
-
-def _samples(name: str, samples: Iterable[tuple[Mapping[str, str], float]]) -> list[str]:
-    lines = []
-    for labels, value in samples:
-        listed = ",".join(f'{key}="{text}"' for key, text in labels.items())
-        lines.append(f"stem_{name}{f'{{{listed}}}' if listed else ''} {value}")
-    return lines

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
+from stem_jax.goodput.account import COMPUTING, DATA, ROWS, Account
 from stem_jax.memory.memory import prefix
 from stem_jax.tables.asked_rows import AskedRows
 from stem_jax.tables.prefetch import Prefetch, Ticket
@@ -62,17 +63,20 @@ class LookAhead(Iterator[Ready]):
         prefetches: dict[str, Prefetch],
         *,
         training: bool = True,
+        account: Account | None = None,
     ):
         """Args:
         length: how many of the batches will be asked for; no more are read.
         prefetches: of offloaded tables, by memory.
         training: rows of batches in flight are kept, and their use is counted.
+        account: gets the time that it takes.
         """
         self._programs = programs
         self._batches = batches
         self._unread = length
         self._prefetches = prefetches
         self._training = training
+        self._part = (account or Account()).part
         self._distance = programs.config.tables.prefetch
         self._queue: deque[Ready] = deque()
         # Rows of the batches that may still be waiting for theirs when the next one chooses.
@@ -85,8 +89,10 @@ class LookAhead(Iterator[Ready]):
             if not self._choose(ready):
                 break
         while self._unread and len(self._queue) <= self._distance:
-            batch = next(self._batches)
-            demand = self._programs.demand(batch) if self._programs.reads.memories else {}
+            with self._part(DATA):
+                batch = next(self._batches)
+            with self._part(COMPUTING):
+                demand = self._programs.demand(batch) if self._programs.reads.memories else {}
             self._queue.append(Ready(batch, demand))
             self._unread -= 1
         if not self._queue:
@@ -104,11 +110,12 @@ class LookAhead(Iterator[Ready]):
         """The state with the rows of a batch in their slots; the given one is donated."""
         if not ready.tickets:
             return state
-        state = self._apply(state, ready.tickets)
-        for name, prefetch in self._prefetches.items():
-            tickets = [brought[name] for brought in (*ready.settled, ready.tickets)]
-            found = _measured(prefetch, tickets)
-            ready.metrics |= {f"{prefix(name)}/{key}": value for key, value in found.items()}
+        with self._part(ROWS):
+            state = self._apply(state, ready.tickets)
+            for name, prefetch in self._prefetches.items():
+                tickets = [brought[name] for brought in (*ready.settled, ready.tickets)]
+                found = _measured(prefetch, tickets)
+                ready.metrics |= {f"{prefix(name)}/{key}": value for key, value in found.items()}
         return state
 
     def settle(self, state: TrainState) -> TrainState:
@@ -118,7 +125,8 @@ class LookAhead(Iterator[Ready]):
         """
         for ready in self._queue:
             if ready.tickets is not None:
-                state = self._apply(state, ready.tickets)
+                with self._part(ROWS):
+                    state = self._apply(state, ready.tickets)
                 ready.settled.append(ready.tickets)
                 ready.tickets, ready.slots = None, {}
         self._window.clear()
@@ -126,26 +134,31 @@ class LookAhead(Iterator[Ready]):
 
     def _choose(self, ready: Ready) -> bool:
         """Chooses the slots of a batch; False if it has more rows than there are slots."""
-        reads = self._programs.reads
-        if ready.sizes is None:
-            ready.sizes = reads.sizes_for(ready.batch, ready.demand)
-        if not self._prefetches or ready.tickets is not None:
-            return True
-        if ready.asked is None:
-            ready.asked = self._programs.asked_by(ready.batch, ready.demand)
-        if not all(self._prefetches[name].fits(asked) for name, asked in ready.asked.items()):
+        # The device says what it counted once it is done with the steps before.
+        with self._part(COMPUTING):
+            if ready.sizes is None:
+                ready.sizes = self._programs.reads.sizes_for(ready.batch, ready.demand)
+            if not self._prefetches or ready.tickets is not None:
+                return True
+            if ready.asked is None:
+                ready.asked = self._programs.asked_by(ready.batch, ready.demand)
+        with self._part(ROWS):
+            return self._choose_slots(ready, ready.asked)
+
+    def _choose_slots(self, ready: Ready, asked_rows: dict[str, AskedRows]) -> bool:
+        if not all(self._prefetches[name].fits(asked) for name, asked in asked_rows.items()):
             return False
         # The caches know of a batch that chose before.
         record = self._training and not ready.settled
-        tables = reads.tables(ready.batch, ready.sizes)
+        tables = self._programs.reads.tables(ready.batch, ready.sizes)
         ready.tickets = {}
         for name, prefetch in self._prefetches.items():
-            asked = ready.asked[name]
+            asked = asked_rows[name]
             pinned = prefetch.staying(asked, [before[name] for before in self._window])
             ticket = prefetch.ticket(asked, pinned, record=record)
             ready.tickets[name] = ticket
             ready.slots[name] = prefetch.slots(ticket, tables[name].exchange.owned_rows)
-        self._window.append(ready.asked)
+        self._window.append(asked_rows)
         return True
 
     def _apply(self, state: TrainState, tickets: dict[str, Ticket]) -> TrainState:

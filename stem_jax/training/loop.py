@@ -19,6 +19,8 @@ from tqdm import tqdm
 
 from stem_jax.config import Config
 from stem_jax.errors import DivergedError
+from stem_jax.goodput.account import COMPUTING, RECORDS, SAVE, VALIDATION
+from stem_jax.goodput.progress import Progress
 from stem_jax.hardware import chip_of
 from stem_jax.model.cost import training_flops_per_token
 from stem_jax.processes.process_log import log
@@ -50,6 +52,7 @@ class Loop:
         beat: told what was just done, several times a minute if all is well.
         clock: of the start, read at the first step.
         past: see `schedule.learning_rates`.
+        progress: is told where the run is, and where its time goes.
     """
 
     config: Config
@@ -63,6 +66,7 @@ class Loop:
     beat: Callable[[str], None] = lambda place: None
     clock: StartClock = dataclasses.field(default_factory=StartClock)
     past: PastUpdates = NO_PAST
+    progress: Progress = dataclasses.field(default_factory=Progress)
 
     def run(
         self, state: TrainState, owes_validation: bool = False
@@ -79,8 +83,10 @@ class Loop:
         mesh = self.programs.mesh
         schedule = make_schedule(self.config, end + 1, past=self.past, mesh=mesh)
         metrics_log = MetricsLog(self.workdir, start, writing=jax.process_index() == 0)
+        progress = self.progress
+        progress.began(start, end, self.config.tokens_per_step)
         reporter = _Reporter(
-            self.config, metrics_log, self.clock, self.programs.mesh.devices.size, start
+            self.config, metrics_log, self.clock, self.programs.mesh.devices.size, start, progress
         )
         trace = StepTrace(traced_steps(self.config.train.profile_steps), self.workdir)
         validation, saved = None, start
@@ -97,13 +103,16 @@ class Loop:
                     trace.before(step, state)
                     ready = self._next(ahead, state, saved, reporter)
                     state = ahead.place(state, ready)
-                    levels.await_step(ready)
-                    state, metrics = self.programs.update(
-                        state, ready.batch, schedule, ready.slots, ready.sizes
-                    )
-                    trace.after(step, (state, metrics))
+                    with progress.part(progress.account.starting):
+                        levels.await_step(ready)
+                    with progress.part(COMPUTING):
+                        state, metrics = self.programs.update(
+                            state, ready.batch, schedule, ready.slots, ready.sizes
+                        )
+                        trace.after(step, (state, metrics))
                     reporter.dispatched(step, metrics | ready.metrics)
-                    levels.after_step(state, ready, schedule)
+                    with progress.part(COMPUTING):
+                        levels.after_step(state, ready, schedule)
                     self.beat(f"step {step - 1}")
                     stopped = self.stop_requested()
                     due = step == end or _due(step, self.config.eval.every)
@@ -118,12 +127,13 @@ class Loop:
                         stopped = validation is None
                     owed = evaluation_due and validation is None
                     if stopped or checkpoint_due:
-                        self.save(state, validation, owed)
+                        self._save(state, validation, owed)
                         saved = step
                         self.beat(f"the save of step {step}")
                     if evaluation_due or checkpoint_due:
                         reporter.resume_clock()
                     if stopped or step == end:
+                        progress.account.ending()
                         return state, validation, step == end and not owed
         finally:
             trace.close()
@@ -133,7 +143,10 @@ class Loop:
 
     def _look_ahead(self, batches: Iterable, length: int, *, training: bool = True) -> LookAhead:
         placed = map(self.programs.place, batches)
-        return LookAhead(self.programs, placed, length, self.prefetches, training=training)
+        account = self.progress.account
+        return LookAhead(
+            self.programs, placed, length, self.prefetches, training=training, account=account
+        )
 
     def _next(
         self, ahead: LookAhead, state: TrainState, saved: int, reporter: "_Reporter"
@@ -144,8 +157,14 @@ class Loop:
         except TooFewSlots:
             reporter.drain()
             if int(state.step) != saved:
-                self.save(state, None, False)
+                self._save(state, None, False)
             raise
+
+    def _save(self, state: TrainState, validation: Validation | None, owed: bool) -> None:
+        with self.progress.long(SAVE):
+            step = int(state.step)
+            self.progress.save_begun(step)
+            self.save(state, validation, owed)
 
     def _checkpoint_due(self, step: int) -> bool:
         return step == self.config.train.steps or _due(step, self.config.checkpoint.every)
@@ -162,6 +181,17 @@ class Loop:
 
         owed: the checkpoint of the step is there, without it.
         """
+        with self.progress.long(VALIDATION):
+            return self._validated(state, schedule, step, metrics_log, owed)
+
+    def _validated(
+        self,
+        state: TrainState,
+        schedule: Schedule,
+        step: int,
+        metrics_log: MetricsLog,
+        owed: bool,
+    ) -> tuple[TrainState, Validation | None]:
         held_out, sums = self.data.held_out, []
         assert held_out is not None
         ahead = self._look_ahead(held_out, len(held_out), training=False)
@@ -170,7 +200,7 @@ class Loop:
                 ready = next(ahead)
             except TooFewSlots:
                 if not owed:
-                    self.save(ahead.settle(state), None, True)
+                    self._save(ahead.settle(state), None, True)
                 raise
             state = ahead.place(state, ready)
             sums.append(
@@ -204,8 +234,10 @@ class _Reporter:
         clock: StartClock,
         num_devices: int,
         start: int,
+        progress: Progress,
     ):
         self._config = config
+        self._progress = progress
         self._log = metrics_log
         self._clock = clock
         self._pending: tuple[int, dict] | None = None
@@ -241,11 +273,17 @@ class _Reporter:
             return
         step, metrics = self._pending
         self._pending = None
-        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        with self._progress.part(COMPUTING):
+            values = {name: value.item() for name, value in jax.device_get(metrics).items()}
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         if self._clock.running:
             values["startup_seconds"] = self._clock.stop(step)
+        self._progress.step_done(step, values["loss"], seconds)
+        with self._progress.part(RECORDS):
+            self._report(step, values, seconds)
+
+    def _report(self, step: int, values: dict, seconds: float) -> None:
         self._spikes.add(values["loss"])
         self._bar.update(1)
         tokens_per_second = self._config.tokens_per_step / seconds

@@ -1,0 +1,1 @@
+"""Where the time of each process of a run goes, over all its starts."""
