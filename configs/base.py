@@ -245,4 +245,6 @@ def get_config() -> config_dict.ConfigDict:
     config.checkpoint = config_dict.ConfigDict()
     config.checkpoint.every = 100  # steps; 0: only at the end
     config.checkpoint.keep = 2  # newest checkpoints kept, beside the best by validation loss
+    # Whether checksums of all files of a checkpoint are compared before it is read.
+    config.checkpoint.verify = True
     return config

@@ -262,6 +262,7 @@ class CheckpointConfig:
 
     every: int = key(Role.HARMLESS)
     keep: int = key(Role.HARMLESS)
+    verify: bool = key(Role.HARMLESS, before=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,7 @@ from stem_jax.mesh import BATCH_AXES, axis_size, check_placement, make_mesh, own
 from stem_jax.processes.agreement import (
     PREPARING_SECONDS,
     check_same,
+    exchange,
     is_first,
     unanimous,
 )
@@ -104,7 +105,7 @@ def _train(
 ) -> Ending:
     with unanimous():
         mesh = make_mesh(config.mesh)
-        info = _latest(workdir)
+        info = _latest(workdir, config.checkpoint.verify)
         if info is not None:
             config = with_eos(config, info.config.ngram.eos_id)
             check_resumable(info.config, config, info.updates, info.past)
@@ -293,16 +294,15 @@ def _open_state(
         return state, moved_to_disk(disk, offloaded, stores)
 
 
-def _latest(workdir: Path) -> CheckpointInfo | None:
+def _latest(workdir: Path, verify: bool) -> CheckpointInfo | None:
     """The newest whole checkpoint's plain part, read before anything is prepared or written."""
-    with unanimous():
-        # A folder that another process is about to make is not asked for twice.
-        exists = (workdir / FOLDER).is_dir()
-        if exists and is_first():
-            for line in set_aside_damaged(workdir / FOLDER):
-                log.warning(line)
+    # A folder that another process is about to make is not asked for twice.
+    exists = exchange(lambda: json.dumps((workdir / FOLDER).is_dir()).encode())[0] == b"true"
     if not exists:
         return None
+    lines = set_aside_damaged(workdir / FOLDER, verify=verify)
+    for line in lines if is_first() else ():
+        log.warning(line)
     with Checkpointer(workdir, read_only=True) as checkpoints:
         latest = checkpoints.latest_step()
         return None if latest is None else checkpoints.info(latest)

@@ -17,19 +17,21 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint.path import atomicity
 
 from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
+from stem_jax.checkpoints.file_list import listing
 from stem_jax.checkpoints.files import (
     BEST,
     FOLDER,
     FORMAT_VERSION,
     ITEMS,
     PLAIN_ITEMS,
+    add_loss,
     check_format,
-    table_items,
-    write_list,
     write_loss,
 )
+from stem_jax.checkpoints.item_handlers import item_handlers
 from stem_jax.checkpoints.older_formats import current_tree
 from stem_jax.checkpoints.params import (
     param_targets,
@@ -38,7 +40,6 @@ from stem_jax.checkpoints.params import (
     saved_params,
     unplain,
 )
-from stem_jax.checkpoints.store_handler import table_handler
 from stem_jax.checkpoints.tables import (
     Stores,
     copies_of_tables,
@@ -59,7 +60,7 @@ from stem_jax.config import Config
 from stem_jax.config_file import config_from_json
 from stem_jax.data.special_tokens import SpecialTokens
 from stem_jax.errors import InputError
-from stem_jax.memory.catalogue import MEMORIES, table_specs
+from stem_jax.memory.catalogue import table_specs
 from stem_jax.processes.agreement import PREPARING_SECONDS, is_first, unanimous
 from stem_jax.tables.disk_store import DiskStore
 from stem_jax.tables.spec import TableState
@@ -95,16 +96,12 @@ class Checkpointer:
                 [policies.LatestN(keep), best(n=1, keep_checkpoints_without_metrics=False)]
             ),
             cleanup_tmp_directories=not read_only,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._list_files),
+            temporary_path_class=listing(atomicity.AtomicRenameTemporaryPath),
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_loss),
             multiprocessing_options=processes,
         )
-        registry = ocp.DefaultCheckpointHandlerRegistry()
-        for item in (item for name in MEMORIES for item in table_items(name)):
-            handler = table_handler()
-            registry.add(item, ocp.args.PyTreeSave, handler)
-            registry.add(item, ocp.args.PyTreeRestore, handler)
         self._manager = ocp.CheckpointManager(
-            self.folder, options=options, handler_registry=registry
+            self.folder, options=options, handler_registry=item_handlers()
         )
         self._snapshots: dict[str, StoreSnapshot] = {}
         # Whether rows on disk may be of checkpoints that are gone.
@@ -242,7 +239,7 @@ class Checkpointer:
         """
         with unanimous():
             if is_first():
-                write_loss(self.folder / str(step), loss)
+                add_loss(self.folder / str(step), loss)
         self._manager.reload()
 
     def info(self, step: int) -> CheckpointInfo:
@@ -346,14 +343,13 @@ class Checkpointer:
         params = current_tree(found["params"], info.format, info.config.model)
         return params, tables_on_devices(passing, abstract.tables)
 
-    def _list_files(self) -> None:
-        """Called when all files of a step are written, before its folder gets its final name."""
+    def _write_loss(self) -> None:
+        """Called when the items of a step are written, before its files are listed."""
         assert self._saving is not None
         step, loss = self._saving
         [folder] = [path for path in self.folder.glob(f"{step}.*") if path.is_dir()]
         if loss is not None:
             write_loss(folder, loss)
-        write_list(folder)
 
     def _drop_snapshots(self) -> None:
         for snapshot in self._snapshots.values():

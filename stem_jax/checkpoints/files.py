@@ -1,7 +1,7 @@
-"""The files of a checkpoint: a list written with it, and what is missing later.
+"""The files of a checkpoint, looked at before any is read: what is missing, cut or damaged.
 
-Values on disk carry no checksums that would tell a truncated file from a whole one before it is
-read, and reading is too late: by then other processes wait for this one.
+What Orbax reads has no checksums of its own, and reading is too late: by then other processes wait
+for this one.
 """
 
 import contextlib
@@ -9,27 +9,29 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import jax
+
+from stem_jax.checkpoints.file_list import LIST, change_list, difference
 from stem_jax.config import MEMORY_SECTIONS
 from stem_jax.errors import InputError
 from stem_jax.files import read_json, write_whole
 from stem_jax.memory.memory import STEM, prefix
+from stem_jax.processes.agreement import PREPARING_SECONDS, exchange, is_first, unanimous
 from stem_jax.tables import row_folder
 from stem_jax.tables.saved_disk import SavedDisk
 
 # What is written, and what is read.
-FORMAT_VERSION = 3
-FORMATS = (2, FORMAT_VERSION)
+FORMAT_VERSION = 4
+FORMATS = (2, 3, FORMAT_VERSION)
 # The metric that decides which checkpoint is the best.
 BEST = "eval/loss"
 PLAIN_ITEMS = ("data", "config", "layout")
 ITEMS = ("params", "opt_state", *PLAIN_ITEMS)
 FOLDER = "checkpoints"
-LIST = "files.json"
 ASIDE = "damaged_checkpoints"
-# Orbax adds the time of the commit to it afterwards.
-_GROWS = "_CHECKPOINT_METADATA"
 # What Orbax calls the file of a plain item.
 _JSON = "metadata"
 
@@ -53,45 +55,49 @@ def table_items(name: str) -> tuple[str, str]:
     return f"{prefix(name)}_rows", f"{prefix(name)}_{'slots' if name == STEM else 'moments'}"
 
 
-def write_list(folder: Path) -> None:
-    """Writes the names and sizes of all files of a checkpoint beside them."""
-    sizes = {
-        str(path.relative_to(folder)): path.stat().st_size
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-    (folder / LIST).write_text(json.dumps(sizes, indent=0))
-
-
-def damage(folder: Path) -> str | None:
+def damage(
+    folder: Path,
+    *,
+    verify: bool = False,
+    share: tuple[int, int] = (0, 1),
+    wanted: Callable[[str], bool] = lambda name: True,
+    rows: bool = True,
+) -> str | None:
     """What is wrong with the files of a checkpoint; None if nothing is.
 
     One without a list, as earlier versions wrote them, is whole if it has its items.
+
+    Args:
+        verify: compare checksums, too; of rows on disk, those of each row.
+        share: (process, processes) that look at it together, see `file_list.difference`.
+        wanted: whether a file, by its name within the checkpoint, is asked for.
+        rows: look at rows on disk, too.
     """
     if not (folder / LIST).exists():
         return _missing_items(folder)
-    sizes = _plain(folder / LIST)
-    if sizes is None:
-        return f"{LIST} is not readable"
-    for name, size in sizes.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if name != _GROWS and path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes of {size}"
-    return _damaged_rows(folder)
+    found = difference(folder, wanted, verify=verify, share=share)
+    return found or (_damaged_rows(folder, verify, share) if rows else None)
 
 
-def _damaged_rows(folder: Path) -> str | None:
-    """What is wrong with rows that a checkpoint has on disk, where this machine has that disk."""
+def _damaged_rows(folder: Path, verify: bool, share: tuple[int, int]) -> str | None:
+    """What is wrong with rows that a checkpoint has on disk, where this machine has that disk.
+
+    A process reads the rows that it wrote; process 0 looks at the sizes of all that it sees.
+    """
+    process, processes = share
     layout = _plain(folder / "layout" / _JSON) or {}
     for name, record in layout.items():
         if not name.endswith("_disk"):
             continue
         saved = SavedDisk.from_record(record)
         for block in saved.blocks:
+            own = block.process % processes == process
             of_block = block.folder(saved.folder)
-            if of_block.is_dir() and (reason := row_folder.damage(of_block, saved.name)):
+            if not (own or process == 0) or not of_block.is_dir():
+                continue
+            notes = block.notes if verify else ()
+            reason = row_folder.damage(of_block, saved.name, notes=notes, records=verify and own)
+            if reason is not None:
                 return reason
     return None
 
@@ -107,42 +113,108 @@ def check_format(folder: Path, version: int) -> None:
         )
 
 
-def set_aside_damaged(checkpoints: Path) -> list[str]:
+def check_plain(folder: Path, remedy: str) -> None:
+    """Refuses a checkpoint whose plain part, or whose list, is damaged, or of another format.
+
+    Raises:
+        InputError: names the file.
+    """
+    _check_known_format(folder)
+
+    def is_plain(name: str) -> bool:
+        return name.partition("/")[0] in (*PLAIN_ITEMS, name)
+
+    _refuse(folder, damage(folder, verify=True, wanted=is_plain, rows=False), remedy)
+
+
+def check_whole(
+    folder: Path, remedy: str, *, optimizer: bool, share: tuple[int, int] = (0, 1)
+) -> None:
+    """Refuses a checkpoint that is damaged anywhere. Rows on disk are compared when they are read.
+
+    Args:
+        optimizer: whether the backbone's optimizer state is going to be read, too.
+        share: see `damage`.
+
+    Raises:
+        InputError: names the file.
+    """
+
+    def is_read(name: str) -> bool:
+        return optimizer or name.partition("/")[0] != "opt_state"
+
+    found = damage(folder, verify=True, share=share, wanted=is_read, rows=False)
+    _refuse(folder, found, remedy)
+
+
+def _refuse(folder: Path, reason: str | None, remedy: str) -> None:
+    if reason is not None:
+        raise InputError(f"checkpoint {folder} is damaged ({reason}); {remedy}")
+
+
+def _check_known_format(folder: Path) -> None:
+    layout = _plain(folder / "layout" / _JSON)
+    if layout is not None and isinstance(layout.get("format"), int):
+        check_format(folder, layout["format"])
+
+
+def set_aside_damaged(checkpoints: Path, *, verify: bool = True) -> list[str]:
     """Moves damaged checkpoints that are newer than the newest whole one out of the way.
 
-    Returns a line for each. Raises InputError if no whole one is left, if one cannot be moved, and
-    for one of another format: what is whole there, only its own version knows.
+    Every process calls it; each looks at a part of the files.
+
+    Args:
+        checkpoints: the folder of all, which need not exist.
+        verify: read all files of the newest, and compare their checksums.
+
+    Returns a line for each. Raises InputError, in all processes, if no whole one is left, if one
+    cannot be moved, and for one of another format: what is whole there, only its own version knows.
     """
-    steps = sorted(
-        (int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal()), reverse=True
-    )
+    share = jax.process_index(), jax.process_count()
+
+    def own_steps() -> bytes:
+        there = checkpoints.iterdir() if checkpoints.is_dir() else ()
+        return json.dumps([int(p.name) for p in there if p.name.isdecimal()]).encode()
+
+    # As process 0 sees the folder, which another host may see later.
+    steps = sorted(json.loads(exchange(own_steps)[0]), reverse=True)
     found: list[tuple[int, str]] = []
     for step in steps:
         folder = checkpoints / str(step)
-        layout = _plain(folder / "layout" / _JSON)
-        if layout is not None and isinstance(layout.get("format"), int):
-            check_format(folder, layout["format"])
-        reason = damage(folder)
-        if reason is None:
+
+        def reason(folder: Path = folder) -> bytes:
+            _check_known_format(folder)
+            return json.dumps(damage(folder, verify=verify, share=share)).encode()
+
+        reasons = map(json.loads, exchange(reason, PREPARING_SECONDS))
+        first = next((why for why in reasons if why is not None), None)
+        if first is None:
             break
-        found.append((step, reason))
+        found.append((step, first))
     if found and len(found) == len(steps):
         raise InputError(
             f"no checkpoint in {checkpoints} is whole (the newest, {found[0][0]}: {found[0][1]}); "
             "bring its files back, or start in another --workdir"
         )
-    lines = []
-    for step, reason in found:
-        folder, target = checkpoints / str(step), checkpoints.parent / ASIDE / str(step)
-        try:
-            _move(folder, target)
-        except OSError as error:
-            raise InputError(
-                f"checkpoint {folder} is damaged ({reason}) and cannot be moved to {target} "
-                f"({error.strerror or error}); move or delete it to go on from the one before"
-            ) from error
-        lines.append(f"checkpoint {step} is damaged ({reason}); moved to {target}")
-    return lines
+    with unanimous():
+        if is_first():
+            for step, why in found:
+                _set_aside(checkpoints / str(step), why)
+    aside = checkpoints.parent / ASIDE
+    return [
+        f"checkpoint {step} is damaged ({why}); moved to {aside / str(step)}" for step, why in found
+    ]
+
+
+def _set_aside(folder: Path, reason: str) -> None:
+    target = folder.parent.parent / ASIDE / folder.name
+    try:
+        _move(folder, target)
+    except OSError as error:
+        raise InputError(
+            f"checkpoint {folder} is damaged ({reason}) and cannot be moved to {target} "
+            f"({error.strerror or error}); move or delete it to go on from the one before"
+        ) from error
 
 
 def _missing_items(folder: Path) -> str | None:
@@ -201,3 +273,8 @@ def write_loss(folder: Path, loss: float) -> None:
     of every checkpoint that has none.
     """
     write_whole(folder / "metrics" / "metrics", json.dumps({BEST: loss}))
+
+
+def add_loss(folder: Path, loss: float) -> None:
+    """The same, of a checkpoint that is listed already."""
+    change_list(folder, "metrics/metrics", lambda: write_loss(folder, loss))

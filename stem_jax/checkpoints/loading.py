@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
 from stem_jax.checkpoints.checkpointer import FOLDER, Checkpointer
+from stem_jax.checkpoints.files import check_plain, check_whole
 from stem_jax.checkpoints.inference_mesh import inference_mesh
 from stem_jax.checkpoints.tables import first_rows, stores_for
 from stem_jax.config import MEMORY_SECTIONS, Config, keys_of, model_keys
@@ -145,8 +146,8 @@ def open_checkpoint(
         flag: that named the folder, for messages.
 
     Raises:
-        InputError: no such folder, run, checkpoint or tokenizer, or a tokenizer that the checkpoint
-            was not trained with.
+        InputError: no such folder, run, checkpoint or tokenizer, a tokenizer that the checkpoint
+            was not trained with, or a damaged file.
     """
     workdir = Path(workdir)
     if not workdir.is_dir():
@@ -164,7 +165,12 @@ def open_checkpoint(
                 f"{flag}={workdir} has no complete checkpoint yet; wait for the first one, or "
                 "train with a lower checkpoint.every"
             )
+        folder, other = checkpoints.folder / str(found), "give another --step"
+        if found in checkpoints.steps():
+            check_plain(folder, other)
         info = checkpoints.info(found)
+        if info.config.checkpoint.verify:
+            check_whole(folder, other, optimizer=False)
         tokenizer = load_tokenizer_folder(workdir / "tokenizer")
         check_tokenizer(info, tokenizer, workdir / "tokenizer")
         yield FoundCheckpoint(checkpoints, found, info, tokenizer)

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
 from stem_jax.checkpoints.checkpointer import FOLDER, Checkpointer
+from stem_jax.checkpoints.files import check_plain, check_whole
 from stem_jax.checkpoints.tables import stores_for
 from stem_jax.config import MEMORY_SECTIONS, Config, keys_of
 from stem_jax.config_keys import Role
@@ -90,8 +91,8 @@ def find_origin(config: Config) -> Origin | None:
     """The checkpoint that `train.init_from` or `train.continue_from` names; None without.
 
     Raises:
-        InputError: no checkpoint there, one of a model of another shape, or one that a run of this
-            configuration cannot continue.
+        InputError: no checkpoint there, a damaged one, one of a model of another shape, or one that
+            a run of this configuration cannot continue.
     """
     given = config.origins
     if not given:
@@ -109,7 +110,14 @@ def find_origin(config: Config) -> Origin | None:
         step = checkpoints.latest_step()
         if step is None:
             raise InputError(f"{key}={folder} has no complete checkpoint yet")
+        there = checkpoints.folder / str(step)
+        remedy = "delete that folder to begin with the one before"
+        check_plain(there, remedy)
         info = checkpoints.info(step)
+        if config.checkpoint.verify:
+            # The verdict is that of all processes, see `run.train`.
+            share = jax.process_index(), jax.process_count()
+            check_whole(there, remedy, optimizer=key == "train.continue_from", share=share)
     origin = Origin(key, folder, info)
     _check_shapes(origin, config)
     origin.check(config)

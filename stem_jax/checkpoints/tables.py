@@ -143,18 +143,23 @@ def saved_disks(stores: Stores, step: int) -> dict[str, Any]:
         blocks = {}
         for name, store in disks.items():
             store.save(save_name(step))
-            blocks[name] = [dataclasses.asdict(DiskBlock.of(block)) for block in store.blocks]
+            saved = [DiskBlock.of(b).noted(_disk(store), save_name(step)) for b in store.blocks]
+            blocks[name] = [dataclasses.asdict(block) for block in saved]
         return json.dumps(blocks).encode()
 
     parts = [json.loads(part) for part in exchange(own_part)]
     return {
         f"{prefix(name)}_disk": {
-            "folder": str(Path(store.spec.disk or "").absolute()),
+            "folder": str(_disk(store)),
             "name": save_name(step),
             "blocks": [block for part in parts for block in part[name]],
         }
         for name, store in disks.items()
     }
+
+
+def _disk(store: DiskStore) -> Path:
+    return Path(store.spec.disk or "").absolute()
 
 
 def disks_of(record: dict[str, Any], names: Iterable[str]) -> dict[str, SavedDisk]:

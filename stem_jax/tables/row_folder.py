@@ -20,7 +20,15 @@ from stem_jax.lock import Lock
 from stem_jax.tables.data_files import DataFiles, places_of_a_file
 from stem_jax.tables.disk_space import FULL, full_disk
 from stem_jax.tables.row_record import RecordField, RowRecord
-from stem_jax.tables.saved_rows import SAVES, SavedIndex, SavedRows, remove, saves_in
+from stem_jax.tables.saved_rows import (
+    SAVES,
+    SavedIndex,
+    SavedRows,
+    check_records,
+    file_checksum,
+    remove,
+    saves_in,
+)
 
 DATA = "data"
 _FACTS, _LOCK = "facts.json", ".lock"
@@ -146,21 +154,43 @@ def saved_rows(
     return SavedRows(folder / DATA, folder, record, wanted["file_places"], save)
 
 
-def damage(folder: Path, save: str) -> str | None:
-    """What is wrong with a save, as far as its index and the sizes of files show it; or None."""
+def note_checksums(folder: Path, save: str) -> tuple[int, int]:
+    """Of the files that say what all rows are of, and what a save has."""
+    return file_checksum(folder / _FACTS), file_checksum(folder / SAVES / f"{save}.json")
+
+
+def damage(
+    folder: Path, save: str, *, notes: tuple[int, ...] = (), records: bool = False
+) -> str | None:
+    """What is wrong with a save, as far as its index and the sizes of files show it; or None.
+
+    Args:
+        notes: checksums of `note_checksums`, when it was made.
+        records: read all its rows, too, and compare their checksums.
+    """
     try:
-        index = SavedIndex(folder, save)
-        index.verify()
+        if notes and notes != (found := note_checksums(folder, save)):
+            name = _FACTS if notes[0] != found[0] else f"{SAVES}/{save}.json"
+            return f"{folder / name} is not as it was written (checksum)"
+        index = SavedIndex(folder, save, verify=True)
+        facts = read_json(folder / _FACTS, remedy=_REMEDY)
+        record = RowRecord(tuple(RecordField(n, d, tuple(s)) for n, d, s in facts["fields"]))
+        files = DataFiles(folder / DATA, record.size, facts["file_places"], writable=False)
     except InputError as error:
         return str(error)
-    facts = read_json(folder / _FACTS, remedy=_REMEDY)
-    record = RowRecord(tuple(RecordField(n, d, tuple(s)) for n, d, s in facts["fields"]))
-    files = DataFiles(folder / DATA, record.size, facts["file_places"], writable=False)
+    except FileNotFoundError as error:
+        return f"{error.filename} is missing"
     try:
         last = int(index.places.max(initial=-1))
-        return f"{files.path_of(last)} is missing or too short" if last >= files.capacity else None
+        if last >= files.capacity:
+            return f"{files.path_of(last)} is missing or too short"
+        if records:
+            check_records(files, record, index)
+    except InputError as error:
+        return str(error)
     finally:
         files.close()
+    return None
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import numpy as np
 
 from stem_jax.tables.host_block import Arrays, HostBlock
 from stem_jax.tables.host_store import HostStore
-from stem_jax.tables.row_folder import saved_rows
+from stem_jax.tables.row_folder import note_checksums, saved_rows
 from stem_jax.tables.row_record import RowRecord
 from stem_jax.tables.saved_rows import SavedRows
 from stem_jax.tables.spec import TableSpec
@@ -27,11 +27,16 @@ _PIECE_ROWS = 2**14
 
 @dataclasses.dataclass(frozen=True)
 class DiskBlock:
-    """A block on disk. process: that has it. rows, columns: [first, end) of the whole table."""
+    """A block on disk.
+
+    process: that has it. rows, columns: [first, end) of the whole table. notes: of a save, see
+    `row_folder.note_checksums`; empty where nobody noted them.
+    """
 
     process: int
     rows: tuple[int, int]
     columns: tuple[int, int]
+    notes: tuple[int, ...] = dataclasses.field(default=(), compare=False)
 
     @classmethod
     def of(cls, block: HostBlock) -> "DiskBlock":
@@ -42,7 +47,12 @@ class DiskBlock:
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "DiskBlock":
         """The inverse of `dataclasses.asdict`, after JSON."""
-        return cls(record["process"], tuple(record["rows"]), tuple(record["columns"]))
+        rows, columns = tuple(record["rows"]), tuple(record["columns"])
+        return cls(record["process"], rows, columns, tuple(record.get("notes", ())))
+
+    def noted(self, disk: str | Path, name: str) -> "DiskBlock":
+        """With the notes of a save."""
+        return dataclasses.replace(self, notes=note_checksums(self.folder(disk), name))
 
     def folder(self, disk: str | Path) -> Path:
         """Of its rows, below that of the table."""

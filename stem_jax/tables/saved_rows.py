@@ -12,6 +12,7 @@ while it is kept.
 import json
 import re
 import shutil
+import tokenize
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,7 +60,7 @@ def seal(folder: Path, name: str, count: int) -> None:
     """
     parts = parts_of(folder, name)
     sync_all(parts)
-    files = {path.name: [path.stat().st_size, _checksum(path)] for path in parts.iterdir()}
+    files = {path.name: [path.stat().st_size, file_checksum(path)] for path in parts.iterdir()}
     content = json.dumps({"rows": count, "files": files}, indent=1)
     write_whole(folder / SAVES / f"{name}.json", content + "\n")
 
@@ -120,10 +121,16 @@ def read_needed(folder: Path, name: str, capacity: int) -> np.ndarray:
 class SavedIndex:
     """Rows of a save and their places, mapped: nothing is read before it is asked for."""
 
-    def __init__(self, folder: Path, name: str):
+    def __init__(self, folder: Path, name: str, *, verify: bool = False):
         """
+        Args:
+            folder: of the rows.
+            name: of the save.
+            verify: read all of its files first.
+
         Raises:
-            InputError: there is no such save, or a file of it is missing or has another size.
+            InputError: there is no such save, or a file of it is missing, has another size or,
+                where they are read, is not as it was written.
         """
         where = folder / SAVES / f"{name}.json"
         if not where.exists():
@@ -142,6 +149,8 @@ class SavedIndex:
             if found != size:
                 said = "is missing" if found is None else f"has {found} bytes, expected {size}"
                 raise InputError(f"{path}, of a save of rows, {said}; {_REMEDY}")
+        if verify:
+            self.verify()
         self.rows, self.places = (self._mapped(file) for file in (_ROWS, _PLACES))
 
     def verify(self, *names: str) -> None:
@@ -152,7 +161,7 @@ class SavedIndex:
         """
         for file in names or tuple(self._facts):
             checksum = self._facts[file][1]
-            if (found := _checksum(self._parts / file)) != checksum:
+            if (found := file_checksum(self._parts / file)) != checksum:
                 raise InputError(
                     f"{self._parts / file}, of a save of rows, has the checksum {found}, expected "
                     f"{checksum}; {_REMEDY}"
@@ -176,7 +185,10 @@ class SavedIndex:
     def _mapped(self, file: str) -> np.ndarray:
         if not self.count:
             return np.zeros(0, np.int32)
-        array = np.load(self._parts / file, mmap_mode="r")
+        try:
+            array = np.load(self._parts / file, mmap_mode="r")
+        except (ValueError, SyntaxError, tokenize.TokenError) as error:
+            raise InputError(f"{self._parts / file} is no array ({error}); {_REMEDY}") from error
         if array.dtype != np.int32 or array.shape != (self.count,):
             raise InputError(f"{self._parts / file} is {array.dtype} {array.shape}; {_REMEDY}")
         return np.asarray(array)
@@ -247,7 +259,22 @@ def read_records(
     record.unpack(records, out, order)
 
 
-def _checksum(path: Path) -> int:
+def check_records(files: DataFiles, record: RowRecord, index: SavedIndex) -> None:
+    """Reads all rows of a save.
+
+    Raises:
+        InputError: a record is not whole.
+    """
+    count = max(1, _PIECE_BYTES // record.size)
+    for rows, places in index.pieces():
+        for first in range(0, len(rows), count):
+            part = slice(first, first + count)
+            found = rows[part].astype(np.int64), places[part].astype(np.int64)
+            read_records(files, record, *found, record.empty(len(found[0])))
+
+
+def file_checksum(path: Path) -> int:
+    """CRC-32 of a file."""
     checksum = 0
     with path.open("rb") as file:
         while piece := file.read(_PIECE_BYTES):

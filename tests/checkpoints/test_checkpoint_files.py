@@ -11,12 +11,12 @@ import pytest
 
 from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
 from stem_jax.checkpoints.checkpointer import Checkpointer
+from stem_jax.checkpoints.file_list import write_list
 from stem_jax.checkpoints.files import (
     FORMAT_VERSION,
     FORMATS,
     damage,
     set_aside_damaged,
-    write_list,
 )
 from stem_jax.errors import InputError
 from stem_jax.training.state import init_state

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.saved_state import losses, saved_arrays
 from stem_jax.checkpoints.checkpointer import Checkpointer
+from stem_jax.checkpoints.file_list import write_list
 from stem_jax.checkpoints.loading import load_run
 from stem_jax.checkpoints.saved_model import open_saved_model
 from stem_jax.errors import InputError
@@ -85,6 +86,7 @@ def test_it_is_the_resident_run(run, resident, tmp_path):
 def _changed(workdir: Path, step: int, save: str) -> None:
     path = workdir / "checkpoints" / str(step) / "layout" / "metadata"
     path.write_text(path.read_text().replace(f"step-{step}", save))
+    write_list(workdir / "checkpoints" / str(step))
 
 
 @pytest.mark.parametrize(
@@ -160,14 +162,14 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_rows_of_the_one_before(
     run, resident, tmp_path, monkeypatch
 ):
     """It has its rows on disk by then, and Orbax counts it; the one before is there alone."""
-    listed = Checkpointer._list_files
+    written = Checkpointer._write_loss
 
     def full(self):
         if self._saving[0] == 8:
             raise OSError(errno.ENOSPC, "no space left")
-        listed(self)
+        written(self)
 
-    monkeypatch.setattr(Checkpointer, "_list_files", full)
+    monkeypatch.setattr(Checkpointer, "_write_loss", full)
     with pytest.raises(InputError, match="cannot write a checkpoint"):
         run("run", **on_disk(tmp_path))
     monkeypatch.undo()
