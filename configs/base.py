@@ -247,4 +247,15 @@ def get_config() -> config_dict.ConfigDict:
     config.checkpoint.keep = 2  # newest checkpoints kept, beside the best by validation loss
     # Whether checksums of all files of a checkpoint are compared before it is read.
     config.checkpoint.verify = True
+
+    # Where the run is shown beside its folder, by process 0 (docs/training.md).
+    config.tracking = config_dict.ConfigDict()
+    # tensorboard, wandb, mlflow: each that is named; None: none of them.
+    config.tracking.trackers = config_dict.FieldReference(("tensorboard",), field_type=object)
+    config.tracking.project = "stem_jax"  # of W&B; the experiment of MLflow
+    config.tracking.name = None  # of the run there; None: that of its folder
+    config.tracking.offline = False  # W&B: files in the run's folder, for `wandb sync`
+    config.tracking.mlflow_uri = None  # http://HOST:PORT; None: MLFLOW_TRACKING_URI
+    # Seconds that the end of a run waits, at most, until all is reported.
+    config.tracking.timeout = 30.0
     return config

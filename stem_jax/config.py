@@ -11,22 +11,15 @@ import typing
 from typing import Any
 
 from stem_jax.config_keys import NOTHING, Key, Role, key
+from stem_jax.config_memories import (
+    LAYERS,
+    MEMORY_SECTIONS,
+    TAKEN_KEYS,
+    NGramConfig,
+    PerLayerConfig,
+    ValueConfig,
+)
 from stem_jax.lora_targets import LORA_TARGETS
-
-# A pattern, or indices.
-_LAYERS = str | tuple[int, ...]
-# Of the memories beside STEM's, whose table has `tables`.
-MEMORY_SECTIONS = ("value", "per_layer", "ngram")
-# The keys whose values theirs take where they are None; STEM has these alone.
-TAKEN_KEYS = {
-    "lr_multiplier": "tables.lr_multiplier",
-    "weight_decay": "tables.weight_decay",
-    "beta1": "optimizer.beta1",
-    "beta2": "optimizer.beta2",
-    "clip_norm": "tables.clip_norm",
-    "row_format": "tables.row_format",
-    "moments": "tables.moments",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +33,10 @@ class ModelConfig:
     num_kv_heads: int = key(Role.SHAPE)
     head_dim: int = key(Role.SHAPE, written=int | None)
     ffn_dim: int = key(Role.SHAPE)
-    stem_layers: tuple[int, ...] = key(Role.SHAPE, written=_LAYERS, layers=True, kind="stem")
+    stem_layers: tuple[int, ...] = key(Role.SHAPE, written=LAYERS, layers=True, kind="stem")
     stem_site: str = key(Role.SHAPE, before="up", of_kind="stem")
     hash_moe_layers: tuple[int, ...] = key(
-        Role.SHAPE, written=_LAYERS, layers=True, before=(), kind="hash_moe"
+        Role.SHAPE, written=LAYERS, layers=True, before=(), kind="hash_moe"
     )
     hash_moe_experts: int = key(Role.SHAPE, before=16, of_kind="hash_moe")
     tie_embeddings: bool = key(Role.SHAPE)
@@ -100,52 +93,6 @@ class TablesConfig:
     prefetch: int = key(Role.HARMLESS)
     cache_policy: str = key(Role.HARMLESS)
     trained_words: str | tuple[int, ...] | None = key(Role.FIXED, before=None)
-
-
-@dataclasses.dataclass(frozen=True)
-class MemoryConfig:
-    """What a memory beside STEM's has of its own. layers: that read it; none: there is no such.
-
-    None takes the value of the same key of `tables`, betas that of `optimizer`; of resident_rows
-    and host_rows it means all.
-    """
-
-    layers: tuple[int, ...] = key(Role.SHAPE, written=_LAYERS, layers=True, before=())
-    lr_multiplier: float | None = key(Role.FIXED, before=None)
-    weight_decay: float | None = key(Role.FIXED, before=None)
-    beta1: float | None = key(Role.FIXED, before=None)
-    beta2: float | None = key(Role.FIXED, before=None)
-    clip_norm: float | None = key(Role.CONTINUED, before=None)
-    init_std: float | None = key(Role.CONTINUED, before=None)
-    row_format: str | None = key(Role.FIXED, before=None)
-    moments: str | None = key(Role.FIXED, before=None)
-    resident_rows: int | None = key(Role.HARMLESS, before=None)
-    host_rows: int | None = key(Role.HARMLESS, before=None)
-
-
-@dataclasses.dataclass(frozen=True)
-class ValueConfig(MemoryConfig):
-    """Value embeddings."""
-
-
-@dataclasses.dataclass(frozen=True)
-class PerLayerConfig(MemoryConfig):
-    """Per-layer embeddings."""
-
-    width: int = key(Role.SHAPE, before=256)
-
-
-@dataclasses.dataclass(frozen=True)
-class NGramConfig(MemoryConfig):
-    """Hashed n-grams. eos_id: None until the run's tokenizer is known."""
-
-    reader: str = key(Role.SHAPE, before="engram")
-    max_order: int = key(Role.SHAPE, before=3)
-    heads: int = key(Role.SHAPE, before=8)
-    keys_per_head: int = key(Role.SHAPE, before=2**20)
-    width: int = key(Role.SHAPE, before=1024)
-    seed: int = key(Role.SHAPE, before=0)
-    eos_id: int | None = key(Role.SHAPE, before=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,6 +213,18 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TrackingConfig:
+    """Where a run is shown beside its folder, and as what."""
+
+    trackers: tuple[str, ...] | None = key(Role.HARMLESS, before=("tensorboard",))
+    project: str = key(Role.HARMLESS, before="stem_jax")
+    name: str | None = key(Role.HARMLESS, before=None)
+    offline: bool = key(Role.HARMLESS, before=False)
+    mlflow_uri: str | None = key(Role.HARMLESS, before=None)
+    timeout: float = key(Role.HARMLESS, before=30.0)
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """A whole run. Build it with `load_config` or `build`."""
 
@@ -281,6 +240,7 @@ class Config:
     train: TrainConfig
     eval: EvalConfig
     checkpoint: CheckpointConfig
+    tracking: TrackingConfig
 
     @property
     def micro_batch_size(self) -> int:

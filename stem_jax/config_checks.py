@@ -81,6 +81,7 @@ _POSITIVE = [
     "optimizer.cycle_length",
     "optimizer.cosine_theta",
     "optimizer.inv_sqrt_exponent",
+    "tracking.timeout",
 ]
 _OPTIONAL_POSITIVE = [
     "tables.init_std",

@@ -5,6 +5,7 @@ import dataclasses
 import enum
 import errno
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ from stem_jax.training.start_report import describe_run
 from stem_jax.training.state import TrainState, abstract_state, init_state, table_key
 from stem_jax.training.step import TrainStep
 from stem_jax.training.step_trace import traced_steps
+from stem_jax.training.trackers import tracker
+from stem_jax.training.trackers.tracking import Tracking, check_trackers
 from stem_jax.work_folder import writing
 
 
@@ -66,11 +69,19 @@ class Ending(enum.Enum):
     STOPPED = enum.auto()
 
 
-def train(config: Config, workdir: str | Path) -> Ending:
+def train(
+    config: Config,
+    workdir: str | Path,
+    sample: Callable[[Config, Path], str | None] | None = None,
+) -> Ending:
     """Trains, or continues, the run in `workdir`.
 
     Every process of a run calls it. SIGTERM and SIGINT, to any of them, end it after the step under
     way, with a checkpoint.
+
+    Args:
+        sample: called by process 0 when the last step is done; the text that it returns is shown
+            where the metrics are.
 
     Raises:
         InputError: the configuration, the data or the folder cannot be used.
@@ -81,11 +92,21 @@ def train(config: Config, workdir: str | Path) -> Ending:
     clock.mark("joining" if jax.process_count() > 1 else "imports and devices")
     workdir = Path(workdir)
     check_same(_facts_of_command(config))
-    with writing(workdir) as lock, process_log(workdir, jax.process_index()) as own_log:
+    with (
+        writing(workdir) as lock,
+        process_log(workdir, jax.process_index()) as own_log,
+        Tracking(workdir) as tracking,
+    ):
         try:
             own = jax.process_index(), jax.process_count()
             with kept_progress(workdir, *own, clock.began) as progress:
-                return _train(config, workdir, clock, own_log, lock, progress)
+                ending = _train(config, workdir, clock, own_log, lock, progress, tracking)
+            if ending is Ending.COMPLETED:
+                tracking.ending = tracker.Ending.COMPLETE
+                text = sample(config, workdir) if sample is not None and is_first() else None
+                if text is not None:
+                    tracking.add_text("sample", text)
+            return ending
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -102,8 +123,10 @@ def _train(
     own_log: Path,
     lock: Lock,
     progress: KeptProgress,
+    tracking: Tracking,
 ) -> Ending:
     with unanimous():
+        check_trackers(config)
         mesh = make_mesh(config.mesh)
         info = _latest(workdir, config.checkpoint.verify)
         if info is not None:
@@ -143,6 +166,7 @@ def _train(
     rows_in_flight = check_tables(config, programs, data, latest)
     if is_first():
         (workdir / "config.json").write_text(config.to_json())
+    tracking.begin(config, latest)
     log.info(describe_run(programs.blueprint, rows_in_flight))
     with contextlib.ExitStack() as stack:
         # Closed in reverse: the last save reads the store, whose threads end before.
@@ -183,6 +207,7 @@ def _train(
                 clock,
                 past,
                 progress,
+                tracking,
             )
             state, validation, done = loop.run(state, owed)
             with progress.part(SAVE):

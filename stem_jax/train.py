@@ -35,13 +35,10 @@ def main(argv: list[str]) -> None:
         keep_freed_memory()
     start_jax(args.compilation_cache, kept)
     from stem_jax.generation.final_sample import show_sample
-    from stem_jax.processes.agreement import is_first
     from stem_jax.run import Ending, train
 
     with membership(gang):
-        ending = train(config, workdir)
-        if ending is Ending.COMPLETED and config.train.sample_prompt and is_first():
-            show_sample(config, workdir)
+        ending = train(config, workdir, show_sample if config.train.sample_prompt else None)
     if ending is Ending.STOPPED:
         sys.exit(args.stopped_status)
 

@@ -32,6 +32,7 @@ LEVELS = [
         "kept_memory",
         "lora_targets",
         "config_keys",
+        "config_memories",
         "config",
         "layer_patterns",
         "config_file",

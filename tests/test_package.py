@@ -55,8 +55,10 @@ def test_what_an_extra_asks_for_is_what_the_tests_run_with(name):
 
 
 def test_extras_are_those_that_the_documents_name():
-    documented = {"tpu", "cuda", "export", "chat", "eval", "serve", "study", "s3", "gs", "dev"}
-    assert set(EXTRAS) == documented
+    assert set(EXTRAS) == {
+        *("tpu", "cuda", "export", "chat", "eval", "serve", "study", "s3", "gs"),
+        *("wandb", "mlflow", "dev"),
+    }
 
 
 # --- Console scripts ---

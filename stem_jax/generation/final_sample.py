@@ -10,14 +10,19 @@ from stem_jax.generation.generator import Generator
 from stem_jax.generation.sampling import Sampling
 
 
-def show_sample(config: Config, workdir: str | Path) -> None:
-    """Completes `train.sample_prompt` with the newest checkpoint, or says how to."""
+def show_sample(config: Config, workdir: Path) -> str | None:
+    """Completes `train.sample_prompt` with the newest checkpoint, prints and returns it.
+
+    Of several devices it only says how to, and returns None.
+    """
     prompt = config.train.sample_prompt
     if jax.device_count() > 1:
         print(f'sample: python -m stem_jax.generate --workdir={workdir} --prompt="{prompt}"')
-        return
+        return None
     run = load_run(workdir)
     generator = Generator(run.config, run.params, run.rows, run.tokenizer, run.mesh)
     sampling = Sampling(temperature=0.8, top_k=40, top_p=0.95)
     [sample] = generator.complete([prompt], config.train.sample_tokens, sampling, config.train.seed)
-    print(f"sample:\n{sample.prompt}{sample.text}")
+    text = f"{sample.prompt}{sample.text}"
+    print(f"sample:\n{text}")
+    return text

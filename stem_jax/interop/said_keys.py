@@ -9,8 +9,9 @@ export is refused by name. So a new key is refused everywhere until a format say
 import dataclasses
 from collections.abc import Iterator
 
-from stem_jax.config import MEMORY_SECTIONS, Config, MemoryConfig, ModelConfig, before, model_keys
+from stem_jax.config import MEMORY_SECTIONS, Config, ModelConfig, before, model_keys
 from stem_jax.config_keys import Role
+from stem_jax.config_memories import MemoryConfig
 from stem_jax.errors import InputError
 from stem_jax.interop.memory_names import KEYS
 

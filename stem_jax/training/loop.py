@@ -37,6 +37,7 @@ from stem_jax.training.schedule import Schedule, make_schedule
 from stem_jax.training.state import TrainState
 from stem_jax.training.step import TrainStep
 from stem_jax.training.step_trace import StepTrace, traced_steps
+from stem_jax.training.trackers.tracking import Tracking
 
 
 @dataclasses.dataclass
@@ -53,6 +54,7 @@ class Loop:
         clock: of the start, read at the first step.
         past: see `schedule.learning_rates`.
         progress: is told where the run is, and where its time goes.
+        tracking: what follows the records of the run.
     """
 
     config: Config
@@ -67,6 +69,7 @@ class Loop:
     clock: StartClock = dataclasses.field(default_factory=StartClock)
     past: PastUpdates = NO_PAST
     progress: Progress = dataclasses.field(default_factory=Progress)
+    tracking: Tracking | None = None
 
     def run(
         self, state: TrainState, owes_validation: bool = False
@@ -82,7 +85,13 @@ class Loop:
         start, end = int(state.step), self.config.train.steps
         mesh = self.programs.mesh
         schedule = make_schedule(self.config, end + 1, past=self.past, mesh=mesh)
-        metrics_log = MetricsLog(self.workdir, start, writing=jax.process_index() == 0)
+        metrics_log = MetricsLog(
+            self.workdir,
+            start,
+            writing=jax.process_index() == 0,
+            tracking=self.tracking,
+            awaits=self._evaluation_due,
+        )
         progress = self.progress
         progress.began(start, end, self.config.tokens_per_step)
         reporter = _Reporter(
@@ -115,8 +124,7 @@ class Loop:
                         levels.after_step(state, ready, schedule)
                     self.beat(f"step {step - 1}")
                     stopped = self.stop_requested()
-                    due = step == end or _due(step, self.config.eval.every)
-                    evaluation_due = due and self.data.held_out is not None
+                    evaluation_due = self._evaluation_due(step)
                     checkpoint_due = self._checkpoint_due(step)
                     if stopped or evaluation_due or checkpoint_due:
                         reporter.drain()
@@ -165,6 +173,10 @@ class Loop:
             step = int(state.step)
             self.progress.save_begun(step)
             self.save(state, validation, owed)
+
+    def _evaluation_due(self, step: int) -> bool:
+        due = step == self.config.train.steps or _due(step, self.config.eval.every)
+        return due and self.data.held_out is not None
 
     def _checkpoint_due(self, step: int) -> bool:
         return step == self.config.train.steps or _due(step, self.config.checkpoint.every)

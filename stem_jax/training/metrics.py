@@ -1,32 +1,52 @@
-"""What a run records: metrics.jsonl, TensorBoard events, and the loss curve as a picture."""
+"""What a run records: metrics.jsonl, what trackers make of it, and the loss curve as a picture."""
 
 import json
 import math
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from stem_jax.training.event_file import EventFile
+from stem_jax.training.trackers.tracking import Tracking
 
 METRICS = "metrics.jsonl"
 Record = dict[str, Any]
 
 
 class MetricsLog:
-    """Appends records to `metrics.jsonl` and TensorBoard, and keeps them for the picture.
+    """Appends records to `metrics.jsonl`, and keeps them for the trackers and the picture.
 
     A resumed run drops what was logged after the checkpoint it resumes from: every step stands
     in the file once.
     """
 
-    def __init__(self, workdir: Path, start_step: int, *, writing: bool = True):
-        """writing: of the processes of a run one writes, the others keep the records alone."""
+    def __init__(
+        self,
+        workdir: Path,
+        start_step: int,
+        *,
+        writing: bool = True,
+        tracking: Tracking | None = None,
+        awaits: Callable[[int], bool] = lambda step: False,
+    ):
+        """Reads the file that is there.
+
+        Args:
+            writing: of the processes of a run one writes, the others keep the records alone.
+            tracking: what follows the records.
+            awaits: whether a step that was recorded gets another record, of its validation.
+        """
         self._path = workdir / METRICS
         self._picture = workdir / "loss.png"
         self._writing = writing
-        self.records = [r for r in read_records(self._path) if r["step"] <= start_step]
+        found = read_records(self._path)
+        self.records = [r for r in found if r["step"] <= start_step]
+        self._tracking = tracking
+        if tracking is not None:
+            later = [r for r in found if r["step"] > start_step and "train/loss" in r]
+            tracking.follow(self.records, awaits, {r["step"]: r["train/loss"] for r in later})
         if not writing:
             return
         text = "".join(json.dumps(record) + "\n" for record in self.records)
@@ -34,7 +54,6 @@ class MetricsLog:
         temporary.write_text(text)
         temporary.replace(self._path)
         self._file = self._path.open("a")
-        self._events = EventFile(workdir / "tensorboard", start_step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Appends one record; numbers keep their full precision, non-finite ones become null."""
@@ -48,15 +67,14 @@ class MetricsLog:
             return
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        scalars = {key: value for key, value in clean.items() if isinstance(value, int | float)}
-        self._events.write(step, scalars)
+        if self._tracking is not None:
+            self._tracking.wake()
 
     def close(self) -> None:
         """Writes the picture and closes the files."""
         if not self._writing:
             return
         self._file.close()
-        self._events.close()
         draw_loss(self.records, self._picture)
 
 

@@ -1,0 +1,116 @@
+"""The trackers of a run: which ones there are, what they are told, and how it ends."""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from stem_jax.config import Config, declared_keys
+from stem_jax.errors import InputError
+from stem_jax.processes.agreement import is_first
+from stem_jax.processes.code_version import code_version
+from stem_jax.training.trackers.mlflow_page import MlflowPage
+from stem_jax.training.trackers.reporter import Reporter, picture, text
+from stem_jax.training.trackers.tensorboard import TensorBoard
+from stem_jax.training.trackers.tracker import Ending, Page, Tracker
+from stem_jax.training.trackers.wandb_page import WandbPage
+
+TRACKERS: dict[str, Callable[[Page], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WandbPage,
+    "mlflow": MlflowPage,
+}
+
+
+def check_trackers(config: Config) -> None:
+    """Refuses, in the process that reports, what a tracker lacks.
+
+    Raises:
+        InputError: a name of no tracker, a package that is not installed, no server or no key.
+    """
+    tracking = config.tracking
+    for name in tracking.trackers or ():
+        if name not in TRACKERS:
+            raise InputError(
+                f"tracking.trackers={','.join(tracking.trackers or ())}: there is no {name}; "
+                f"choose of {', '.join(TRACKERS)}, or none"
+            )
+        check = getattr(TRACKERS[name], "check", None)
+        if check is not None and is_first():
+            check(tracking.offline, tracking.mlflow_uri)
+
+
+class Tracking:
+    """What process 0 tells the trackers of a run. Use it as a context; leaving it ends their pages.
+
+    Attributes:
+        ending: how it ends, if by no error.
+    """
+
+    def __init__(self, workdir: Path):
+        self.ending = Ending.STOPPED
+        self._workdir = workdir
+        self._reporters: list[Reporter] = []
+        self._timeout, self._began = 0.0, 0.0
+
+    def begin(self, config: Config, start: int) -> None:
+        """Opens the pages. start: the step that this start goes on from."""
+        if not is_first():
+            return
+        tracking = config.tracking
+        page = Page(
+            workdir=self._workdir,
+            config={key: _plain(config.value_of(key)) for key in declared_keys()},
+            facts={"code.stem_jax": code_version(), "code.jax": jax.__version__},
+            start=start,
+            project=tracking.project,
+            name=tracking.name or self._workdir.absolute().name,
+            offline=tracking.offline,
+            server=tracking.mlflow_uri,
+            timeout=tracking.timeout,
+        )
+        self._timeout, self._began = tracking.timeout, time.time()
+        for name in tracking.trackers or ():
+            self._reporters.append(Reporter(name, TRACKERS[name](page)))
+
+    def follow(
+        self,
+        records: Sequence[Mapping[str, Any]],
+        awaits: Callable[[int], bool],
+        taken_back: Mapping[int, float | None],
+    ) -> None:
+        """Says what there is to report; see `Reporter.follow`."""
+        for reporter in self._reporters:
+            reporter.follow(records, awaits, taken_back)
+
+    def wake(self) -> None:
+        """There are more records."""
+        for reporter in self._reporters:
+            reporter.wake()
+
+    def add_text(self, name: str, content: str) -> None:
+        """Shows a text."""
+        for reporter in self._reporters:
+            reporter.add(text(name, content))
+
+    def __enter__(self) -> "Tracking":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        """Ends the pages, with the pictures of the run's folder, in `tracking.timeout` at most."""
+        drawn = [p for p in self._workdir.glob("*.png") if p.stat().st_mtime >= self._began]
+        for reporter in self._reporters:
+            for path in sorted(drawn):
+                reporter.add(picture(path))
+            reporter.end(self.ending if kind is None else Ending.FAILED)
+        deadline = time.monotonic() + self._timeout
+        for reporter in self._reporters:
+            reporter.wait(max(0.0, deadline - time.monotonic()))
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: trackers know no tuples."""
+    return json.loads(json.dumps(value))
