@@ -78,10 +78,10 @@ class Reporter:
         if not done:
             self._given_up = True
             missing = len({record["step"] for record in self._records[self._place :]})
+            later = "" if self._ending is Ending.COMPLETE else ", and a next start reports them"
             log.warning(
                 f"{self._name} did not end within {seconds:.0f} s (tracking.timeout), with "
-                f"{missing} steps to report; they are in metrics.jsonl, and a next start reports "
-                "them"
+                f"{missing} steps to report; they are in metrics.jsonl{later}"
             )
 
     def _serve(self) -> None:
