@@ -4,17 +4,26 @@ python -m stem_jax.analyze --workdir=runs/tiny
 python -m stem_jax.analyze --workdir=runs/tiny --dense-workdir=runs/tiny_dense --text=pydoc
 """
 
+import argparse
 import json
 
 from stem_jax import cli
 from stem_jax.analysis.flags import parse
+from stem_jax.analysis.options import AnalysisOptions
 from stem_jax.jax_start import start_jax
+from stem_jax.processes.together import together
 
 
 def main(argv: list[str]) -> None:
     """Parses flags, measures, and writes a page with its pictures and figures."""
     args, options = parse(argv, __doc__)
     start_jax(args.compilation_cache)
+    with together(args) as first:
+        if first:
+            _analyze(args, options)
+
+
+def _analyze(args: argparse.Namespace, options: AnalysisOptions) -> None:
     from stem_jax.analysis.analysis import analyze
     from stem_jax.analysis.files import write_analysis
     from stem_jax.analysis.sections import sections_of

@@ -11,14 +11,15 @@ import json
 from stem_jax import cli
 from stem_jax.editing.flags import parse
 from stem_jax.jax_start import start_jax
+from stem_jax.processes.together import together
 
 
 def main(argv: list[str]) -> None:
     """Parses flags; makes a patch and prints completions before and after it, or measures edits."""
-    args = parse(argv, __doc__)
-    start_jax(args.compilation_cache)
+    start_jax((args := parse(argv, __doc__)).compilation_cache)
     if args.measure is not None:
-        return _measure(args)
+        with together(args) as first:
+            return _measure(args, first)
     from stem_jax.checkpoints.loading import load_run
     from stem_jax.editing.comparison import compare, format_comparison
     from stem_jax.editing.patch import edited_run, make_patch
@@ -43,17 +44,16 @@ def main(argv: list[str]) -> None:
         print(f"\nsaved as {args.save}; use it with generate --edits={args.save}")
 
 
-def _measure(args: argparse.Namespace) -> None:
+def _measure(args: argparse.Namespace, first: bool) -> None:
     from stem_jax.checkpoints.loading import load_run
-    from stem_jax.editing.trial import Trial, try_edits
-    from stem_jax.result_folder import check_folder
+    from stem_jax.editing.trial import Trial, write_trial
 
-    names = ("pairs", "tokens", "strategy", "layers", "write", "seed", "memory")
     run = load_run(args.workdir, args.step, args.resident_rows)
-    out = check_folder(args.out or args.workdir / "editing")
-    result = try_edits(run, Trial(args.measure, *(getattr(args, name) for name in names)))
-    paths = ", ".join(map(str, result.write(out)))
-    print(json.dumps(result.record()) if args.json else f"{result.format()}\n\n{paths}")
+    trial, out = Trial.from_flags(args), args.out or args.workdir / "editing"
+    result, files = write_trial(run, trial, out, first)
+    if first:
+        where = ", ".join(map(str, files))
+        print(json.dumps(result.record()) if args.json else f"{result.format()}\n\n{where}")
 
 
 if __name__ == "__main__":

@@ -3,18 +3,26 @@
 python -m stem_jax.export --workdir=runs/tiny --format=hf --out=exported
 """
 
+import argparse
 import sys
 import time
 
 from stem_jax import cli
 from stem_jax.interop.export_flags import parse
 from stem_jax.jax_start import start_jax
+from stem_jax.processes.together import together
 
 
 def main(argv: list[str]) -> None:
     """Parses flags, writes the folder and says what it holds."""
     args = parse(argv, __doc__)
     start_jax()
+    with together(args) as first:
+        if first:
+            _export(args)
+
+
+def _export(args: argparse.Namespace) -> None:
     from stem_jax.checkpoints.saved_model import open_saved_model
     from stem_jax.editing.patch import edited_model
     from stem_jax.editing.patch_file import format_patch, read_patch

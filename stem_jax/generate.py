@@ -1,12 +1,11 @@
 """Completes prompts: python -m stem_jax.generate --workdir=runs/tiny --prompt="The module" """
 
-import dataclasses
-import json
 import sys
 
 from stem_jax import cli
 from stem_jax.generation.flags import parse
 from stem_jax.jax_start import start_jax
+from stem_jax.processes.together import together
 
 
 def main(argv: list[str]) -> None:
@@ -20,37 +19,25 @@ def main(argv: list[str]) -> None:
     from stem_jax.generation.conversations import with_conversations
     from stem_jax.generation.generator import Generator
     from stem_jax.generation.job import complete_into_file
+    from stem_jax.generation.printed import print_completions
     from stem_jax.generation.sampling import Sampling
 
-    prompts = args.prompt + [line for path in args.prompt_file for line in read_prompts(path)]
-    sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p)
-    run = load_run(args.workdir, args.step, args.resident_rows, devices=args.devices)
-    run = edited_run(run, [read_patch(path) for path in args.edits])
-    if args.chat:
-        run, prompts = with_conversations(run, prompts, args)
-    # Of a conversation the answer alone.
-    shown = [""] * len(prompts) if args.chat else prompts
-    generator = Generator(run.config, run.params, run.rows, run.tokenizer, run.mesh)
-    as_tokens = args.special_tokens == "special"
-    for note in () if as_tokens else special_notes(run.tokenizer, prompts):
-        print(f"note: {note}", file=sys.stderr)
-    if args.out is not None:
-        return complete_into_file(args, run, generator, prompts, sampling)
-    # The prompt goes out with the first piece, when no error can follow any more.
-    left = iter(shown)
-    stream = len(prompts) == 1 and not (args.json or args.no_stream)
-    on_text = (lambda _, text: print(next(left, "") + text, end="", flush=True)) if stream else None
-    how = args.max_new_tokens, sampling, args.seed, args.batch_size
-    found = generator.complete(prompts, *how, on_text=on_text, special=as_tokens)
-    if args.json:
-        print(json.dumps([dataclasses.asdict(completion) for completion in found]))
-        return
-    for number, completion in enumerate(found, start=1):
-        label = f"[{number}] " if len(found) > 1 else ""
-        print(next(left, "") if stream else label + shown[number - 1] + completion.text)
-        if completion.stop == "context":
-            note = f"{label}stopped at the context of {generator.context} tokens, prompt included"
+    with together(args):
+        prompts = args.prompt + [line for path in args.prompt_file for line in read_prompts(path)]
+        sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p)
+        run = load_run(args.workdir, args.step, args.resident_rows, devices=args.devices)
+        run = edited_run(run, [read_patch(path) for path in args.edits])
+        if args.chat:
+            run, prompts = with_conversations(run, prompts, args)
+        # Of a conversation the answer alone.
+        shown = [""] * len(prompts) if args.chat else prompts
+        generator = Generator(run.config, run.params, run.rows, run.tokenizer, run.mesh)
+        as_tokens = args.special_tokens == "special"
+        for note in () if as_tokens else special_notes(run.tokenizer, prompts):
             print(f"note: {note}", file=sys.stderr)
+        if args.out is not None:
+            return complete_into_file(args, run, generator, prompts, sampling)
+        print_completions(args, generator, prompts, shown, sampling)
 
 
 if __name__ == "__main__":

@@ -4,18 +4,27 @@ python -m stem_jax.import_torch --from=hf --path=exported --workdir=runs/importe
 python -m stem_jax.import_torch --from=llama --path=llama --stem-layers=third --workdir=runs/stem
 """
 
+import argparse
 import sys
 import time
 
 from stem_jax import cli
+from stem_jax.interop.calibration import Calibration
 from stem_jax.interop.import_flags import parse
 from stem_jax.jax_start import start_jax
+from stem_jax.processes.together import together
 
 
 def main(argv: list[str]) -> None:
     """Parses flags, reads the model and writes the folder."""
     args, overrides, calibration = parse(argv, __doc__)
     start_jax(args.compilation_cache)
+    with together(args) as first:
+        if first:
+            _import(args, overrides, calibration)
+
+
+def _import(args: argparse.Namespace, overrides: dict[str, str], calibration: Calibration) -> None:
     from stem_jax.interop.conversion import convert
     from stem_jax.interop.import_model import import_config, write_checkpoint
     from stem_jax.interop.import_tokenizer import TokenizerChoice, find_tokenizer

@@ -5,6 +5,7 @@ import argparse
 from stem_jax import cli
 from stem_jax.analysis.options import AnalysisOptions
 from stem_jax.data.formats import FORMATS
+from stem_jax.processes.cluster import add_flags
 
 
 def parse(argv: list[str], description: str | None) -> tuple[argparse.Namespace, AnalysisOptions]:
@@ -29,6 +30,7 @@ def parse(argv: list[str], description: str | None) -> tuple[argparse.Namespace,
     parser.add_path("--out", help="folder of the results; without it, WORKDIR/analysis")
     add("--json", action="store_true", help="print every figure as JSON instead of a summary")
     add("--no-progress", action="store_true", help="draw no bars")
+    add_flags(parser)
     parser.add_cache_flag()
     args = parser.parse_args(argv)
     if args.dense_step is not None and args.dense_workdir is None:

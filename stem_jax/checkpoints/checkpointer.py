@@ -1,22 +1,22 @@
 """Checkpoints: everything a run is, through Orbax, and nothing else knows Orbax.
 
 A checkpoint holds the items `params`, `opt_state`, `table_rows`, `table_slots` (mu, nu, last_step;
-`NAME_rows`, `NAME_moments` of other memories than STEM's),
-`data` (where the data stream stands), `config` and `layout` (format, V_pad, A, tokenizer). Arrays
-are stored whole, so a checkpoint restores on any mesh; a step folder appears under its final name
-only when it is complete.
+`NAME_rows`, `NAME_moments` of other memories than STEM's), `data` (where the data stream stands),
+`config` and `layout` (format, V_pad, A, tokenizer). Arrays are stored whole, so a checkpoint
+restores on any mesh; a step folder appears under its final name only when it is complete.
 """
 
 import functools
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint import checkpoint_managers as policies
 from orbax.checkpoint.path import atomicity
 
 from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
@@ -31,7 +31,8 @@ from stem_jax.checkpoints.files import (
     check_format,
     write_loss,
 )
-from stem_jax.checkpoints.item_handlers import item_handlers
+from stem_jax.checkpoints.item_handlers import item_handlers, save_args
+from stem_jax.checkpoints.made_arrays import MadeArray
 from stem_jax.checkpoints.older_formats import current_tree
 from stem_jax.checkpoints.params import (
     param_targets,
@@ -46,6 +47,7 @@ from stem_jax.checkpoints.tables import (
     disks_of,
     first_rows_of,
     first_rows_record,
+    made_items,
     needed_items,
     save_name,
     saved_disks,
@@ -78,7 +80,8 @@ class Checkpointer:
         """Args:
         keep: newest checkpoints to keep, beside the best.
         read_only: nothing is made or cleaned up.
-        alone: this process reads for itself, and waits for no other one.
+        alone: this process reads or writes by itself, in a folder that is there, and waits for no
+            other one.
         """
         processes = ocp.options.MultiprocessingOptions()
         if alone:
@@ -87,10 +90,9 @@ class Checkpointer:
                 primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}"
             )
         self.folder = Path(workdir).absolute() / FOLDER
-        policies = checkpoint_managers
         best = functools.partial(policies.BestN, get_metric_fn=lambda m: m[BEST], reverse=True)
         options = ocp.CheckpointManagerOptions(
-            create=not read_only,
+            create=not (read_only or alone),
             read_only=read_only,
             preservation_policy=policies.AnyPreservationPolicy(
                 [policies.LatestN(keep), best(n=1, keep_checkpoints_without_metrics=False)]
@@ -149,16 +151,18 @@ class Checkpointer:
         info: CheckpointInfo,
         eval_loss: float | None,
         stores: Stores | None = None,
+        made: Mapping[str, Mapping[str, MadeArray]] | None = None,
     ) -> None:
         """Starts an asynchronous save; the state may be donated as soon as this returns.
 
         Args:
-            state: of the run.
+            state: of the run; its parameters and optimizer state may be made arrays.
             info: the plain part.
             eval_loss: decides which checkpoint is the best; None for no validation.
             stores: of some memories, which have their tables, resident rows included, in place of
                 `state.tables`. They may be written to as soon as this returns; the checkpoint holds
                 what they held before.
+            made: the fields of tables that nothing else has.
 
         Raises:
             InputError: the folder cannot be written.
@@ -184,8 +188,8 @@ class Checkpointer:
             self.wait()
             self._saving = (info.step, eval_loss)
             params, opt_state = saved_params((state.params, state.opt_state))
-            items["params"] = ocp.args.StandardSave(params)
-            items["opt_state"] = ocp.args.StandardSave(plain(opt_state))
+            items["params"] = save_args(params)
+            items["opt_state"] = save_args(plain(opt_state))
             stores = stores or {}
             self.tidy(stores)
             # Again, once this save is done.
@@ -203,6 +207,7 @@ class Checkpointer:
             for name, store in in_memory.items():
                 self._snapshots[name] = store.snapshot()
             items |= saved_stores(in_memory, self._snapshots)
+            items |= made_items(made or {})
             resident = {name: table for name, table in state.tables.items() if name not in stores}
             # No snapshots to close: nobody writes to copies, which are gone once they are on disk.
             copies = copies_of_tables(info.config, resident)

@@ -104,17 +104,9 @@ def store_args(item: dict[str, StoreField]) -> ocp.args.PyTreeRestore:
     return ocp.args.PyTreeRestore(item=item, restore_args=args)
 
 
-def table_handler() -> ocp.PyTreeCheckpointHandler:
-    """The handler of an item whose leaves are jax.Arrays or fields of a store."""
-    arrays = type_handlers.get_type_handler(jax.Array)
-    return ocp.PyTreeCheckpointHandler(
-        type_handler_registry=type_handlers.create_type_handler_registry(
-            (jax.Array, arrays), (StoreField, _StoreFieldHandler())
-        )
-    )
+class StoreFieldHandler(type_handlers.TypeHandler):
+    """Writes the fields of stores, and reads into them."""
 
-
-class _StoreFieldHandler(type_handlers.TypeHandler):
     def typestr(self) -> str:
         # What a reader without a target gets. As jax.Array, Orbax would ask for shardings.
         return "np.ndarray"

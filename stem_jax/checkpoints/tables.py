@@ -6,7 +6,7 @@ Items are logical, so that nothing in them depends on the devices: arrays pass t
 import dataclasses
 import functools
 import json
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
 from stem_jax.checkpoints.files import table_items
+from stem_jax.checkpoints.made_arrays import MadeArray
 from stem_jax.checkpoints.store_handler import StoreField, few_rows_of, store_args
 from stem_jax.config import Config
 from stem_jax.memory.catalogue import table_specs
@@ -176,6 +177,18 @@ def saved_stores(stores: Stores, snapshots: dict[str, StoreSnapshot]) -> dict[st
     for name, store in stores.items():
         leaf = functools.partial(StoreField, store, snapshot=snapshots[name], room=rooms.get(name))
         items |= _items(store, name, name in some, leaf, ocp.args.PyTreeSave)
+    return items
+
+
+def made_items(made: Mapping[str, Mapping[str, MadeArray]]) -> dict[str, Any]:
+    """The items of tables whose fields are made as they are written."""
+    items: dict[str, Any] = {}
+    for name, fields in made.items():
+        rows, moments = table_items(name)
+        others = {field: array for field, array in fields.items() if field != "rows"}
+        items[rows] = ocp.args.PyTreeSave({"rows": fields["rows"]})
+        if others:
+            items[moments] = ocp.args.PyTreeSave(others)
     return items
 
 

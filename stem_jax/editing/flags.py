@@ -6,6 +6,7 @@ from stem_jax import cli
 from stem_jax.editing.choices import FACTS, STRATEGIES, TOKEN_COUNTS, WRITTEN
 from stem_jax.errors import InputError
 from stem_jax.memory.memory import STEM
+from stem_jax.processes.cluster import add_flags
 
 # What makes or shows one edit.
 _ONE_EDIT = {"swap", "inject", "scale", "edits", "prompt", "max_new_tokens", "top", "save"}
@@ -45,6 +46,7 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="facts: of the pairs and phrasings")
     parser.add_path("--out", help="measure: folder of CSV and JSON; without it, WORKDIR/editing")
     add("--json", action="store_true", help="measure: print the JSON instead of a table")
+    add_flags(parser)
     parser.add_cache_flag()
     args = parser.parse_args(argv)
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
@@ -62,6 +64,8 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
         parser.error(
             f"{', '.join(f'--{x}'.replace('_', '-') for x in sorted(wrong))}: not for {mode}"
         )
+    if args.multihost and args.measure is None:
+        parser.error("--multihost is for --measure, whose questions several processes divide")
     if args.top < 0:
         parser.error(f"--top={args.top} must be 0 or more")
     if args.measure is None and not (args.list or args.swap + args.inject):

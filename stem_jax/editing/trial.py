@@ -1,5 +1,6 @@
 """One measurement of edits from its settings to its files."""
 
+import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -19,7 +20,7 @@ from stem_jax.editing.report import (
     summarize,
 )
 from stem_jax.memory.memory import STEM
-from stem_jax.result_folder import write_files
+from stem_jax.result_folder import check_folder, write_files
 
 _NAMES = {
     "one": "",
@@ -45,6 +46,12 @@ class Trial:
     written: str = "rows"
     seed: int = 0
     memory: str = STEM
+
+    @classmethod
+    def from_flags(cls, args: argparse.Namespace) -> "Trial":
+        """The one that the flags of `stem_jax.edit` describe."""
+        names = ("pairs", "tokens", "strategy", "layers", "write", "seed", "memory")
+        return cls(args.measure, *(getattr(args, name) for name in names))
 
     @property
     def name(self) -> str:
@@ -179,3 +186,23 @@ def try_edits(
             fluency(run, read, trial.strategy, trial.layers, memory=trial.memory) if read else None
         )
     return TrialResult(trial, run.step, run.fingerprint, outcomes, found, left_out, unfit)
+
+
+def write_trial(
+    run: LoadedRun, trial: Trial, folder: Path, first: bool = True
+) -> tuple[TrialResult, list[Path]]:
+    """Runs a trial, whose questions several processes divide, and writes its files.
+
+    Args:
+        first: of the processes this one writes, and shows how far it is.
+
+    Returns:
+        The result, which every process has, and the files, none in the others.
+
+    Raises:
+        InputError: see `try_edits`, or the folder cannot be written, which is asked before.
+    """
+    if first:
+        check_folder(folder)
+    result = try_edits(run, trial, progress=first)
+    return result, result.write(folder) if first else []

@@ -2,12 +2,9 @@
 
 import argparse
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any
-
-import jax
 
 from stem_jax.checkpoints.loading import LoadedRun, load_run
 from stem_jax.evaluation.heatmap import draw_retrieval
@@ -19,11 +16,8 @@ from stem_jax.evaluation.results import check_out, write_json
 from stem_jax.evaluation.tasks import evaluate_tasks, format_results
 from stem_jax.evaluation.training_text import open_training_text
 from stem_jax.processes.agreement import PREPARING_SECONDS, check_same, is_first, unanimous
-from stem_jax.processes.code_version import code_version
+from stem_jax.processes.together import facts_of
 from stem_jax.training.run_data import reading_of
-
-# Flags that processes of one measurement may differ in.
-_OWN_FLAGS = {"coordinator", "process_index", "init_timeout", "no_progress", "compilation_cache"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +84,5 @@ def measure(args: argparse.Namespace) -> Measurement:
 
 def _facts(args: argparse.Namespace, run: LoadedRun) -> dict[str, str]:
     """What must be the same in all processes."""
-    facts = {"the version of stem_jax": code_version(), "the version of jax": jax.__version__}
-    for name, value in vars(args).items():
-        if name not in _OWN_FLAGS:
-            facts["--" + name.replace("_", "-")] = json.dumps(value, default=str)
-    return facts | {"the step of the checkpoint": str(run.step), "checkpoint": run.fingerprint}
+    of_run = {"the step of the checkpoint": str(run.step), "checkpoint": run.fingerprint}
+    return facts_of(args) | of_run

@@ -3,6 +3,7 @@
 import argparse
 
 from stem_jax import cli
+from stem_jax.processes.cluster import add_flags
 
 # How the text of a special token in a prompt is read: as any text, or as the token.
 SPECIAL = ("text", "special")
@@ -39,10 +40,13 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
     add("--devices", type=int, default=1, help="that the model is divided over")
     parser.add_paths("--edits", default=[], help="patches of stem_jax.edit, in their order")
     add("--json", action="store_true", help="print a JSON list instead")
+    add_flags(parser)
     parser.add_cache_flag()
     args = parser.parse_args(argv)
     if args.out is not None and args.json:
         parser.error("--out writes JSON lines; leave --json out")
+    if args.multihost and args.out is None:
+        parser.error("--multihost needs --out: process 0 writes what all of them complete")
     if not args.prompt + args.prompt_file + args.messages:
         parser.error("give --prompt, --prompt-file or --messages")
     if args.messages and args.prompt + args.prompt_file and not args.chat:

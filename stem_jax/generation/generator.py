@@ -156,10 +156,13 @@ class Generator:
         on_text: Callable[[int, str], None] | None = None,
         special: bool = False,
         done: int = 0,
+        own: slice = slice(None),
     ) -> Iterator[list[Completion]]:
         """`complete`, batch by batch, as each is done.
 
-        done: so many of the prompts are left out, which changes nothing for the others.
+        Args:
+            done: so many of the prompts are left out, which changes nothing for the others.
+            own: which of the batches to complete.
         """
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size} must be at least 1")
@@ -169,7 +172,8 @@ class Generator:
         parts = [slice(first, first + batch_size) for first in range(done, len(ids), batch_size)]
         how = max_new_tokens, sampling, on_text
         return (
-            self._batch(part.start, prompts[part], ids[part], seeds[part], *how) for part in parts
+            self._batch(part.start, prompts[part], ids[part], seeds[part], *how)
+            for part in parts[own]
         )
 
     def _batch(

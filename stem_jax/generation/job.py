@@ -1,15 +1,22 @@
-"""A job of completions that ends up in a file."""
+"""A job of completions that ends up in a file; several processes divide its batches."""
 
 import argparse
+import contextlib
 import dataclasses
+import functools
+import itertools
+import pickle
 import sys
 from collections.abc import Sequence
+
+import jax
 
 from stem_jax.checkpoints.loading import LoadedRun
 from stem_jax.errors import InputError
 from stem_jax.generation.completion_file import CompletionFile, file_digests, prompts_digest
 from stem_jax.generation.generator import Generator
 from stem_jax.generation.sampling import Sampling
+from stem_jax.processes.agreement import PREPARING_SECONDS, exchange, unanimous
 
 
 def complete_into_file(
@@ -37,13 +44,25 @@ def complete_into_file(
     special = args.special_tokens == "special"
     # What is wrong with them is said before there is a file.
     generator.batches(prompts, *how, special=special)
-    with CompletionFile.open(args.out, job) as file:
-        if file.done > len(prompts):
+    index, count = jax.process_index(), jax.process_count()
+    writer = CompletionFile.open(args.out, job) if index == 0 else contextlib.nullcontext()
+    with unanimous(), writer as file:
+        [done, *_] = map(int, exchange(lambda: b"%d" % (0 if file is None else file.done)))
+        if done > len(prompts):
             raise InputError(
-                f"--out={args.out} has {file.done} lines for {len(prompts)} prompts; remove it"
+                f"--out={args.out} has {done} lines for {len(prompts)} prompts; remove it"
             )
-        if file.done:
-            print(f"note: {file.done} of {len(prompts)} are there already", file=sys.stderr)
-        for batch in generator.batches(prompts, *how, special=special, done=file.done):
-            file.add(batch)
-    print(f"{args.out}: {len(prompts)} completions")
+        if done and file is not None:
+            print(f"note: {done} of {len(prompts)} are there already", file=sys.stderr)
+        own = slice(index, None, count)
+        batches = generator.batches(prompts, *how, special=special, done=done, own=own)
+        # In each round every process completes a batch, and the first one writes them.
+        for _ in range(-(-(len(prompts) - done) // (args.batch_size * count))):
+            batch = next(batches, [])
+            if count > 1:
+                parts = exchange(functools.partial(pickle.dumps, batch), PREPARING_SECONDS)
+                batch = list(itertools.chain.from_iterable(map(pickle.loads, parts)))
+            if file is not None:
+                file.add(batch)
+    if index == 0:
+        print(f"{args.out}: {len(prompts)} completions")

@@ -3,6 +3,7 @@
 import argparse
 
 from stem_jax import cli
+from stem_jax.processes.cluster import add_flags
 
 FORMATS = ("hf", "official", "patch", "peft")
 
@@ -32,6 +33,7 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
         "adapter_config.json calls the base model",
     )
     add("--memory", default="stem", help="patch: whose rows")
+    add_flags(parser)
     args = parser.parse_args(argv)
     if not 0 < args.file_gib < 2**30:
         parser.error(f"--file-gib={args.file_gib} must be more than 0, and a size that a disk has")

@@ -7,6 +7,7 @@ from stem_jax import cli
 from stem_jax.data.special_tokens import SpecialFlags
 from stem_jax.data.tokenizer import KINDS
 from stem_jax.interop.calibration import Calibration, check_overrides
+from stem_jax.processes.cluster import add_flags
 
 FORMATS = ("official", "hf", "llama")
 # Where an import finds what its model does not decide.
@@ -34,6 +35,7 @@ def parse(
     parser.add_path("--tokenizer-path", help="its file")
     SpecialFlags.add_flags(parser)
     Calibration.add_flags(parser)
+    add_flags(parser)
     parser.add_cache_flag()
     rest, overrides = cli.split_overrides(argv)
     args = parser.parse_args(rest)

@@ -1,7 +1,7 @@
 """A checkpoint of step 0 from the tensors of another code.
 
-The tensors are mapped files: each is read when its parameter is made, a table slice by slice. What
-is in memory whole is the new state: parameters with optimizer state, and the rows.
+The tensors are mapped files; what is made of them is read and written piece by piece, and nothing
+of the model's size is in memory.
 """
 
 import dataclasses
@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
-from stem_jax.checkpoints.checkpointer import Checkpointer
+from stem_jax.checkpoints.checkpointer import FOLDER, Checkpointer
 from stem_jax.checkpoints.files import check_outside
+from stem_jax.checkpoints.made_arrays import MadeArray
 from stem_jax.config import Config, ModelConfig, before, model_keys
 from stem_jax.config_file import config_from_json, load_config
 from stem_jax.config_keys import Role
@@ -25,13 +25,10 @@ from stem_jax.files import new_folder
 from stem_jax.interop.said_keys import memories_beside_stem, unsaid_keys
 from stem_jax.memory.catalogue import table_specs
 from stem_jax.memory.memory import STEM
-from stem_jax.mesh import make_mesh, replicated
-from stem_jax.tables.host_store import HostStore
+from stem_jax.tables.spec import TableSpec
 from stem_jax.training.blueprint import ModelDef
 from stem_jax.training.run_data import TOKENIZER_FOLDER
 from stem_jax.training.state import TrainState
-
-_SLICE_BYTES = 2**25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,32 +119,30 @@ def write_checkpoint(
     Raises:
         InputError: the folder exists, or a parameter is not finite.
     """
-    mesh = make_mesh(config.mesh.on_one_device(), jax.devices()[:1])
-    whole = replicated(mesh)
     check_outside(workdir, "--workdir")
+    specs = table_specs(config)
+    model = ModelDef(config)
+    # Whatever models compute in, checkpoints have float32.
+    abstract = {n: jax.ShapeDtypeStruct(p.shape, np.float32) for n, p in model.shapes().items()}
+    params: Any = {name: _param(imported.params, name, p.shape) for name, p in abstract.items()}
+    begun = jax.eval_shape(model.optimizer.init, abstract)
+    opt_state = jax.tree.map(lambda leaf: MadeArray.zeros(leaf.shape, leaf.dtype), begun)
+    tables = {STEM: imported.tables} if imported.tables else {}
+    tables |= imported.memory_tables
+    made = {name: _fields(spec, tables.get(name, [])) for name, spec in specs.items()}
+    zero: Any = np.int32(0)
+    state = TrainState(zero, zero, zero, dict.fromkeys(specs, zero), params, opt_state, {})
+    data = {"seed": config.train.seed, "sources": config.data.sources, "checksums": []}
+    touched = dict.fromkeys(specs, 0)
+    info = CheckpointInfo(
+        0, 0, 0, touched, tokenizer.fingerprint, data, config, special=tokenizer.special
+    )
     with new_folder(Path(workdir), "--workdir") as folder:
         tokenizer.save(folder / TOKENIZER_FOLDER)
         (folder / "config.json").write_text(config.to_json())
-        params = {}
-        for name, value in imported.params.items():
-            params[name] = jax.device_put(jnp.asarray(value, jnp.float32), whole)
-            if not bool(jnp.isfinite(params[name]).all()):
-                raise InputError(f"{name} has values that are not finite; the file is damaged")
-        stores = {n: HostStore.allocate(spec, mesh) for n, spec in table_specs(config).items()}
-        if imported.tables:
-            _fill(stores[STEM], imported.tables)
-        for memory, tables in imported.memory_tables.items():
-            _fill(stores[memory], tables)
-        zero = jax.device_put(np.int32(0), whole)
-        opt_state = jax.jit(ModelDef(config).optimizer.init)(params)
-        state = TrainState(zero, zero, zero, dict.fromkeys(stores, zero), params, opt_state, {})
-        data = {"seed": config.train.seed, "sources": config.data.sources, "checksums": []}
-        touched = dict.fromkeys(stores, 0)
-        info = CheckpointInfo(
-            0, 0, 0, touched, tokenizer.fingerprint, data, config, special=tokenizer.special
-        )
-        with Checkpointer(folder) as checkpoints:
-            checkpoints.save(state, info, None, stores)
+        (folder / FOLDER).mkdir()
+        with Checkpointer(folder, alone=True) as checkpoints:
+            checkpoints.save(state, info, None, made=made)
             checkpoints.wait()
 
 
@@ -156,18 +151,54 @@ def float32(value: np.ndarray) -> np.ndarray:
     return np.asarray(value, np.float32)
 
 
-def _fill(store: HostStore, tables: list[np.ndarray]) -> None:
-    """Puts tables by token id into the rows of a store; padding rows stay zero."""
-    [block] = store.blocks
-    layout, rows = store.spec.layout, block.arrays["rows"]
-    size = max(1, _SLICE_BYTES // (store.spec.row_bytes("rows") // store.spec.vectors))
-    for index, table in enumerate(tables):
-        for first in range(0, layout.num_keys, size):
-            ids = np.arange(first, min(first + size, layout.num_keys))
-            piece = float32(table[first : first + size])
-            if not np.isfinite(piece).all():
+def _param(params: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]) -> MadeArray:
+    return MadeArray(shape, np.dtype(np.float32), lambda: _Finite(params[name], name))
+
+
+def _fields(spec: TableSpec, tables: list[np.ndarray]) -> dict[str, MadeArray]:
+    """What a checkpoint has of a table, of which nothing was updated yet."""
+    made = {f.name: MadeArray.zeros(spec.shape(f.name), f.dtype) for f in spec.fields}
+    if tables:
+        rows = spec.field("rows")
+        source = _Rows(spec, tables)
+        made["rows"] = MadeArray(spec.shape("rows"), np.dtype(rows.dtype), lambda: source)
+    return made
+
+
+@dataclasses.dataclass(frozen=True)
+class _Finite:
+    """A tensor, part by part in float32, of which every number is looked at."""
+
+    value: np.ndarray
+    name: str
+
+    def __getitem__(self, place) -> np.ndarray:
+        part = float32(self.value[place])
+        if not np.isfinite(part).all():
+            raise InputError(f"{self.name} has values that are not finite; the file is damaged")
+        return part
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """The rows [rows, S, F] of a table, from tables by token id; padding rows are zero."""
+
+    spec: TableSpec
+    tables: list[np.ndarray]
+
+    def __getitem__(self, place: slice) -> np.ndarray:
+        layout = self.spec.layout
+        keys_n = layout.key_numbers(np.arange(place.start, place.stop))
+        there_n = keys_n < layout.num_keys
+        rows_nxSxF = np.zeros((len(keys_n), self.spec.vectors, self.spec.width), np.float32)
+        for index, table in enumerate(self.tables):
+            part = float32(table[keys_n[there_n]])
+            bad = ~np.isfinite(part).all(axis=1)
+            if bad.any():
+                token = keys_n[there_n][bad][0]
                 raise InputError(
-                    f"table {index} has rows that are not finite, near token {first}; the file is "
-                    "damaged"
+                    f"table {index} has rows that are not finite, such as token {token}'s; the "
+                    "file is damaged"
                 )
-            rows[layout.row_numbers(ids), index] = piece
+            rows_nxSxF[there_n, index] = part
+        return rows_nxSxF

@@ -1,0 +1,47 @@
+"""A program that several processes run together, each with the same command.
+
+JAX is imported where they join, as flags are parsed before.
+"""
+
+import argparse
+import contextlib
+import json
+from collections.abc import Iterator
+
+from stem_jax.processes.cluster import Gang, membership
+from stem_jax.processes.code_version import code_version
+
+# Flags that processes of one command may differ in.
+_OWN_FLAGS = {
+    *("multihost", "coordinator", "num_processes", "process_index", "init_timeout"),
+    *("no_progress", "compilation_cache"),
+}
+
+
+@contextlib.contextmanager
+def together(args: argparse.Namespace) -> Iterator[bool]:
+    """Joins the other processes of `cluster.add_flags`; the value says whether this one is first.
+
+    The first one speaks and writes for all. What is refused in one of them is refused in all, and
+    none goes on while another is not done.
+
+    Raises:
+        InputError: a refusal, or processes that were given different commands or code.
+    """
+    with membership(Gang.from_flags(args), "start all processes again"):
+        from stem_jax.processes.agreement import PREPARING_SECONDS, check_same, is_first, unanimous
+
+        with unanimous(PREPARING_SECONDS, tell_failures=True):
+            check_same(facts_of(args))
+            yield is_first()
+
+
+def facts_of(args: argparse.Namespace) -> dict[str, str]:
+    """What must be the same in all processes: their flags and their code."""
+    import jax
+
+    facts = {"the version of stem_jax": code_version(), "the version of jax": jax.__version__}
+    for name, value in vars(args).items():
+        if name not in _OWN_FLAGS:
+            facts["--" + name.replace("_", "-")] = json.dumps(value, default=str)
+    return facts
