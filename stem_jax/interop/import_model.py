@@ -5,11 +5,12 @@ of the model's size is in memory.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
@@ -22,6 +23,7 @@ from stem_jax.config_keys import Role
 from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
 from stem_jax.files import new_folder
+from stem_jax.interop.safetensors_files import forget
 from stem_jax.interop.said_keys import memories_beside_stem, unsaid_keys
 from stem_jax.memory.catalogue import table_specs
 from stem_jax.memory.memory import STEM
@@ -29,6 +31,9 @@ from stem_jax.tables.spec import TableSpec
 from stem_jax.training.blueprint import ModelDef
 from stem_jax.training.run_data import TOKENIZER_FOLDER
 from stem_jax.training.state import TrainState
+
+# Numbers of a leaf of the optimizer's that is computed; larger ones are moments.
+_FEW = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +130,7 @@ def write_checkpoint(
     # Whatever models compute in, checkpoints have float32.
     abstract = {n: jax.ShapeDtypeStruct(p.shape, np.float32) for n, p in model.shapes().items()}
     params: Any = {name: _param(imported.params, name, p.shape) for name, p in abstract.items()}
-    begun = jax.eval_shape(model.optimizer.init, abstract)
-    opt_state = jax.tree.map(lambda leaf: MadeArray.zeros(leaf.shape, leaf.dtype), begun)
+    opt_state = _begun(model.optimizer.init, abstract)
     tables = {STEM: imported.tables} if imported.tables else {}
     tables |= imported.memory_tables
     made = {name: _fields(spec, tables.get(name, [])) for name, spec in specs.items()}
@@ -151,6 +155,24 @@ def float32(value: np.ndarray) -> np.ndarray:
     return np.asarray(value, np.float32)
 
 
+def _begun(init: Callable[[Any], Any], params: Mapping[str, jax.ShapeDtypeStruct]) -> Any:
+    """The optimizer state to begin with: counts and coefficients as they are, moments of zeros."""
+
+    def small():
+        zeros = {name: jnp.zeros(p.shape, p.dtype) for name, p in params.items()}
+        return [leaf for leaf in jax.tree.leaves(init(zeros)) if leaf.size <= _FEW]
+
+    few = iter(jax.device_get(jax.jit(small)()))
+
+    def made(leaf: jax.ShapeDtypeStruct) -> MadeArray:
+        if leaf.size > _FEW:
+            return MadeArray.zeros(leaf.shape, leaf.dtype)
+        value = next(few)
+        return MadeArray(leaf.shape, leaf.dtype, lambda: value)
+
+    return jax.tree.map(made, jax.eval_shape(init, dict(params)))
+
+
 def _param(params: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]) -> MadeArray:
     return MadeArray(shape, np.dtype(np.float32), lambda: _Finite(params[name], name))
 
@@ -173,6 +195,8 @@ class _Finite:
     name: str
 
     def __getitem__(self, place) -> np.ndarray:
+        # The part before was written.
+        forget(self.value)
         part = float32(self.value[place])
         if not np.isfinite(part).all():
             raise InputError(f"{self.name} has values that are not finite; the file is damaged")
@@ -201,4 +225,5 @@ class _Rows:
                     "file is damaged"
                 )
             rows_nxSxF[there_n, index] = part
+            forget(table)
         return rows_nxSxF

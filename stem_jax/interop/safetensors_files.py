@@ -11,6 +11,7 @@ import errno
 import itertools
 import json
 import math
+import mmap
 import os
 import struct
 import sys
@@ -211,6 +212,13 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
             # Of no elements, but too large in one dimension for an array.
             raise InputError(f"{path}: {name} is {shape}; no tensor is so large") from error
     return tensors
+
+
+def forget(tensor: np.ndarray) -> None:
+    """Gives back the memory of what was read of a mapped file; it is there again when asked for."""
+    mapped = getattr(tensor, "_mmap", None)
+    if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _read_index(path: Path) -> dict[str, str]:

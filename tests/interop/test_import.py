@@ -5,6 +5,7 @@ import functools
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import safetensors.torch
@@ -13,8 +14,12 @@ import torch
 import transformers
 
 from stem_jax import export, generate, import_torch, train
+from stem_jax.checkpoints.checkpointer import Checkpointer
 from stem_jax.checkpoints.loading import load_run
 from stem_jax.checkpoints.saved_model import open_saved_model
+from stem_jax.mesh import make_mesh
+from stem_jax.training.blueprint import Blueprint
+from stem_jax.training.state import abstract_state, init_state
 from tests.saved_models import BYTES, SIZES, logits, save_run, trained_state
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
@@ -159,6 +164,25 @@ def test_there_and_back(kind, trained, tmp_path, capsys):
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
     assert len(texts[0]) > len("one\n")
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_optimizer_begins_as_in_training(name, trained, tmp_path):
+    out = _export("hf", trained, tmp_path / "out")
+    _import("hf", out, tmp_path / "again", f"--config.optimizer.name={name}")
+    with Checkpointer(tmp_path / "again", read_only=True) as checkpoints:
+        config = checkpoints.info(0).config
+        config = dataclasses.replace(config, mesh=config.mesh.on_one_device())
+        blueprint = Blueprint(config, make_mesh(config.mesh, jax.devices()[:1]))
+        found = checkpoints.restore(0, abstract_state(blueprint))
+    begun = init_state(blueprint)
+    leaves = jax.tree.leaves(found.opt_state)
+    assert len(leaves) > 10 and any(leaf.size > 1000 for leaf in leaves)
+    jax.tree.map(np.testing.assert_array_equal, found.opt_state, begun.opt_state)
+    table = found.tables["stem"]
+    assert np.asarray(table.rows).any()
+    for field in ("mu", "nu", "last_step"):
+        assert not np.asarray(getattr(table, field)).any()
 
 
 @pytest.mark.long

@@ -81,7 +81,9 @@ def test_out_and_back(run_folder, tmp_path):
     back = tmp_path / "back"
     _run("import_torch", "--from=hf", f"--path={tmp_path / 'two'}", f"--workdir={back}")
     export.main([f"--workdir={back}", *flags[1:], f"--out={tmp_path / 'three'}"])
-    weights = {name: one[name] for name in one if name.endswith((".safetensors", ".json"))}
+    # What the tokenizer came with is carried along from now on.
+    weights = {name: one[name] for name in one if "tokenizer" not in name and "README" not in name}
+    assert any(name.endswith(".safetensors") for name in weights)
     again = _files(tmp_path / "three")
     assert {name: again[name] for name in weights} == weights
 
