@@ -23,7 +23,7 @@ from stem_jax.config_keys import Role
 from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
 from stem_jax.files import new_folder
-from stem_jax.interop.safetensors_files import forget
+from stem_jax.interop.safetensors_files import forget, read_apart
 from stem_jax.interop.said_keys import memories_beside_stem, unsaid_keys
 from stem_jax.memory.catalogue import table_specs
 from stem_jax.memory.memory import STEM
@@ -183,6 +183,8 @@ def _fields(spec: TableSpec, tables: list[np.ndarray]) -> dict[str, MadeArray]:
     if tables:
         rows = spec.field("rows")
         source = _Rows(spec, tables)
+        for table in tables:
+            read_apart(table)
         made["rows"] = MadeArray(spec.shape("rows"), np.dtype(rows.dtype), lambda: source)
     return made
 

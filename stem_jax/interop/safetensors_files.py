@@ -216,9 +216,21 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
 
 def forget(tensor: np.ndarray) -> None:
     """Gives back the memory of what was read of a mapped file; it is there again when asked for."""
+    _advise(tensor, "MADV_DONTNEED")
+
+
+def read_apart(tensor: np.ndarray) -> None:
+    """Says of a mapped tensor that its rows are read in no order: what lies beside is not read."""
+    _advise(tensor, "MADV_RANDOM")
+
+
+def _advise(tensor: np.ndarray, advice: str) -> None:
     mapped = getattr(tensor, "_mmap", None)
-    if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-        mapped.madvise(mmap.MADV_DONTNEED)
+    if not (isinstance(mapped, mmap.mmap) and tensor.size and hasattr(mmap, advice)):
+        return
+    begin = tensor.ctypes.data - np.frombuffer(mapped, np.uint8).ctypes.data
+    start = begin // mmap.PAGESIZE * mmap.PAGESIZE
+    mapped.madvise(getattr(mmap, advice), start, begin + tensor.nbytes - start)
 
 
 def _read_index(path: Path) -> dict[str, str]:
