@@ -80,8 +80,7 @@ class Checkpointer:
         """Args:
         keep: newest checkpoints to keep, beside the best.
         read_only: nothing is made or cleaned up.
-        alone: this process reads or writes by itself, in a folder that is there, and waits for no
-            other one.
+        alone: this process acts by itself, in a folder that is there, and waits for no other one.
         """
         processes = ocp.options.MultiprocessingOptions()
         if alone:
