@@ -3,7 +3,10 @@
 #
 #   launch/local_multihost.sh N [--devices=D] --config=configs/tiny.py --workdir=DIR [training flags]
 #   launch/local_multihost.sh N --program=evaluate --workdir=DIR --niah [evaluation flags]
+#   launch/local_multihost.sh N --elastic [--probe=COMMAND] --config=... --workdir=... [...]
 #
+# --program is any of stem_jax's that takes --multihost. Elastic, a run that loses processes goes on
+# with those whose hosts answer (COMMAND exits with 0, HOST being their number): launch/elastic.py.
 # Each process has D CPU devices (default 4). Process 0 speaks on stdout; what the others say on
 # stderr carries their number. SIGTERM and SIGINT go to every process. If one fails, the others are
 # ended after a grace period, and its exit status is the script's.
@@ -13,7 +16,7 @@
 set -euo pipefail
 
 usage() {
-  sed -n '2,5s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,6s/^# \{0,1\}//p' "$0" >&2
   exit 2
 }
 
@@ -22,20 +25,26 @@ count=$1
 shift
 devices=4
 program=train
-while [[ ${1-} == --devices=* || ${1-} == --program=* ]]; do
+elastic=
+while [[ ${1-} =~ ^--(devices|program)=|^--elastic$ ]]; do
   case $1 in
     --devices=*) devices=${1#--devices=} ;;
-    --program=train | --program=evaluate) program=${1#--program=} ;;
-    *) usage ;;
+    --program=*) program=${1#--program=} ;;
+    --elastic) elastic=1 ;;
   esac
   shift
 done
-[[ $devices =~ ^[1-9][0-9]*$ ]] || usage
+[[ $devices =~ ^[1-9][0-9]*$ && $program =~ ^[a-z_]+$ ]] || usage
 
 root=$(cd "$(dirname "$0")/.." && pwd)
+[[ -e $root/stem_jax/$program.py ]] || usage
 # This checkout's programs, wherever they are started: relative paths in the flags are the caller's.
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1
 python=${PYTHON:-python}
+if [[ $elastic ]]; then
+  [[ $program == train ]] || usage
+  exec "$python" "$root/launch/elastic.py" "$count" "$devices" "$@"
+fi
 # Time for the others to end by themselves when one has failed.
 grace=${GRACE_SECONDS:-15}
 port=${COORDINATOR_PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')}

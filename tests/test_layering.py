@@ -42,6 +42,7 @@ LEVELS = [
         "prometheus",
         "goodput",
         "standing",
+        "elastic_mesh",
         "hardware",
         "compiler_options",
         "parts",
