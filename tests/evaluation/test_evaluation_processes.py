@@ -42,8 +42,15 @@ def run_folder(train_step, make_batch, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("mode", ["perplexity", pytest.param("tasks", marks=pytest.mark.long)])
-def test_two_processes_equal_one(run_folder, tmp_path, capsys, mode):
+@pytest.mark.parametrize(
+    ("mode", "count"),
+    [
+        ("perplexity", 2),
+        pytest.param("perplexity", 4, marks=pytest.mark.long),
+        pytest.param("tasks", 2, marks=pytest.mark.long),
+    ],
+)
+def test_several_processes_equal_one(run_folder, tmp_path, capsys, mode, count):
     outs = [tmp_path / name / "found.json" for name in ("alone", "both")]
     alone, both = (
         [f"--workdir={run_folder}", *MODES[mode], "--batch-size=4", f"--out={out}"] for out in outs
@@ -53,7 +60,7 @@ def test_two_processes_equal_one(run_folder, tmp_path, capsys, mode):
     with contextlib.ExitStack() as stack:
         processes = [
             stack.enter_context(p)
-            for p in gang("stem_jax.evaluate", both, [*both, "--no-progress"])
+            for p in gang("stem_jax.evaluate", both, *[[*both, "--no-progress"]] * (count - 1))
         ]
         said = [finish(process) for process in processes]
     # Bit for bit, every answer included.
