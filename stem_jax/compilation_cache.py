@@ -72,7 +72,7 @@ def _use(folder: Path) -> None:
 
 def _user_folder() -> Path | None:
     """The folder of this jaxlib and machine; None where keeping programs is of no use."""
-    folder = _cache_home() / "stem_jax" / "programs" / _machine()
+    folder = cache_home() / "stem_jax" / "programs" / _machine()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
@@ -89,7 +89,8 @@ def _user_folder() -> Path | None:
     return folder
 
 
-def _cache_home() -> Path:
+def cache_home() -> Path:
+    """The user's folder for what can be made again."""
     given = os.environ.get("XDG_CACHE_HOME")
     return Path(given) if given else Path(os.path.expanduser("~")) / ".cache"
 

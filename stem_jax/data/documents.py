@@ -14,8 +14,9 @@ from stem_jax.data.formats import AS_FOUND, CHAT, Reading, format_of
 from stem_jax.data.json_documents import decode, read_json_array, read_json_lines
 from stem_jax.data.packing import one_line, read_chunks
 from stem_jax.data.parquet_documents import read_parquet
+from stem_jax.data.remote_sources import text_files
 from stem_jax.errors import BadRecord, InputError
-from stem_jax.storage import local_path
+from stem_jax.storage import is_remote, place
 
 # As JSON has it; other values stand in Parquet alone.
 _NAMES = {
@@ -62,13 +63,20 @@ def read_documents(
 def find_files(patterns: Sequence[str]) -> list[Path]:
     """The files that match, for each pattern in turn sorted by path; each file once.
 
-    patterns: paths or globs (`**` crosses folders). A file that several names lead to, by a link
-        or by `./`, is taken by the first.
+    patterns: paths or globs (`**` crosses folders), also of buckets, of which copies are returned.
+        A file that several names lead to, by a link or by `./`, is taken by the first.
     Raises InputError for a pattern without a match.
     """
     found: dict[str, Path] = {}
     for given in patterns:
-        pattern = str(local_path(given, "input"))
+        path = place(given, "input")
+        if is_remote(path):
+            copies = text_files(path)
+            if not copies:
+                raise InputError(f"input {given!r} matches no object: check the name, quote globs")
+            found |= {str(copy): copy for copy in copies}
+            continue
+        pattern = str(path)
         matches = {match for match in glob.glob(pattern, recursive=True) if Path(match).is_file()}
         if Path(pattern).is_file():  # a name with [ or * in it
             matches.add(pattern)

@@ -7,7 +7,7 @@ from stem_jax.data.corpora import BUILTIN
 from stem_jax.data.formats import CHAT, FORMATS
 from stem_jax.data.special_tokens import SpecialFlags
 from stem_jax.data.tokenizer import KINDS
-from stem_jax.storage import local_path
+from stem_jax.storage import local_path, place
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
@@ -36,7 +36,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
     add("json", action="store_true", help="print the summary as JSON")
     args = parser.parse_args(argv)
     for pattern in args.input:
-        local_path(pattern, "--input")
+        place(pattern, "--input")
     args.out = local_path(args.out, "--out")
     if args.tokenizer_path is not None:
         args.tokenizer_path = local_path(args.tokenizer_path, "--tokenizer-path")

@@ -15,6 +15,7 @@ from stem_jax.data.documents import Document, find_files, read_documents
 from stem_jax.data.formats import AS_FOUND, Reading
 from stem_jax.data.preparation import RECORD, Preparation, is_unfinished, remove_unfinished
 from stem_jax.data.prepare import open_stores, write_stores
+from stem_jax.data.remote_sources import check_is_text, source_path
 from stem_jax.data.source_record import (
     earlier_folder_of,
     find_prepared,
@@ -28,7 +29,7 @@ from stem_jax.data.token_store import META_FILE, TokenStore
 from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
 from stem_jax.files import write_whole
-from stem_jax.storage import local_path
+from stem_jax.storage import is_remote, place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,7 @@ def parse_sources(text: str, key: str = "data.sources") -> tuple[SourceSpec, ...
             )
         if any(spec.source == name.strip() for spec in specs):
             raise InputError(f"item {item!r} of {key} {text!r} is given twice: add up its weights")
-        local_path(name.strip(), key)
+        place(name.strip(), key)
         specs.append(SourceSpec(name.strip(), weight, item.strip()))
     return tuple(specs)
 
@@ -96,15 +97,14 @@ def _is_number(text: str) -> bool:
 def _check_meant(spec: SourceSpec) -> None:
     """Refuses an item whose last part was taken for a weight where the whole is there."""
     whole = spec.item
-    if whole not in ("", spec.source) and (_path(whole).exists() or glob.glob(str(_path(whole)))):
+    if whole in ("", spec.source) or is_remote(place(whole, "data.sources")):
+        return
+    path = place(whole, "data.sources")
+    if path.exists() or glob.glob(str(path)):
         raise InputError(
             f"item {whole!r} of data.sources names something that exists, but what follows the "
             f"last = is taken for a weight: write {whole}=1"
         )
-
-
-def _path(source: str | Path) -> Path:
-    return local_path(source, "data.sources")
 
 
 def read_sources(
@@ -127,8 +127,16 @@ def read_sources(
 
 
 def is_store_folder(source: str | Path) -> bool:
-    """Whether a source names a folder that `prepare_stores` wrote."""
-    return (_path(source) / "train" / "meta.json").is_file()
+    """Whether a source names a folder that `prepare_stores` wrote, also one in a bucket."""
+    folder = source_path(source)
+    return folder is not None and (folder / "train" / META_FILE).is_file()
+
+
+def stores_folder(source: str | Path) -> Path:
+    """Where the stores of a source are on this machine, of which `is_store_folder` is true."""
+    folder = source_path(source)
+    assert folder is not None, source
+    return folder
 
 
 def check_folder(source: str | Path, name: str = "") -> None:
@@ -136,7 +144,9 @@ def check_folder(source: str | Path, name: str = "") -> None:
 
     name: of the folder in messages, which must be one of stores; without it, a source may be files.
     """
-    folder = _path(source)
+    folder = source_path(source)
+    if folder is None:
+        return check_is_text(str(source), name)
     if not folder.is_dir() or is_store_folder(source):
         return
     what = f"{name or f'source {source!r}'} is a folder without train/meta.json"
@@ -182,7 +192,7 @@ def open_sources(
             _check_meant(spec)
         check_folder(spec.source)
         if is_store_folder(spec.source):
-            target = _path(spec.source)
+            target = stores_folder(spec.source)
         else:
             found = None
             settings = settings_record(tokenizer, validation_fraction, seed)

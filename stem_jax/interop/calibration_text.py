@@ -9,11 +9,10 @@ from stem_jax.config import Config
 from stem_jax.data.documents import Document
 from stem_jax.data.loader import GlobalBatches, ValidationBatches
 from stem_jax.data.prepare import open_stores, prepare_stores
-from stem_jax.data.sources import is_store_folder, parse_sources, read_sources
+from stem_jax.data.sources import is_store_folder, parse_sources, read_sources, stores_folder
 from stem_jax.data.token_store import TokenStore
 from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import InputError
-from stem_jax.storage import local_path
 from stem_jax.training.evaluation import Validation, summarize
 from stem_jax.training.run_data import reading_of
 from stem_jax.training.schedule import Schedule
@@ -79,7 +78,7 @@ def _stores(
     source: str, config: Config, tokenizer: Tokenizer, folder: Path
 ) -> dict[str, TokenStore]:
     if is_store_folder(source):
-        return open_stores(local_path(source, "data.sources"), tokenizer, config.model.vocab_size)
+        return open_stores(stores_folder(source), tokenizer, config.model.vocab_size)
     return prepare_stores(
         _documents(source, config),
         tokenizer,

@@ -14,12 +14,11 @@ from jax.sharding import Mesh
 
 from stem_jax.config import Config
 from stem_jax.data.loader import GlobalBatches
-from stem_jax.data.sources import is_store_folder, parse_sources
+from stem_jax.data.sources import is_store_folder, parse_sources, stores_folder
 from stem_jax.data.token_store import TokenStore
 from stem_jax.memory.catalogue import memories, with_eos
 from stem_jax.mesh import TOKEN_AXES, axis_size
 from stem_jax.model.row_reads import row_reads
-from stem_jax.storage import local_path
 from stem_jax.tables.block_sizes import BlockSizes, expected_distinct, expected_needs
 from stem_jax.tables.hops import owner_hops
 from stem_jax.tables.sharded_table import ShardedTable
@@ -104,7 +103,7 @@ def _stores(config: Config) -> list[tuple[TokenStore, float]]:
     sources = parse_sources(config.data.sources)
     if not all(is_store_folder(source.source) for source in sources):
         return []
-    folders = [local_path(source.source, "data.sources") / "train" for source in sources]
+    folders = [stores_folder(source.source) / "train" for source in sources]
     size = config.model.vocab_size
     stores = [TokenStore.open(folder, vocab_size=size) for folder in folders]
     return [(store, source.weight) for store, source in zip(stores, sources, strict=True)]

@@ -16,6 +16,7 @@ from stem_jax.data.sources import (
     open_sources,
     parse_sources,
     read_sources,
+    stores_folder,
 )
 from stem_jax.data.token_store import TokenStore
 from stem_jax.data.tokenizer import Tokenizer, load_tokenizer, load_tokenizer_folder
@@ -163,8 +164,10 @@ def _talking(tokenizer: Tokenizer, config: Config) -> Tokenizer:
     """A tokenizer as the first source of conversations was prepared with it."""
     talking: Tokenizer | None = None
     for spec in parse_sources(config.data.sources):
-        folder = local_path(spec.source, "data.sources")
-        if not is_store_folder(spec.source) or not (folder / TOKENIZER_FOLDER).is_dir():
+        if not is_store_folder(spec.source):
+            continue
+        folder = stores_folder(spec.source)
+        if not (folder / TOKENIZER_FOLDER).is_dir():
             continue
         found = load_tokenizer_folder(folder / TOKENIZER_FOLDER)
         # Another vocabulary is refused where the store is opened.
@@ -178,9 +181,9 @@ def _talking(tokenizer: Tokenizer, config: Config) -> Tokenizer:
             )
         elif found.chat_template != talking.chat_template:
             log.warning(
-                f"data.sources: {folder} was prepared with another chat template than the first "
-                "source of conversations, whose template the run keeps; prepare it again with "
-                "that if it was not meant"
+                f"data.sources: {spec.source} was prepared with another chat template than the "
+                "first source of conversations, whose template the run keeps; prepare it again "
+                "with that if it was not meant"
             )
     return talking or tokenizer
 
@@ -195,9 +198,10 @@ def _first_tokenizer(config: Config, workdir: Path) -> Tokenizer:
     for key, folder in config.origins.items():
         return load_tokenizer_folder(local_path(folder, key) / TOKENIZER_FOLDER)
     for spec in specs:
-        beside = local_path(spec.source, "data.sources") / TOKENIZER_FOLDER
-        if is_store_folder(spec.source) and beside.is_dir():
-            return load_tokenizer_folder(beside)
+        if is_store_folder(spec.source):
+            beside = stores_folder(spec.source) / TOKENIZER_FOLDER
+            if beside.is_dir():
+                return load_tokenizer_folder(beside)
     if data.tokenizer != "sentencepiece":
         raise InputError(
             f"data.tokenizer={data.tokenizer!r} needs data.tokenizer_path; only sentencepiece can "
