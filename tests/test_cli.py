@@ -83,7 +83,7 @@ def test_a_path_flag_refuses_an_address_and_knows_the_home(monkeypatch):
         ["serve", "--workdir=gs://b/run"],
         ["serve", "--workdir=x", "--chat-template=gs://b/t"],
         ["prepare", "--input=README.md", "--tokenizer=bytes", "--out=gs://b/s"],
-        ["prepare", "--input", "README.md", "s3:/b/t", "--tokenizer=bytes", "--out=x"],
+        ["prepare", "--input", "README.md", "hf://b/t", "--tokenizer=bytes", "--out=x"],
         ["evaluate", "--workdir=x", "--perplexity=facts,gs://b/t"],
         ["evaluate", "--workdir=x", "--tasks=hf://b/t"],
         ["edit", "--workdir=x", "--measure=gs://b/t.json"],
