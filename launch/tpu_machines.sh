@@ -60,12 +60,20 @@ need_shape() {
 }
 
 request() {
-  local shape=("--accelerator-type=${setting[type]}")
+  # Those of a named reservation are asked for by gcloud's alpha commands.
+  local shape=("--accelerator-type=${setting[type]}") track=() tier=(${spot:+--spot})
+  if [[ $reserved ]]; then tier=(--reserved); fi
+  if [[ ${setting[reservation]} ]]; then
+    track=(alpha) tier=("--reservation=${setting[reservation]}")
+  fi
   if [[ ${setting[topology]} ]]; then
     shape=("--type=${setting[type]}" "--topology=${setting[topology]}")
   fi
-  run gcloud compute tpus queued-resources create "$name" "--node-id=$name" "${where[@]}" \
-    "${shape[@]}" "--runtime-version=${setting["runtime-version"]}" ${spot:+--spot}
+  if [[ ${setting["valid-until"]} ]]; then
+    tier+=("--valid-until-duration=${setting["valid-until"]}")
+  fi
+  run gcloud "${track[@]}" compute tpus queued-resources create "$name" "--node-id=$name" \
+    "${where[@]}" "${shape[@]}" "--runtime-version=${setting["runtime-version"]}" "${tier[@]}"
 }
 
 create() {

@@ -18,10 +18,13 @@
 #   --type=v5litepod-16      accelerator type; with --topology=2x2x2 its family, such as v4
 #   --runtime-version=IMAGE  such as v2-alpha-tpuv5-lite
 #   --spot                   cheaper machines, which can be preempted
+#   --reserved               machines of a reservation; --reservation=NAME: of this one
+#   --valid-until=6h         the request ends if there are none by then
 #   --retries=N              train: starts a lost run again, N times at most (0); to be able to make
 #                            preempted machines again it needs --type, --runtime-version and --spot
 #   --repo=URL --ref=REF     setup: clones; without, it copies this working tree
 #   --setup-command=COMMAND  setup: runs on every worker at its end; mounts the shared folder, say
+#   --program=evaluate       train: another of stem_jax's programs that take --multihost
 #   --env=NAME=VALUE         train: exported on the workers; may be repeated
 #   --folder=stem_jax        where code, packages and logs are, under a worker's home folder
 #   --coordinator-port=8476  where process 0 listens; firewalls may block JAX's own choice, 8482
@@ -29,9 +32,9 @@
 #   --silence=1800           seconds after which machines that never answer are made again
 #   --dry-run --yes --help   prints every command and runs none; asks nothing; prints this
 #
-# Flags with a value can be set as STEM_TPU_NAME, STEM_TPU_RUNTIME_VERSION..., --spot as
-# STEM_TPU_SPOT=1. train exits with 0 when the run is complete or was ended by `stop`, with 1 or 2
-# if its input was refused, with 75 if it was lost and no retry was left.
+# Flags can be set as STEM_TPU_NAME, STEM_TPU_RUNTIME_VERSION..., --spot and --reserved by 1. train
+# exits with 0 when the run is complete or was ended by `stop`, with 1 or 2 if its input was refused,
+# with 75 if it was lost and no retry was left.
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -173,7 +176,8 @@ follow() {
       if ((unanswered >= 5 && ${#states[@]} > 0 || SECONDS - answered >= silence)); then
         outcome=broken
       fi
-    elif (($(count exit:0) == workers)) && [[ " ${notes[*]} " == *" complete "* ]]; then
+    elif (($(count exit:0) == workers)) &&
+      [[ $program != train || " ${notes[*]} " == *" complete "* ]]; then
       outcome=complete
     elif [[ " ${notes[*]} " == *" stopped "* ]]; then
       if (($(count running) == 0)); then outcome=stopped; fi
@@ -253,9 +257,9 @@ need_workdir() {
 train() {
   local tries=0 command
   if ((retries > 0)); then need_shape "train --retries"; fi
-  need_workdir
+  if [[ $program == train ]]; then need_workdir; fi
   command=(env PYTHONUNBUFFERED=1 "JAX_COORDINATOR_PORT=${setting["coordinator-port"]}"
-    "${environment[@]}" ../venv/bin/python -m stem_jax.train --multihost "${flags[@]}")
+    "${environment[@]}" ../venv/bin/python -m "stem_jax.$program" --multihost "${flags[@]}")
   while :; do
     if prepare && start; then
       dry_state='exit:0 complete'
@@ -333,7 +337,7 @@ option() {
 declare -A setting=(
   [name]='' [zone]='' [project]='' [type]='' [topology]='' ["runtime-version"]='' [retries]=0
   [repo]='' [ref]='' ["setup-command"]='' [folder]=stem_jax ["coordinator-port"]=8476 [worker]=0
-  [poll]=10 [grace]=60 [silence]=1800
+  [poll]=10 [grace]=60 [silence]=1800 [program]=train [reservation]='' ["valid-until"]=''
 )
 for key in "${!setting[@]}"; do
   variable=STEM_TPU_${key^^}
@@ -341,7 +345,8 @@ for key in "${!setting[@]}"; do
   setting[$key]=${!variable-${setting[$key]}}
 done
 environment=() flags=() states=() notes=()
-spot=${STEM_TPU_SPOT-} dry_run='' dry_state='idle -' ask=1 lasting='' subcommand=''
+spot=${STEM_TPU_SPOT-} reserved=${STEM_TPU_RESERVED-} dry_run='' dry_state='idle -' ask=1
+lasting='' subcommand=''
 streaming='' outcome='' remaking='' culprit=0 culprit_code=1
 
 while (($#)); do
@@ -349,6 +354,7 @@ while (($#)); do
     --) flags=("${@:2}") && break ;;
     -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0" && exit ;;
     --spot) spot=1 ;;
+    --reserved) reserved=1 ;;
     --dry-run) dry_run=1 ;;
     --yes) ask='' ;;
     --follow) lasting=-f ;;
@@ -370,6 +376,11 @@ done
 name=${setting[name]} zone=${setting[zone]} folder=${setting[folder]}
 retries=${setting[retries]} poll=${setting[poll]} grace=${setting[grace]}
 silence=${setting[silence]} port=${setting["coordinator-port"]} worker=${setting[worker]}
+program=${setting[program]}
+[[ $program =~ ^[a-z_]+$ && -e $root/stem_jax/$program.py ]] ||
+  wrong "--program=$program is none of stem_jax's"
+[[ ! $spot || ! $reserved${setting[reservation]} ]] || wrong "--spot and a reservation exclude" \
+  "each other"
 [[ $zone ]] || wrong "--zone is missing"
 [[ $name || $subcommand == status ]] || wrong "--name is missing"
 [[ "$retries $grace $silence $port" =~ ^[0-9]+\ [0-9]+\ [0-9]+\ [0-9]+$ ]] &&

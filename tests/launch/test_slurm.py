@@ -140,6 +140,19 @@ def test_arguments_arrive_as_given(job):
     assert job.requeues() == 0
 
 
+def test_another_program_ends_with_its_work(job):
+    job.plan.write_text(json.dumps({"0": [0], "1": [0]}))
+    finish(job.start("--program=evaluate", f"--plan={job.plan}"))
+    for start in job.starts():
+        assert start["argv"] == ["-m", "stem_jax.evaluate", "--multihost", f"--plan={job.plan}"]
+    assert job.requeues() == 0
+
+
+def test_a_program_that_there_is_not(job):
+    out = finish(job.start("--program=evaluation"), 1)
+    assert "slurm.sbatch: error: --program=evaluation is none of stem_jax's" in out
+
+
 def test_one_process_per_node_takes_all_gpus(job):
     plan = {"0": ["complete"], "1": ["complete"]}
     job.run_plan(plan, SLURM_NTASKS_PER_NODE="1", SLURM_GPUS_ON_NODE="8")

@@ -51,6 +51,27 @@ def test_create_waits_until_the_machines_are_there(pod):
     ]
 
 
+@pytest.mark.parametrize(
+    ("flags", "track", "expected"),
+    [
+        (["--reserved"], [], ["--reserved"]),
+        (["--reserved", "--valid-until=6h"], [], ["--reserved", "--valid-until-duration=6h"]),
+        # As https://docs.cloud.google.com/tpu/docs/consume-reservation has it.
+        (["--reservation=ours"], ["alpha"], ["--reservation=ours"]),
+    ],
+)
+def test_machines_of_a_reservation(pod, flags, track, expected):
+    out, _ = pod.run("create", "--dry-run", *SHAPE[:2], *flags)
+    assert f"+ gcloud {' '.join([*track, 'compute'])} tpus queued-resources create pod" in out
+    pod.run("create", *SHAPE[:2], *flags)
+    [call] = [call for call in pod.calls() if "create" in call]
+    assert call[: len(track)] == track
+    assert call[len(track) :][4:] == [
+        *("pod", "--node-id=pod", "--zone=zone-a", "--accelerator-type=v5litepod-16"),
+        *("--runtime-version=v2-alpha-tpuv5-lite", *expected),
+    ]
+
+
 def test_create_by_topology_that_fails(pod):
     flags = ["--type=v4", "--topology=2x2x2", "--runtime-version=tpu-ubuntu2204-base"]
     _, err = pod.run("create", *flags, code=1, GCLOUD_STATES="PROVISIONING FAILED")
@@ -249,6 +270,8 @@ def bash_unquoted(line: str) -> str:
             ["train", "--name=a", "--zone=b", "--", "--workdir=/x", "--workdir=~/x"],
             "--workdir=~/x is not absolute",
         ),
+        (["train", "--name=a", "--zone=b", "--program=x"], "--program=x is none of stem_jax's"),
+        (["create", "--name=a", "--zone=b", "--spot", "--reserved"], "--spot and a reservation"),
         (["logs", "--name=a", "--zone=b", "--worker=x"], "--worker=x must be a number, or all"),
         (["setup", "--name=a", "--zone=b", "--folder=/x"], "--folder=/x must be a name"),
         (["create", "--name=a", "--zone=b"], "create needs --type and --runtime-version"),

@@ -65,6 +65,17 @@ def test_complete_run(ready):
     assert "[0] step 1: loss 1.0" in out
 
 
+def test_another_program_ends_with_its_work(ready):
+    """Which says nothing of a run that is complete, and needs no work folder to share."""
+    ready.plan.write_text(json.dumps({"0": [0], "1": [0]}))
+    flags = ["--program=evaluate", "--retries=1", *SHAPE]
+    _, err = ready.run("train", *flags, "--", f"--plan={ready.plan}", "--niah")
+    assert "the run is complete" in err and "retry" not in err
+    for start in ready.starts():
+        argv = ["-m", "stem_jax.evaluate", "--multihost", f"--plan={ready.plan}", "--niah"]
+        assert start["argv"] == argv
+
+
 def test_dead_worker_is_noticed_while_the_other_hangs(ready):
     out, err = ready.train({"0": ["deaf", "complete"], "1": ["killed", "complete"]}, "--retries=2")
     assert "worker 1 exit:137, 1 running" in err

@@ -23,7 +23,7 @@ SLICE = STATE / "slice.json"
 WORKERS = 2
 GROUPS = {
     "queued-resources create": "zone project node-id accelerator-type type topology "
-    "runtime-version spot",
+    "runtime-version spot reserved valid-until-duration",
     "queued-resources describe": "zone project format",
     "queued-resources delete": "zone project force quiet",
     "queued-resources list": "zone project",
@@ -41,13 +41,15 @@ def fail(message: str, code: int = 1):
 def main(argv: list[str]) -> None:
     with (STATE / "calls.jsonl").open("a") as calls:
         calls.write(json.dumps(argv) + "\n")
+    alpha = argv[:1] == ["alpha"]
+    argv = argv[alpha:]
     if argv[:2] != ["compute", "tpus"] or (group := " ".join(argv[2:4])) not in GROUPS:
         fail(f"Invalid choice: {argv}", 2)
     flags, names = {}, []
     for argument in argv[4:]:
         if argument.startswith("--"):
             key, _, value = argument[2:].partition("=")
-            if key not in GROUPS[group].split():
+            if key not in GROUPS[group].split() and not (alpha and key == "reservation"):
                 fail(f"unrecognized arguments: {argument}", 2)
             flags[key] = value
         else:
