@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,7 +73,7 @@ class Campaign:
         run = self.run
         run.end_leftovers()
         if any(at.kind == "full disk" for at in plan):
-            small_disk(run.workdir)
+            small_disk(run.workdir, self._on_disk)
         else:
             run.workdir.mkdir(exist_ok=True)
         known = run.starts()
@@ -140,6 +141,8 @@ class Campaign:
         run, steps = self.run, self.run.last_step()
         folder = self._folder / f"calm_{steps}"
         calm = Run(folder, self._every, self._cache, self._on_disk, self._timeout)
+        calm.end_leftovers()
+        shutil.rmtree(folder, ignore_errors=True)
         calm.workdir.mkdir()
         calm.start(steps)
         with contextlib.ExitStack() as stack:

@@ -11,7 +11,8 @@ from benchmarks.faults.plan import Round
 from benchmarks.faults.run import Run
 from benchmarks.faults.starts import terminate
 
-_DISK_MIB = 512
+# Rows on disk ask for a gibibyte before a run begins.
+_DISK_MIB, _DISK_MIB_WITH_ROWS = 512, 1536
 
 
 def truncate(run: Run, at: Round, rng: random.Random) -> int:
@@ -62,11 +63,11 @@ def fill_disk(run: Run, at: Round, rng: random.Random) -> int:
     return code
 
 
-def small_disk(folder: Path) -> None:
+def small_disk(folder: Path, with_rows: bool) -> None:
     """An empty folder that is a small file system of its own; one that is there stays."""
     folder.mkdir(exist_ok=True)
     if not os.path.ismount(folder):
-        size = f"size={_DISK_MIB}m"
+        size = f"size={_DISK_MIB_WITH_ROWS if with_rows else _DISK_MIB}m"
         subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", folder], check=True)
 
 

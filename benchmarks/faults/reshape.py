@@ -126,6 +126,8 @@ class Reshaping:
         assert self.run.wait() == 0, f"see {self.run.workdir}.log"
         folder = self._folder / f"calm_{steps}"
         calm = Run(folder, self._every, self._cache, False, self._timeout)
+        calm.end_leftovers()
+        shutil.rmtree(folder, ignore_errors=True)
         calm.workdir.mkdir()
         calm.start(steps)
         assert calm.wait() == 0, f"see {calm.workdir}.log"
