@@ -174,7 +174,11 @@ def _as_started(program: str) -> str:
 
 
 def _paths(value: str, flag: str) -> list[Path]:
-    return [local_path(part.strip(), flag) for part in value.split(",") if part.strip()]
+    paths = [local_path(part.strip(), flag) for part in value.split(",") if part.strip()]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise InputError(f"{flag}={value} names {path} twice; name it once")
+    return paths
 
 
 def _name_or_path(value: str, flag: str) -> str:

@@ -14,6 +14,7 @@ from stem_jax import cli
 from stem_jax.evaluation.flags import parse
 from stem_jax.jax_start import start_jax
 from stem_jax.processes.cluster import Gang, membership
+from stem_jax.processes.together import killed_by_sigterm, stdout_kept
 
 
 def main(argv: list[str]) -> None:
@@ -22,9 +23,9 @@ def main(argv: list[str]) -> None:
     start_jax(args.compilation_cache)
     from stem_jax.evaluation.division import PATIENCE_SECONDS
     from stem_jax.evaluation.measurement import measure
-    from stem_jax.evaluation.results import stdout_kept
     from stem_jax.processes.agreement import is_first, unanimous
 
+    killed_by_sigterm()
     again = "nothing was written, start all processes again"
     with membership(Gang.from_flags(args), again):
         # With several processes, JAX's own messages would stand before the JSON.

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from stem_jax.editing.report import (
     summarize,
 )
 from stem_jax.memory.memory import STEM
+from stem_jax.processes.agreement import check_same
 from stem_jax.result_folder import check_folder, write_files
 
 _NAMES = {
@@ -202,7 +204,16 @@ def write_trial(
     Raises:
         InputError: see `try_edits`, or the folder cannot be written, which is asked before.
     """
+    # Files and checkpoints of one name may be others on another host.
+    check_same({"checkpoint": run.fingerprint, **_digest(trial.source)})
     if first:
         check_folder(folder)
     result = try_edits(run, trial, progress=first)
     return result, result.write(folder) if first else []
+
+
+def _digest(source: str) -> dict[str, str]:
+    path = Path(source)
+    if source == FACTS or not path.is_file():
+        return {}
+    return {"--measure": hashlib.sha256(path.read_bytes()).hexdigest()}

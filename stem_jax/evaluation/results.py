@@ -1,10 +1,6 @@
 """Results on the disk: a file is there whole, or not at all."""
 
-import contextlib
 import json
-import os
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,17 +46,3 @@ def write_result(path: str | Path, content: str | bytes) -> None:
     """
     if is_first():
         write_whole(path, content, "--out")
-
-
-@contextlib.contextmanager
-def stdout_kept() -> Iterator[None]:
-    """Whatever is written to stdout meanwhile goes to stderr, also what libraries in C++ write."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)

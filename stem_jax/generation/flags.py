@@ -43,6 +43,10 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
     add_flags(parser)
     parser.add_cache_flag()
     args = parser.parse_args(argv)
+    for flag in ("max-new-tokens", "batch-size"):
+        value = getattr(args, flag.replace("-", "_"))
+        if value < 1:
+            parser.error(f"--{flag}={value} must be at least 1")
     if args.out is not None and args.json:
         parser.error("--out writes JSON lines; leave --json out")
     if args.multihost and args.out is None:

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import json
 import pickle
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from stem_jax.errors import InputError
 from stem_jax.generation.completion_file import CompletionFile, file_digests, prompts_digest
 from stem_jax.generation.generator import Generator
 from stem_jax.generation.sampling import Sampling
-from stem_jax.processes.agreement import PREPARING_SECONDS, exchange, unanimous
+from stem_jax.processes.agreement import PREPARING_SECONDS, check_same, exchange, unanimous
 
 
 def complete_into_file(
@@ -40,6 +41,8 @@ def complete_into_file(
         "max_new_tokens": args.max_new_tokens,
         "special_tokens": args.special_tokens,
     }
+    # Files and checkpoints of one name may be others on another host.
+    check_same({name: json.dumps(value) for name, value in job.items()})
     how = args.max_new_tokens, sampling, args.seed, args.batch_size
     special = args.special_tokens == "special"
     # What is wrong with them is said before there is a file.

@@ -96,6 +96,11 @@ def import_config(
             f"and of {path}. A run with train.init_from=WORKDIR begins one beside what was "
             "imported"
         )
+    if config.lora.rank:
+        raise InputError(
+            f"lora.rank={config.lora.rank} begins adapters, which an import has not; leave it out, "
+            "and train with train.init_from=WORKDIR and lora.rank beside what was imported"
+        )
     train, data = config.train, config.data
     if "train.seq_len" not in overrides:
         train = dataclasses.replace(train, seq_len=imported.context)

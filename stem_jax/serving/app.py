@@ -2,6 +2,8 @@
 
 import asyncio
 import hmac
+import re
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -26,6 +28,8 @@ LARGEST_BODY = 16 * 2**20
 _BODY_SECONDS = 30.0
 # Bodies that are tokenized at a time: more would take the engine's processors.
 _READ_AT_A_TIME = 2
+# A Host header: a name, or an address, IPv6's in brackets, and perhaps a port.
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:/@\s]+)(?::\d+)?")
 _COMPLETIONS, _CHAT = "/v1/completions", "/v1/chat/completions"
 _OTHER = "other"
 
@@ -132,7 +136,7 @@ class Routes:
 
     def _reply(self, call: Call, shape: type[CompletionShape] | type[ChatShape]) -> Reply:
         answer = self._service.begin(call)
-        return Reply(answer, shape(call, self._service.reader.name, self._service.created))
+        return Reply(answer, shape(call, self._service.reader.name, int(time.time())))
 
     def _check_key(self, request: Request) -> None:
         if self._key is None:
@@ -148,7 +152,9 @@ class Routes:
             )
 
     def _check_host(self, request: Request) -> None:
-        name = request.url.hostname or ""
+        # Not what Starlette makes of it, which is the server's own name where it is none.
+        found = _HOST.fullmatch(request.headers.get("host", ""))
+        name = "" if found is None else found[1].strip("[]")
         if self._local and not is_loopback(name):
             raise ApiError(
                 f"the Host header names {name[:80]!r}, and this server is for its own machine; "

@@ -23,6 +23,8 @@ _MOST_STOPS = 4
 # Of a stop string: each new piece of text is compared with its beginnings.
 _LONGEST_STOP = 256
 _COMPLETION_TOKENS = 16
+# Of a token, on average: longer ones are rare, and runs of spaces.
+_MOST_CHARACTERS = 128
 _NO_CHAT = (
     "this model has no chat template; use /v1/completions, or start the server with "
     "--chat-template=FILE"
@@ -94,6 +96,7 @@ class CallReader:
         if tokens is not None and older is not None:
             raise ApiError("give max_completion_tokens alone", param="max_tokens")
         messages = read_messages(body.value("messages"))
+        self._check_length(sum(len(message["content"]) for message in messages), "messages")
         try:
             ids = self.chat.prompt_ids(messages)
         except InputError as error:
@@ -161,6 +164,7 @@ class CallReader:
 
     def _prompt(self, given: Any) -> Prompt:
         if isinstance(given, str):
+            self._check_length(len(given), "prompt")
             try:
                 return self._checked(self.tokenizer.encode_prompt(given), given, "prompt")
             except InputError as error:
@@ -171,6 +175,16 @@ class CallReader:
             )
         checked = self._checked(given, "", "prompt")
         return dataclasses.replace(checked, text=self.tokenizer.decode(given))
+
+    def _check_length(self, characters: int, field: str) -> None:
+        """Refuses, before it is tokenized, what is longer than any text of the context."""
+        if characters > self.context * _MOST_CHARACTERS:
+            raise ApiError(
+                f"{field} has {characters} characters, more than {_MOST_CHARACTERS} for each token "
+                f"of the context of {self.context}; shorten it",
+                param=field,
+                code="context_length_exceeded",
+            )
 
     def _checked(self, ids: Sequence[int], text: str, field: str) -> Prompt:
         if not 0 < len(ids) < self.context:

@@ -9,6 +9,7 @@ from stem_jax import cli
 from stem_jax.errors import InputError
 
 KEY_VARIABLE = "STEM_API_KEY"
+_MOST_SLOTS = 4096
 
 
 def parse(argv: list[str], description: str | None) -> argparse.Namespace:
@@ -36,6 +37,10 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not 0 <= args.port < 2**16:
         parser.error(f"--port={args.port} must be from 0 to {2**16 - 1}")
+    if not 1 <= args.slots <= _MOST_SLOTS:
+        parser.error(f"--slots={args.slots} must be from 1 to {_MOST_SLOTS}")
+    if args.max_queue < 0:
+        parser.error(f"--max-queue={args.max_queue} must be at least 0")
     for flag, value in (("write", args.write_timeout), ("drain", args.drain_timeout)):
         if not (value > 0 and math.isfinite(value)):
             parser.error(f"--{flag}-timeout={value} must be more than 0 seconds")

@@ -1,6 +1,10 @@
 """Programs that are run by several processes give the bytes of one, and say no together."""
 
 import contextlib
+import json
+import signal
+import subprocess
+import time
 
 import pytest
 
@@ -102,6 +106,49 @@ def test_a_refusal_is_everybodys(run_folder, tmp_path):
         said = [finish(process, 1) for process in processes]
     assert all("process 1 differs from process 0 in --seed: 1, not 0" in text for text in said)
     assert not (tmp_path / "x.jsonl").exists()
+
+
+def test_other_files_of_one_name_are_refused(run_folder, tmp_path):
+    for process, prompts in ((0, PROMPTS), (1, PROMPTS[1:])):
+        (tmp_path / str(process)).mkdir()
+        (tmp_path / str(process) / "prompts").write_text("\n".join(prompts) + "\n")
+    own = f"os.chdir(os.path.join({str(tmp_path)!r}, sys.argv[-1][-1]))"
+    flags = [f"--workdir={run_folder}", "--prompt-file=prompts", f"--out={tmp_path / 'x.jsonl'}"]
+    with contextlib.ExitStack() as stack:
+        # The number of a process comes last.
+        every = gang(
+            "stem_jax.generate",
+            *([*flags, f"--process-index={index}"] for index in (0, 1)),
+            changes=f"import os, sys; {own}",
+        )
+        said = [finish(stack.enter_context(process), 1) for process in every]
+    assert all("process 1 differs from process 0 in prompts" in text for text in said)
+    assert not (tmp_path / "x.jsonl").exists()
+
+
+def test_sigterm_ends_a_program(run_folder, tmp_path):
+    (tmp_path / "prompts").write_text("\n".join(PROMPTS * 200) + "\n")
+    out = tmp_path / "all.jsonl"
+    flags = [f"--workdir={run_folder}", f"--prompt-file={tmp_path / 'prompts'}", f"--out={out}"]
+    with contextlib.ExitStack() as stack:
+        every = gang("stem_jax.generate", *[[*flags, "--batch-size=1"]] * 2)
+        processes = [stack.enter_context(process) for process in every]
+        while not (out.exists() and out.read_bytes().count(b"\n") > 3):
+            assert all(process.poll() is None for process in processes)
+            time.sleep(0.1)
+        for process in processes:
+            process.terminate()
+        assert [process.wait(60) for process in processes] == [-signal.SIGTERM] * 2
+    assert out.read_bytes().count(b"\n") < 5 * 200
+
+
+def test_json_alone_is_on_stdout(run_folder, tmp_path):
+    flags = [f"--workdir={run_folder}", "--measure=facts", "--pairs=2", "--json"]
+    flags += [f"--out={tmp_path / 'two'}"]
+    with contextlib.ExitStack() as stack:
+        every = gang("stem_jax.edit", flags, flags, stderr=subprocess.DEVNULL)
+        said = [finish(stack.enter_context(process)) for process in every]
+    assert json.loads(said[0])["settings"]["pairs"] == 2 and not said[1]
 
 
 def test_what_is_for_one_process(capsys):

@@ -1,6 +1,7 @@
 """What OpenAI's API asks for, and how what is wrong is said; the engine is a fake."""
 
 import contextlib
+import dataclasses
 import json
 
 import pytest
@@ -326,7 +327,10 @@ def test_a_server_of_its_machine_is_asked_by_its_name(service, host):
     assert ask_app(app, COMPLETIONS, ASKED, {"host": host}).status_code == 200
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example"])
+@pytest.mark.parametrize(
+    "host",
+    [*"evil.example evil.example:8000 127.0.0.1.evil.example evil.example:".split(), "x@localhost"],
+)
 def test_names_that_others_lead_to_this_machine_are_refused(service, host):
     app = make_app(service, None, local=True)
     status, _, message = said(ask_app(app, COMPLETIONS, ASKED, {"host": host}))
@@ -336,6 +340,19 @@ def test_names_that_others_lead_to_this_machine_are_refused(service, host):
     headers = {"host": host, "authorization": "Bearer k"}
     assert ask_app(make_app(service, "k", local=True), COMPLETIONS, ASKED, headers).is_success
     assert ask_app(make_app(service, None), COMPLETIONS, ASKED, {"host": host}).is_success
+
+
+def test_what_is_longer_than_any_text_of_the_context_is_not_tokenized(service, monkeypatch):
+    reader = dataclasses.replace(service.reader, tokenizer=None)
+    monkeypatch.setattr(service, "reader", reader)
+    prompt = "a" * (128 * CONTEXT + 1)
+    bodies = {COMPLETIONS: {"prompt": prompt}}
+    bodies[CHAT] = {"messages": [{"role": "user", "content": prompt}]}
+    for path, body in bodies.items():
+        answer = ask(service, path, {"model": NAME, **body})
+        status, field, message = said(answer)
+        assert (status, field) == (400, next(iter(body))) and "8193 characters" in message
+        assert answer.json()["error"]["code"] == "context_length_exceeded"
 
 
 def test_a_key_may_have_any_letters(service):
