@@ -153,11 +153,12 @@ class Routes:
 
     def _check_host(self, request: Request) -> None:
         # Not what Starlette makes of it, which is the server's own name where it is none.
-        found = _HOST.fullmatch(request.headers.get("host", ""))
+        given = request.headers.get("host", "")
+        found = _HOST.fullmatch(given)
         name = "" if found is None else found[1].strip("[]")
         if self._local and not is_loopback(name):
             raise ApiError(
-                f"the Host header names {name[:80]!r}, and this server is for its own machine; "
+                f"the Host header names {given[:80]!r}, and this server is for its own machine; "
                 "ask it at localhost, or give it an API key",
                 status=421,
             )
