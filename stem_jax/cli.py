@@ -14,7 +14,7 @@ import absl.logging
 
 from stem_jax import background
 from stem_jax.errors import InputError, TrainingError
-from stem_jax.storage import local_path
+from stem_jax.storage import local_path, place
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -42,6 +42,10 @@ class Parser(argparse.ArgumentParser):
     def add_path(self, flag: str, **options) -> None:
         """Adds a flag that names a file or folder of this machine: see `storage.local_path`."""
         self._add(flag, local_path, **options)
+
+    def add_place(self, flag: str, **options) -> None:
+        """Adds a flag that names a path or an address of a bucket: see `storage.place`."""
+        self._add(flag, place, **options)
 
     def add_paths(self, flag: str, **options) -> None:
         """Adds a flag whose value names several, with commas between them."""

@@ -8,8 +8,9 @@ import sys
 import time
 
 from stem_jax import cli
-from stem_jax.interop.export_flags import parse
+from stem_jax.interop.export_flags import WHOLE, parse
 from stem_jax.jax_start import start_jax
+from stem_jax.outgoing import outgoing, outgoing_file
 from stem_jax.processes.together import together
 
 
@@ -35,20 +36,22 @@ def _export(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     saved = open_saved_model(args.workdir, args.step)
     if args.format == "patch":
-        patch = export_patch(saved, args.out, base=args.base, memory=args.memory)
+        with outgoing_file(args.out, "--out") as out:
+            patch = export_patch(saved, out, base=args.base, memory=args.memory)
         print(format_patch(patch, saved.tokenizer))
         for name in sorted(table_specs(saved.config).keys() - {args.memory}):
             print(f"note: rows of {name} trained, too, and are not in it", file=sys.stderr)
         return print(f"{len(patch.ids)} rows in {args.out}; generate and edit with --edits")
     saved = edited_model(saved, [read_patch(path) for path in args.edits])
     options = {"dtype": args.dtype, "with_tokenizer": not args.no_tokenizer}
-    if args.format == "peft":
-        export_peft(saved, args.out, base=args.base)
-    elif args.format == "hf":
-        size = int(args.file_gib * 2**30)
-        export_hf(saved, args.out, file_bytes=size, licence=args.license, **options)
-    else:
-        export_official(saved, args.out, **options)
+    with outgoing(args.out, "--out", WHOLE[args.format]) as out:
+        if args.format == "peft":
+            export_peft(saved, out, base=args.base)
+        elif args.format == "hf":
+            size = int(args.file_gib * 2**30)
+            export_hf(saved, out, file_bytes=size, licence=args.license, **options)
+        else:
+            export_official(saved, out, home=args.out, **options)
     seconds = time.perf_counter() - start
     print(f"step {saved.info.step} of {args.workdir} is in {args.out} ({seconds:.1f} s)")
 

@@ -29,13 +29,15 @@ def _import(args: argparse.Namespace, overrides: dict[str, str], calibration: Ca
     from stem_jax.interop.import_model import import_config, write_checkpoint
     from stem_jax.interop.import_tokenizer import TokenizerChoice, find_tokenizer
     from stem_jax.interop.imports import read_model
+    from stem_jax.interop.model_source import model_folder
     from stem_jax.work_folder import making
 
     with making(args.workdir):
         start = time.perf_counter()
-        imported = read_model(args.kind, args.path)
+        folder = model_folder(args.path, "--path")
+        imported = read_model(args.kind, folder)
         choice = TokenizerChoice.from_flags(args)
-        tokenizer = find_tokenizer(args.kind, args.path, choice)
+        tokenizer = find_tokenizer(args.kind, folder, choice)
         for note in tokenizer.notes:
             print(f"note: {note}", file=sys.stderr)
         config = import_config(imported, tokenizer, args.config, overrides)

@@ -28,7 +28,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
     add("tokenizer-path", help="a .model file or a tokenizer.json")
     SpecialFlags.add_flags(parser)
     add("vocab-size", type=int, help="train SentencePiece on the text instead")
-    add("out", required=True, help="folder for train/, validation/ and tokenizer/")
+    add("out", required=True, help="folder for train/, validation/, tokenizer/; also in a bucket")
     add("validation-fraction", type=float, default=0.02, help="share")
     add("seed", type=int, default=0, help="of the split into train and validation")
     add("processes", type=int, help="that tokenize, each on one core; without it, all cores")
@@ -37,7 +37,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
     args = parser.parse_args(argv)
     for pattern in args.input:
         place(pattern, "--input")
-    args.out = local_path(args.out, "--out")
+    # What is compared with its checksums is what is on this machine's disk.
+    args.out = (local_path if args.verify else place)(args.out, "--out")
     if args.tokenizer_path is not None:
         args.tokenizer_path = local_path(args.tokenizer_path, "--tokenizer-path")
     if args.chat_template is not None:

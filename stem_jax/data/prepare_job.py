@@ -18,6 +18,7 @@ from stem_jax.data.source_record import settings_record, text_record
 from stem_jax.data.sources import check_folder, read_sources
 from stem_jax.data.special_tokens import SpecialFlags
 from stem_jax.data.store_summary import summarize
+from stem_jax.data.token_store import META_FILE as STORE_META
 from stem_jax.data.token_store import TokenStore
 from stem_jax.data.tokenizer import (
     META_FILE,
@@ -26,11 +27,16 @@ from stem_jax.data.tokenizer import (
     load_tokenizer_folder,
 )
 from stem_jax.errors import InputError
+from stem_jax.files import read_json, write_whole
+from stem_jax.outgoing import outgoing
+from stem_jax.storage import Place, is_remote
 
 # Of the records that were left out, on stderr; the file has them all.
 _SHOWN = 5
 # A trained model, while the text is tokenized with it.
 _MODEL = "tokenizer.model"
+# Beside what was made for a bucket: of which job.
+_MADE = ".job.json"
 
 
 def prepare(args: argparse.Namespace) -> dict[str, Any]:
@@ -53,20 +59,49 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
         chat = load_chat(tokenizer, args.chat_template)
         # Whoever talks to the model that learns from these stores writes as they do.
         tokenizer = dataclasses.replace(tokenizer, chat_template=chat.template)
-    out = args.out
+    job = _job(args, names, tokenizer, reading, chat)
+    # What is made for a bucket stays here until it is there.
+    with outgoing(args.out, "--out", f"train/{STORE_META}", keep=True) as out:
+        made = out / _MADE
+        if not (is_remote(args.out) and made.exists() and read_json(made) == _as_read(job)):
+            made.unlink(missing_ok=True)
+            pieces, resumed = _make(args, out, job, tokenizer, reading, chat)
+            if is_remote(args.out):
+                write_whole(made, json.dumps(job) + "\n")
+        else:
+            pieces = resumed = 0
+        stores = open_stores(out, load_tokenizer_folder(out / TOKENIZER))
+        note = stores["train"].meta.coverage_note
+        if note:
+            print(f"note: {note}", file=sys.stderr)
+        summary = {"out": str(args.out), **summarize(stores)}
+        summary |= {"pieces": pieces, "resumed_pieces": resumed}
+        summary["skipped_records"] = _report_skipped(out / SKIPPED, args.out / SKIPPED)
+    return summary
+
+
+def _make(
+    args: argparse.Namespace,
+    out: Path,
+    job: dict[str, Any],
+    tokenizer: Tokenizer | None,
+    reading: Reading,
+    chat: Chat | None,
+) -> tuple[int, int]:
+    """Makes the stores in a folder of this machine; what `write_stores` returns."""
     _check_tokenizer_folder(out / TOKENIZER)
     pieces = resumed = 0
-    with Preparation(out, _job(args, names, tokenizer, reading, chat)) as place:
+    with Preparation(out, job) as place:
         if not place.finished:
-            tokenizer = tokenizer or _trained(place, names, reading, args)
+            tokenizer = tokenizer or _trained(place, job["sources"], reading, args)
             _put_tokenizer(tokenizer, place.new / TOKENIZER, out / TOKENIZER)
             way_out = "--on-bad=skip leaves such records out"
             with BadRecords(args.on_bad, place.new / SKIPPED, way_out=way_out) as bad:
                 pieces, resumed = write_stores(
                     place,
-                    read_sources(names, reading, bad),
+                    read_sources(job["sources"], reading, bad),
                     tokenizer,
-                    name=",".join(names),
+                    name=",".join(job["sources"]),
                     validation_fraction=args.validation_fraction,
                     seed=args.seed,
                     progress=not args.json,
@@ -74,13 +109,7 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
                     bad=bad,
                     chat=chat,
                 )
-    stores = open_stores(out, load_tokenizer_folder(out / TOKENIZER))
-    note = stores["train"].meta.coverage_note
-    if note:
-        print(f"note: {note}", file=sys.stderr)
-    summary = {"out": str(out), **summarize(stores), "pieces": pieces, "resumed_pieces": resumed}
-    summary["skipped_records"] = _report_skipped(out / SKIPPED)
-    return summary
+    return pieces, resumed
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -96,8 +125,11 @@ def verify(folder: Path) -> dict[str, Any]:
     return {"out": str(folder), **summarize(stores)}
 
 
-def _report_skipped(path: Path) -> int:
-    """How many records were left out; says so on stderr, with the first places."""
+def _report_skipped(path: Path, shown: Place) -> int:
+    """How many records were left out; says so on stderr, with the first places.
+
+    shown: where the file will be.
+    """
     if not path.exists():
         return 0
     count = 0
@@ -105,7 +137,7 @@ def _report_skipped(path: Path) -> int:
         for count, line in enumerate(file, start=1):
             if count <= _SHOWN:
                 print(f"skipped: {json.loads(line)['reason']}", file=sys.stderr)
-    print(f"records left out: {count:,}, see {path}", file=sys.stderr)
+    print(f"records left out: {count:,}, see {shown}", file=sys.stderr)
     return count
 
 
@@ -145,6 +177,10 @@ def _put_tokenizer(tokenizer: Tokenizer, new: Path, old: Path) -> None:
     if old.exists() and load_tokenizer_folder(old).fingerprint == tokenizer.fingerprint:
         shutil.copytree(old, new)
     tokenizer.save(new)
+
+
+def _as_read(job: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(job))
 
 
 def _check_tokenizer_folder(folder: Path) -> None:

@@ -6,6 +6,12 @@ from stem_jax import cli
 from stem_jax.processes.cluster import add_flags
 
 FORMATS = ("hf", "official", "patch", "peft")
+# The file without which the folder is no model, and which comes last into a bucket.
+WHOLE = {
+    "hf": "config.json",
+    "official": "consolidated/params.json",
+    "peft": "adapter_config.json",
+}
 
 
 def parse(argv: list[str], description: str | None) -> argparse.Namespace:
@@ -21,7 +27,8 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
         help="transformers, STEM's code, or the rows that optimizer.train=tables trained, to lay "
         "over the run that it began with, or LoRA's adapters as PEFT has them",
     )
-    parser.add_path("--out", required=True, help="folder to create; patch: file")
+    out = "folder to create, also in a bucket; patch: file"
+    parser.add_place("--out", required=True, help=out)
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights")
     add("--file-gib", type=float, default=4.0, help="hf: largest weights file")
     add("--license", help="hf: its identifier for the model card, such as apache-2.0")

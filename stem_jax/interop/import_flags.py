@@ -7,6 +7,7 @@ from stem_jax import cli
 from stem_jax.data.special_tokens import SpecialFlags
 from stem_jax.data.tokenizer import KINDS
 from stem_jax.interop.calibration import Calibration, check_overrides
+from stem_jax.interop.model_source import model_source
 from stem_jax.processes.cluster import add_flags
 
 FORMATS = ("official", "hf", "llama")
@@ -28,7 +29,7 @@ def parse(
     parser = cli.Parser("stem_jax.import_torch", f"{description}\n{keys}")
     add = parser.add_argument
     add("--from", required=True, choices=FORMATS, dest="kind", help="format of the model")
-    parser.add_path("--path", required=True, help="its folder")
+    add("--path", required=True, help="its folder, also in a bucket, or hf://ORG/NAME")
     parser.add_path("--workdir", required=True, help="folder to create")
     parser.add_path("--config", help="config file, for all but the model; without it, base.py")
     add("--tokenizer", choices=KINDS, help="kind of the tokenizer, if not in --path")
@@ -39,6 +40,7 @@ def parse(
     parser.add_cache_flag()
     rest, overrides = cli.split_overrides(argv)
     args = parser.parse_args(rest)
+    args.path = model_source(args.path, "--path")
     args.config = args.config or BASE_CONFIG
     if args.stem_layers and args.kind != "llama":
         parser.error(f"--stem-layers turns a Llama into a STEM model, not --from={args.kind}")

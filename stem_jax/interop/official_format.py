@@ -34,6 +34,7 @@ from stem_jax.interop.names import (
 from stem_jax.interop.safetensors_files import BFLOAT16, SINGLE_FILE, SafetensorsWriter, read_file
 from stem_jax.interop.said_keys import check_format
 from stem_jax.json_fields import Fields
+from stem_jax.storage import Place, is_remote
 
 FOLDER = "consolidated"
 _BACKBONE, _TABLES, _PARAMS = "consolidated.pth", "consolidated_stem.pth", "params.json"
@@ -44,12 +45,20 @@ _REMEDY = "give the file that was written with the checkpoint"
 
 
 def export_official(
-    saved: SavedModel, out: str | Path, *, dtype: str = "float32", with_tokenizer: bool = True
+    saved: SavedModel,
+    out: str | Path,
+    *,
+    dtype: str = "float32",
+    with_tokenizer: bool = True,
+    home: Place | None = None,
 ) -> None:
     """Writes the `consolidated` folder.
 
     Tensors lie in a temporary file meanwhile, mapped into memory: that takes as much disk space
     again, but no memory.
+
+    Args:
+        home: where the folder will be found, if not at `out`.
 
     Raises:
         InputError: the folder exists or does not fit onto the disk, torch is missing, or the model
@@ -57,9 +66,10 @@ def export_official(
     """
     torch = import_torch()
     out = Path(out)
+    home = home if home is not None and is_remote(home) else out.absolute()
     # The path is in params.json, so it is that of the finished folder.
     params = official_params(saved.config, dtype)
-    params["data"] = {"tokenizer": _tokenizer_entry(saved.tokenizer, out, with_tokenizer)}
+    params["data"] = {"tokenizer": _tokenizer_entry(saved.tokenizer, home, with_tokenizer)}
     prefix = STEM_PREFIX if saved.model.stem_layers else ""
     check_outside(out, "--out")
     with new_folder(out, "--out") as folder:
@@ -328,7 +338,7 @@ def _load(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def _tokenizer_entry(tokenizer: Tokenizer, out: Path, with_tokenizer: bool) -> dict[str, Any]:
+def _tokenizer_entry(tokenizer: Tokenizer, home: Place, with_tokenizer: bool) -> dict[str, Any]:
     if not with_tokenizer:
         return {"name": None, "path": None}
     if tokenizer.kind not in _TOKENIZERS:
@@ -337,7 +347,7 @@ def _tokenizer_entry(tokenizer: Tokenizer, out: Path, with_tokenizer: bool) -> d
             "--no-tokenizer"
         )
     file = tokenizer.file_name
-    path = None if file is None else str(out.absolute() / FOLDER / file)
+    path = None if file is None else f"{home}/{FOLDER}/{file}"
     return {"name": _TOKENIZERS[tokenizer.kind], "path": path}
 
 
