@@ -5,6 +5,7 @@ remote models are copied to this machine first: of buckets as `staging` says, of
 own cache, by its own library, which knows `HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME`, `HF_HUB_OFFLINE`.
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -49,15 +50,18 @@ def _of_hub(source: str, flag: str) -> Path:
     assert match is not None, source
     name, revision = match.groups()
     try:
-        import httpx
         from huggingface_hub import errors, snapshot_download
     except ImportError as error:
         raise InputError(
             f"{flag}={source} needs huggingface_hub; pip install huggingface_hub, or copy the "
             "model to this machine and give its folder"
         ) from error
+    # The network's errors are those of its client, which is another one from version to version.
+    client_error = errors.HfHubHTTPError.__bases__[0]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_READ))
+        endpoint = os.environ.get("HF_ENDPOINT") or None
+        options = {"revision": revision, "allow_patterns": _READ, "endpoint": endpoint}
+        return Path(snapshot_download(name, **options))
     except errors.GatedRepoError as error:
         reason = "asks for its licence to be accepted; do so on its page, and set HF_TOKEN"
         raise InputError(f"{flag}={source} {reason}") from error
@@ -68,7 +72,7 @@ def _of_hub(source: str, flag: str) -> Path:
             f"{flag}={source}: the hub knows no such model, or HF_TOKEN may not see it; correct "
             "the name, or set HF_TOKEN to a token that may"
         ) from error
-    except (OSError, errors.HfHubHTTPError, httpx.HTTPError) as error:
+    except (OSError, client_error) as error:
         # Without an answer, and with some, the library says that nothing is in its cache.
         response = getattr(error.__cause__ or error, "response", None)
         status = getattr(response, "status_code", None)

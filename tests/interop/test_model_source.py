@@ -6,7 +6,7 @@ import json
 import threading
 
 import pytest
-from huggingface_hub import constants, hf_api
+from huggingface_hub import constants
 
 from stem_jax import export, import_torch, staging
 from stem_jax.bucket import list_objects, read_object
@@ -89,10 +89,17 @@ class Hub:
                 if hub.refused is not None:
                     status, code = hub.refused
                     headers = {"X-Error-Code": code, "X-Error-Message": code}
-                elif path.startswith("/api/models/org/model/revision/"):
+                elif path in ("/api/models/org/model", "/api/models/org/model/revision/main"):
                     siblings = [{"rfilename": file} for file in hub.files]
                     record = {"id": "org/model", "sha": COMMIT, "siblings": siblings}
                     body = json.dumps(record).encode()
+                    headers = {"Content-Type": "application/json"}
+                elif path == f"/api/models/org/model/tree/{COMMIT}":
+                    tree = [
+                        {"type": "file", "path": file, "size": len(content), "oid": "0" * 40}
+                        for file, content in hub.files.items()
+                    ]
+                    body = json.dumps(tree).encode()
                     headers = {"Content-Type": "application/json"}
                 elif path.startswith("/org/model/resolve/") and name in hub.files:
                     body = hub.files[name]
@@ -123,10 +130,9 @@ class Hub:
 def hub(tmp_path, monkeypatch):
     made = Hub({"config.json": b"{}", "model.safetensors": b"weights", "pytorch_model.bin": b"x"})
     # The library reads its variables when it is imported.
-    monkeypatch.setattr(constants, "ENDPOINT", made.url)
+    monkeypatch.setenv("HF_ENDPOINT", made.url)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hf_api.api, "endpoint", made.url)
     yield made
     made.server.shutdown()
     made.server.server_close()
