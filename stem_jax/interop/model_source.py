@@ -8,6 +8,7 @@ own cache, by its own library, which knows `HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME`,
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from stem_jax.errors import InputError
 from stem_jax.staging import staged
@@ -57,10 +58,14 @@ def _of_hub(source: str, flag: str) -> Path:
             "model to this machine and give its folder"
         ) from error
     # The network's errors are those of its client, which is another one from version to version.
-    client_error = errors.HfHubHTTPError.__bases__[0]
+    client_error: Any = errors.HfHubHTTPError.__bases__[0]
     try:
-        endpoint = os.environ.get("HF_ENDPOINT") or None
-        options = {"revision": revision, "allow_patterns": _READ, "endpoint": endpoint}
+        where = os.environ.get("HF_ENDPOINT") or None
+        options: dict[str, Any] = {
+            "revision": revision,
+            "allow_patterns": _READ,
+            "endpoint": endpoint,
+        }
         return Path(snapshot_download(name, **options))
     except errors.GatedRepoError as error:
         reason = "asks for its licence to be accepted; do so on its page, and set HF_TOKEN"
