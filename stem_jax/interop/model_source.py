@@ -64,7 +64,7 @@ def _of_hub(source: str, flag: str) -> Path:
         options: dict[str, Any] = {
             "revision": revision,
             "allow_patterns": _READ,
-            "endpoint": endpoint,
+            "endpoint": where,
         }
         return Path(snapshot_download(name, **options))
     except errors.GatedRepoError as error:
