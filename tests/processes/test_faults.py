@@ -15,6 +15,9 @@ from benchmarks.faults.reshape import Reshaping, planned_shapes
 from benchmarks.faults.run import Shape
 from stem_jax.goodput.account import PARTS
 
+# Seconds of train.step_timeout: none of these faults waits for it, and a machine may be busy.
+PATIENCE = 600
+
 
 def cache() -> Path:
     return Path(jax.config.jax_compilation_cache_dir)
@@ -60,9 +63,9 @@ def campaign(folder: Path, names: list[str], seed: int, disk: bool = False) -> l
     """Rounds of these kinds, of which one is made after an interruption of the campaign itself."""
     assert set(names) <= set(possible())
     plan = planned(seed, len(names), names)
-    with Campaign(folder, 5, cache(), disk) as begun:
+    with Campaign(folder, 5, cache(), disk, PATIENCE) as begun:
         begun.make(plan[:-1])
-    with Campaign(folder, 5, cache(), disk) as whole:
+    with Campaign(folder, 5, cache(), disk, PATIENCE) as whole:
         assert [record["round"] for record in whole.records] == list(range(len(plan) - 1))
         records = whole.go(plan)
         for account in whole.accounts():
@@ -87,6 +90,6 @@ def test_nothing_is_lost_by_faults(tmp_path):
 
 @pytest.mark.long
 def test_nothing_is_lost_when_the_shape_changes(tmp_path):
-    with Reshaping(tmp_path, 2, 5, cache()) as reshaping:
+    with Reshaping(tmp_path, 2, 5, cache(), PATIENCE) as reshaping:
         [record] = reshaping.go([Shape(1, 4, None)])
     assert record["difference"] <= 1e-5
