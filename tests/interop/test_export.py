@@ -351,9 +351,9 @@ def _other_tokenizer(folder):
         (lambda f: (f / "checkpoints").rename(f / "c"), "has no checkpoints folder"),
         (
             lambda f: next((f / "checkpoints/40/table_rows/d").iterdir()).unlink(),
-            "damaged (table_rows/d/",
+            "(table_rows/d",
         ),
-        (lambda f: next((f / "checkpoints/40/params/d").iterdir()).unlink(), "damaged (params/d/"),
+        (lambda f: next((f / "checkpoints/40/params/d").iterdir()).unlink(), "(params/d"),
         (lambda f: (f / "tokenizer/tokenizer_meta.json").unlink(), "no readable tokenizer_meta"),
         (_other_tokenizer, "was trained with tokenizer"),
     ],
