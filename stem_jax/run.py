@@ -246,7 +246,8 @@ def _open_data(
     with unanimous(PREPARING_SECONDS):
         if is_first():
             data = open_run_data(config, workdir, prepared=info is not None, **reading)
-    with unanimous():
+    # Hosts may have to bring the text from a bucket first.
+    with unanimous(PREPARING_SECONDS):
         if data is None:
             data = open_run_data(config, workdir, prepared=True, **reading)
     return data

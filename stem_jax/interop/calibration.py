@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from stem_jax.data.sources import parse_sources
 from stem_jax.errors import InputError
+from stem_jax.storage import local_path
 
 # Keys of the configuration that flags of the conversion stand for.
 _NOT_FOLLOWED = {
@@ -31,7 +32,8 @@ class Calibration:
 
     def __post_init__(self):
         if self.sources is not None:
-            parse_sources(self.sources, "--calibration-text")
+            for spec in parse_sources(self.sources, "--calibration-text"):
+                local_path(spec.source, "--calibration-text")
         if self.tokens < 1:
             raise InputError(f"--calibration-tokens={self.tokens} must be at least 1")
         if self.steps < 0:

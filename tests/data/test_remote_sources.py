@@ -85,6 +85,7 @@ def test_a_store_that_was_written_anew_gets_a_copy_of_its_own(s3_bucket, tmp_pat
     assert one.train.ids(0, 5).tolist() == same.train.ids(0, 5).tolist()
 
 
+@pytest.mark.long
 def test_a_store_that_changes_under_the_download_is_downloaded_again(bucket, tmp_path, monkeypatch):
     address = bucket.path / "store"
     upload_folder(_store(tmp_path / "one"), address)

@@ -11,6 +11,7 @@ import pytest
 
 from stem_jax.checkpoints.loading import checkpoint_fingerprints
 from stem_jax.errors import InputError
+from stem_jax.goodput.progress import Progress
 from stem_jax.hardware import Chip
 from stem_jax.kernels import float8
 from stem_jax.model.cost import training_flops_per_token
@@ -128,7 +129,7 @@ def test_a_run_states_its_share_of_the_peak_of_eight_bits(tiny_config, monkeypat
     shares = {}
     for kind in (None, "float8"):
         config, log = tiny_config(**{"model.matmul_dtype": kind}), MetricsLog(tmp_path, 0)
-        reporter = loop._Reporter(config, log, StartClock(), num_devices=4, start=0)
+        reporter = loop._Reporter(config, log, StartClock(), 4, 0, Progress())
         reporter._write(1, {}, seconds=0.5, tokens_per_second=1e6)
         shares[kind] = log.records[-1]["train/mfu"]
         reporter.close()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from stem_jax.checkpoints import checkpointer as checkpoint
+from stem_jax.checkpoints import item_handlers
 from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
 from stem_jax.checkpoints.checkpointer import Checkpointer
 from stem_jax.generation.generator import Generator
@@ -111,7 +111,7 @@ def make_step(monkeypatch, tiny_config, device_mesh):
     """make_step(shape, **overrides): a step of a model with both memories."""
     monkeypatch.setitem(catalogue._MEMORIES, "pairs", lambda config: Pairs())
     monkeypatch.setitem(catalogue._INIT_STD, "pairs", lambda config: 0.1)
-    monkeypatch.setattr(checkpoint, "MEMORIES", ("stem", "pairs"))
+    monkeypatch.setattr(item_handlers, "MEMORIES", ("stem", "pairs"))
     monkeypatch.setitem(READERS, "pairs", PairsReader)
 
     def make(shape=(1, 1, 1), **overrides):
