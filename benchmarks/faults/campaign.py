@@ -147,7 +147,7 @@ class Campaign:
         calm.start(steps)
         with contextlib.ExitStack() as stack:
             stack.callback(calm.end_leftovers)
-            assert calm.wait() == 0, f"see {calm.workdir}.log"
+            assert calm.wait(None) == 0, f"see {calm.workdir}.log"
         expected, found = (saved_arrays(each.workdir, steps) for each in (calm, run))
         assert expected.keys() == found.keys()
         for name, array in expected.items():

@@ -87,7 +87,7 @@ class Reshaping:
         shutil.rmtree(folder, ignore_errors=True)
         calm = run.copy(folder)
         calm.start(begin + STEPS)
-        assert calm.wait() == 0, f"see {calm.workdir}.log"
+        assert calm.wait(None) == 0, f"see {calm.workdir}.log"
         run.shape = shape
         known = run.starts()
         run.start()
@@ -130,7 +130,7 @@ class Reshaping:
         shutil.rmtree(folder, ignore_errors=True)
         calm.workdir.mkdir()
         calm.start(steps)
-        assert calm.wait() == 0, f"see {calm.workdir}.log"
+        assert calm.wait(None) == 0, f"see {calm.workdir}.log"
         assert list(losses(self.run.workdir)) == list(range(1, steps + 1))
         expected, found = (saved_arrays(each.workdir, steps) for each in (calm, self.run))
         rows = [name for name in expected if "last_step" in name]

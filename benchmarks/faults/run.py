@@ -170,10 +170,10 @@ class Run:
                 raise TimeoutError(f"{self.workdir} did not come to {what}")
             time.sleep(_POLL_SECONDS)
 
-    def wait(self) -> int:
-        """The exit status, once every process is gone."""
+    def wait(self, seconds: float | None = _PATIENCE_SECONDS) -> int:
+        """The exit status, once every process is gone; None waits for as long as that takes."""
         assert self._script is not None
-        return self._script.wait(timeout=_PATIENCE_SECONDS)
+        return self._script.wait(timeout=seconds)
 
     def newest_start(self) -> str:
         """What process 0 has logged since it was started the last time."""
