@@ -108,6 +108,9 @@ class Run:
                     with contextlib.suppress(psutil.NoSuchProcess):
                         process.kill()
                 psutil.wait_procs(processes, timeout=30)
+        if self._script is not None:
+            # Its own, which is asked how it ended.
+            self._script.wait(timeout=30)
         for process in psutil.process_iter(["cmdline"]):
             # Of a script that was killed alone.
             if f"--workdir={self.workdir}" in (process.info["cmdline"] or []):

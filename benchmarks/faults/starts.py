@@ -79,10 +79,10 @@ def kill_in_prepare(run: Run, at: Round, rng: random.Random) -> None:
     if not whole.exists() and (code := _prepare(whole).wait()):
         raise RuntimeError(f"prepare ended with {code}")
     shutil.rmtree(folder, ignore_errors=True)
-    process = psutil.Process(_prepare(folder).pid)
+    process = _prepare(folder)
     time.sleep(at.moment * _PREPARE_SECONDS)
-    kill([process])
-    psutil.wait_procs([process])
+    process.kill()
+    process.wait()
     if not folder.exists() and (code := _prepare(folder).wait()):
         raise RuntimeError(f"prepare ended with {code} after a kill")
     assert _digests(folder) == _digests(whole)
