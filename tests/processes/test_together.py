@@ -121,7 +121,8 @@ def test_other_files_of_one_name_are_refused(run_folder, tmp_path):
             *([*flags, f"--process-index={index}"] for index in (0, 1)),
             changes=f"import os, sys; {own}",
         )
-        said = [finish(stack.enter_context(process), 1) for process in every]
+        processes = [stack.enter_context(one) for one in every]
+        said = [finish(process, 1) for process in processes]
     assert all("process 1 differs from process 0 in prompts" in text for text in said)
     assert not (tmp_path / "x.jsonl").exists()
 
@@ -147,7 +148,8 @@ def test_json_alone_is_on_stdout(run_folder, tmp_path):
     flags += [f"--out={tmp_path / 'two'}"]
     with contextlib.ExitStack() as stack:
         every = gang("stem_jax.edit", flags, flags, stderr=subprocess.DEVNULL)
-        said = [finish(stack.enter_context(process)) for process in every]
+        processes = [stack.enter_context(one) for one in every]
+        said = [finish(process) for process in processes]
     assert json.loads(said[0])["settings"]["pairs"] == 2 and not said[1]
 
 
