@@ -21,6 +21,8 @@ STEPS = 90
 TRACKERS = {
     "tracking.trackers": "tensorboard,wandb,mlflow",
     "tracking.offline": True,
+    # A busy machine may take longer than users would wait.
+    "tracking.timeout": 240,
     "train.steps": STEPS,
     "train.sample_prompt": "The",
     "train.sample_tokens": 2,
