@@ -247,6 +247,9 @@ def get_config() -> config_dict.ConfigDict:
     config.checkpoint.keep = 2  # newest checkpoints kept, beside the best by validation loss
     # Whether checksums of all files of a checkpoint are compared before it is read.
     config.checkpoint.verify = True
+    # Of so many saves of a table one has all rows, at least; others have those that changed since
+    # the save before, and need that. 0 or 1: every save has all rows.
+    config.checkpoint.full_every = 1
 
     # Where the run is shown beside its folder, by process 0 (docs/training.md).
     config.tracking = config_dict.ConfigDict()

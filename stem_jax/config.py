@@ -210,6 +210,7 @@ class CheckpointConfig:
     every: int = key(Role.HARMLESS)
     keep: int = key(Role.HARMLESS)
     verify: bool = key(Role.HARMLESS, before=True)
+    full_every: int = key(Role.HARMLESS, before=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,6 +68,7 @@ _NOT_NEGATIVE = [
     "train.sample_tokens",
     "eval.every",
     "checkpoint.every",
+    "checkpoint.full_every",
     "mesh.max_replicated_mib",
 ]
 _POSITIVE = [

@@ -171,8 +171,10 @@ def _train(
     with contextlib.ExitStack() as stack:
         # Closed in reverse: the last save reads the store, whose threads end before.
         watchdog = stack.enter_context(Watchdog(config.train.step_timeout, own_log))
-        checkpoints = stack.enter_context(Checkpointer(workdir, keep=config.checkpoint.keep))
-        disk = DiskTables(mesh, workdir, checkpoints.steps(), config.checkpoint.keep)
+        keep, full_every = config.checkpoint.keep, config.checkpoint.full_every
+        checkpoints = Checkpointer(workdir, keep=keep, full_every=full_every)
+        stack.enter_context(checkpoints)
+        disk = DiskTables(mesh, workdir, checkpoints.steps(), keep)
         state, stores = _open_state(programs, checkpoints, disk, info, origin)
         prefetches, tables = {}, config.tables
         for name, store in stores.items():

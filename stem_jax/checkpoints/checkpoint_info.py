@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from stem_jax.checkpoints.chain import Base
 from stem_jax.checkpoints.files import FORMAT_VERSION
 from stem_jax.config import Config
 from stem_jax.data.special_tokens import SpecialTokens
@@ -21,8 +22,8 @@ class CheckpointInfo:
     owes_validation: a stop came before the validation of this step. special: the special tokens of
     the tokenizer; None in checkpoints that did not say yet. first_rows: of memories whose written
     rows alone are saved, how the others are made. disk: of those whose rows are on disk, where.
-    format: that it was read in; what is saved has
-    the newest.
+    bases: of those of which what changed is saved, what that builds on. format: that it was read
+    in; what is saved has the newest.
     """
 
     step: int
@@ -37,4 +38,5 @@ class CheckpointInfo:
     special: SpecialTokens | None = None
     first_rows: dict[str, FirstRows] = dataclasses.field(default_factory=dict)
     disk: dict[str, SavedDisk] = dataclasses.field(default_factory=dict)
+    bases: dict[str, Base] = dataclasses.field(default_factory=dict)
     format: int = FORMAT_VERSION

@@ -19,19 +19,18 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 from orbax.checkpoint.path import atomicity
 
+from stem_jax.checkpoints.chain import KeptWithBases
 from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
 from stem_jax.checkpoints.file_list import listing
 from stem_jax.checkpoints.files import (
     BEST,
     FOLDER,
-    FORMAT_VERSION,
-    ITEMS,
-    PLAIN_ITEMS,
     add_loss,
     check_format,
     write_loss,
 )
 from stem_jax.checkpoints.item_handlers import item_handlers, save_args
+from stem_jax.checkpoints.items import ITEMS, PLAIN_ITEMS
 from stem_jax.checkpoints.made_arrays import MadeArray
 from stem_jax.checkpoints.older_formats import current_tree
 from stem_jax.checkpoints.params import (
@@ -41,33 +40,24 @@ from stem_jax.checkpoints.params import (
     saved_params,
     unplain,
 )
+from stem_jax.checkpoints.records import data_record, info_of, layout_record
+from stem_jax.checkpoints.table_saves import TableSaves
 from stem_jax.checkpoints.tables import (
     Stores,
-    copies_of_tables,
-    disks_of,
-    first_rows_of,
-    first_rows_record,
     made_items,
     needed_items,
+    restored_items,
     save_name,
-    saved_disks,
-    saved_stores,
     table_layouts,
     table_targets,
     tables_on_devices,
-    touched_record,
-    touched_rows_of,
 )
 from stem_jax.config import Config
 from stem_jax.config_file import config_from_json
-from stem_jax.data.special_tokens import SpecialTokens
 from stem_jax.errors import InputError
-from stem_jax.memory.catalogue import table_specs
 from stem_jax.processes.agreement import PREPARING_SECONDS, is_first, unanimous
 from stem_jax.tables.disk_store import DiskStore
 from stem_jax.tables.spec import TableState
-from stem_jax.tables.store_snapshot import StoreSnapshot
-from stem_jax.training.past_updates import PastUpdates
 from stem_jax.training.state import TrainState
 
 
@@ -75,10 +65,18 @@ class Checkpointer:
     """Reads and writes the checkpoints of one work folder. Close it, or use it as a context."""
 
     def __init__(
-        self, workdir: str | Path, *, keep: int = 2, read_only: bool = False, alone: bool = False
+        self,
+        workdir: str | Path,
+        *,
+        keep: int = 2,
+        full_every: int = 1,
+        read_only: bool = False,
+        alone: bool = False,
     ):
         """Args:
         keep: newest checkpoints to keep, beside the best.
+        full_every: of so many saves of a table at least one has all its rows; others have those
+            that changed since the save before. 0 or 1: every one has all.
         read_only: nothing is made or cleaned up.
         alone: this process acts by itself, in a folder that is there, and waits for no other one.
         """
@@ -90,12 +88,12 @@ class Checkpointer:
             )
         self.folder = Path(workdir).absolute() / FOLDER
         best = functools.partial(policies.BestN, get_metric_fn=lambda m: m[BEST], reverse=True)
+        some = [policies.LatestN(keep), best(n=1, keep_checkpoints_without_metrics=False)]
+        self._kept = KeptWithBases(policies.AnyPreservationPolicy(some), self.folder)
         options = ocp.CheckpointManagerOptions(
             create=not (read_only or alone),
             read_only=read_only,
-            preservation_policy=policies.AnyPreservationPolicy(
-                [policies.LatestN(keep), best(n=1, keep_checkpoints_without_metrics=False)]
-            ),
+            preservation_policy=self._kept,
             cleanup_tmp_directories=not read_only,
             temporary_path_class=listing(atomicity.AtomicRenameTemporaryPath),
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_loss),
@@ -104,7 +102,7 @@ class Checkpointer:
         self._manager = ocp.CheckpointManager(
             self.folder, options=options, handler_registry=item_handlers()
         )
-        self._snapshots: dict[str, StoreSnapshot] = {}
+        self._tables = TableSaves(self.folder, full_every)
         # Whether rows on disk may be of checkpoints that are gone.
         self._untidy = True
         # The step under way, and its validation loss.
@@ -121,7 +119,7 @@ class Checkpointer:
         try:
             self._manager.close()
         finally:
-            self._drop_snapshots()
+            self._tables.drop_snapshots()
 
     def wait(self) -> None:
         """Returns when every save so far is on disk.
@@ -132,9 +130,10 @@ class Checkpointer:
         try:
             self._manager.wait_until_finished()
         except OSError as error:
+            self._tables.failed()
             raise self._unwritable(error) from error
         finally:
-            self._drop_snapshots()
+            self._tables.drop_snapshots()
 
     def steps(self) -> list[int]:
         """Complete checkpoints, oldest first."""
@@ -167,17 +166,7 @@ class Checkpointer:
             InputError: the folder cannot be written.
         """
         items = {
-            "data": ocp.args.JsonSave(
-                {
-                    "step": info.step,
-                    "updates": info.updates,
-                    "bad_steps": info.bad_steps,
-                    **touched_record(info.touched_rows),
-                    **info.past.record(),
-                    **({"owes_validation": True} if info.owes_validation else {}),
-                    **info.data,
-                }
-            ),
+            "data": ocp.args.JsonSave(data_record(info)),
             "config": ocp.args.JsonSave(json.loads(info.config.to_json())),
         }
         metrics = None if eval_loss is None else {BEST: eval_loss}
@@ -193,32 +182,22 @@ class Checkpointer:
             self.tidy(stores)
             # Again, once this save is done.
             self._untidy = True
-            layout = {
-                "format": FORMAT_VERSION,
-                **table_layouts(info.config),
-                **first_rows_record(stores),
-                **saved_disks(stores, info.step),
-                "tokenizer": info.tokenizer,
-                "special_tokens": None if info.special is None else info.special.record(),
-            }
-            items["layout"] = ocp.args.JsonSave(layout)
-            in_memory = {n: s for n, s in stores.items() if not isinstance(s, DiskStore)}
-            for name, store in in_memory.items():
-                self._snapshots[name] = store.snapshot()
-            items |= saved_stores(in_memory, self._snapshots)
             items |= made_items(made or {})
             resident = {name: table for name, table in state.tables.items() if name not in stores}
-            # No snapshots to close: nobody writes to copies, which are gone once they are on disk.
-            copies = copies_of_tables(info.config, resident)
-            items |= saved_stores(copies, {n: store.snapshot() for n, store in copies.items()})
+            of_tables, bases = self._tables.begin(info, resident, stores)
+            items |= of_tables
+            self._kept.will_build(info.step, bases.values())
+            items["layout"] = ocp.args.JsonSave(layout_record(info, stores, bases))
             started = self._manager.save(
                 info.step, args=ocp.args.Composite(**items), metrics=metrics
             )
+            if started:
+                self._tables.started()
         except OSError as error:
             raise self._unwritable(error) from error
         finally:
             if not started:
-                self._drop_snapshots()
+                self._tables.drop_snapshots()
 
     def tidy(self, stores: Stores) -> bool:
         """Drops the rows on disk that no checkpoint needs; False while a save is under way."""
@@ -264,31 +243,15 @@ class Checkpointer:
         if missing:
             raise self._damaged(step, f"without {', '.join(missing)}")
         found = self._restore(step, {name: ocp.args.JsonRestore() for name in PLAIN_ITEMS})
-        layout, data = found["layout"], dict(found["data"])
-        config = self._config(step, found["config"])
-        memories = table_specs(config)
-        info = CheckpointInfo(
-            past=PastUpdates.taken_from(data),
-            owes_validation=data.pop("owes_validation", False),
-            step=data.pop("step"),
-            updates=data.pop("updates"),
-            bad_steps=data.pop("bad_steps"),
-            touched_rows=touched_rows_of(data, memories),
-            tokenizer=layout["tokenizer"],
-            special=self._special(step, layout.get("special_tokens")),
-            first_rows=first_rows_of(layout, memories),
-            disk=disks_of(layout, memories),
-            data=data,
-            config=config,
-            format=layout["format"],
-        )
-        needed = needed_items(config, info.disk)
+        where = f"checkpoint {folder}"
+        info = info_of(found["data"], found["layout"], self._config(step, found["config"]), where)
+        needed = needed_items(info.config, info.disk)
         if missing := [name for name in needed if not (folder / name).is_dir()]:
             raise self._damaged(step, f"without {', '.join(missing)}")
-        for name, value in table_layouts(config).items():
-            if layout.get(name) != value:
+        for name, value in table_layouts(info.config).items():
+            if (there := found["layout"].get(name)) != value:
                 raise InputError(
-                    f"checkpoint {folder} has {name} {layout.get(name)}, its configuration "
+                    f"checkpoint {folder} has {name} {there}, its configuration "
                     f"gives {value}; it was written by another version"
                 )
         return info
@@ -310,9 +273,11 @@ class Checkpointer:
         items = {
             "params": ocp.args.StandardRestore(params),
             "opt_state": ocp.args.StandardRestore(plain(opt_state)),
-            **targets,
+            **restored_items(targets, info),
         }
+        self._restore_bases(info, targets)
         found = self._restore(step, items)
+        self._tables.restored(info)
         tree = found["params"], unplain(found["opt_state"], opt_state)
         del found
         tree = current_tree(tree, info.format, info.config.model)
@@ -343,9 +308,31 @@ class Checkpointer:
         info = self.info(step)
         targets, passing = table_targets(info, abstract.tables, stores)
         items = {"params": ocp.args.StandardRestore(param_targets(abstract.params))}
-        found = self._restore(step, items | targets)
+        self._restore_bases(info, targets)
+        found = self._restore(step, items | restored_items(targets, info))
         params = current_tree(found["params"], info.format, info.config.model)
         return params, tables_on_devices(passing, abstract.tables)
+
+    def bases(self, info: CheckpointInfo) -> dict[int, list[str]]:
+        """The memories of whose tables a checkpoint needs others, by their steps, oldest first.
+
+        Raises:
+            InputError: see `info`.
+        """
+        found: dict[int, list[str]] = {}
+        for name in info.bases:
+            above = info
+            while (base := above.bases.get(name)) is not None:
+                found.setdefault(base.step, []).append(name)
+                above = self.info(base.step)
+        return dict(sorted(found.items()))
+
+    def _restore_bases(self, info: CheckpointInfo, stores: Stores) -> None:
+        """Reads what the tables of a checkpoint build on, before what changed since."""
+        for step, names in self.bases(info).items():
+            wanted = {name: stores[name] for name in names if name in stores}
+            if wanted:
+                self._restore(step, restored_items(wanted, self.info(step)))
 
     def _write_loss(self) -> None:
         """Called when the items of a step are written, before its files are listed."""
@@ -354,15 +341,6 @@ class Checkpointer:
         [folder] = [path for path in self.folder.glob(f"{step}.*") if path.is_dir()]
         if loss is not None:
             write_loss(folder, loss)
-
-    def _drop_snapshots(self) -> None:
-        for snapshot in self._snapshots.values():
-            snapshot.close()
-        self._snapshots.clear()
-
-    def _special(self, step: int, record: dict[str, Any] | None) -> SpecialTokens | None:
-        where = f"checkpoint {self.folder / str(step)}"
-        return None if record is None else SpecialTokens.from_record(record, where)
 
     def _config(self, step: int, raw: dict[str, Any]) -> Config:
         try:

@@ -4,7 +4,6 @@ What Orbax reads has no checksums of its own, and reading is too late: by then o
 for this one.
 """
 
-import contextlib
 import errno
 import json
 import os
@@ -14,11 +13,13 @@ from pathlib import Path
 
 import jax
 
+from stem_jax.checkpoints.chain import base_damage
 from stem_jax.checkpoints.file_list import LIST, change_list, difference
+from stem_jax.checkpoints.items import ITEMS, PLAIN_ITEMS, plain_item, table_items
 from stem_jax.config import MEMORY_SECTIONS
 from stem_jax.errors import InputError
-from stem_jax.files import read_json, write_whole
-from stem_jax.memory.memory import STEM, prefix
+from stem_jax.files import write_whole
+from stem_jax.memory.memory import STEM
 from stem_jax.processes.agreement import PREPARING_SECONDS, exchange, is_first, unanimous
 from stem_jax.tables import row_folder
 from stem_jax.tables.saved_disk import SavedDisk
@@ -28,12 +29,8 @@ FORMAT_VERSION = 4
 FORMATS = (2, 3, FORMAT_VERSION)
 # The metric that decides which checkpoint is the best.
 BEST = "eval/loss"
-PLAIN_ITEMS = ("data", "config", "layout")
-ITEMS = ("params", "opt_state", *PLAIN_ITEMS)
 FOLDER = "checkpoints"
 ASIDE = "damaged_checkpoints"
-# What Orbax calls the file of a plain item.
-_JSON = "metadata"
 
 
 def check_outside(path: str | Path, flag: str) -> None:
@@ -50,11 +47,6 @@ def check_outside(path: str | Path, flag: str) -> None:
             )
 
 
-def table_items(name: str) -> tuple[str, str]:
-    """The items of a memory's rows, and of what their optimizer keeps."""
-    return f"{prefix(name)}_rows", f"{prefix(name)}_{'slots' if name == STEM else 'moments'}"
-
-
 def damage(
     folder: Path,
     *,
@@ -69,13 +61,15 @@ def damage(
 
     Args:
         verify: compare checksums, too; of rows on disk, those of each row.
-        share: (process, processes) that look at it together, see `file_list.difference`.
+        share: (process, processes) that look at it together, see `file_list.difference`; also at
+            what its tables build on, see `chain`.
         wanted: whether a file, by its name within the checkpoint, is asked for.
         rows: look at rows on disk, too.
     """
     if not (folder / LIST).exists():
         return _missing_items(folder)
     found = difference(folder, wanted, verify=verify, share=share)
+    found = found or base_damage(folder, verify=verify, share=share)
     return found or (_damaged_rows(folder, verify, share) if rows else None)
 
 
@@ -85,7 +79,7 @@ def _damaged_rows(folder: Path, verify: bool, share: tuple[int, int]) -> str | N
     A process reads the rows that it wrote; process 0 looks at the sizes of all that it sees.
     """
     process, processes = share
-    layout = _plain(folder / "layout" / _JSON) or {}
+    layout = plain_item(folder, "layout") or {}
     for name, record in layout.items():
         if not name.endswith("_disk"):
             continue
@@ -153,7 +147,7 @@ def _refuse(folder: Path, reason: str | None, remedy: str) -> None:
 
 
 def _check_known_format(folder: Path) -> None:
-    layout = _plain(folder / "layout" / _JSON)
+    layout = plain_item(folder, "layout")
     if layout is not None and isinstance(layout.get("format"), int):
         check_format(folder, layout["format"])
 
@@ -219,7 +213,7 @@ def _set_aside(folder: Path, reason: str) -> None:
 
 def _missing_items(folder: Path) -> str | None:
     """Which items a checkpoint without a list lacks; None if none."""
-    config = _plain(folder / "config" / _JSON) or {}
+    config = plain_item(folder, "config") or {}
 
     def value_of(section: str, key: str):
         values = config.get(section)
@@ -235,14 +229,6 @@ def _missing_items(folder: Path) -> str | None:
     if len(missing) == len(ITEMS) == len(wanted):
         return f"without {LIST} and any item"
     return f"without {LIST} and {', '.join(missing)}" if missing else None
-
-
-def _plain(path: Path) -> dict | None:
-    """The object in a JSON file; None without such a file, or if it holds anything else."""
-    with contextlib.suppress(InputError):
-        found = read_json(path)
-        return found if isinstance(found, dict) else None
-    return None
 
 
 def _move(folder: Path, target: Path) -> None:

@@ -7,7 +7,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
 
 from stem_jax.checkpoints.checksums import listed
-from stem_jax.checkpoints.files import table_items
+from stem_jax.checkpoints.items import table_items
 from stem_jax.checkpoints.made_arrays import MadeArray, MadeArrayHandler
 from stem_jax.checkpoints.store_handler import StoreField, StoreFieldHandler
 from stem_jax.memory.catalogue import MEMORIES

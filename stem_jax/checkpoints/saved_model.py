@@ -17,7 +17,7 @@ import numpy as np
 import tensorstore as ts
 
 from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
-from stem_jax.checkpoints.files import table_items
+from stem_jax.checkpoints.items import table_items
 from stem_jax.checkpoints.loading import checkpoint_fingerprints, open_checkpoint
 from stem_jax.checkpoints.older_formats import current_array
 from stem_jax.checkpoints.tables import first_rows
@@ -31,6 +31,7 @@ from stem_jax.tables.host_block import HostBlock
 from stem_jax.tables.row_optimizer import RowOptimizer
 from stem_jax.tables.saved_disk import SavedTier
 from stem_jax.tables.spec import TableSpec, TableState, logical, stored
+from stem_jax.tables.store_snapshot import NUMBERS
 from stem_jax.training.blueprint import ModelDef
 from stem_jax.training.schedule import make_schedule
 
@@ -52,13 +53,14 @@ class SavedModel:
     """One checkpoint.
 
     folder: of the step. info: its plain part. tokenizer: that of its rows. edits: of the rows of
-    memories, by name.
+    memories, by name. bases: steps that the tables of memories build on, oldest first.
     """
 
     folder: Path
     info: CheckpointInfo
     tokenizer: Tokenizer
     edits: Mapping[str, RowEdits] = dataclasses.field(default_factory=dict)
+    bases: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def config(self) -> Config:
@@ -152,7 +154,7 @@ class SavedModel:
             if name in self.info.disk:
                 last_step = self._rows_on_disk(name, spec, part)["last_step"]
             else:
-                last_step = self._read(table_items(name)[1], "last_step", (part,))
+                last_step = self._read_rows(name, "last_step", (part,))
             found.append(spec.layout.key_numbers(first + np.flatnonzero(last_step > 0)))
         return np.sort(np.concatenate(found)).astype(np.int32)
 
@@ -169,11 +171,10 @@ class SavedModel:
             fields = self._rows_on_disk(name, spec, part)
         else:
             wanted = (part, slice(None), columns)
-            of_rows, of_moments = table_items(name)
-            fields = {"rows": self._read(of_rows, "rows", wanted)}
+            fields = {"rows": self._read_rows(name, "rows", wanted)}
             for field in spec.fields[1:] if catch_up else ():
                 own = wanted[: len(field.axes)]
-                fields[field.name] = self._read(of_moments, field.name, own)
+                fields[field.name] = self._read_rows(name, field.name, own)
         rows = fields["rows"]
         if catch_up is None:
             yield slice(0, len(rows)), rows.astype(np.float32)
@@ -221,13 +222,47 @@ class SavedModel:
         """Rows and columns of a piece: those of whole chunks, which are decompressed at once."""
         if name in self.info.disk:
             return max(1, _PIECE_BYTES // spec.row_bytes("rows")), spec.width
-        shape = self._open(table_items(name)[0], "rows").chunk_layout.read_chunk.shape
+        whole = self._table_folders(name)[0]
+        shape = self._open(table_items(name)[0], "rows", whole).chunk_layout.read_chunk.shape
         rows, _, columns = (int(size) for size in shape or () if size is not None)
         row_bytes = spec.row_bytes("rows") * columns // spec.width
         return rows * max(1, _PIECE_BYTES // (rows * row_bytes)), columns
 
-    def _open(self, item: str, name: str) -> ts.TensorStore:
-        store = {"driver": "ocdbt", "base": (self.folder / item).as_uri(), "path": f"{name}/"}
+    def _table_folders(self, name: str) -> list[Path]:
+        """The checkpoints that have a memory's table: the first all rows, others what changed."""
+        steps = self.bases.get(name, ())
+        return [*(self.folder.parent / str(step) for step in steps), self.folder]
+
+    def _read_rows(self, name: str, field: str, wanted: tuple[slice, ...]) -> np.ndarray:
+        """A part of a field of a memory's table."""
+        item = table_items(name)[field != "rows"]
+        whole, *changes = self._table_folders(name)
+        found = self._read(item, field, wanted, whole)
+        rows, *columns = wanted
+        for folder in changes:
+            numbers = self._numbers(name, folder)
+            places = np.flatnonzero((numbers >= rows.start) & (numbers < rows.stop))
+            if len(places):
+                # They ascend within each shard, so that little else lies between.
+                span = slice(int(places[0]), int(places[-1]) + 1)
+                changed = self._read(item, field, (span, *columns), folder)
+                found[numbers[places] - rows.start] = changed[places - span.start]
+        return found
+
+    def _numbers(self, name: str, folder: Path) -> np.ndarray:
+        """[n] int64, the rows whose changes a checkpoint has, by their places; -1: none."""
+        key = name, folder
+        if key not in self._numbers_read:
+            found = self._read(table_items(name)[0], NUMBERS, ..., folder)
+            self._numbers_read[key] = found.astype(np.int64) - 1
+        return self._numbers_read[key]
+
+    @functools.cached_property
+    def _numbers_read(self) -> dict[tuple[str, Path], np.ndarray]:
+        return {}
+
+    def _open(self, item: str, name: str, folder: Path) -> ts.TensorStore:
+        store = {"driver": "ocdbt", "base": (folder / item).as_uri(), "path": f"{name}/"}
         # Without a cache: every chunk is read once.
         context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
         spec = {"driver": "zarr", "kvstore": store}
@@ -236,8 +271,8 @@ class SavedModel:
         except ValueError as error:
             raise self._damaged(item, name, error) from error
 
-    def _read(self, item: str, name: str, part) -> np.ndarray:
-        source = self._open(item, name)
+    def _read(self, item: str, name: str, part, folder: Path | None = None) -> np.ndarray:
+        source = self._open(item, name, folder or self.folder)
         try:
             return source[part].read().result()
         except ValueError as error:
@@ -255,7 +290,12 @@ def open_saved_model(workdir: str | Path, step: int | None = None) -> SavedModel
     """Opens a checkpoint of a run; see `loading.open_checkpoint`, as for what is raised."""
     with open_checkpoint(workdir, step) as found:
         folder = found.checkpoints.folder / str(found.step)
-        return SavedModel(folder, found.info, found.tokenizer)
+        bases = found.checkpoints.bases(found.info)
+        of_memory = {
+            name: tuple(step for step, names in bases.items() if name in names)
+            for name in found.info.bases
+        }
+        return SavedModel(folder, found.info, found.tokenizer, bases=of_memory)
 
 
 def _called(name: str) -> str:

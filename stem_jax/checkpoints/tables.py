@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
-from stem_jax.checkpoints.files import table_items
+from stem_jax.checkpoints.items import table_items
 from stem_jax.checkpoints.made_arrays import MadeArray
 from stem_jax.checkpoints.store_handler import StoreField, few_rows_of, store_args
 from stem_jax.config import Config
@@ -54,8 +54,8 @@ def copies_of_tables(config: Config, tables: dict[str, TableState]) -> Stores:
 
 def table_targets(
     info: CheckpointInfo, tables: dict[str, TableState], stores: Stores | None
-) -> tuple[dict[str, Any], Stores]:
-    """Where the items of tables are restored to, and the stores that those without one pass.
+) -> tuple[Stores, Stores]:
+    """The stores that the items of tables are restored to, and those among them that only pass.
 
     Rows that a checkpoint has on disk are read now, into the stores that are in memory.
 
@@ -82,7 +82,7 @@ def table_targets(
             pour_saved(specs[name], info.disk[name], store)
         else:
             targets[name] = store
-    return _targets(targets, info.first_rows), passing
+    return targets, passing
 
 
 def stores_for(info: CheckpointInfo, specs: dict[str, TableSpec], mesh: Mesh) -> Stores:
@@ -171,7 +171,7 @@ def disks_of(record: dict[str, Any], names: Iterable[str]) -> dict[str, SavedDis
 
 def saved_stores(stores: Stores, snapshots: dict[str, StoreSnapshot]) -> dict[str, Any]:
     """The items of stores, as they were when the snapshots were taken."""
-    some = {name: store for name, store in stores.items() if store.first is not None}
+    some = {name: store for name, store in stores.items() if snapshots[name].some}
     rooms = _rooms(some, snapshots)
     items: dict[str, Any] = {}
     for name, store in stores.items():
@@ -192,12 +192,13 @@ def made_items(made: Mapping[str, Mapping[str, MadeArray]]) -> dict[str, Any]:
     return items
 
 
-def _targets(stores: Stores, first_rows: Container[str]) -> dict[str, Any]:
-    """Items to be restored into stores; of one without moments, its rows alone."""
+def restored_items(stores: Stores, info: CheckpointInfo) -> dict[str, Any]:
+    """Items of a checkpoint to be restored into stores; of one without moments, its rows alone."""
     items: dict[str, Any] = {}
     for name, store in stores.items():
         leaf = functools.partial(StoreField, store)
-        items |= _items(store, name, name in first_rows, leaf, store_args)
+        some = name in info.first_rows or name in info.bases
+        items |= _items(store, name, some, leaf, store_args)
     return items
 
 

@@ -122,7 +122,7 @@ class DiskStore(HostStore):
         files = (path for folder in folders for path in folder.glob("**/*") if path.is_file())
         return sum(path.stat().st_blocks * 512 for path in files)
 
-    def snapshot(self) -> StoreSnapshot:
+    def snapshot(self, since: int | None = None) -> StoreSnapshot:
         """Rows on disk are saved where they are."""
         raise RuntimeError("a store on disk has no snapshots; use save")
 

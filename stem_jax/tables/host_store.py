@@ -32,6 +32,7 @@ from stem_jax.tables.host_block import Arrays, HostBlock, local_blocks
 from stem_jax.tables.host_memory import available_host_bytes, check_host_memory
 from stem_jax.tables.kept_rows import KeptRows, reserved
 from stem_jax.tables.spec import (
+    LAST_STEP,
     Field,
     TableSpec,
     logical,
@@ -105,7 +106,7 @@ class HostStore:
         """A copy of a table of resident rows: of what this process saves, zeros elsewhere."""
         store = cls.zeros(spec, mesh)
         saved = [
-            {name: shards_on(table, block.devices[0])[name] for name in block.saves}
+            {n: shards_on(table, block.devices[0])[n] for n in store.fields if _copied(block, n)}
             for block in store.blocks
         ]
         for array in (array for shards in saved for array in shards.values()):
@@ -262,8 +263,12 @@ class HostStore:
         """Metrics of rows that are not in memory, since the last call; here there are none."""
         return {}
 
-    def snapshot(self) -> StoreSnapshot:
+    def snapshot(self, since: int | None = None) -> StoreSnapshot:
         """The store at this moment, for a save that runs while `write` goes on.
+
+        Args:
+            since: updates; of the rows that none after these had, nothing will be read. None: of
+                all rows that are kept.
 
         Raises:
             RuntimeError: the snapshot before is still open.
@@ -279,7 +284,9 @@ class HostStore:
             # A write that began without a snapshot keeps nothing for this one.
             self._changed.wait_for(lambda: not self._writes_under_way)
             self._snapshot = StoreSnapshot(
-                [block.used() for block in self.blocks], [block.saved for block in self.blocks]
+                [block.used() for block in self.blocks],
+                [block.saved for block in self.blocks],
+                None if since is None else [_updated_after(b, since) for b in self.blocks],
             )
             return self._snapshot
 
@@ -299,12 +306,23 @@ class HostStore:
                 self._changed.notify_all()
 
 
+def _copied(block: HostBlock, name: str) -> bool:
+    """Whether a field of a block is saved, or says which of its rows are."""
+    return name in block.saves or (name == LAST_STEP and bool(block.saves))
+
+
 def shards_on(arrays: DeviceArrays, device: jax.Device) -> DeviceArrays:
     """The shard of each array that a device of this process has."""
     return {
         name: next(shard.data for shard in array.addressable_shards if shard.device == device)
         for name, array in arrays.items()
     }
+
+
+def _updated_after(block: HostBlock, updates: int) -> np.ndarray:
+    """[n] int64, ascending: the places of rows that a later update had; of frozen ones, none."""
+    last_step = block.used().get(LAST_STEP, np.zeros(0, np.int32))
+    return np.flatnonzero(last_step > updates)
 
 
 def _fields(spec: TableSpec, moments: bool) -> tuple[Field, ...]:

@@ -25,6 +25,8 @@ from stem_jax.tables.layout import TableLayout
 FROZEN = "frozen"
 # What row optimizers keep of a row.
 ADAMW, ROWWISE = "adamw", "rowwise"
+# The field of the update that a row had last.
+LAST_STEP = "last_step"
 # Of a field that a table does not have.
 _NONE: Any = None
 
@@ -138,7 +140,7 @@ class TableSpec:
         rows = Field("rows", self.row_format)
         if self.optimizer == FROZEN:
             return (rows,)
-        last_step = Field("last_step", "int32", "R")
+        last_step = Field(LAST_STEP, "int32", "R")
         if self.moments == ROWWISE:
             return rows, Field("v", "float32", "RS"), last_step
         return rows, Field("mu", self.row_format), Field("nu", self.row_format), last_step

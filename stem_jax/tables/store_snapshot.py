@@ -6,12 +6,15 @@ keeps its old values aside; the reader copies a piece and then patches it with w
     pieces of a field      0         1         2         3
     reader                 done      done      <- next
     write of a row in      nothing   nothing   old values are kept, once, until the piece is read
+
+A snapshot of some rows has pieces of these alone; writes to others are none of its business.
 """
 
 import dataclasses
 import math
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -51,28 +54,48 @@ def kept_bytes(store_bytes: int) -> int:
 
 @dataclasses.dataclass
 class _Track:
-    """One array of one block: how far it has been read, and the old rows kept for the rest."""
+    """One array of one block: how far it has been read, and the old rows kept for the rest.
+
+    chosen: [n] int64, ascending: the places that are read, which is then all there is; None: all.
+    """
 
     array: np.ndarray
+    chosen: np.ndarray | None
     piece_rows: int
     next_piece: int = 0
-    # By piece, then by row: the place on the shelf, and the old values.
+    # By piece, then by row, as they are counted: the place on the shelf, and the old values.
     kept: dict[int, dict[int, tuple[int | None, np.ndarray]]] = dataclasses.field(
         default_factory=dict
     )
 
     @property
     def num_pieces(self) -> int:
-        return -(-len(self.array) // self.piece_rows)
+        return -(-len(self.array if self.chosen is None else self.chosen) // self.piece_rows)
 
-    def endangered(self, rows: np.ndarray) -> Iterator[tuple[int, int]]:
-        """(piece, row) of those rows whose old values are needed and not yet kept."""
+    def endangered(self, places: np.ndarray) -> Iterator[tuple[int, int]]:
+        """(piece, row) of those places whose old values are needed and not yet kept."""
+        if self.chosen is None:
+            # What came later than the snapshot lies past the end.
+            rows = places[places < len(self.array)]
+        else:
+            rows = np.searchsorted(self.chosen, places)
+            inside = np.flatnonzero(rows < len(self.chosen))
+            rows = rows[inside[self.chosen[rows[inside]] == places[inside]]]
         pieces = rows // self.piece_rows
-        # What came later than the snapshot lies past the end.
-        unread = (pieces >= self.next_piece) & (rows < len(self.array))
+        unread = pieces >= self.next_piece
         for piece, row in zip(pieces[unread].tolist(), rows[unread].tolist()):
             if row not in self.kept.get(piece, ()):
                 yield piece, row
+
+    def now(self, row: int) -> np.ndarray:
+        """A row as it is."""
+        return self.array[row if self.chosen is None else self.chosen[row]]
+
+    def copy(self, first: int) -> np.ndarray:
+        """A piece as it is."""
+        part = slice(first, first + self.piece_rows)
+        # By places, it is a copy already.
+        return self.array[part].copy() if self.chosen is None else self.array[self.chosen[part]]
 
 
 class _Shelf:
@@ -106,27 +129,39 @@ class StoreSnapshot:
     Close it when it is no longer wanted, in case of an error too: until then writes keep old rows.
     """
 
-    def __init__(self, arrays: list[dict[str, np.ndarray]], to_read: list[frozenset[str]]):
+    def __init__(
+        self,
+        arrays: list[dict[str, np.ndarray]],
+        to_read: list[frozenset[str]],
+        chosen: list[np.ndarray] | None = None,
+    ):
         """
         Args:
             arrays: of each block, by field; with `NUMBERS`, of rows that do not change places.
             to_read: of each block, the fields that will be read.
+            chosen: of each block, places [n] int64, ascending, of the rows that will be; None: all.
         """
+        # Of what a checkpoint has then: rows beside their numbers.
+        self.some = chosen is not None or NUMBERS in arrays[0]
+        places: list[Any] = [None] * len(arrays) if chosen is None else chosen
         self._tracks = [
             {
-                name: _track(block[name], _chunk(block, name))
+                name: _track(block[name], of_block, self._chunk(block, name))
                 for name in block
                 if name in names and name != NUMBERS
             }
-            for block, names in zip(arrays, to_read, strict=True)
+            for block, names, of_block in zip(arrays, to_read, places, strict=True)
         ]
         # They never change, so no piece of them is kept, nor read but once.
         self._numbers = [
-            block.get(NUMBERS) if NUMBERS in names else None
-            for block, names in zip(arrays, to_read, strict=True)
+            _numbers(block, of_block) if NUMBERS in names else None
+            for block, names, of_block in zip(arrays, to_read, places, strict=True)
         ]
         # Rows of the fullest block.
-        self.count = max(len(block["rows"]) for block in arrays)
+        self.count = max(
+            len(block["rows"] if of_block is None else of_block)
+            for block, of_block in zip(arrays, places, strict=True)
+        )
         self._unread = {name for block in self._tracks for name in block}
         self._changed = threading.Condition()
         total = sum(array.nbytes for block in arrays for array in block.values())
@@ -150,6 +185,11 @@ class StoreSnapshot:
         if track is not None:
             for piece in range(track.num_pieces):
                 yield self._read(track, piece)
+
+    def _chunk(self, block: dict[str, np.ndarray], name: str) -> int:
+        if self.some:
+            return few_chunk_rows(max(map(_row_bytes, block.values())))
+        return chunk_rows(len(block[name]), _row_bytes(block[name]))
 
     @property
     def _shelf(self) -> "_Shelf":
@@ -193,14 +233,14 @@ class StoreSnapshot:
                     break
                 self._stalled = not self._changed.wait(_PATIENCE_SECONDS)
             for track, piece, row in new:
-                track.kept.setdefault(piece, {})[row] = self._shelf.put(track.array[row])
+                track.kept.setdefault(piece, {})[row] = self._shelf.put(track.now(row))
 
     def _read(self, track: _Track, piece: int) -> tuple[int, np.ndarray]:
         with self._changed:
             if self.closed or piece != track.next_piece:
                 raise RuntimeError(f"piece {piece} of a snapshot was asked for after its end")
             first = piece * track.piece_rows
-            rows = track.array[first : first + track.piece_rows].copy()
+            rows = track.copy(first)
             # A write may be under way in these rows: what it tears is patched.
             kept = track.kept.pop(piece, {})
             for row, (_, old) in kept.items():
@@ -212,14 +252,15 @@ class StoreSnapshot:
         return first, rows
 
 
-def _track(array: np.ndarray, chunk: int) -> _Track:
-    return _Track(array, chunk * max(1, _PIECE_BYTES // (chunk * _row_bytes(array))))
+def _track(array: np.ndarray, chosen: np.ndarray | None, chunk: int) -> _Track:
+    return _Track(array, chosen, chunk * max(1, _PIECE_BYTES // (chunk * _row_bytes(array))))
 
 
-def _chunk(block: dict[str, np.ndarray], name: str) -> int:
-    if NUMBERS in block:
-        return few_chunk_rows(max(map(_row_bytes, block.values())))
-    return chunk_rows(len(block[name]), _row_bytes(block[name]))
+def _numbers(block: dict[str, np.ndarray], chosen: np.ndarray | None) -> np.ndarray | None:
+    numbers = block.get(NUMBERS)
+    if chosen is None:
+        return numbers
+    return chosen.astype(np.int32) if numbers is None else numbers[chosen]
 
 
 def _row_bytes(array: np.ndarray) -> int:
