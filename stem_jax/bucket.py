@@ -216,6 +216,20 @@ def remove_folder(folder: Place, first: str | None = None) -> None:
         remove_object(folder / name)
 
 
+def move_folder(folder: Place, target: Place, whole: str) -> None:
+    """Moves all objects below a folder, by the store itself; what is there at the target goes.
+
+    whole: the one that makes the folder whole. Until all others are at the target it stays.
+    """
+    scheme, _, _ = bucket_of(folder)
+    remove_folder(target, whole)
+    names = list_objects(folder)
+    with bucket_errors(folder):
+        for name in sorted(names, key=lambda name: name == whole):
+            _client(scheme).cp_file(os.fspath(folder / name), os.fspath(target / name))
+    remove_folder(folder, whole)
+
+
 def stored_size(path: Place) -> int:
     """Bytes of a file or an object."""
     if not is_remote(path):

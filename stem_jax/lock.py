@@ -54,7 +54,7 @@ class Lock:
         self._file = _new_file(self._record)
         try:
             locked = _try_lock(self._file, fcntl.LOCK_EX) is not None
-            facts = _this_machine() | {"pid": self._pid, "since": _started(self._pid)}
+            facts = facts_of_process()
             os.write(self._file, (json.dumps(facts | {"locked": locked}) + "\n").encode())
         except BaseException:
             self.release()
@@ -246,8 +246,8 @@ class _Record:
                 return True
             if free:
                 return False
-        if all(facts[name] == value for name, value in _this_machine().items()):
-            return _runs(facts["pid"], facts["since"])
+        if (here := runs_here(facts)) is not None:
+            return here
         # One who has the lock of the file system, which there is none of here, renews no record.
         return True if locked else None
 
@@ -314,6 +314,19 @@ def _remove_if_empty(folder: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
             raise
+
+
+def facts_of_process() -> dict[str, Any]:
+    """What tells this process from every other one, as a record of a lock says it."""
+    pid = os.getpid()
+    return _this_machine() | {"pid": pid, "since": _started(pid)}
+
+
+def runs_here(facts: dict[str, Any]) -> bool | None:
+    """Whether the process of such facts lives; None if it is not one of this machine."""
+    if any(facts.get(name) != value for name, value in _this_machine().items()):
+        return None
+    return _runs(facts["pid"], facts["since"])
 
 
 def _this_machine() -> dict[str, str]:

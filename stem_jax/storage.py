@@ -51,8 +51,8 @@ def place(text: str | Place, flag: str) -> Place:
     if (text != form or slashes != "//") and text != f"{scheme}://":
         example = form if rest.strip("/") else f"{scheme}://BUCKET/FOLDER"
         raise InputError(
-            f"{flag}={text} is not how an address is written; give {example}, or ./{text} for a "
-            "path by that name"
+            f"{flag}={text} is an address, which is written {example}; give that, or ./{text} for "
+            "a path by that name"
         )
     if not rest.split("/")[0]:
         raise InputError(f"{flag}={text} names no bucket; give {scheme}://BUCKET/FOLDER")

@@ -19,6 +19,8 @@ LEVELS = [
         "background",
         "bucket",
         "bucket_errors",
+        "bucket_lock",
+        "local_copy",
         "byte_order_mark",
         "files",
         "json_fields",

@@ -68,7 +68,7 @@ def test_an_address_of_a_bucket_is_a_place(text, parts):
 def test_an_address_in_another_form_is_told_the_right_one(text, form):
     with pytest.raises(InputError) as refused:
         place(text, "--workdir")
-    expected = f"--workdir={text} is not how an address is written; give {form}, or ./{text} for a"
+    expected = f"--workdir={text} is an address, which is written {form}; give that, or ./{text} "
     assert str(refused.value).startswith(expected)
 
 

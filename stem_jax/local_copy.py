@@ -1,0 +1,232 @@
+"""What a run folder in a bucket has on this machine: everything but its checkpoints.
+
+Objects cannot be appended to. So whatever a run appends or writes often is written into a folder of
+this machine, which begins with what the bucket has, and the bucket gets whole files: those that
+changed since, at every save, at the end, and every few seconds between. Checkpoints are written and
+read in the bucket itself, see `checkpoints_of`.
+
+A file `.copy.json` in the folder says whose copy it is, and which version of each object it has.
+"""
+
+import contextlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from stem_jax.bucket import download, list_objects, read_object, remove_object, upload
+from stem_jax.compilation_cache import cache_home
+from stem_jax.errors import InputError
+from stem_jax.files import write_whole
+from stem_jax.storage import Place, bucket_of, is_remote, place
+
+CHECKPOINTS = "checkpoints"
+# Where copies lie; without it in the user's cache.
+VARIABLE = "STEM_JAX_COPIES"
+_RECORD = ".copy.json"
+# Not of the copy: what Orbax writes, what was moved away from there, and the lock.
+_APART = (f"{CHECKPOINTS}/", "damaged_checkpoints/", ".lock")
+
+
+class LocalCopy:
+    """A folder of this machine with the files of one in a bucket.
+
+    address: of the folder in the bucket. folder: of this machine.
+    """
+
+    def __init__(self, address: Place, folder: Path):
+        """Makes the folder, empty, if there is none."""
+        self.address = address
+        self.folder = folder
+        self._lock = threading.Lock()
+        folder.mkdir(parents=True, exist_ok=True)
+        record = _record(folder)
+        # Of each file: the version in the bucket, and size and time here, as they last agreed.
+        self._files: dict[str, list] = record.get("files", {}) if record else {}
+        self._save()
+
+    def fetch(self) -> None:
+        """Brings what the bucket has and this folder has not.
+
+        A file that was written here since, and by nobody in the bucket, stays; one that the bucket
+        had and has no more goes.
+
+        Raises:
+            InputError: see `bucket_errors`, as `upload` does.
+        """
+        with self._lock:
+            found = {
+                name: stored.version
+                for name, stored in list_objects(self.address).items()
+                if not name.startswith(_APART)
+            }
+            for name, version in found.items():
+                path = self.folder / name
+                if name in self._files and self._files[name][0] == version and path.exists():
+                    continue
+                download(self.address / name, path)
+                self._files[name] = [version, *_state(path)]
+            for name in set(self._files) - set(found):
+                # A listing may lack what was just written.
+                if read_object(self.address / name) is not None:
+                    continue
+                (self.folder / name).unlink(missing_ok=True)
+                del self._files[name]
+            self._save()
+
+    def upload(self) -> None:
+        """Writes the files that changed here to the bucket; what is gone here goes there, too."""
+        with self._lock:
+            changed = []
+            for path in sorted(_files(self.folder)):
+                name = path.relative_to(self.folder).as_posix()
+                try:
+                    # Before it is read: what is appended meanwhile counts as a change.
+                    state = _state(path)
+                    if name in self._files and self._files[name][1:] == state:
+                        continue
+                    upload(path, self.address / name)
+                except FileNotFoundError:
+                    # A temporary file that has its name by now.
+                    continue
+                self._files[name] = ["", *state]
+                changed.append(name)
+            for name in [name for name in self._files if not (self.folder / name).exists()]:
+                remove_object(self.address / name)
+                del self._files[name]
+            if changed:
+                # One listing tells the versions of all.
+                listed = list_objects(self.address)
+                for name in changed:
+                    if name in listed:
+                        self._files[name][0] = listed[name].version
+                self._save()
+
+    def _save(self) -> None:
+        record = {"address": str(self.address), "files": self._files}
+        write_whole(self.folder / _RECORD, json.dumps(record, indent=0) + "\n")
+
+
+@contextlib.contextmanager
+def uploading(
+    copy: LocalCopy, every: float | None, on_error: Callable[[InputError], None]
+) -> Iterator[None]:
+    """Uploads what changed every so many seconds, on a thread, and at the end in any case.
+
+    Args:
+        every: seconds; None for at the end alone.
+        on_error: takes what an upload between is refused for; the next one may go better.
+
+    Raises:
+        InputError: what is refused at the end, if nothing else is under way.
+    """
+    done = threading.Event()
+
+    def repeat() -> None:
+        while not done.wait(every):
+            try:
+                copy.upload()
+            except InputError as error:
+                on_error(error)
+
+    thread = threading.Thread(target=repeat, name="upload", daemon=True)
+    if every is not None:
+        thread.start()
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        done.set()
+        if thread.is_alive():
+            thread.join()
+        try:
+            copy.upload()
+        except InputError as error:
+            # The first failure is what is said.
+            if not failed:
+                raise
+            on_error(error)
+
+
+def copy_folder(address: Place, use: str) -> Path:
+    """Where a copy of a folder in a bucket lies.
+
+    use: "reading", or the process that writes; no two of them have one copy.
+    """
+    scheme, bucket, key = bucket_of(address)
+    home = os.environ.get(VARIABLE)
+    root = Path(home).expanduser() if home else cache_home() / "stem_jax" / "copies"
+    return root.absolute() / use / scheme / bucket / (key or "_")
+
+
+def address_of(folder: str | Path) -> Place:
+    """Where a folder is that a run was given: itself, or what it is the copy of."""
+    record = None if is_remote(folder) else _record(Path(folder))
+    return Path(folder) if record is None else place(record["address"], "--workdir")
+
+
+def checkpoints_of(folder: str | Path) -> Place:
+    """The folder of a run's checkpoints, which a run in a bucket has there."""
+    address = address_of(folder)
+    return (address if is_remote(address) else address.absolute()) / CHECKPOINTS
+
+
+@contextlib.contextmanager
+def naming(address: Place, flag: str) -> Iterator[None]:
+    """Puts the flag that named a folder of a bucket before what that is refused for."""
+    try:
+        yield
+    except InputError as error:
+        where, _, reason = str(error).partition(": ")
+        if not where.startswith(str(address)):
+            raise
+        raise InputError(f"{flag}={address}: {reason}") from error
+
+
+_read: list[LocalCopy] = []
+
+
+def opened(text: str | Path, flag: str) -> Path:
+    """The folder of a run for reading: a path, or this machine's copy of one in a bucket, up to
+    date. What a program writes there goes to the bucket by `upload_written`.
+
+    Raises:
+        InputError: see `place` and `bucket_errors`; no run is there.
+    """
+    found = place(text, flag)
+    if not is_remote(found):
+        return Path(found)
+    with naming(found, flag):
+        copy = LocalCopy(found, copy_folder(found, "reading"))
+        copy.fetch()
+        if not list_objects(found / CHECKPOINTS):
+            raise InputError(f"{found}: it has no checkpoint; give the folder of a training run")
+    _read.append(copy)
+    return copy.folder
+
+
+def upload_written() -> None:
+    """Uploads what this program wrote into the folders that it opened."""
+    while _read:
+        _read.pop().upload()
+
+
+def _record(folder: Path) -> dict | None:
+    try:
+        return json.loads((folder / _RECORD).read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All but hidden ones, such as what is being made."""
+    for where, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(where, name) for name in names if not name.startswith("."))
+
+
+def _state(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]

@@ -1,0 +1,88 @@
+"""The lock of a folder in a bucket: one holder, told by the store's clock whether it lives."""
+
+import json
+import threading
+import time
+
+import pytest
+
+from stem_jax import bucket as objects
+from stem_jax import bucket_lock
+from stem_jax.bucket_lock import BucketLock
+from stem_jax.lock import facts_of_process
+
+
+@pytest.fixture
+def path(bucket):
+    return bucket.path / "run" / ".lock"
+
+
+def _held_elsewhere(path, **facts) -> None:
+    """By a process of another host."""
+    record = facts_of_process() | {"host": "other", "boot": "x", "token": "t", "pid": 7} | facts
+    objects.put(path, (json.dumps(record) + "\n").encode())
+
+
+def test_one_has_it_until_it_gives_it_back(path):
+    with BucketLock.take(path) as lock:
+        assert BucketLock.take(path) is None
+        assert lock.lost_to() is None
+        assert BucketLock.holder(path).startswith("process ")
+    assert objects.read_object(path) is None
+    again = BucketLock.take(path)
+    assert again is not None
+    again.release()
+
+
+def test_that_of_a_dead_process_of_this_machine_is_taken_at_once(path):
+    objects.put(path, json.dumps(facts_of_process() | {"since": "0"}).encode())
+    began = time.monotonic()
+    lock = BucketLock.take(path)
+    assert lock is not None and time.monotonic() - began < 5
+    lock.release()
+
+
+def test_one_that_renews_it_is_alive(path, monkeypatch):
+    _held_elsewhere(path)
+    monkeypatch.setattr(bucket_lock, "_POLL_SECONDS", 0.1)
+    renewed = threading.Timer(0.3, _held_elsewhere, [path], {"renewed": 1})
+    renewed.start()
+    assert BucketLock.take(path) is None
+    renewed.join()
+    assert BucketLock.holder(path) == "process 7 on host other"
+
+
+def test_one_that_does_not_is_void_by_the_clock_of_the_store(path, monkeypatch):
+    _held_elsewhere(path)
+    monkeypatch.setattr(bucket_lock, "VOID_SECONDS", 2)
+    monkeypatch.setattr(bucket_lock, "_POLL_SECONDS", 0.1)
+    # A host whose clock is a day ahead does not take it any sooner.
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 86400)
+    began = time.monotonic()
+    lock = BucketLock.take(path)
+    assert lock is not None and time.monotonic() - began >= 0.9
+    lock.release()
+
+
+def test_it_is_renewed(path, monkeypatch):
+    monkeypatch.setattr(bucket_lock, "RENEW_SECONDS", 0.1)
+    lock = BucketLock.take(path)
+    time.sleep(1.5)
+    assert objects.read_object(path).age < 1.5
+    lock.release()
+
+
+def test_who_could_not_renew_it_learns_who_took_it(path):
+    lock = BucketLock.take(path)
+    _held_elsewhere(path)
+    assert lock.lost_to() == "process 7 on host other"
+    lock.release()
+    assert objects.read_object(path) is not None
+
+
+def test_one_whose_object_was_removed_writes_it_again(path):
+    lock = BucketLock.take(path)
+    objects.remove_object(path)
+    assert lock.lost_to() is None and objects.read_object(path) is not None
+    lock.release()
