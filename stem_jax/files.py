@@ -79,9 +79,10 @@ def read_json(
     """
     where = f"{what}{'' if what.endswith('=') or not what else ' '}{path}"
     try:
-        source = Path(path).read_bytes()
+        # An address of a bucket is none of pathlib's.
+        source = (Path(path) if isinstance(path, str) else path).read_bytes()
     except OSError as error:
-        raise InputError(f"{where} cannot be read ({error.strerror}); {remedy}") from error
+        raise InputError(f"{where} cannot be read ({error.strerror or error}); {remedy}") from error
     return parse_json(source, where, remedy, constants=constants)
 
 

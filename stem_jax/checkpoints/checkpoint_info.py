@@ -1,12 +1,16 @@
 """The plain part of a checkpoint."""
 
 import dataclasses
+import json
 from typing import Any
 
 from stem_jax.checkpoints.chain import Base
 from stem_jax.checkpoints.files import FORMAT_VERSION
 from stem_jax.config import Config
+from stem_jax.config_file import config_from_json
 from stem_jax.data.special_tokens import SpecialTokens
+from stem_jax.errors import InputError
+from stem_jax.storage import Place
 from stem_jax.tables.first_rows import FirstRows
 from stem_jax.tables.saved_disk import SavedDisk
 from stem_jax.training.past_updates import NO_PAST, PastUpdates
@@ -40,3 +44,18 @@ class CheckpointInfo:
     disk: dict[str, SavedDisk] = dataclasses.field(default_factory=dict)
     bases: dict[str, Base] = dataclasses.field(default_factory=dict)
     format: int = FORMAT_VERSION
+
+
+def saved_config(checkpoint: Place, raw: dict[str, Any]) -> Config:
+    """The configuration as a checkpoint has it.
+
+    Raises:
+        InputError: it has other keys.
+    """
+    try:
+        return config_from_json(json.dumps(raw))
+    except InputError as error:
+        raise InputError(
+            f"checkpoint {checkpoint} was written by another version of stem_jax, with other "
+            f"configuration keys ({error}); use that version"
+        ) from error

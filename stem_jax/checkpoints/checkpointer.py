@@ -9,7 +9,7 @@ restores on any mesh; a step folder appears under its final name only when it is
 import functools
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
-from orbax.checkpoint.path import atomicity
 
 from stem_jax.checkpoints.chain import KeptWithBases
-from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
+from stem_jax.checkpoints.checkpoint_info import CheckpointInfo, saved_config
 from stem_jax.checkpoints.file_list import listing
 from stem_jax.checkpoints.files import (
     BEST,
-    FOLDER,
     add_loss,
     check_format,
     write_loss,
@@ -33,6 +31,7 @@ from stem_jax.checkpoints.item_handlers import item_handlers, save_args
 from stem_jax.checkpoints.items import ITEMS, PLAIN_ITEMS
 from stem_jax.checkpoints.made_arrays import MadeArray
 from stem_jax.checkpoints.older_formats import current_tree
+from stem_jax.checkpoints.orbax_buckets import path_class_of
 from stem_jax.checkpoints.params import (
     param_targets,
     plain,
@@ -41,6 +40,7 @@ from stem_jax.checkpoints.params import (
     unplain,
 )
 from stem_jax.checkpoints.records import data_record, info_of, layout_record
+from stem_jax.checkpoints.refusals import damaged, unreadable, writing
 from stem_jax.checkpoints.table_saves import TableSaves
 from stem_jax.checkpoints.tables import (
     Stores,
@@ -52,10 +52,10 @@ from stem_jax.checkpoints.tables import (
     table_targets,
     tables_on_devices,
 )
-from stem_jax.config import Config
-from stem_jax.config_file import config_from_json
 from stem_jax.errors import InputError
+from stem_jax.local_copy import checkpoints_of
 from stem_jax.processes.agreement import PREPARING_SECONDS, is_first, unanimous
+from stem_jax.storage import is_remote
 from stem_jax.tables.disk_store import DiskStore
 from stem_jax.tables.spec import TableState
 from stem_jax.training.state import TrainState
@@ -72,13 +72,17 @@ class Checkpointer:
         full_every: int = 1,
         read_only: bool = False,
         alone: bool = False,
+        before_commit: Callable[[], None] = lambda: None,
     ):
         """Args:
+        workdir: of this machine; of a copy of one in a bucket, the checkpoints are there.
         keep: newest checkpoints to keep, beside the best.
         full_every: of so many saves of a table at least one has all its rows; others have those
             that changed since the save before. 0 or 1: every one has all.
         read_only: nothing is made or cleaned up.
         alone: this process acts by itself, in a folder that is there, and waits for no other one.
+        before_commit: called, on a thread, when all files of a save are written and before it
+            counts; what it raises, the save does.
         """
         processes = ocp.options.MultiprocessingOptions()
         if alone:
@@ -86,7 +90,8 @@ class Checkpointer:
             processes = ocp.options.MultiprocessingOptions(
                 primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}"
             )
-        self.folder = Path(workdir).absolute() / FOLDER
+        self.folder = checkpoints_of(workdir)
+        self._before_commit = before_commit
         best = functools.partial(policies.BestN, get_metric_fn=lambda m: m[BEST], reverse=True)
         some = [policies.LatestN(keep), best(n=1, keep_checkpoints_without_metrics=False)]
         self._kept = KeptWithBases(policies.AnyPreservationPolicy(some), self.folder)
@@ -95,13 +100,14 @@ class Checkpointer:
             read_only=read_only,
             preservation_policy=self._kept,
             cleanup_tmp_directories=not read_only,
-            temporary_path_class=listing(atomicity.AtomicRenameTemporaryPath),
+            temporary_path_class=listing(path_class_of(self.folder)),
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_loss),
             multiprocessing_options=processes,
         )
-        self._manager = ocp.CheckpointManager(
-            self.folder, options=options, handler_registry=item_handlers()
-        )
+        with writing(self.folder):
+            self._manager = ocp.CheckpointManager(
+                self.folder, options=options, handler_registry=item_handlers()
+            )
         self._tables = TableSaves(self.folder, full_every)
         # Whether rows on disk may be of checkpoints that are gone.
         self._untidy = True
@@ -117,7 +123,8 @@ class Checkpointer:
     def close(self) -> None:
         """Waits for saves under way and releases the threads."""
         try:
-            self._manager.close()
+            with writing(self.folder):
+                self._manager.close()
         finally:
             self._tables.drop_snapshots()
 
@@ -128,10 +135,11 @@ class Checkpointer:
             InputError: the folder cannot be written.
         """
         try:
-            self._manager.wait_until_finished()
-        except OSError as error:
+            with writing(self.folder):
+                self._manager.wait_until_finished()
+        except InputError:
             self._tables.failed()
-            raise self._unwritable(error) from error
+            raise
         finally:
             self._tables.drop_snapshots()
 
@@ -172,29 +180,30 @@ class Checkpointer:
         metrics = None if eval_loss is None else {BEST: eval_loss}
         started = False
         try:
-            # The save before must be done with its snapshot and step; Orbax would wait anyway.
-            self.wait()
-            self._saving = (info.step, eval_loss)
-            params, opt_state = saved_params((state.params, state.opt_state))
-            items["params"] = save_args(params)
-            items["opt_state"] = save_args(plain(opt_state))
-            stores = stores or {}
-            self.tidy(stores)
-            # Again, once this save is done.
-            self._untidy = True
-            items |= made_items(made or {})
-            resident = {name: table for name, table in state.tables.items() if name not in stores}
-            of_tables, bases = self._tables.begin(info, resident, stores)
-            items |= of_tables
-            self._kept.will_build(info.step, bases.values())
-            items["layout"] = ocp.args.JsonSave(layout_record(info, stores, bases))
-            started = self._manager.save(
-                info.step, args=ocp.args.Composite(**items), metrics=metrics
-            )
-            if started:
-                self._tables.started()
-        except OSError as error:
-            raise self._unwritable(error) from error
+            with writing(self.folder):
+                # The save before must be done with its snapshot and step; Orbax would wait anyway.
+                self.wait()
+                self._saving = (info.step, eval_loss)
+                params, opt_state = saved_params((state.params, state.opt_state))
+                items["params"] = save_args(params)
+                items["opt_state"] = save_args(plain(opt_state))
+                stores = stores or {}
+                self.tidy(stores)
+                # Again, once this save is done.
+                self._untidy = True
+                items |= made_items(made or {})
+                resident = {
+                    name: table for name, table in state.tables.items() if name not in stores
+                }
+                of_tables, bases = self._tables.begin(info, resident, stores)
+                items |= of_tables
+                self._kept.will_build(info.step, bases.values())
+                items["layout"] = ocp.args.JsonSave(layout_record(info, stores, bases))
+                started = self._manager.save(
+                    info.step, args=ocp.args.Composite(**items), metrics=metrics
+                )
+                if started:
+                    self._tables.started()
         finally:
             if not started:
                 self._tables.drop_snapshots()
@@ -241,13 +250,13 @@ class Checkpointer:
             found = self._restore(step, {"layout": ocp.args.JsonRestore()})
             check_format(folder, found["layout"]["format"])
         if missing:
-            raise self._damaged(step, f"without {', '.join(missing)}")
+            raise damaged(folder, f"without {', '.join(missing)}")
         found = self._restore(step, {name: ocp.args.JsonRestore() for name in PLAIN_ITEMS})
         where = f"checkpoint {folder}"
-        info = info_of(found["data"], found["layout"], self._config(step, found["config"]), where)
+        info = info_of(found["data"], found["layout"], saved_config(folder, found["config"]), where)
         needed = needed_items(info.config, info.disk)
         if missing := [name for name in needed if not (folder / name).is_dir()]:
-            raise self._damaged(step, f"without {', '.join(missing)}")
+            raise damaged(folder, f"without {', '.join(missing)}")
         for name, value in table_layouts(info.config).items():
             if (there := found["layout"].get(name)) != value:
                 raise InputError(
@@ -338,18 +347,12 @@ class Checkpointer:
         """Called when the items of a step are written, before its files are listed."""
         assert self._saving is not None
         step, loss = self._saving
-        [folder] = [path for path in self.folder.glob(f"{step}.*") if path.is_dir()]
+        folder = self.folder / str(step)
+        if not is_remote(folder):
+            [folder] = [path for path in self.folder.glob(f"{step}.*") if path.is_dir()]
         if loss is not None:
             write_loss(folder, loss)
-
-    def _config(self, step: int, raw: dict[str, Any]) -> Config:
-        try:
-            return config_from_json(json.dumps(raw))
-        except InputError as error:
-            raise InputError(
-                f"checkpoint {self.folder / str(step)} was written by another version of stem_jax, "
-                f"with other configuration keys ({error}); use that version"
-            ) from error
+        self._before_commit()
 
     def _restore(self, step: int, items: dict[str, Any]):
         try:
@@ -358,21 +361,7 @@ class Checkpointer:
                 warnings.simplefilter("ignore")
                 return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:
-            # Where a value cannot be read, Orbax raises a bare Exception from the reason.
-            cause = error.__cause__ if type(error) is Exception else error
-            if not isinstance(cause, OSError | KeyError | ValueError):
+            refusal = unreadable(self.folder / str(step), error)
+            if refusal is None:
                 raise
-            reason = " ".join(str(cause).split())[:300]
-            raise self._damaged(step, f"{type(cause).__name__}: {reason}") from error
-
-    def _unwritable(self, error: OSError) -> InputError:
-        return InputError(
-            f"cannot write a checkpoint to {self.folder}: {error.strerror or error}; free space, "
-            "or choose another --workdir"
-        )
-
-    def _damaged(self, step: int, reason: str) -> InputError:
-        return InputError(
-            f"checkpoint {self.folder / str(step)} is incomplete or damaged ({reason}); delete "
-            "that folder to go on from the one before"
-        )
+            raise refusal from error

@@ -12,12 +12,15 @@ Orbax leaves what a process wrote of an item in a folder of the process's own:
 
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from stem_jax.bucket import list_objects
+from stem_jax.storage import Place, is_remote
 
 # A size and a checksum, by name within a folder.
 Facts = dict[str, list[int]]
@@ -33,6 +36,19 @@ def stored_size(path: Path) -> int:
     """Bytes of a file, also of an object in a bucket."""
     found: Any = path.stat()
     return found.length if hasattr(found, "length") else found.st_size
+
+
+def sizes_in(folder: Place, names: Iterable[str]) -> dict[str, int]:
+    """Bytes of those of these files that are there."""
+    # One request for all, where they are in a bucket; a listing may lack what was just written.
+    listed = list_objects(folder) if is_remote(folder) else {}
+    found = {}
+    for name in names:
+        if name in listed:
+            found[name] = listed[name].size
+        elif (folder / name).is_file():
+            found[name] = stored_size(folder / name)
+    return found
 
 
 def files_in(folder: Path) -> Iterator[Path]:

@@ -13,6 +13,8 @@ from stem_jax.checkpoints.files import FOLDER
 from stem_jax.checkpoints.tables import Stores, first_rows, save_name
 from stem_jax.errors import InputError
 from stem_jax.files import read_json, write_whole
+from stem_jax.local_copy import address_of
+from stem_jax.storage import is_remote, place
 from stem_jax.tables import row_folder
 from stem_jax.tables.disk_store import DiskStore, pour
 from stem_jax.tables.first_rows import FirstRows
@@ -103,6 +105,12 @@ class DiskTables:
         return found
 
     @property
+    def _run(self) -> str:
+        """Where it is; in a bucket each process has a copy of its own."""
+        found = address_of(self.workdir)
+        return str(found if is_remote(found) else found.absolute())
+
+    @property
     def _most_saves(self) -> int:
         return self.keep + 2
 
@@ -113,7 +121,7 @@ class DiskTables:
     def _check_owner(self, spec: TableSpec) -> None:
         """Refuses rows of another run, however they are partitioned: in the end they would go."""
         whose = self._owner(spec)
-        if whose == str(self.workdir.absolute()):
+        if whose == self._run:
             return
         for folder in next(self._folders(spec)).parent.glob("rows-*"):
             if there := saves_in(folder):
@@ -127,14 +135,16 @@ class DiskTables:
     def _is_anothers(self, spec: TableSpec) -> bool:
         """Whether the rows are of another run, that is still there; else it moved to `workdir`."""
         whose = self._owner(spec)
-        return whose not in (None, str(self.workdir.absolute())) and Path(whose, FOLDER).is_dir()
+        if whose in (None, self._run):
+            return False
+        return (place(whose, "tables.disk") / FOLDER).is_dir()
 
     def _owner(self, spec: TableSpec) -> str | None:
         path = next(self._folders(spec)).parent / _OWNER
         return read_json(path).get("workdir") if path.exists() else None
 
     def _own(self, spec: TableSpec) -> None:
-        content = json.dumps({"workdir": str(self.workdir.absolute())})
+        content = json.dumps({"workdir": self._run})
         write_whole(next(self._folders(spec)).parent / _OWNER, content + "\n")
 
 

@@ -18,7 +18,7 @@ from stem_jax.checkpoints.checksums import (
     checksums,
     facts_of,
     files_in,
-    stored_size,
+    sizes_in,
     take_parts,
     writer_of,
 )
@@ -99,13 +99,13 @@ def difference(
         return f"{LIST} is not readable"
     facts = {name: found for name, found in facts.items() if wanted(name)}
     with_checksums = _has_checksums(facts)
+    there = sizes_in(folder, facts)
     for name, found in facts.items():
         size = found[0] if with_checksums else found
-        path = folder / name
-        if not path.is_file():
+        if name not in there:
             return f"{name} is missing"
-        if (with_checksums or name != _GROWS) and (there := stored_size(path)) != size:
-            return f"{name} has {there} bytes of {size}"
+        if (with_checksums or name != _GROWS) and there[name] != size:
+            return f"{name} has {there[name]} bytes of {size}"
     if not verify or not with_checksums:
         return None
     names = _share_of(facts, *share)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import jax
 
+from stem_jax.bucket import move_folder, put
+from stem_jax.bucket_errors import bucket_errors
 from stem_jax.checkpoints.chain import base_damage
 from stem_jax.checkpoints.file_list import LIST, change_list, difference
 from stem_jax.checkpoints.items import ITEMS, PLAIN_ITEMS, plain_item, table_items
@@ -21,6 +23,7 @@ from stem_jax.errors import InputError
 from stem_jax.files import write_whole
 from stem_jax.memory.memory import STEM
 from stem_jax.processes.agreement import PREPARING_SECONDS, exchange, is_first, unanimous
+from stem_jax.storage import Place, is_remote
 from stem_jax.tables import row_folder
 from stem_jax.tables.saved_disk import SavedDisk
 
@@ -30,6 +33,8 @@ FORMATS = (2, 3, FORMAT_VERSION)
 # The metric that decides which checkpoint is the best.
 BEST = "eval/loss"
 FOLDER = "checkpoints"
+# What makes a checkpoint in a bucket, which has no folders that get their name at the end, whole.
+COMMITTED = "commit_success.txt"
 ASIDE = "damaged_checkpoints"
 
 
@@ -48,7 +53,7 @@ def check_outside(path: str | Path, flag: str) -> None:
 
 
 def damage(
-    folder: Path,
+    folder: Place,
     *,
     verify: bool = False,
     share: tuple[int, int] = (0, 1),
@@ -73,7 +78,7 @@ def damage(
     return found or (_damaged_rows(folder, verify, share) if rows else None)
 
 
-def _damaged_rows(folder: Path, verify: bool, share: tuple[int, int]) -> str | None:
+def _damaged_rows(folder: Place, verify: bool, share: tuple[int, int]) -> str | None:
     """What is wrong with rows that a checkpoint has on disk, where this machine has that disk.
 
     A process reads the rows that it wrote; process 0 looks at the sizes of all that it sees.
@@ -96,7 +101,7 @@ def _damaged_rows(folder: Path, verify: bool, share: tuple[int, int]) -> str | N
     return None
 
 
-def check_format(folder: Path, version: int) -> None:
+def check_format(folder: Place, version: int) -> None:
     """Raises InputError for a checkpoint of another format, `version`, than this code reads."""
     if version not in FORMATS:
         age = "an older" if version < FORMAT_VERSION else "a newer"
@@ -107,7 +112,7 @@ def check_format(folder: Path, version: int) -> None:
         )
 
 
-def check_plain(folder: Path, remedy: str) -> None:
+def check_plain(folder: Place, remedy: str) -> None:
     """Refuses a checkpoint whose plain part, or whose list, is damaged, or of another format.
 
     Raises:
@@ -122,7 +127,7 @@ def check_plain(folder: Path, remedy: str) -> None:
 
 
 def check_whole(
-    folder: Path, remedy: str, *, optimizer: bool, share: tuple[int, int] = (0, 1)
+    folder: Place, remedy: str, *, optimizer: bool, share: tuple[int, int] = (0, 1)
 ) -> None:
     """Refuses a checkpoint that is damaged anywhere. Rows on disk are compared when they are read.
 
@@ -141,18 +146,18 @@ def check_whole(
     _refuse(folder, found, remedy)
 
 
-def _refuse(folder: Path, reason: str | None, remedy: str) -> None:
+def _refuse(folder: Place, reason: str | None, remedy: str) -> None:
     if reason is not None:
         raise InputError(f"checkpoint {folder} is damaged ({reason}); {remedy}")
 
 
-def _check_known_format(folder: Path) -> None:
+def _check_known_format(folder: Place) -> None:
     layout = plain_item(folder, "layout")
     if layout is not None and isinstance(layout.get("format"), int):
         check_format(folder, layout["format"])
 
 
-def set_aside_damaged(checkpoints: Path, *, verify: bool = True) -> list[str]:
+def set_aside_damaged(checkpoints: Place, *, verify: bool = True) -> list[str]:
     """Moves damaged checkpoints that are newer than the newest whole one out of the way.
 
     Every process calls it; each looks at a part of the files.
@@ -167,8 +172,9 @@ def set_aside_damaged(checkpoints: Path, *, verify: bool = True) -> list[str]:
     share = jax.process_index(), jax.process_count()
 
     def own_steps() -> bytes:
-        there = checkpoints.iterdir() if checkpoints.is_dir() else ()
-        return json.dumps([int(p.name) for p in there if p.name.isdecimal()]).encode()
+        with bucket_errors(checkpoints):
+            there = list(checkpoints.iterdir()) if checkpoints.is_dir() else []
+        return json.dumps([int(p.name) for p in there if _is_checkpoint(p)]).encode()
 
     # As process 0 sees the folder, which another host may see later.
     steps = sorted(json.loads(exchange(own_steps)[0]), reverse=True)
@@ -176,9 +182,10 @@ def set_aside_damaged(checkpoints: Path, *, verify: bool = True) -> list[str]:
     for step in steps:
         folder = checkpoints / str(step)
 
-        def reason(folder: Path = folder) -> bytes:
-            _check_known_format(folder)
-            return json.dumps(damage(folder, verify=verify, share=share)).encode()
+        def reason(folder: Place = folder) -> bytes:
+            with bucket_errors(folder):
+                _check_known_format(folder)
+                return json.dumps(damage(folder, verify=verify, share=share)).encode()
 
         reasons = map(json.loads, exchange(reason, PREPARING_SECONDS))
         first = next((why for why in reasons if why is not None), None)
@@ -200,7 +207,7 @@ def set_aside_damaged(checkpoints: Path, *, verify: bool = True) -> list[str]:
     ]
 
 
-def _set_aside(folder: Path, reason: str) -> None:
+def _set_aside(folder: Place, reason: str) -> None:
     target = folder.parent.parent / ASIDE / folder.name
     try:
         _move(folder, target)
@@ -211,7 +218,14 @@ def _set_aside(folder: Path, reason: str) -> None:
         ) from error
 
 
-def _missing_items(folder: Path) -> str | None:
+def _is_checkpoint(folder: Place) -> bool:
+    """Whether it has the name of one, and in a bucket the file that makes it whole."""
+    if not folder.name.isdecimal():
+        return False
+    return not is_remote(folder) or (folder / COMMITTED).exists()
+
+
+def _missing_items(folder: Place) -> str | None:
     """Which items a checkpoint without a list lacks; None if none."""
     config = plain_item(folder, "config") or {}
 
@@ -231,7 +245,10 @@ def _missing_items(folder: Path) -> str | None:
     return f"without {LIST} and {', '.join(missing)}" if missing else None
 
 
-def _move(folder: Path, target: Path) -> None:
+def _move(folder: Place, target: Place) -> None:
+    if is_remote(folder):
+        move_folder(folder, target, COMMITTED)
+        return
     target.parent.mkdir(exist_ok=True)
     if target.exists():
         shutil.rmtree(target)
@@ -252,15 +269,19 @@ def _move(folder: Path, target: Path) -> None:
     shutil.rmtree(folder)
 
 
-def write_loss(folder: Path, loss: float) -> None:
+def write_loss(folder: Place, loss: float) -> None:
     """Puts the validation loss where Orbax reads it when it opens the folder again.
 
     It would write it itself if it chose the best one by a function of its options, and then warns
     of every checkpoint that has none.
     """
-    write_whole(folder / "metrics" / "metrics", json.dumps({BEST: loss}))
+    path, content = folder / "metrics" / "metrics", json.dumps({BEST: loss})
+    if is_remote(folder):
+        put(path, content.encode())
+    else:
+        write_whole(path, content)
 
 
-def add_loss(folder: Path, loss: float) -> None:
+def add_loss(folder: Place, loss: float) -> None:
     """The same, of a checkpoint that is listed already."""
     change_list(folder, "metrics/metrics", lambda: write_loss(folder, loss))

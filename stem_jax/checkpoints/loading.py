@@ -13,8 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
-from stem_jax.checkpoints.checkpointer import FOLDER, Checkpointer
-from stem_jax.checkpoints.files import check_plain, check_whole
+from stem_jax.checkpoints.checkpointer import Checkpointer
+from stem_jax.checkpoints.files import FOLDER, check_plain, check_whole
 from stem_jax.checkpoints.inference_mesh import inference_mesh
 from stem_jax.checkpoints.tables import first_rows, stores_for
 from stem_jax.config import MEMORY_SECTIONS, Config, keys_of, model_keys
@@ -22,6 +22,7 @@ from stem_jax.config_checks import validate
 from stem_jax.config_keys import Role
 from stem_jax.data.tokenizer import Tokenizer, load_tokenizer_folder
 from stem_jax.errors import InputError
+from stem_jax.local_copy import checkpoints_of, opened
 from stem_jax.memory.catalogue import memories, read_row_format
 from stem_jax.memory.memory import STEM
 from stem_jax.tables.disk_store import DiskStore
@@ -149,11 +150,11 @@ def open_checkpoint(
         InputError: no such folder, run, checkpoint or tokenizer, a tokenizer that the checkpoint
             was not trained with, or a damaged file.
     """
-    workdir = Path(workdir)
+    workdir = opened(workdir, flag)
     if not workdir.is_dir():
         wrong = "is no folder" if workdir.exists() else "does not exist"
         raise InputError(f"{flag}={workdir} {wrong}; give the folder of a training run")
-    if not (workdir / FOLDER).is_dir():
+    if not checkpoints_of(workdir).is_dir():
         raise InputError(
             f"{flag}={workdir} has no {FOLDER} folder: nothing was trained there; run python -m "
             f"stem_jax.train --config=... --workdir={workdir} first"

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
-from stem_jax.checkpoints.checkpointer import FOLDER, Checkpointer
-from stem_jax.checkpoints.files import check_plain, check_whole
+from stem_jax.checkpoints.checkpointer import Checkpointer
+from stem_jax.checkpoints.files import FOLDER, check_plain, check_whole
 from stem_jax.checkpoints.tables import stores_for
 from stem_jax.config import MEMORY_SECTIONS, Config, keys_of
 from stem_jax.config_keys import Role
 from stem_jax.errors import InputError
+from stem_jax.local_copy import checkpoints_of
 from stem_jax.memory.catalogue import table_specs, with_eos
 from stem_jax.model.lora import is_of_adapters
 from stem_jax.model.readers import READERS
@@ -102,7 +103,7 @@ def find_origin(config: Config) -> Origin | None:
         raise InputError(f"{both}: a run begins with one checkpoint; set one of them to none")
     [(key, text)] = given.items()
     folder = local_path(text, key)
-    if not (folder / FOLDER).is_dir():
+    if not checkpoints_of(folder).is_dir():
         raise InputError(
             f"{key}={folder} has no {FOLDER} folder; give the work folder of a run, or of an import"
         )

@@ -20,6 +20,7 @@ from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
 from stem_jax.checkpoints.items import table_items
 from stem_jax.checkpoints.loading import checkpoint_fingerprints, open_checkpoint
 from stem_jax.checkpoints.older_formats import current_array
+from stem_jax.checkpoints.orbax_buckets import kept_store
 from stem_jax.checkpoints.tables import first_rows
 from stem_jax.config import Config, ModelConfig
 from stem_jax.data.tokenizer import Tokenizer
@@ -262,7 +263,7 @@ class SavedModel:
         return {}
 
     def _open(self, item: str, name: str, folder: Path) -> ts.TensorStore:
-        store = {"driver": "ocdbt", "base": (folder / item).as_uri(), "path": f"{name}/"}
+        store = {"driver": "ocdbt", "base": kept_store(folder / item), "path": f"{name}/"}
         # Without a cache: every chunk is read once.
         context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
         spec = {"driver": "zarr", "kvstore": store}

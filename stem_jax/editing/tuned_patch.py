@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from stem_jax.checkpoints.checkpointer import FOLDER, Checkpointer
-from stem_jax.checkpoints.files import check_outside
+from stem_jax.checkpoints.checkpointer import Checkpointer
+from stem_jax.checkpoints.files import FOLDER, check_outside
 from stem_jax.checkpoints.saved_model import SavedModel, open_saved_model
 from stem_jax.editing.patch import token_memory
 from stem_jax.editing.patch_file import Patch, write_tuned
 from stem_jax.errors import InputError
 from stem_jax.files import check_absent, check_writable
+from stem_jax.local_copy import checkpoints_of
 from stem_jax.memory.catalogue import table_specs
 from stem_jax.memory.memory import STEM
 from stem_jax.training.blueprint import ModelDef
@@ -98,7 +99,7 @@ def _check_tuned(saved: SavedModel, memory: str) -> None:
 
 def _origin(saved: SavedModel, folder: Path) -> SavedModel:
     """The newest checkpoint of a run whose backbone is that of the tuned one, bit for bit."""
-    if not (folder / FOLDER).is_dir():
+    if not checkpoints_of(folder).is_dir():
         raise InputError(
             f"{folder} has no {FOLDER} folder; name the run that {saved.folder} began with by "
             "--base"
@@ -120,7 +121,7 @@ def _check_nothing_between(saved: SavedModel, origin: SavedModel) -> None:
     folder that is not to be known.
     """
     text = saved.config.train.init_from
-    if text is None or not (Path(text) / FOLDER).is_dir():
+    if text is None or not checkpoints_of(text).is_dir():
         return
     began = _with_backbone(saved, Path(text), _steps(Path(text)))
     if began is None or (began.info.step, began.config) == (origin.info.step, origin.config):

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
-from stem_jax.checkpoints.checkpointer import FOLDER, Checkpointer
-from stem_jax.checkpoints.files import check_outside
+from stem_jax.checkpoints.checkpointer import Checkpointer
+from stem_jax.checkpoints.files import FOLDER, check_outside
 from stem_jax.checkpoints.made_arrays import MadeArray
 from stem_jax.config import Config, ModelConfig, before, model_keys
 from stem_jax.config_file import config_from_json, load_config

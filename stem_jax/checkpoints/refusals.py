@@ -1,0 +1,45 @@
+"""What a folder of checkpoints is refused for, on this machine or in a bucket."""
+
+import contextlib
+from collections.abc import Iterator
+
+from stem_jax.bucket_errors import bucket_errors, explain
+from stem_jax.errors import InputError
+from stem_jax.storage import Place, is_remote
+
+
+@contextlib.contextmanager
+def writing(folder: Place) -> Iterator[None]:
+    """While checkpoints are written to a folder.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        with bucket_errors(folder):
+            yield
+    except OSError as error:
+        raise InputError(
+            f"cannot write a checkpoint to {folder}: {error.strerror or error}; free space, or "
+            "choose another --workdir"
+        ) from error
+
+
+def damaged(checkpoint: Place, reason: str) -> InputError:
+    """The refusal of a checkpoint that is not whole."""
+    return InputError(
+        f"checkpoint {checkpoint} is incomplete or damaged ({reason}); delete that folder to go "
+        "on from the one before"
+    )
+
+
+def unreadable(checkpoint: Place, error: Exception) -> InputError | None:
+    """The refusal of a checkpoint that Orbax could not read; None for an error of the program."""
+    if is_remote(checkpoint) and (said := explain(error, checkpoint)) is not None:
+        return InputError(f"{checkpoint}: {said}")
+    # Where a value cannot be read, Orbax raises a bare Exception from the reason.
+    cause = error.__cause__ if type(error) is Exception else error
+    if not isinstance(cause, OSError | KeyError | ValueError):
+        return None
+    reason = " ".join(str(cause).split())[:300]
+    return damaged(checkpoint, f"{type(cause).__name__}: {reason}")
