@@ -232,6 +232,9 @@ def get_config() -> config_dict.ConfigDict:
     # Seconds without a step, a validation batch or a save after which a process gives up with the
     # stacks of its threads and exit status 75; compiling counts. None: it waits for ever.
     config.train.step_timeout = 1800.0
+    # Seconds between uploads of metrics, logs and other files of a run in a bucket, which come with
+    # every save and at the end, too. None: then alone.
+    config.train.upload_every = 60.0
     # Folder of compiled programs, for fast restarts: shared by all hosts. None: compile anew.
     config.train.compilation_cache = None
     config.train.sample_prompt = "The"  # completed at the end of training; empty: no sample

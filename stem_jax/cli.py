@@ -14,6 +14,7 @@ import absl.logging
 
 from stem_jax import background
 from stem_jax.errors import InputError, TrainingError
+from stem_jax.local_copy import opened, upload_written
 from stem_jax.storage import local_path, place
 
 
@@ -46,6 +47,10 @@ class Parser(argparse.ArgumentParser):
     def add_place(self, flag: str, **options) -> None:
         """Adds a flag that names a path or an address of a bucket: see `storage.place`."""
         self._add(flag, place, **options)
+
+    def add_run_folder(self, flag: str, **options) -> None:
+        """Adds a flag that names the folder of a run to read: see `local_copy.opened`."""
+        self._add(flag, opened, **options)
 
     def add_paths(self, flag: str, **options) -> None:
         """Adds a flag whose value names several, with commas between them."""
@@ -112,6 +117,7 @@ def _run(main: Callable[[list[str]], None]) -> None:
     with _Interrupt() as interrupt:
         try:
             main(sys.argv[1:])
+            upload_written()
         except BrokenPipeError:
             # The reader of our output went away (`| head`): not an error of ours.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

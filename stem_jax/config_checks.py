@@ -93,6 +93,7 @@ _OPTIONAL_POSITIVE = [
     "eval.max_batches",
     "train.loss_chunk",
     "train.step_timeout",
+    "train.upload_every",
     "model.init_base_std",
     "model.rope_original_len",
 ]

@@ -12,8 +12,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from stem_jax.bucket_errors import bucket_errors
+from stem_jax.bucket_lock import BucketLock
 from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
-from stem_jax.checkpoints.checkpointer import FOLDER, Checkpointer
+from stem_jax.checkpoints.checkpointer import Checkpointer
 from stem_jax.checkpoints.disk_tables import DiskTables, moved_to_disk
 from stem_jax.checkpoints.files import set_aside_damaged
 from stem_jax.checkpoints.loading import check_tokenizer
@@ -25,6 +27,7 @@ from stem_jax.errors import InputError
 from stem_jax.goodput.account import SAVE
 from stem_jax.goodput.progress import KeptProgress, kept_progress
 from stem_jax.goodput.start_record import COMPLETE, STOPPED
+from stem_jax.local_copy import LocalCopy, address_of, checkpoints_of
 from stem_jax.lock import Lock
 from stem_jax.memory.catalogue import with_eos, with_trained_tokens
 from stem_jax.mesh import BATCH_AXES, axis_size, check_placement, make_mesh, own_batch_shards
@@ -42,6 +45,7 @@ from stem_jax.processes.stop_signal import StopSignal
 from stem_jax.processes.watchdog import Watchdog
 from stem_jax.run_checks import check_documents, check_first_start, check_mesh, check_tables
 from stem_jax.run_saves import RunSaves, data_record, owes_validation
+from stem_jax.storage import Place, place
 from stem_jax.tables.first_rows import FirstRows
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.prefetch import Prefetch
@@ -58,7 +62,7 @@ from stem_jax.training.step import TrainStep
 from stem_jax.training.step_trace import traced_steps
 from stem_jax.training.trackers import tracker
 from stem_jax.training.trackers.tracking import Tracking, check_trackers
-from stem_jax.work_folder import writing
+from stem_jax.work_folder import on_this_machine, writing
 
 
 class Ending(enum.Enum):
@@ -71,10 +75,10 @@ class Ending(enum.Enum):
 
 def train(
     config: Config,
-    workdir: str | Path,
+    workdir: str | Place,
     sample: Callable[[Config, Path], str | None] | None = None,
 ) -> Ending:
-    """Trains, or continues, the run in `workdir`.
+    """Trains, or continues, the run in `workdir`, which may be in a bucket.
 
     Every process of a run calls it. SIGTERM and SIGINT, to any of them, end it after the step under
     way, with a checkpoint.
@@ -90,17 +94,18 @@ def train(
     clock = StartClock()
     # Whoever is alone joins nobody.
     clock.mark("joining" if jax.process_count() > 1 else "imports and devices")
-    workdir = Path(workdir)
+    address = place(workdir, "--workdir")
     check_same(_facts_of_command(config))
     with (
-        writing(workdir) as lock,
+        writing(address) as lock,
+        on_this_machine(address, config.train.upload_every) as (workdir, copy),
         process_log(workdir, jax.process_index()) as own_log,
         Tracking(workdir) as tracking,
     ):
         try:
             own = jax.process_index(), jax.process_count()
             with kept_progress(workdir, *own, clock.began) as progress:
-                ending = _train(config, workdir, clock, own_log, lock, progress, tracking)
+                ending = _train(config, workdir, clock, own_log, lock, copy, progress, tracking)
             if ending is Ending.COMPLETED:
                 tracking.ending = tracker.Ending.COMPLETE
                 text = sample(config, workdir) if sample is not None and is_first() else None
@@ -121,7 +126,8 @@ def _train(
     workdir: Path,
     clock: StartClock,
     own_log: Path,
-    lock: Lock,
+    lock: Lock | BucketLock | None,
+    copy: LocalCopy | None,
     progress: KeptProgress,
     tracking: Tracking,
 ) -> Ending:
@@ -140,7 +146,7 @@ def _train(
             check_first_start(config)
         origin = find_origin(config) if info is None else None
     latest, past = _behind(info, origin)
-    data = _open_data(config, workdir, mesh, info, past.first_step)
+    data = _open_data(config, workdir, mesh, info, past.first_step, copy)
     config = with_eos(config, data.tokenizer.special.eos_id)
     config = with_trained_tokens(config, data.tokenizer)
     if info is not None:
@@ -157,7 +163,7 @@ def _train(
     _check_continues(info, data, record, workdir)
     _check_origin(origin, data)
     if latest > config.train.steps or (latest == config.train.steps and not owed):
-        log.info(f"run complete: {workdir} is at step {latest} of {config.train.steps}")
+        log.info(f"run complete: {address_of(workdir)} is at step {latest} of {config.train.steps}")
         return Ending.WAS_COMPLETE
     check_documents(config, mesh, data)
     clock.mark("data")
@@ -171,8 +177,10 @@ def _train(
     with contextlib.ExitStack() as stack:
         # Closed in reverse: the last save reads the store, whose threads end before.
         watchdog = stack.enter_context(Watchdog(config.train.step_timeout, own_log))
+        # Metrics in a bucket are never behind a checkpoint there.
+        before = copy.upload if copy is not None else lambda: None
         keep, full_every = config.checkpoint.keep, config.checkpoint.full_every
-        checkpoints = Checkpointer(workdir, keep=keep, full_every=full_every)
+        checkpoints = Checkpointer(workdir, keep=keep, full_every=full_every, before_commit=before)
         stack.enter_context(checkpoints)
         disk = DiskTables(mesh, workdir, checkpoints.steps(), keep)
         state, stores = _open_state(programs, checkpoints, disk, info, origin)
@@ -220,7 +228,7 @@ def _train(
     if not done:
         log.info(f"stopped at step {int(state.step)}; the same command continues")
         return Ending.STOPPED
-    log.info(f"run complete: step {config.train.steps}, {workdir}")
+    log.info(f"run complete: step {config.train.steps}, {address_of(workdir)}")
     if validation is not None and is_first():
         log.info(_verdict(config, data, validation))
     return Ending.COMPLETED
@@ -235,7 +243,12 @@ def _facts_of_command(config: Config) -> dict[str, str]:
 
 
 def _open_data(
-    config: Config, workdir: Path, mesh: Mesh, info: CheckpointInfo | None, first_step: int
+    config: Config,
+    workdir: Path,
+    mesh: Mesh,
+    info: CheckpointInfo | None,
+    first_step: int,
+    copy: LocalCopy | None,
 ) -> RunData:
     """Process 0 prepares what was not prepared before; then the others open it."""
     shards = own_batch_shards(mesh)
@@ -248,9 +261,13 @@ def _open_data(
     with unanimous(PREPARING_SECONDS):
         if is_first():
             data = open_run_data(config, workdir, prepared=info is not None, **reading)
+            if copy is not None and jax.process_count() > 1:
+                copy.upload()
     # Hosts may have to bring the text from a bucket first.
     with unanimous(PREPARING_SECONDS):
         if data is None:
+            if copy is not None:
+                copy.fetch()
             data = open_run_data(config, workdir, prepared=True, **reading)
     return data
 
@@ -324,11 +341,17 @@ def _open_state(
 
 def _latest(workdir: Path, verify: bool) -> CheckpointInfo | None:
     """The newest whole checkpoint's plain part, read before anything is prepared or written."""
+    folder = checkpoints_of(workdir)
+
+    def is_there() -> bytes:
+        with bucket_errors(folder):
+            return json.dumps(folder.is_dir()).encode()
+
     # A folder that another process is about to make is not asked for twice.
-    exists = exchange(lambda: json.dumps((workdir / FOLDER).is_dir()).encode())[0] == b"true"
+    exists = exchange(is_there)[0] == b"true"
     if not exists:
         return None
-    lines = set_aside_damaged(workdir / FOLDER, verify=verify)
+    lines = set_aside_damaged(folder, verify=verify)
     for line in lines if is_first() else ():
         log.warning(line)
     with Checkpointer(workdir, read_only=True) as checkpoints:

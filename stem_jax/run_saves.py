@@ -4,11 +4,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from stem_jax.bucket_lock import BucketLock
 from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
 from stem_jax.checkpoints.checkpointer import Checkpointer
 from stem_jax.config import Config
 from stem_jax.data.tokenizer import Tokenizer
 from stem_jax.errors import TrainingError
+from stem_jax.local_copy import address_of
 from stem_jax.lock import Lock
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.prefetch import Prefetch
@@ -29,7 +31,7 @@ class RunSaves:
 
     config: Config
     workdir: Path
-    lock: Lock
+    lock: Lock | BucketLock | None
     checkpoints: Checkpointer
     tokenizer: Tokenizer
     data: dict[str, Any]
@@ -50,11 +52,11 @@ class RunSaves:
             InputError: the folder cannot be written.
             TrainingError: another run took the folder.
         """
-        other = self.lock.lost_to()
+        other = None if self.lock is None else self.lock.lost_to()
         if other is not None:
             raise TrainingError(
-                f"{self.workdir} was taken by {other} while this process stood still; nothing more "
-                "is written there, and that run goes on from the last checkpoint"
+                f"{address_of(self.workdir)} was taken by {other} while this process stood still; "
+                "nothing more is written there, and that run goes on from the last checkpoint"
             )
         if self.prefetches:
             # While the save before still reads the stores, old rows would be kept for it.

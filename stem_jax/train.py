@@ -19,7 +19,7 @@ def main(argv: list[str]) -> None:
         "Any key of configs/base.py can be given as --config.section.key=value.",
     )
     parser.add_path("--config", required=True, help="config file, e.g. configs/tiny.py")
-    parser.add_path("--workdir", help="run folder; without it, runs/NAME of the config")
+    parser.add_place("--workdir", help="run folder; without it, runs/NAME of the config")
     add_flags(parser)
     add_stop_flag(parser)
     parser.add_cache_flag()

@@ -1,5 +1,5 @@
 """Who may write the folder of a run: one training or import at a time, as long as any process of it
-lives. Whoever only reads it asks nobody."""
+lives. Whoever only reads it asks nobody. Of a folder in a bucket each process has a copy."""
 
 import contextlib
 import os
@@ -8,10 +8,14 @@ from pathlib import Path
 
 import jax
 
+from stem_jax.bucket_lock import BucketLock
 from stem_jax.errors import InputError
 from stem_jax.files import check_absent
+from stem_jax.local_copy import LocalCopy, copy_folder, naming, uploading
 from stem_jax.lock import Lock
-from stem_jax.processes.agreement import check_shared, is_first, unanimous
+from stem_jax.processes.agreement import check_same, check_shared, is_first, unanimous
+from stem_jax.processes.process_log import log
+from stem_jax.storage import Place, is_remote
 
 LOCK = ".lock"
 # How many processes a launcher or a user says that there are.
@@ -19,14 +23,22 @@ _COUNTS = "JAX_NUM_PROCESSES", "SLURM_NTASKS"
 
 
 @contextlib.contextmanager
-def writing(workdir: Path) -> Iterator[Lock]:
+def writing(workdir: Place) -> Iterator[Lock | BucketLock | None]:
     """Makes the folder if there is none, and holds its lock, in every process of a run.
+
+    Of a folder in a bucket process 0 alone holds it, and the others have None.
 
     Raises:
         InputError: another run is there, the folder cannot be written, or it is not the same one
             for all processes.
     """
     with contextlib.ExitStack() as stack:
+        if is_remote(workdir):
+            check_same({"--workdir": str(workdir)})
+            with unanimous(), naming(workdir, "--workdir"):
+                own = stack.enter_context(_taken_in_bucket(workdir)) if is_first() else None
+            yield own
+            return
         # Process 0 for all: a run whose first process was killed still has the lock by the others.
         with unanimous(), _writable(workdir):
             if is_first():
@@ -38,6 +50,32 @@ def writing(workdir: Path) -> Iterator[Lock]:
             if not is_first():
                 lock = stack.enter_context(Lock.join(workdir / LOCK))
         yield lock
+
+
+@contextlib.contextmanager
+def on_this_machine(workdir: Place, every: float | None) -> Iterator[tuple[Path, LocalCopy | None]]:
+    """The folder itself, or this process's copy of one in a bucket, which is uploaded at the end.
+
+    every: seconds after which what changed is uploaded, too; None for at saves and the end alone.
+
+    Raises:
+        InputError: see `bucket_errors`.
+    """
+    if not is_remote(workdir):
+        yield workdir, None
+        return
+    with unanimous(), naming(workdir, "--workdir"):
+        copy = LocalCopy(workdir, own_copy(workdir))
+        copy.fetch()
+    with uploading(copy, every, lambda error: log.warning(f"not uploaded: {error}")):
+        yield copy.folder, copy
+
+
+def own_copy(workdir: Place) -> Path:
+    """Where `on_this_machine` has the folder of a run that this process trained."""
+    if not is_remote(workdir):
+        return workdir
+    return copy_folder(workdir, f"process_{jax.process_index()}")
 
 
 @contextlib.contextmanager
@@ -73,11 +111,23 @@ def _taken(path: Path, workdir: Path) -> Lock:
     # A job that was killed is often started again at once, on other hosts.
     lock = Lock.take(path, patient=True)
     if lock is None:
-        raise InputError(
-            f"--workdir={workdir} is in use by {Lock.holder(path)}, which trains or imports there; "
-            f"wait until that ends, or give another --workdir{_uncounted()}"
-        )
+        raise _in_use(workdir, Lock.holder(path))
     return lock
+
+
+def _taken_in_bucket(workdir: Place) -> BucketLock:
+    path = workdir / LOCK
+    lock = BucketLock.take(path)
+    if lock is None:
+        raise _in_use(workdir, BucketLock.holder(path))
+    return lock
+
+
+def _in_use(workdir: Place, holder: str) -> InputError:
+    return InputError(
+        f"--workdir={workdir} is in use by {holder}, which trains or imports there; wait until "
+        f"that ends, or give another --workdir{_uncounted()}"
+    )
 
 
 def _uncounted() -> str:

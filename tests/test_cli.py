@@ -77,10 +77,10 @@ def test_a_path_flag_refuses_an_address_and_knows_the_home(monkeypatch):
 @pytest.mark.parametrize(
     "argv",
     [
-        ["train", "--config=configs/tiny.py", "--workdir=gs://b/run"],
+        ["train", "--config=configs/tiny.py", "--workdir=gs:b/run"],
         ["generate", "--workdir=s3:b/run", "--prompt=a"],
         ["generate", "--workdir=x", "--prompt=a", "--out=s3://b/x"],
-        ["serve", "--workdir=gs://b/run"],
+        ["serve", "--workdir=hdfs://b/run"],
         ["serve", "--workdir=x", "--chat-template=gs://b/t"],
         ["prepare", "--input=README.md", "--tokenizer=bytes", "--out=hf://b/s"],
         ["prepare", "--verify", "--out=gs://b/s"],

@@ -16,8 +16,10 @@ def parse(argv: list[str], description: str | None) -> tuple[argparse.Namespace,
     parser = cli.Parser("stem_jax.analyze", description)
     add = parser.add_argument
 
-    parser.add_path("--workdir", required=True, help="folder of a training run")
-    parser.add_path("--dense-workdir", help="folder of its dense twin with the same tokenizer")
+    parser.add_run_folder("--workdir", required=True, help="folder of a training run")
+    parser.add_run_folder(
+        "--dense-workdir", help="folder of its dense twin with the same tokenizer"
+    )
     add("--step", type=int, help="checkpoint; without it, the newest")
     add("--dense-step", type=int, help="checkpoint of the twin; without it, the newest")
     add("--text", help="as data.sources; without it, what the run was trained on")

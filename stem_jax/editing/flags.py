@@ -16,7 +16,7 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
     """The flags. Exits with 2 for wrong ones, 0 for --help; raises InputError without an edit."""
     parser = cli.Parser("stem_jax.edit", description)
     add = parser.add_argument
-    parser.add_path("--workdir", required=True, help="folder of a training run")
+    parser.add_run_folder("--workdir", required=True, help="folder of a training run")
     add("--step", type=int, help="checkpoint; without it, the newest")
     add("--swap", action="append", default=[], help="SOURCE=>TARGET; may be repeated")
     add("--inject", action="append", default=[], help="WORD=0.5*FIRST+0.5*SECOND, or WORD=@FILE")

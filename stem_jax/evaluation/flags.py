@@ -22,7 +22,7 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
     """The flags; `out` is filled in. Exits with 2 for wrong ones, 0 for --help."""
     parser = cli.Parser("stem_jax.evaluate", description)
     add = parser.add_argument
-    parser.add_path("--workdir", required=True, help="folder of a training run")
+    parser.add_run_folder("--workdir", required=True, help="folder of a training run")
     mode = parser.add_mutually_exclusive_group(required=True)
     names = {"parser": mode, "type": _list(str)}
     tasks = "tasks of lm-eval, folders of task YAMLs (comma-separated)"

@@ -13,7 +13,7 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
     """The flags. Exits with 2 for wrong ones, 0 for --help."""
     parser = cli.Parser("stem_jax.generate", description)
     add = parser.add_argument
-    parser.add_path("--workdir", required=True, help="folder of a training run")
+    parser.add_run_folder("--workdir", required=True, help="folder of a training run")
     add("--step", type=int, help="checkpoint; without it, the newest")
     add("--prompt", action="append", default=[], help="text to complete; may be repeated")
     parser.add_path("--prompt-file", action="append", default=[], help="one prompt per line")

@@ -18,7 +18,7 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
     """The flags; exits with 2 for wrong ones, 0 for --help."""
     parser = cli.Parser("stem_jax.export", description)
     add = parser.add_argument
-    parser.add_path("--workdir", required=True, help="folder of a training run")
+    parser.add_run_folder("--workdir", required=True, help="folder of a training run")
     add("--step", type=int, help="checkpoint; without it, the newest")
     add(
         "--format",

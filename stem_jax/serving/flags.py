@@ -19,7 +19,7 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
     """
     parser = cli.Parser("stem_jax.serve", description)
     add = parser.add_argument
-    parser.add_path("--workdir", required=True, help="folder of a training run")
+    parser.add_run_folder("--workdir", required=True, help="folder of a training run")
     add("--step", type=int, help="checkpoint; without it, the newest")
     parser.add_paths("--edits", default=[], help="patches of stem_jax.edit, in their order")
     add("--devices", type=int, default=1, help="that the model is divided over")

@@ -1,0 +1,234 @@
+"""A run whose folder is in a bucket: killed, resumed by a machine that has nothing, and read."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from stem_jax import bucket as objects
+from stem_jax.local_copy import VARIABLE
+from tests.buckets import Answer
+from tests.children import HELD, child, finish, gang, train_flags
+
+STEPS = 12
+SMALL = {
+    "model.vocab_size": 288,
+    "model.embed_dim": 32,
+    "model.num_layers": 2,
+    "model.num_heads": 4,
+    "model.num_kv_heads": 2,
+    "model.ffn_dim": 48,
+    "model.stem_layers": "1",
+    "data.tokenizer": "bytes",
+    "data.sources": "facts",
+    "optimizer.warmup_steps": 2,
+    "optimizer.schedule": "constant",
+    "train.steps": STEPS,
+    "train.global_batch_size": 8,
+    "train.seq_len": 32,
+    "train.sample_prompt": "",
+    "eval.every": 4,
+    "eval.max_batches": 2,
+    "eval.baselines": False,
+    "checkpoint.every": 4,
+}
+
+pytestmark = [pytest.mark.long, pytest.mark.little_effort]
+
+
+def flags(config: str, workdir, **overrides) -> list[str]:
+    return train_flags(config, workdir, SMALL, overrides)
+
+
+class Machine:
+    """Programs of a machine whose disk has nothing of any run."""
+
+    def __init__(self, bucket, folder: Path):
+        self.folder = folder
+        self.environment = {**bucket.environment, VARIABLE: str(folder)}
+
+    def program(self, name: str, *argv: str, code: int = 0) -> str:
+        """What it printed; of a program that is refused, why."""
+        start = "-m", f"stem_jax.{name}", *argv
+        # There TensorStore says that it found no credentials for Google's emulator.
+        with child(*start, stderr=subprocess.PIPE, **self.environment) as process:
+            out, err = process.communicate(timeout=300)
+            assert process.returncode == code, (err or out)[-5000:]
+            return err if code else out
+
+    def stopped_at(self, step: int, number: int, workdir, *argv: str) -> int:
+        """Trains up to a step, and is sent a signal when the save before is done; how it ended."""
+        saved = workdir / "checkpoints" / str((step - 1) // 4 * 4) / "commit_success.txt"
+        go_on = self.folder.with_suffix(".go")
+        start = ["-c", HELD, str(step), str(go_on)]
+        with child(*start, *argv, **self.environment) as process:
+            while not (any(step - 1 == r["step"] for r in self.records()) and saved.exists()):
+                time.sleep(0.1)
+                assert process.poll() is None, process.communicate()
+            process.send_signal(number)
+            go_on.touch()
+            process.communicate(timeout=300)
+            return process.returncode
+
+    def records(self) -> list[dict]:
+        # What is being prepared comes and goes.
+        found = [d for d, _, files in os.walk(self.folder) if "metrics.jsonl" in files]
+        text = Path(found[0], "metrics.jsonl").read_text() if found else ""
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line[-1] == "\n"]
+
+
+def _records(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def _losses(records: list[dict]) -> dict:
+    return {
+        key: [(r["step"], r[key]) for r in records if key in r]
+        for key in ("train/loss", "eval/loss")
+    }
+
+
+@pytest.fixture(scope="module", params=["tiny", "tiny_offload"])
+def config(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def local_losses(config, tmp_path_factory) -> dict:
+    """Of a run in a folder of this machine that nobody disturbed."""
+    workdir = tmp_path_factory.mktemp("local") / "run"
+    with child("-m", "stem_jax.train", *flags(config, workdir)) as process:
+        finish(process)
+    found = _losses(_records((workdir / "metrics.jsonl").read_text()))
+    assert len(found["train/loss"]) == STEPS and len(found["eval/loss"]) == 3
+    return found
+
+
+def test_killed_and_resumed_elsewhere(config, local_losses, bucket, tmp_path):
+    workdir = bucket.path / "runs" / "one"
+    argv = flags(config, workdir)
+    first, second, third = (Machine(bucket, tmp_path / name) for name in ("a", "b", "c"))
+    assert first.stopped_at(7, signal.SIGKILL, workdir, *argv) == -signal.SIGKILL
+    # The checkpoint of step 4 has its metrics with it.
+    there = _records((workdir / "metrics.jsonl").read_text())
+    assert [r["step"] for r in there if "train/loss" in r][:4] == [1, 2, 3, 4]
+    assert second.stopped_at(11, signal.SIGTERM, workdir, *argv) == 0
+    out = third.program("train", *argv)
+    assert "resuming from step 1" in out and f"run complete: step {STEPS}, {workdir}" in out
+    assert _losses(_records((workdir / "metrics.jsonl").read_text())) == local_losses
+    names = objects.list_objects(workdir)
+    assert {"config.json", "loss.png", "logs/process_000.log"} <= names.keys()
+    assert ".lock" not in names and not any(name.startswith(".") for name in names)
+    assert any(name.startswith("tensorboard/") for name in names)
+    steps = {name.split("/")[1] for name in names if name.startswith("checkpoints/")}
+    assert str(STEPS) in steps
+    _read_elsewhere(bucket, workdir, tmp_path)
+    assert "is at step 12 of 12" in first.program("train", *argv)
+
+
+def _read_elsewhere(bucket, workdir, tmp_path: Path) -> None:
+    reader = Machine(bucket, tmp_path / "reader")
+    said = reader.program(
+        "generate", f"--workdir={workdir}", "--prompt=The", "--max-new-tokens=4", "--greedy"
+    )
+    assert said.startswith("The")
+    reader.program("evaluate", f"--workdir={workdir}", "--perplexity=facts", "--limit=5")
+    assert [n for n in objects.list_objects(workdir) if n.startswith("evaluation/")]
+    out = tmp_path / "exported"
+    reader.program("export", f"--workdir={workdir}", "--format=hf", f"--out={out}")
+    assert (out / "config.json").exists()
+
+
+def test_two_processes_and_another_machine_for_each(bucket, tmp_path):
+    workdir = bucket.path / "pair"
+    for turn, steps in ((0, 6), (1, 9)):
+        commands = [flags("tiny", workdir, train__steps=steps)] * 2
+        where = {VARIABLE: str(tmp_path / str(turn)), **bucket.environment}
+        started = gang("stem_jax.train", *commands, **where)
+        with started[0] as one, started[1] as two:
+            out = finish(one)
+            finish(two)
+    assert "resuming from step 6" in out
+    records = _records((workdir / "metrics.jsonl").read_text())
+    assert [r["step"] for r in records if "train/loss" in r] == list(range(1, 10))
+    assert {"logs/process_000.log", "logs/process_001.log"} <= objects.list_objects(workdir).keys()
+
+
+def test_a_second_run_is_refused(s3_bucket, tmp_path):
+    workdir = s3_bucket.path / "run"
+    first, second = (Machine(s3_bucket, tmp_path / name) for name in ("a", "b"))
+    go_on = tmp_path / "go"
+    argv = flags("tiny", workdir)
+    with child("-c", HELD, "3", str(go_on), *argv, **first.environment) as process:
+        while not objects.read_object(workdir / ".lock"):
+            time.sleep(0.1)
+        said = second.program("train", *argv, code=1)
+        assert f"--workdir={workdir} is in use by process {process.pid} on host" in said
+        go_on.touch()
+        finish(process)
+
+
+def test_a_bucket_that_vanishes_ends_the_run_in_a_line(s3_bucket, tmp_path):
+    workdir = s3_bucket.path / "run"
+    machine = Machine(s3_bucket, tmp_path / "a")
+    argv = flags("tiny", workdir)
+    go_on = tmp_path / "go"
+    with child("-c", HELD, "6", str(go_on), *argv, **machine.environment) as process:
+        while not (workdir / "checkpoints" / "4" / "commit_success.txt").exists():
+            time.sleep(0.1)
+        body = (
+            b'<?xml version="1.0"?><Error><Code>NoSuchBucket</Code>'
+            b"<Message>The specified bucket does not exist</Message></Error>"
+        )
+        s3_bucket.proxy.answers = [Answer(404, body)]
+        go_on.touch()
+        out, _ = process.communicate(timeout=300)
+    last = out.strip().splitlines()[-1]
+    assert process.returncode == 1, out[-3000:]
+    assert last.startswith("error: ") and f"no bucket {s3_bucket.name}" in last, out[-3000:]
+    [metrics] = machine.folder.rglob("metrics.jsonl")
+    assert len(_records(metrics.read_text())) >= 8
+
+
+def test_the_newest_checkpoint_is_not_listed(bucket, tmp_path):
+    workdir = bucket.path / "run"
+    machine, other = Machine(bucket, tmp_path / "a"), Machine(bucket, tmp_path / "b")
+    machine.program("train", *flags("tiny", workdir, train__steps=8))
+    bucket.proxy.hidden = ["checkpoints/8/"]
+    out = other.program("train", *flags("tiny", workdir))
+    assert "resuming from step 4" in out
+    records = _records((workdir / "metrics.jsonl").read_text())
+    assert [r["step"] for r in records if "train/loss" in r] == list(range(1, STEPS + 1))
+    bucket.proxy.reset()
+    assert objects.read_object(workdir / "checkpoints" / str(STEPS) / "commit_success.txt")
+
+
+def test_a_damaged_checkpoint_is_set_aside(bucket, tmp_path):
+    workdir = bucket.path / "run"
+    machine = Machine(bucket, tmp_path / "a")
+    machine.program("train", *flags("tiny", workdir, train__steps=8))
+    newest = workdir / "checkpoints" / "8"
+    lost = next(n for n in objects.list_objects(newest) if "/d/" in n)
+    objects.remove_object(newest / lost)
+    shutil.rmtree(machine.folder)
+    out = machine.program("train", *flags("tiny", workdir))
+    assert f"checkpoint 8 is damaged ({lost} is missing); moved to" in out
+    assert "resuming from step 4" in out
+    aside = objects.list_objects(workdir / "damaged_checkpoints" / "8")
+    assert "files.json" in aside and "commit_success.txt" in aside
+
+
+def test_a_store_that_is_slow_and_fails_at_times(bucket, local_losses, config, tmp_path):
+    if config != "tiny":
+        pytest.skip("once is enough")
+    workdir = bucket.path / "run"
+    machine = Machine(bucket, tmp_path / "a")
+    bucket.proxy.latency = 0.02
+    bucket.proxy.answers = [Answer(503, times=5, method="PUT|POST|GET")]
+    machine.program("train", *flags(config, workdir))
+    assert _losses(_records((workdir / "metrics.jsonl").read_text())) == local_losses
