@@ -87,9 +87,9 @@ class Reporter:
     def _serve(self) -> None:
         opened, wait = False, 0.0
         while not self._given_up:
-            # Asked first: what is told before the end is there.
-            ending = self._ending
+            # In this order: no call to wake up is lost, and what is told before the end is there.
             self._wake.clear()
+            ending = self._ending
             try:
                 if not opened:
                     self._place, self._last = 0, self._tracker.begin()

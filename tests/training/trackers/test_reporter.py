@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -67,6 +68,23 @@ def _report(shown: Shown, records, awaits=lambda step: False, taken_back=None, s
     told.end(Ending.COMPLETE)
     told.wait(seconds)
     return shown
+
+
+def test_an_end_is_seen_whenever_it_comes(monkeypatch):
+    class Event(threading.Event):
+        before_clear = staticmethod(lambda: None)
+
+        def clear(self):
+            self.before_clear()
+            super().clear()
+
+    monkeypatch.setattr(reporter, "threading", SimpleNamespace(Event=Event))
+    shown = Shown()
+    told = Reporter("shown", shown)
+    told._wake.before_clear = lambda: told.end(Ending.COMPLETE)
+    told.follow(_losses(1), lambda step: False, {})
+    told.wait(5.0)
+    assert shown.ending is Ending.COMPLETE
 
 
 def test_records_of_a_step_are_one_row(said):

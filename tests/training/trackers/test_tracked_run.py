@@ -2,13 +2,12 @@
 
 import json
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.children import child, train_flags
-from tests.launching import SMALL, wait_for_records
+from tests.launching import SMALL, wait_for_records, wait_until
 from tests.tracker_files import (
     mlflow_server,
     tensorboard_shows,
@@ -49,6 +48,13 @@ def _but_speed(values: dict) -> dict:
     return {k: v for k, v in values.items() if k not in own and not k.startswith("_")}
 
 
+def _arrived(client) -> int:
+    """The last step of the one run that the server has, 0 for none."""
+    experiment = client.get_experiment_by_name("stem_jax")
+    runs = client.search_runs([experiment.experiment_id]) if experiment else []
+    return int(runs[0].data.metrics.get("step", 0)) if runs else 0
+
+
 @pytest.mark.long
 @pytest.mark.little_effort
 def test_a_run_resumed_twice(tmp_path):
@@ -59,22 +65,23 @@ def test_a_run_resumed_twice(tmp_path):
     (tmp_path / "mlflow").mkdir()
     with mlflow_server(tmp_path / "mlflow") as address:
         keys = SMALL | TRACKERS | {"tracking.mlflow_uri": address}
+        # Steps long enough that each signal finds the run under way.
+        keys |= {"train.global_batch_size": 128, "train.seq_len": 128}
         argv = ["-m", "stem_jax.train", *train_flags("tiny", workdir, keys, {})]
+        client = MlflowClient(address)
         for records, number in ((30, signal.SIGKILL), (60, signal.SIGTERM), (0, None)):
             with child(*argv) as process:
                 if number is not None:
                     wait_for_records(workdir, process, records)
-                    # Some are reported by then.
-                    time.sleep(3)
+                    wait_until(lambda least=records - 30: _arrived(client) > least, process)
                     process.send_signal(number)
                 said = process.communicate(timeout=300)[0]
             expected = -signal.SIGKILL if number == signal.SIGKILL else 0
             assert process.returncode == expected, said[-3000:]
-        assert "does not end" not in said and "fails" not in said
+        assert "did not end" not in said and "fails" not in said, said[-3000:]
         recorded = _recorded(workdir)
         assert list(recorded) == list(range(1, STEPS + 1))
 
-        client = MlflowClient(address)
         (experiment,) = client.search_experiments(filter_string="name = 'stem_jax'")
         (run,) = client.search_runs([experiment.experiment_id])
         assert (run.info.status, run.info.run_name) == ("FINISHED", "run")
