@@ -69,7 +69,7 @@ def main() -> None:
 def _campaign(folder: Path, args: argparse.Namespace, kinds: list[str]) -> None:
     plan = planned(args.seed, args.rounds, kinds)
     if left_out := FAULTS.keys() - set(kinds):
-        print(f"without {', '.join(sorted(left_out))}: they need root")
+        print(f"without {', '.join(sorted(left_out))}: they need root, or a table in memory")
     print(f"seed {args.seed}, the plan:", *plan, sep="\n", flush=True)
     every = args.checkpoint_every
     with Campaign(folder, every, disk=args.disk, step_timeout=args.step_timeout) as campaign:
@@ -106,8 +106,9 @@ def _settle(folder: Path, args: argparse.Namespace) -> list[str]:
             sys.exit(f"{folder} has another campaign: {file.read_text()}")
         return kinds
     folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(said | {"kinds": possible()}))
-    return possible()
+    kinds = possible(args.disk)
+    file.write_text(json.dumps(said | {"kinds": kinds}))
+    return kinds
 
 
 def _say(text: str) -> None:

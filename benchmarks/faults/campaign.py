@@ -21,6 +21,8 @@ from stem_jax.goodput.totals import Totals
 
 # An account may miss so much of the time that the processes took, by the kernel's clocks.
 _SHARE = 0.01
+# The undisturbed run saves so seldom, and whole tables.
+_CALM_EVERY = 500
 Record = dict[str, Any]
 
 
@@ -140,7 +142,7 @@ class Campaign:
     def _compare(self) -> None:
         run, steps = self.run, self.run.last_step()
         folder = self._folder / f"calm_{steps}"
-        calm = Run(folder, self._every, self._cache, self._on_disk, self._timeout)
+        calm = Run(folder, _CALM_EVERY, self._cache, self._on_disk, self._timeout, full_every=1)
         calm.end_leftovers()
         shutil.rmtree(folder, ignore_errors=True)
         calm.workdir.mkdir()

@@ -14,8 +14,7 @@ import psutil
 
 from benchmarks.faults import damage, hosts, starts
 from benchmarks.faults.plan import Round
-from benchmarks.faults.run import Run
-from configs.base import get_config
+from benchmarks.faults.run import FULL_EVERY, Run
 
 # In which a save of the campaign's model is on its way to the disk.
 _SAVE_SECONDS = 0.6
@@ -27,11 +26,13 @@ _STEPS_SECONDS = 0.3
 class Fault:
     """strike: gives the exit status, None if the processes go on. intervals: between checkpoints
     that may be lost, beside a save in flight; 0: no step. root: it needs the rights of root.
+    in_memory: it needs a table in memory, whose saves build on others.
     """
 
     strike: Callable[[Run, Round, random.Random], int | None]
     intervals: int = 1
     root: bool = False
+    in_memory: bool = False
 
 
 def _kill_one(run: Run, at: Round, rng: random.Random) -> int:
@@ -90,17 +91,22 @@ FAULTS: dict[str, Fault] = {
     "newest checkpoint truncated": Fault(damage.truncate),
     "newest checkpoint lacks a file": Fault(damage.unlink),
     "newest checkpoint torn": Fault(damage.tear),
+    "newest checkpoint has a flipped bit": Fault(damage.flip),
+    "a save below the newest has a flipped bit": Fault(
+        damage.flip_base, FULL_EVERY, in_memory=True
+    ),
     "full disk": Fault(damage.fill_disk, root=True),
     "stuck process": Fault(hosts.suspend),
     "slow host": Fault(hosts.slow, 0),
     "host with another clock": Fault(hosts.other_clock),
     "partitioned coordinator": Fault(hosts.partition, root=True),
 }
-# Without checksums a flipped bit is not noticed, and the ends differ.
-if "verify" in get_config().checkpoint:
-    FAULTS["newest checkpoint has a flipped bit"] = Fault(damage.flip)
 
 
-def possible() -> list[str]:
-    """Those that this user may cause."""
-    return [name for name, fault in FAULTS.items() if os.geteuid() == 0 or not fault.root]
+def possible(disk: bool = False) -> list[str]:
+    """Those that this user may cause; disk: most rows of the run are on disk."""
+    return [
+        name
+        for name, fault in FAULTS.items()
+        if (os.geteuid() == 0 or not fault.root) and not (disk and fault.in_memory)
+    ]

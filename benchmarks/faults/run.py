@@ -26,6 +26,8 @@ _FLAGS = """
 """.split()
 # Seconds, longer than a step with its compilation.
 STEP_TIMEOUT = 90
+# Of so many saves of a table one has all rows.
+FULL_EVERY = 3
 # No campaign gets there: a run is told to stop when all rounds are over.
 _ENDLESS = 20_000
 _POLL_SECONDS = 0.05
@@ -47,10 +49,17 @@ class Run:
     """A run that is started, and started again, by `launch/local_multihost.sh`."""
 
     def __init__(
-        self, workdir: Path, every: int, cache: Path, disk: bool, step_timeout: int = STEP_TIMEOUT
+        self,
+        workdir: Path,
+        every: int,
+        cache: Path,
+        disk: bool,
+        step_timeout: int = STEP_TIMEOUT,
+        full_every: int = FULL_EVERY,
     ):
         """Args:
         every: steps between checkpoints.
+        full_every: of so many saves of a table one has all rows.
         cache: of compiled programs.
         disk: most rows are there, in the work folder.
         step_timeout: after which a process that stands still is ended, in seconds.
@@ -61,6 +70,7 @@ class Run:
             *_FLAGS,
             f"--workdir={workdir}",
             f"--config.checkpoint.every={every}",
+            f"--config.checkpoint.full_every={full_every}",
             f"--config.train.step_timeout={step_timeout}",
             f"--config.train.compilation_cache={cache}",
         ]
@@ -82,6 +92,8 @@ class Run:
             "GRACE_SECONDS": "5",
             "PYTHON": str(Path(__file__).parent / "start_process.sh"),
             "FAULT_PYTHON": sys.executable,
+            # What JAX says of processes that find, lose and tell each other something.
+            "TF_CPP_MIN_LOG_LEVEL": "0",
         }
         script = ["launch/local_multihost.sh", f"{self.shape.processes}"]
         with (self.workdir.parent / f"{self.workdir.name}.log").open("ab") as output:
