@@ -2,21 +2,31 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 
-def interleave(contestants: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+def interleave(
+    contestants: Mapping[str, Callable[[], None]],
+    rounds: int,
+    work: dict[str, list[float]] | None = None,
+) -> dict[str, list[float]]:
     """Seconds of each call, one of each contestant per round; a first, unmeasured round warms up.
 
     A contestant returns when its work is done, not when it is dispatched.
+
+    Args:
+        work: gets the seconds of CPU time of each call, of all threads of this process.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    work = {} if work is None else work
+    work |= {name: [] for name in contestants}
     for measured in [False] + [True] * rounds:
         for name, call in contestants.items():
-            start = time.perf_counter()
+            start, worked = time.perf_counter(), time.process_time()
             call()
             if measured:
                 seconds[name].append(time.perf_counter() - start)
+                work[name].append(time.process_time() - worked)
     return seconds
 
 

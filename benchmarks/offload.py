@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.interleave import interleave, speed_ratio
+from benchmarks.interleave import interleave, ratio_range, speed_ratio
 from benchmarks.train_step import bench_config, random_params, toy_config, zipf_tokens
 from stem_jax.config import Config
 from stem_jax.config_file import load_config
@@ -142,17 +142,18 @@ def main() -> None:
         "no prefetch": offloaded(config, args.resident, 0),
     }
     runs = {name: Run(every[name], args.steps) for name in args.contestants.split(",")}
-    seconds = interleave(runs, args.rounds)
+    work: dict[str, list[float]] = {}
+    seconds = interleave(runs, args.rounds, work)
     if args.profile:
         for name, run in runs.items():
             with jax.profiler.trace(args.profile / name.replace(" ", "_")):
                 run()
-    print(json.dumps(_result(args, config, runs, seconds), indent=2))
+    print(json.dumps(_result(args, config, runs, seconds, work), indent=2))
     for run in runs.values():
         run.close()
 
 
-def _result(args, config: Config, runs: dict[str, Run], seconds: dict) -> dict:
+def _result(args, config: Config, runs: dict[str, Run], seconds: dict, work: dict) -> dict:
     spec = table_specs(config)["stem"]
     result = {
         "shape": args.shape,
@@ -161,6 +162,9 @@ def _result(args, config: Config, runs: dict[str, Run], seconds: dict) -> dict:
         "resident_share": args.resident,
         "step_seconds": {
             name: statistics.median(times) / args.steps for name, times in seconds.items()
+        },
+        "step_cpu_seconds": {
+            name: statistics.median(times) / args.steps for name, times in work.items()
         },
     }
     for name, run in runs.items():
@@ -171,7 +175,13 @@ def _result(args, config: Config, runs: dict[str, Run], seconds: dict) -> dict:
         found = {key: statistics.mean(row[key] for row in rows) for key in rows[0]}
         found["stall_share"] = found["table/stall_seconds"] / result["step_seconds"][name]
         if "resident" in runs:
-            found["step_time_over_resident"] = speed_ratio(seconds, "resident", name)
+            least, most = ratio_range(seconds, "resident", name)
+            found |= {
+                "step_time_over_resident": speed_ratio(seconds, "resident", name),
+                "90%_of_rounds_from": least,
+                "90%_of_rounds_to": most,
+                "cpu_time_over_resident": speed_ratio(work, "resident", name),
+            }
             pairs = zip(run.losses, runs["resident"].losses, strict=True)
             found["largest_loss_difference"] = max(abs(a - b) for a, b in pairs)
         result[name] = {key: round(value, 6) for key, value in found.items()}

@@ -9,14 +9,12 @@ again with as many requests, to see whether its memory grows.
 """
 
 import argparse
-import functools
 import gc
 import itertools
 import json
 import platform
 import statistics
 import threading
-import time
 
 import jax
 import numpy as np
@@ -105,19 +103,6 @@ class Continuous:
         assert done.wait(3600)
 
 
-def _counted(contestants: dict, work: dict[str, list[float]]) -> dict:
-    """The same; `work` gets the seconds of CPU of each call but the first, which warms up."""
-
-    def call(name: str, contestant) -> None:
-        start = time.process_time()
-        contestant()
-        if name in work:
-            work[name].append(time.process_time() - start)
-        work.setdefault(name, [])
-
-    return {n: functools.partial(call, n, contestant) for n, contestant in contestants.items()}
-
-
 def main() -> None:
     """Runs the benchmark and prints one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -147,12 +132,12 @@ def main() -> None:
         "continuous": Continuous(engine, asked),
     }
     work: dict[str, list[float]] = {}
-    seconds = interleave(_counted(batches, work), args.rounds)
+    seconds = interleave(batches, args.rounds, work)
     same = sum(a == b for a, b in zip(batches["static"].tokens, batches["continuous"].tokens))
     even = [Request(request.prompt_ids[:8], _STEPS, sampling, 1) for request in asked[: args.slots]]
     steps = {"generator": Static(generator, even, args.slots), "engine": Continuous(engine, even)}
     work_of_a_step: dict[str, list[float]] = {}
-    of_a_step = interleave(_counted(steps, work_of_a_step), 4 * args.rounds)
+    of_a_step = interleave(steps, 4 * args.rounds, work_of_a_step)
     compiled = engine.stats()["compiled_programs"]
     process, memory = psutil.Process(), []
     for _ in range(3):
