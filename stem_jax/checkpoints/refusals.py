@@ -1,11 +1,16 @@
 """What a folder of checkpoints is refused for, on this machine or in a bucket."""
 
 import contextlib
+import os
+import re
 from collections.abc import Iterator
 
 from stem_jax.bucket_errors import bucket_errors, explain
 from stem_jax.errors import InputError
 from stem_jax.storage import Place, is_remote
+
+# How TensorStore, whose errors are of one kind, says which one of the system's it met.
+_OF_SYSTEM = re.compile(r"\[os_error_code='(\d+)'\]")
 
 
 @contextlib.contextmanager
@@ -18,11 +23,24 @@ def writing(folder: Place) -> Iterator[None]:
     try:
         with bucket_errors(folder):
             yield
-    except OSError as error:
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = _of_system(error)
+        if reason is None:
+            raise
         raise InputError(
-            f"cannot write a checkpoint to {folder}: {error.strerror or error}; free space, or "
-            "choose another --workdir"
+            f"cannot write a checkpoint to {folder}: {reason}; free space, or choose another "
+            "--workdir"
         ) from error
+
+
+def _of_system(error: OSError | ValueError) -> str | None:
+    """What the system says; None for a mistake of the program."""
+    if isinstance(error, OSError):
+        return str(error.strerror or error)
+    found = _OF_SYSTEM.search(str(error))
+    return os.strerror(int(found[1])) if found else None
 
 
 def damaged(checkpoint: Place, reason: str) -> InputError:

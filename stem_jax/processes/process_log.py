@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def process_log(workdir: Path, process_index: int) -> Iterator[Path]:
     """
     path = log_path(workdir, process_index)
     path.parent.mkdir(exist_ok=True)
-    file = logging.FileHandler(path)
+    file = _File(path)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handlers = [file, _Terminal()] if process_index == 0 else [file]
     for handler in handlers:
@@ -52,6 +53,26 @@ def _into_file(
 ) -> None:
     info = None if error is None else (type(error), error, error.__traceback__)
     file.handle(logging.LogRecord(log.name, level, __file__, 0, text, None, info))
+
+
+class _File(logging.FileHandler):
+    """Where there is no room for a line, says that in one; what fills the disk ends the run."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            self._warn(error)
+        else:
+            super().handleError(record)
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except OSError as error:
+            self._warn(error)
+
+    def _warn(self, error: OSError) -> None:
+        print(f"warning: {self.baseFilename} lacks lines ({error.strerror})", file=sys.stderr)
 
 
 class _Terminal(logging.Handler):
