@@ -13,8 +13,9 @@ from stem_jax.tables.asked_rows import AskedRows
 from stem_jax.tables.spec import TableSpec
 from stem_jax.training.run_data import RunData
 
-# Reading them takes a second or two; later batches may need more, and the run then says so.
-_TOKENS = 2**22
+# Reading them takes a second or two; later batches may need more, and the run then says so. Small
+# batches take a millisecond each, whatever they hold.
+_TOKENS, _BATCHES = 2**22, 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +31,8 @@ def working_set(
 ) -> WorkingSet:
     """What `tables.resident_rows` must be, and should be, for the batches from step `start` on.
 
-    Looks at as many batches as hold some four million tokens; with several processes at this
-    process's share of them, which asks for fewer rows.
+    Looks at as many batches as hold some four million tokens, and a thousand at most; with several
+    processes at this process's share of them, which asks for fewer rows.
     """
     window: deque[AskedRows] = deque(maxlen=config.tables.prefetch + 1)
     one = in_flight = 0
@@ -59,7 +60,8 @@ def _training_batches(config: Config, data: RunData, start: int) -> Iterator[Hos
 
 def _few(config: Config, batches) -> Iterator[HostBatch]:
     # A full window at least, or the figure would be too small from the start.
-    number = max(config.tables.prefetch + 1, _TOKENS // config.tokens_per_step)
+    number = min(_BATCHES, _TOKENS // config.tokens_per_step)
+    number = max(config.tables.prefetch + 1, number)
     return (batch for _, batch in zip(range(number), batches, strict=False))
 
 
