@@ -17,14 +17,19 @@ from benchmarks.faults.run import ROOT, Run
 
 # How long they take at most on a machine with nothing else to do.
 _JOIN_SECONDS, _RESTORE_SECONDS, _EXCHANGE_SECONDS, _PREPARE_SECONDS = 5.0, 2.5, 4.0, 4.0
+# Within which a run stops: processes look for SIGTERM once a second.
+_STOP_STEPS = 100
 
 
 def terminate(run: Run, at: Round, rng: random.Random) -> int:
-    """A process is told to stop: all save, and none fails."""
-    run.process(rng.randrange(run.shape.processes)).terminate()
+    """A process is told to stop: all save soon, and none fails."""
+    process, reached = run.process(rng.randrange(run.shape.processes)), run.last_step()
+    process.terminate()
     code = run.wait()
     if code != 0:
         raise RuntimeError(f"exit status {code} after SIGTERM")
+    if (more := run.last_step() - reached) > _STOP_STEPS:
+        raise RuntimeError(f"{more} steps were made after SIGTERM")
     return code
 
 

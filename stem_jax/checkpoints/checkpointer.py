@@ -61,6 +61,15 @@ from stem_jax.tables.spec import TableState
 from stem_jax.training.state import TrainState
 
 
+class _Manager(ocp.CheckpointManager):
+    """Saves what it is told to, and does not ask in between whether to stop."""
+
+    def reached_preemption(self, step: int) -> bool:
+        # The loop asks, by other numbers than steps: were these among them, the processes would
+        # agree on a question that is hours away.
+        return False
+
+
 class Checkpointer:
     """Reads and writes the checkpoints of one work folder. Close it, or use it as a context."""
 
@@ -105,9 +114,7 @@ class Checkpointer:
             multiprocessing_options=processes,
         )
         with writing(self.folder):
-            self._manager = ocp.CheckpointManager(
-                self.folder, options=options, handler_registry=item_handlers()
-            )
+            self._manager = _Manager(self.folder, options=options, handler_registry=item_handlers())
         self._tables = TableSaves(self.folder, full_every)
         # Whether rows on disk may be of checkpoints that are gone.
         self._untidy = True

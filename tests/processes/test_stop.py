@@ -175,3 +175,13 @@ def test_processes_are_asked_the_same_questions(monkeypatch):
     stop = StopSignal()
     assert [stop() for _ in range(5)] == [False, False, True, True, True]
     assert asked == [1, 2, 3]
+
+
+def test_a_save_asks_no_question(trained, tmp_path, monkeypatch):
+    """Orbax's own, by the number of the step, would move the one that processes agree on."""
+    asked = []
+    monkeypatch.setattr(
+        "jax.experimental.multihost_utils.reached_preemption_sync_point", asked.append
+    )
+    assert trained(2, tmp_path / "run") == (Ending.STOPPED, 2)
+    assert (tmp_path / "run" / "checkpoints" / "2").is_dir() and asked == []
