@@ -1,4 +1,5 @@
-"""Keeps a run going on those of its processes' hosts that answer: for local_multihost.sh --elastic.
+"""Keeps a run going on those of its hosts that answer: for local_multihost.sh --elastic, and with
+slices for hosts (elastic_pod.py) for tpu_pod.sh --elastic.
 
     python launch/elastic.py HOSTS DEVICES [--probe=COMMAND] [--config=... --workdir=... as train]
 
@@ -12,6 +13,7 @@ it exits with 0 within PROBE_SECONDS. Without one, all do: processes of this mac
 """
 
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -19,11 +21,18 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from typing import Protocol
 
 from stem_jax import cli
+from stem_jax.bucket_errors import bucket_errors
+from stem_jax.checkpoints.files import is_checkpoint
+from stem_jax.config import Config
 from stem_jax.config_file import load_config
 from stem_jax.elastic_mesh import largest
 from stem_jax.errors import InputError
+from stem_jax.local_copy import CHECKPOINTS
+from stem_jax.storage import Place
 
 PROBE_SECONDS = 10.0
 # By which a run that was told to stop is told from one that is complete.
@@ -40,13 +49,46 @@ def say(text: str) -> None:
     print(f"elastic: {text}", file=sys.stderr, flush=True)
 
 
-class Hosts:
-    """Which of the hosts answer."""
+class Gang(Protocol):
+    """The processes of one start.
 
-    def __init__(self, count: int, probe: str | None):
-        self._count, self._probe = count, probe
+    Attributes:
+        failure: exit status of the first that failed; None if none has.
+    """
 
-    def answering(self) -> list[int]:
+    failure: int | None
+
+    def signal(self) -> None:
+        """Tells the run to save and end."""
+
+    def running(self, grace: float) -> bool:
+        """Whether some process goes on; those that wait for one that failed end within `grace`."""
+
+    def over(self) -> bool:
+        """Whether, without a failure, the run is not to go on."""
+
+
+class Hosts(Protocol):
+    """What a run can be started on."""
+
+    def answering(self, members: list[int]) -> list[int]:
+        """The numbers of those that answer; on `members` the run is going on."""
+
+    def start(self, members: list[int], data: int) -> Gang:
+        """Starts the run on these, with this `mesh.data`."""
+
+
+class LocalHosts:
+    """This machine's processes as hosts."""
+
+    def __init__(self, count: int, probe: str | None, devices: int, flags: list[str]):
+        self._count, self._probe, self._devices, self._flags = count, probe, devices, flags
+
+    def start(self, members: list[int], data: int) -> Gang:
+        """Starts a process for each."""
+        return LocalGang(members, data, self._devices, self._flags)
+
+    def answering(self, members: list[int]) -> list[int]:
         """Their numbers; all are asked at once."""
         if self._probe is None:
             return list(range(self._count))
@@ -65,8 +107,8 @@ class Hosts:
         return found
 
 
-class Gang:
-    """The processes of one start.
+class LocalGang:
+    """The processes of one start on this machine.
 
     Attributes:
         failure: exit status of the first that failed; None if none has.
@@ -122,7 +164,7 @@ class Gang:
             process.kill()
             process.wait()
 
-    def complete(self) -> bool:
+    def over(self) -> bool:
         """Whether the last step was made."""
         return all(process.returncode == 0 for process in self._processes.values())
 
@@ -133,20 +175,27 @@ def _repeat(host: int, process: subprocess.Popen) -> None:
 
 
 class Elastic:
-    """A run from its first start to its end."""
+    """A run from its first start to its end.
 
-    def __init__(self, hosts: Hosts, devices: int, flags: list[str]):
-        rest, overrides = cli.split_overrides(flags)
-        parser = cli.Parser("launch/elastic.py", None)
-        parser.add_path("--config", required=True)
-        parser.add_path("--workdir", required=True)
-        # Among training's own flags.
-        args, _ = parser.parse_known_args(rest)
-        self._config = load_config(args.config, overrides)
-        self._saves = args.workdir / "checkpoints"
-        self._hosts, self._devices, self._flags = hosts, devices, flags
+    Args:
+        devices: of each host.
+        last_save: the step of the newest whole checkpoint, 0 for none.
+        pause: seconds between looks at hosts.
+        look: seconds between looks for a save that is awaited.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        hosts: Hosts,
+        devices: int,
+        last_save: Callable[[], int],
+        pause: float,
+        look: float,
+    ):
+        self._config, self._hosts, self._devices = config, hosts, devices
+        self._last_save, self._pause, self._look = last_save, pause, look
         self._grace = float(os.environ.get("GRACE_SECONDS", 15))
-        self._pause = float(os.environ.get("POLL_SECONDS", 5))
         self._told = threading.Event()
         self._gang: Gang | None = None
 
@@ -164,13 +213,13 @@ class Elastic:
             if self._told.is_set():
                 return 0
             say(f"starting on hosts {', '.join(map(str, members))} with mesh.data={data}")
-            self._gang = gang = Gang(members, data, self._devices, self._flags)
+            self._gang = gang = self._hosts.start(members, data)
             if self._told.is_set():
                 gang.signal()
-            self._watch(gang, len(members))
+            self._watch(gang, members)
             if gang.failure in REFUSED:
                 return gang.failure
-            if gang.failure is None and (gang.complete() or self._told.is_set()):
+            if gang.failure is None and (gang.over() or self._told.is_set()):
                 return 0
             if self._told.is_set():
                 return gang.failure or NO_PROGRESS
@@ -184,7 +233,7 @@ class Elastic:
         """Those to start on: the first that answer, as many as the run divides over."""
         waiting = False
         while not self._told.is_set():
-            answering = self._hosts.answering()
+            answering = self._hosts.answering([])
             number, data = largest(self._config, len(answering), self._devices)
             if number:
                 return answering[:number], data
@@ -194,28 +243,48 @@ class Elastic:
             self._told.wait(self._pause)
         return [], 0
 
-    def _watch(self, gang: Gang, number: int) -> None:
+    def _watch(self, gang: Gang, members: list[int]) -> None:
         """Returns when all processes have ended."""
         asked, newest, growing, told = time.monotonic(), 0, False, False
         while gang.running(self._grace):
-            time.sleep(0.2)
+            time.sleep(self._look if growing else 0.2)
             if told or gang.failure is not None or self._told.is_set():
                 continue
             if not growing and time.monotonic() - asked > self._pause:
-                answering = self._hosts.answering()
+                answering = self._hosts.answering(members)
                 asked = time.monotonic()
-                if largest(self._config, len(answering), self._devices)[0] > number:
+                if largest(self._config, len(answering), self._devices)[0] > len(members):
                     say(f"{len(answering)} hosts answer; the next save is the last of this size")
                     growing, newest = True, self._last_save()
             if growing and (self._last_save() > newest or not self._config.checkpoint.every):
                 gang.signal()
                 told = True
 
-    def _last_save(self) -> int:
-        """The step of the newest whole checkpoint, 0 for none."""
-        if not self._saves.is_dir():
-            return 0
-        return max((int(p.name) for p in self._saves.iterdir() if p.name.isdecimal()), default=0)
+
+def read_flags(flags: list[str]) -> tuple[Config, Place]:
+    """The configuration and the work folder that training's flags name."""
+    rest, overrides = cli.split_overrides(flags)
+    parser = cli.Parser("launch/elastic.py", None)
+    parser.add_path("--config", required=True)
+    parser.add_place("--workdir", required=True)
+    # Among training's own flags.
+    args, _ = parser.parse_known_args(rest)
+    return load_config(args.config, overrides), args.workdir
+
+
+def last_save(workdir: Place) -> int:
+    """The step of the newest whole checkpoint of a run, 0 for none."""
+    folder = workdir / CHECKPOINTS
+    with bucket_errors(folder):
+        there = list(folder.iterdir()) if folder.is_dir() else []
+        return max((int(path.name) for path in there if is_checkpoint(path)), default=0)
+
+
+def run_to_end(elastic: Elastic) -> None:
+    """Ends this process with the run's exit status; SIGTERM and SIGINT save and end the run."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, elastic.stop)
+    sys.exit(elastic.run())
 
 
 def main(argv: list[str]) -> None:
@@ -224,10 +293,11 @@ def main(argv: list[str]) -> None:
     probe = None
     if flags and flags[0].startswith("--probe="):
         probe = flags.pop(0).partition("=")[2]
-    elastic = Elastic(Hosts(int(count), probe), int(devices), flags)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, elastic.stop)
-    sys.exit(elastic.run())
+    config, workdir = read_flags(flags)
+    hosts = LocalHosts(int(count), probe, int(devices), flags)
+    pause = float(os.environ.get("POLL_SECONDS", 5))
+    saved = functools.partial(last_save, workdir)
+    run_to_end(Elastic(config, hosts, int(devices), saved, pause, look=0.2))
 
 
 if __name__ == "__main__":

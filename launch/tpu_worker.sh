@@ -10,9 +10,10 @@
 #   stopped            mark: it was told to stop
 
 worker_index() {
-  # The number by which JAX finds its process index, from the machine's metadata server.
-  curl -fsS -H 'Metadata-Flavor: Google' \
-    http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number
+  # The number by which JAX finds its process index, from the machine's metadata server, and the
+  # number of workers in the slices before this one.
+  echo $((${worker_offset:-0} + $(curl -fsS -H 'Metadata-Flavor: Google' \
+    http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number)))
 }
 
 # folder, repository or nothing (then a copy was sent), its ref, command to run at the end
@@ -135,6 +136,14 @@ worker_signal() {
   if ! cd "$1" 2>/dev/null || flock -n lock true; then return; fi
   if [ -n "$3" ]; then touch "$3"; fi
   if [ "$2" = TERM ]; then kill -TERM "$(cat pid)"; else kill -KILL -- "-$(cat group)"; fi
+}
+
+# work folder: the step of the newest checkpoint; one that is being written has no number for a name
+worker_saves() {
+  if [ -d "$1" ]; then
+    find "$1/checkpoints" -mindepth 1 -maxdepth 1 -printf '%f\n' 2>/dev/null |
+      grep -x '[0-9]*' | sort -n | tail -n 1 | grep . || echo 0
+  fi
 }
 
 # folder, first byte: what the run says from there on, until it ends

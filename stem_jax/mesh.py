@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable
 
 import jax
-import numpy as np
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from stem_jax.config import MeshConfig
@@ -77,20 +77,13 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
             + "; change one of them, or set one to -1"
         )
     axis_types = (AxisType.Auto,) * len(AXES)
+    # Either knows how to lay a slice out along its links.
+    if len(slices) == 1:
+        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=axis_types, devices=devices)
     inside = tuple((sizes | {"data": sizes["data"] // len(slices)}).values())
-    # jax.make_mesh knows how to lay one slice out along its links.
-    parts = [
-        jax.make_mesh(
-            inside,
-            AXES,
-            axis_types=axis_types,
-            devices=[d for d, number in zip(devices, numbers, strict=True) if number == part],
-        )
-        for part in slices
-    ]
-    if len(parts) == 1:
-        return parts[0]
-    return Mesh(np.concatenate([p.devices for p in parts]), AXES, axis_types=axis_types)
+    between = (len(slices), *(1,) * (len(AXES) - 1))
+    laid_out = create_hybrid_device_mesh(inside, between, devices)
+    return Mesh(laid_out, AXES, axis_types=axis_types)
 
 
 def slice_of(devices: Iterable[jax.Device]) -> list[int]:

@@ -79,17 +79,18 @@ class Pod:
     def called(self, *words: str) -> list[list[str]]:
         return [call for call in self.calls() if call[2 : 2 + len(words)] == list(words)]
 
-    def change(self, **facts) -> None:
-        """What the cloud knows of the slice."""
-        path = self.state / "slice.json"
+    def change(self, name: str = "pod", **facts) -> None:
+        """What the cloud knows of a queued resource."""
+        path = self.state / "resources" / f"{name}.json"
         changed = path.with_suffix(".new")
         changed.write_text(json.dumps(json.loads(path.read_text()) | facts))
         changed.rename(path)
 
-    def preempt(self) -> None:
+    def preempt(self, name: str = "pod", workers: tuple[str, ...] = ("",)) -> None:
         """Takes the machines, with all processes, as the cloud does."""
-        self.change(states=["SUSPENDED"])
-        self.kill()
+        self.change(name, states=["SUSPENDED"])
+        for number in workers:
+            self.kill(number)
 
     def kill(self, number: str = "") -> None:
         """Kills what runs on one worker, or on all."""

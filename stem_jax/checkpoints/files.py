@@ -174,7 +174,7 @@ def set_aside_damaged(checkpoints: Place, *, verify: bool = True) -> list[str]:
     def own_steps() -> bytes:
         with bucket_errors(checkpoints):
             there = list(checkpoints.iterdir()) if checkpoints.is_dir() else []
-        return json.dumps([int(p.name) for p in there if _is_checkpoint(p)]).encode()
+        return json.dumps([int(p.name) for p in there if is_checkpoint(p)]).encode()
 
     # As process 0 sees the folder, which another host may see later.
     steps = sorted(json.loads(exchange(own_steps)[0]), reverse=True)
@@ -218,7 +218,7 @@ def _set_aside(folder: Place, reason: str) -> None:
         ) from error
 
 
-def _is_checkpoint(folder: Place) -> bool:
+def is_checkpoint(folder: Place) -> bool:
     """Whether it has the name of one, and in a bucket the file that makes it whole."""
     if not folder.name.isdecimal():
         return False

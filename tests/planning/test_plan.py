@@ -317,7 +317,11 @@ def test_a_plan_of_an_offloaded_table(tiny_config):
 @dataclasses.dataclass(frozen=True)
 class TpuOfSlice:
     slice_index: int
+    coords: tuple[int, int, int] = (0, 0, 0)
+    core_on_chip: int = 0
+    process_index: int = 0
     platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
 
 
 @pytest.mark.parametrize("sizes", [{"data": 1, "fsdp": -1}, {"data": 3, "fsdp": 1}])
@@ -327,6 +331,20 @@ def test_only_data_spans_slices(tiny_config, sizes):
     expected = rf"mesh\.data={config.data} does not divide over 2 slices; .*data=2"
     with pytest.raises(InputError, match=expected):
         make_mesh(config, devices)
+
+
+def test_slices_follow_each_other_along_data(tiny_config):
+    """In their order, whatever order the devices come in; within a slice as without others."""
+    config = tiny_config(**{"mesh.data": 4, "mesh.fsdp": 2, "mesh.tensor": 2}).mesh
+    places = [(x, y, 0) for y in range(4) for x in range(2)]
+    devices = [TpuOfSlice(part, at) for at in places for part in (1, 0)]
+    mesh = make_mesh(config, devices)
+    assert mesh.shape == {"data": 4, "fsdp": 2, "context": 1, "tensor": 2}
+    one = dataclasses.replace(config, data=2)
+    for part in (0, 1):
+        alone = make_mesh(one, [device for device in devices if device.slice_index == part])
+        assert (mesh.devices[2 * part : 2 * part + 2] == alone.devices).all()
+    assert {device.slice_index for device in mesh.devices[2:].ravel()} == {1}
 
 
 def test_slices_must_leave_room_for_the_other_axes(tiny_config):

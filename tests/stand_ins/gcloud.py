@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""A stand-in for gcloud: one TPU slice whose workers are folders on this machine.
+"""A stand-in for gcloud: TPU slices whose workers are folders on this machine.
 
-$GCLOUD_STATE is its memory: calls.jsonl (what it was asked), slice.json (what there is; tests edit
-it to preempt the slice or cut off workers), workers/N (the home of worker N; other commands of its
-are in worker.sh).
+$GCLOUD_STATE is its memory: calls.jsonl (what it was asked), resources/NAME.json (what there is of
+a queued resource; tests edit it to preempt its slices or cut off workers), workers/N (the home of
+worker N, through all slices; other commands of its are in worker.sh). Slice I of several is the
+node PREFIX-I, whatever queued resource it belongs to.
 $GCLOUD_PYTHON is the Python of the workers, $GCLOUD_OLD_PYTHON=1 makes that of their image too old.
 $GCLOUD_STATES are the states that a new slice goes through. The file refusals, if it is there, is
 the number of slices that it will refuse to create. A flag that the real one does not have is
@@ -19,11 +20,11 @@ import sys
 from pathlib import Path
 
 STATE = Path(os.environ["GCLOUD_STATE"])
-SLICE = STATE / "slice.json"
+RESOURCES = STATE / "resources"
 WORKERS = 2
 GROUPS = {
-    "queued-resources create": "zone project node-id accelerator-type type topology "
-    "runtime-version spot reserved valid-until-duration",
+    "queued-resources create": "zone project node-id node-count node-prefix accelerator-type type "
+    "topology runtime-version spot reserved valid-until-duration",
     "queued-resources describe": "zone project format",
     "queued-resources delete": "zone project force quiet",
     "queued-resources list": "zone project",
@@ -59,12 +60,31 @@ def main(argv: list[str]) -> None:
     globals()[group.replace("-", "_").replace(" ", "_")](names, flags)
 
 
+def record(name: str) -> Path:
+    return RESOURCES / f"{name}.json"
+
+
 def there(names: list[str]) -> dict:
-    """The slice, if it has that name."""
-    facts = json.loads(SLICE.read_text()) if SLICE.exists() else {}
-    if facts.get("name") != names[0]:
+    """The queued resource, if there is one of that name."""
+    if not record(names[0]).exists():
         fail(f"NOT_FOUND: Resource '{names[0]}' was not found")
-    return facts
+    return json.loads(record(names[0]).read_text())
+
+
+def node_of(names: list[str]) -> dict:
+    """The queued resource that has this node, if its machines are there."""
+    for path in RESOURCES.glob("*.json"):
+        facts = json.loads(path.read_text())
+        if names[0] in facts["nodes"] and facts["states"] == ["ACTIVE"]:
+            return facts
+    fail("NOT_FOUND: the node is not there")
+
+
+def workers_of(node: str) -> range:
+    """Its workers, through all slices."""
+    _, _, number = node.rpartition("-")
+    first = WORKERS * int(number) if number.isdecimal() else 0
+    return range(first, first + WORKERS)
 
 
 def queued_resources_create(names, flags):
@@ -72,10 +92,16 @@ def queued_resources_create(names, flags):
     if refusals.exists() and (left := int(refusals.read_text())):
         refusals.write_text(str(left - 1))
         fail("RESOURCE_EXHAUSTED: quota")
-    if SLICE.exists():
+    if record(names[0]).exists():
         fail(f"ALREADY_EXISTS: Resource '{names[0]}' already exists")
-    shutil.rmtree(STATE / "workers", ignore_errors=True)
-    for number in range(WORKERS):
+    if ("node-id" in flags) == ("node-count" in flags):
+        fail("exactly one of --node-id and --node-count", 2)
+    nodes = [flags.get("node-id")]
+    if "node-count" in flags:
+        prefix = flags.get("node-prefix", names[0])
+        nodes = [f"{prefix}-{i}" for i in range(int(flags["node-count"]))]
+    for number in (number for node in nodes for number in workers_of(node)):
+        shutil.rmtree(STATE / "workers" / str(number), ignore_errors=True)
         (STATE / "workers" / str(number)).mkdir(parents=True)
     commands = STATE / "bin"
     commands.mkdir(exist_ok=True)
@@ -83,7 +109,9 @@ def queued_resources_create(names, flags):
         (commands / name).unlink(missing_ok=True)
         (commands / name).symlink_to(Path(__file__).resolve().parent / "worker.sh")
     states = os.environ.get("GCLOUD_STATES", "ACTIVE").split()
-    SLICE.write_text(json.dumps({"name": names[0], "states": states, "node": "READY", "cut": []}))
+    facts = {"name": names[0], "states": states, "nodes": nodes, "node": "READY", "cut": []}
+    RESOURCES.mkdir(exist_ok=True)
+    record(names[0]).write_text(json.dumps(facts))
 
 
 def queued_resources_describe(names, flags):
@@ -92,7 +120,7 @@ def queued_resources_describe(names, flags):
     print(facts["states"][0])
     if len(facts["states"]) > 1:
         del facts["states"][0]
-        SLICE.write_text(json.dumps(facts))
+        record(names[0]).write_text(json.dumps(facts))
 
 
 def queued_resources_delete(names, flags):
@@ -101,37 +129,37 @@ def queued_resources_delete(names, flags):
         fail("it would have asked")
     if facts["states"] == ["ACTIVE"] and "force" not in flags:
         fail("FAILED_PRECONDITION: its nodes are there")
-    SLICE.unlink()
+    record(names[0]).unlink()
 
 
 def queued_resources_list(names, flags):
-    if SLICE.exists():
-        facts = json.loads(SLICE.read_text())
+    for path in sorted(RESOURCES.glob("*.json")):
+        facts = json.loads(path.read_text())
         print(facts["name"], flags["zone"], facts["states"][0])
 
 
 def tpu_vm_describe(names, flags):
-    facts = there(names)
-    if facts["states"] != ["ACTIVE"]:
-        fail("NOT_FOUND: the node is not there")
-    print(
-        {"value(state)": facts["node"], "value(networkEndpoints.len())": WORKERS}[flags["format"]]
-    )
+    answers = {
+        "value(state)": node_of(names)["node"],
+        "value(networkEndpoints.len())": WORKERS,
+        "value(networkEndpoints[0].ipAddress)": f"address-of-{names[0]}",
+    }
+    print(answers[flags["format"]])
 
 
 def chosen(names: list[str], flags: dict) -> list[int]:
     """The workers of --worker, if they can be reached."""
-    facts = there(names)
-    if facts["states"] != ["ACTIVE"] or facts["node"] != "READY":
+    if node_of(names)["node"] != "READY":
         fail("the TPU is in state PREEMPTED, which makes it unusable")
-    return list(range(WORKERS)) if flags["worker"] == "all" else [int(flags["worker"])]
+    workers = workers_of(names[0])
+    return list(workers) if flags["worker"] == "all" else [workers[int(flags["worker"])]]
 
 
 def tpu_vm_ssh(names, flags):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    running, cut = [], there(names)["cut"]
+    running, cut = [], node_of(names)["cut"]
     for number in chosen(names, flags):
         if number in cut:
             running.append(subprocess.Popen(["false"]))
@@ -147,7 +175,7 @@ def tpu_vm_ssh(names, flags):
             "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
             "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
             "JAX_NUM_PROCESSES": str(WORKERS),
-            "JAX_PROCESS_ID": str(number),
+            "JAX_PROCESS_ID": str(number % WORKERS),
         }
         command = ["bash", "-c", flags["command"]]
         running.append(subprocess.Popen(command, cwd=home, env=environment))

@@ -2,7 +2,7 @@
 
 --plan=FILE holds, by process, what each start does: "complete", "wait" (until SIGTERM, then saves),
 "deaf" (until killed), "killed", or an exit code. FILE.started gets a line per start. Like a real
-one, it does nothing before its one peer is there.
+one, it does nothing before all are there: two of each slice, which it learns of as JAX does.
 """
 
 import json
@@ -12,7 +12,9 @@ import sys
 import time
 from pathlib import Path
 
+SLICES = int(os.environ.get("MEGASCALE_NUM_SLICES", 1))
 index = os.environ.get("JAX_PROCESS_ID") or os.environ["SLURM_PROCID"]
+index = str(int(index) + 2 * int(os.environ.get("MEGASCALE_SLICE_ID", 0)))
 plan = next(Path(flag[7:]) for flag in sys.argv if flag.startswith("--plan="))
 started = Path(f"{plan}.started")
 before = started.read_text().splitlines() if started.exists() else []
@@ -27,9 +29,20 @@ def stop(*_) -> None:
 
 signal.signal(signal.SIGTERM, signal.SIG_IGN if action == "deaf" else stop)
 with started.open("a") as file:
+    # One write, whatever the others write.
     record = {"process": index, "argv": sys.argv[1:], "folder": os.getcwd()}
     file.write(json.dumps(record | {"environment": dict(os.environ)}) + "\n")
-while len(started.read_text().splitlines()) < 2 * (count + 1):
+
+
+def of_this_size() -> list[dict]:
+    """The starts on as many slices."""
+    records = map(json.loads, started.read_text().splitlines())
+    number = str(SLICES)
+    return [r for r in records if r["environment"].get("MEGASCALE_NUM_SLICES", "1") == number]
+
+
+own = sum(r["process"] == index for r in of_this_size())
+while len(of_this_size()) < 2 * SLICES * own:
     time.sleep(0.02)
 if index == "0":
     print(f"step {count + 1}: loss 1.0", flush=True)
