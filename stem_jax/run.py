@@ -53,6 +53,7 @@ from stem_jax.tables.spec import TableState
 from stem_jax.training.baselines import token_unigrams, xz
 from stem_jax.training.evaluation import Validation
 from stem_jax.training.loop import Loop
+from stem_jax.training.metrics import MetricsLog
 from stem_jax.training.past_updates import NO_PAST, PastUpdates
 from stem_jax.training.resume import check_resumable
 from stem_jax.training.run_data import TOKENIZER_FOLDER, RunData, open_run_data
@@ -108,6 +109,7 @@ def train(
                 ending = _train(config, workdir, clock, own_log, lock, copy, progress, tracking)
             if ending is Ending.COMPLETED:
                 tracking.ending = tracker.Ending.COMPLETE
+            if tracking.ending is tracker.Ending.COMPLETE:
                 text = sample(config, workdir) if sample is not None and is_first() else None
                 if text is not None:
                     tracking.add_text("sample", text)
@@ -164,6 +166,8 @@ def _train(
     _check_origin(origin, data)
     if latest > config.train.steps or (latest == config.train.steps and not owed):
         log.info(f"run complete: {address_of(workdir)} is at step {latest} of {config.train.steps}")
+        if latest == config.train.steps and tracking.catch_up(config, latest):
+            MetricsLog(workdir, latest, tracking=tracking).close()
         return Ending.WAS_COMPLETE
     check_documents(config, mesh, data)
     clock.mark("data")

@@ -33,7 +33,7 @@ class MlflowPage:
 
     def __init__(self, page: Page):
         self._page = page
-        self._book = Book(page, "mlflow")
+        self._book = Book(page.folder, "mlflow")
         self._id = ""
 
     @staticmethod

@@ -72,17 +72,21 @@ class Reporter:
         self._ended.set()
         self.wake()
 
-    def wait(self, seconds: float) -> None:
-        """Waits for the tracker, once `end` was called, and no longer than that."""
+    def wait(self, seconds: float) -> bool:
+        """Waits for the tracker, once `end` was called, and no longer than that.
+
+        Returns whether it has all.
+        """
         done, _ = concurrent.futures.wait([self._work], seconds)
         if not done:
             self._given_up = True
             missing = len({record["step"] for record in self._records[self._place :]})
-            later = "" if self._ending is Ending.COMPLETE else ", and a next start reports them"
             log.warning(
                 f"{self._name} did not end within {seconds:.0f} s (tracking.timeout), with "
-                f"{missing} steps to report; they are in metrics.jsonl{later}"
+                f"{missing} steps to report; they are in metrics.jsonl, and a next start reports "
+                "them"
             )
+        return bool(done)
 
     def _serve(self) -> None:
         opened, wait = False, 0.0

@@ -21,7 +21,7 @@ class TensorBoard:
     def __init__(self, page: Page):
         self._folder = page.workdir / "tensorboard"
         self._most: float = page.start
-        self._book = Book(page, "tensorboard")
+        self._book = Book(page.folder, "tensorboard")
         self._writer: Any = None
 
     def begin(self) -> int:

@@ -90,8 +90,9 @@ class Tracker(Protocol):
 class Book:
     """What a tracker has to know at the next start of a run: a small file in the run's folder."""
 
-    def __init__(self, page: Page, name: str):
-        self._path = page.folder / f"{name}.json"
+    def __init__(self, folder: Path, name: str):
+        """folder: that of the trackers' own files."""
+        self._path = folder / f"{name}.json"
 
     def read(self) -> dict[str, Any]:
         """What was written last; {} if nothing was."""

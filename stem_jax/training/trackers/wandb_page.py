@@ -25,7 +25,7 @@ class WandbPage:
 
     def __init__(self, page: Page):
         self._page = page
-        self._book = Book(page, "wandb")
+        self._book = Book(page.folder, "wandb")
         self._run: Any = None
         self._last = 0
 

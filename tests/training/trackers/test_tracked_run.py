@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.children import child, train_flags
+from tests.children import child, free_port, train_flags
 from tests.launching import SMALL, wait_for_records, wait_until
 from tests.tracker_files import (
     mlflow_server,
+    tensorboard_events,
     tensorboard_shows,
     wandb_files,
     wandb_history,
@@ -108,6 +109,49 @@ def test_a_run_resumed_twice(tmp_path):
         assert loss == pytest.approx(recorded[step]["train/loss"], rel=1e-6)
     tags = {value.tag for value in shown[STEPS]}
     assert {"loss", "sample/text_summary", "eval/loss"} <= tags
+
+
+@pytest.mark.long
+@pytest.mark.little_effort
+def test_a_run_that_ended_before_its_tracker_knew(tmp_path):
+    """Nobody listened until it was complete: the next start tells all, the one after nothing."""
+    from mlflow import MlflowClient
+
+    workdir, port = tmp_path / "run", free_port()
+    keys = {
+        "tracking.trackers": "tensorboard,mlflow",
+        "tracking.mlflow_uri": f"http://127.0.0.1:{port}",
+        "tracking.timeout": 2,
+        "train.steps": 20,
+        "train.sample_prompt": "The",
+        "train.sample_tokens": 2,
+    }
+
+    def start(keys: dict) -> str:
+        with child("-m", "stem_jax.train", *train_flags("tiny", workdir, keys, {})) as process:
+            said = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, said[-3000:]
+        return said
+
+    assert "mlflow did not end within 2 s" in start(SMALL | keys)
+    events = tensorboard_events(workdir / "tensorboard")
+    (tmp_path / "mlflow").mkdir()
+    with mlflow_server(tmp_path / "mlflow") as address:
+        keys |= {"tracking.mlflow_uri": address, "tracking.timeout": 240}
+        said = start(SMALL | keys)
+        assert "run complete" in said and "telling mlflow what" in said
+        client = MlflowClient(address)
+        (experiment,) = client.search_experiments(filter_string="name = 'stem_jax'")
+        (run,) = client.search_runs([experiment.experiment_id])
+        assert run.info.status == "FINISHED"
+        history = client.get_metric_history(run.info.run_id, "train/loss")
+        expected = [(step, values["train/loss"]) for step, values in _recorded(workdir).items()]
+        assert sorted((m.step, m.value) for m in history) == expected
+        artifacts = {file.path for file in client.list_artifacts(run.info.run_id)}
+        assert artifacts == {"loss.png", "sample.txt"}
+        assert "telling" not in start(SMALL | keys)
+        assert client.get_run(run.info.run_id).info.end_time == run.info.end_time
+    assert tensorboard_events(workdir / "tensorboard") == events
 
 
 @pytest.mark.long

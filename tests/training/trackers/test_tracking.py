@@ -76,6 +76,38 @@ def test_what_they_are_told(seen, tiny_config, tmp_path):
     assert json.loads(json.dumps(page.config)) == page.config
 
 
+def test_a_complete_run_is_told_once(seen, tiny_config, tmp_path):
+    """The next start tells those trackers that a start which was killed did not; then nobody."""
+    config = tiny_config(**{"tracking.trackers": "seen", "train.steps": 2})
+    log = MetricsLog(tmp_path, 0)
+    for step in (1, 2):
+        log.write(step, {"train/loss": 4.0 - step})
+    log.close()
+
+    def start() -> bool:
+        with Tracking(tmp_path) as told:
+            found = told.catch_up(config, 2)
+            if found:
+                MetricsLog(tmp_path, 2, tracking=told).close()
+            return found
+
+    assert start()
+    (one,) = seen
+    assert [row.values["train/loss"] for row in one.rows] == [3.0, 2.0]
+    assert one.ending is Ending.COMPLETE and list(one.pictures) == ["loss.png"]
+    assert one.page.start == 2
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    assert not start() and len(seen) == 1
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    # One that has more steps now is told of them by its own start.
+    more = tiny_config(**{"tracking.trackers": "seen", "train.steps": 3})
+    with Tracking(tmp_path) as told:
+        told.begin(more, 2)
+        told.ending = Ending.COMPLETE
+    assert Tracking(tmp_path).catch_up(more, 3) is False
+    assert Tracking(tmp_path).catch_up(config, 2) is True
+
+
 def test_losses_that_were_taken_back_are_known(seen, tiny_config, tmp_path, monkeypatch):
     log = MetricsLog(tmp_path, 0)
     for step, loss in ((1, 3.0), (2, 2.0), (3, float("inf"))):
