@@ -45,6 +45,7 @@ from stem_jax.processes.stop_signal import StopSignal
 from stem_jax.processes.watchdog import Watchdog
 from stem_jax.run_checks import check_documents, check_first_start, check_mesh, check_tables
 from stem_jax.run_saves import RunSaves, data_record, owes_validation
+from stem_jax.staging import staged_versions
 from stem_jax.storage import Place, place
 from stem_jax.tables.first_rows import FirstRows
 from stem_jax.tables.host_store import HostStore
@@ -157,6 +158,11 @@ def _train(
     if origin is not None:
         origin.check(config)
     record, owed = data_record(config, data), owes_validation(workdir, info)
+    # Each machine has its own copies.
+    check_same(
+        {f"the copy of {address}": name for address, name in staged_versions().items()},
+        "it was written in between: start again when that has ended",
+    )
     check_same(
         {"the newest checkpoint": str(latest), "the tokenizer": data.tokenizer.fingerprint}
         | {"the validations that were made": str(owed)}

@@ -44,6 +44,8 @@ Check: TypeAlias = Callable[[Path], None]
 
 # Of the entries that this process reads, as long as it lives.
 _in_use: dict[Path, Lock] = {}
+# By address, the name of the entry that this process got last: of the objects' versions.
+_versions: dict[str, str] = {}
 
 
 def staged(
@@ -74,11 +76,18 @@ def staged(
         if not listed:
             raise InputError(f"{flag}={address}: nothing is there; correct the name")
         if (copy := _copy(address, flag, listed, wanted, check)) is not None:
+            _versions[str(address)] = copy.name
             return copy
         time.sleep(_AGAIN_SECONDS)
     raise InputError(
         f"{flag}={address} is written while it is read; start again when that has ended"
     )
+
+
+def staged_versions() -> dict[str, str]:
+    """A text for each address that this process has a copy of, which is another where the copy is
+    of other versions: each machine copies by itself, and somebody may have written in between."""
+    return dict(_versions)
 
 
 def staging_folder() -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,9 @@ from pathlib import Path
 import pytest
 
 from stem_jax import bucket as objects
+from stem_jax.data.documents import Document
+from stem_jax.data.prepare import prepare_stores
+from stem_jax.data.tokenizer import load_tokenizer
 from stem_jax.local_copy import VARIABLE
 from tests.buckets import Answer
 from tests.children import HELD, child, finish, gang, train_flags
@@ -157,6 +161,62 @@ def test_two_processes_and_another_machine_for_each(bucket, tmp_path):
     records = _records((workdir / "metrics.jsonl").read_text())
     assert [r["step"] for r in records if "train/loss" in r] == list(range(1, 10))
     assert {"logs/process_000.log", "logs/process_001.log"} <= objects.list_objects(workdir).keys()
+
+
+# What the second process downloads is another store than the first one's, of which but the held-out
+# text differs; each has a cache of its own.
+REWRITTEN = """
+import os, sys
+from pathlib import Path
+from stem_jax import run, storage
+from stem_jax.bucket import upload_folder
+second = "--process-index=1" in sys.argv
+os.environ["STEM_JAX_STAGED"] = os.environ["CACHES"] + "/" + str(int(second))
+opened = run.open_run_data
+def open_run_data(*args, **kwargs):
+    data = opened(*args, **kwargs)
+    if not second:
+        address = storage.place(os.environ["STORE"], "store")
+        upload_folder(Path(os.environ["OTHER"]), address)
+    return data
+run.open_run_data = open_run_data
+"""
+
+
+@pytest.mark.parametrize("rewritten", [True, False])
+def test_a_store_that_is_rewritten_between_two_downloads(s3_bucket, tmp_path, rewritten):
+    """The processes come to the same refusal before the first step."""
+    options = {"name": "t", "seed": 0, "progress": False, "validation_fraction": 0.2}
+    tokenizer = load_tokenizer("bytes")
+    for name, last in (("one", "j"), ("other", "J")):
+        documents = [Document(letter * 50, letter) for letter in "abcdefghi" + last]
+        prepare_stores(documents, tokenizer, tmp_path / name, **options)
+    one, other = tmp_path / "one", tmp_path / "other"
+    held_out = "validation/tokens.bin"
+    if rewritten:
+        assert (one / "train/tokens.bin").read_bytes() == (other / "train/tokens.bin").read_bytes()
+        assert (one / held_out).read_bytes() != (other / held_out).read_bytes()
+    store = s3_bucket.path / "store"
+    objects.upload_folder(one, store)
+    argv = flags("tiny", tmp_path / "run", data__sources=str(store), train__steps=2)
+    environment = {
+        "STORE": str(store),
+        "OTHER": str(other if rewritten else one),
+        "CACHES": str(tmp_path / "caches"),
+        **s3_bucket.environment,
+    }
+    started = gang("stem_jax.train", argv, argv, changes=REWRITTEN, **environment)
+    with started[0] as first, started[1] as second:
+        said = [process.communicate(timeout=300)[0] for process in (first, second)]
+    codes = [first.returncode, second.returncode]
+    assert len(list((tmp_path / "caches").glob("*/*/train"))) == 2
+    if not rewritten:
+        assert codes == [0, 0], said
+        return
+    assert codes == [1, 1]
+    expected = rf"process 1 differs from process 0 in the copy of {store}: .*; it was written"
+    for text in said:
+        assert re.search(expected, text), text[-3000:]
 
 
 def test_a_second_run_is_refused(s3_bucket, tmp_path):

@@ -120,8 +120,14 @@ def _meet(error: InputError | None, part: bytes, patience: int) -> list[bytes]:
     return [text[1:] for text in said]
 
 
-def check_same(facts: dict[str, str]) -> None:
+def check_same(
+    facts: dict[str, str], remedy: str = "start all processes with the same command and code"
+) -> None:
     """Refuses, in every process, facts that are not the same in all of them.
+
+    Args:
+        facts: by what they are called.
+        remedy: what the user is to do.
 
     Raises:
         InputError: names the first process that differs from process 0, the fact and both values.
@@ -133,7 +139,7 @@ def check_same(facts: dict[str, str]) -> None:
             if here != there:
                 raise InputError(
                     f"process {index} differs from process 0 in {name}: {_short(there)}, not "
-                    f"{_short(here)}; start all processes with the same command and code"
+                    f"{_short(here)}; {remedy}"
                 )
 
 
