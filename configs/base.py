@@ -158,7 +158,7 @@ def get_config() -> config_dict.ConfigDict:
     # or text files ("data/*.jsonl.zst").
     config.data.sources = "pydoc"
     config.data.tokenizer = "sentencepiece"  # sentencepiece, hf, bytes
-    config.data.tokenizer_path = None  # None: train sentencepiece on the sources, V tokens
+    config.data.tokenizer_path = None  # or hf://ORG/NAME; None: train sentencepiece, V tokens
     # Of text: the key of a JSON object, or the column of a Parquet file, that holds it.
     config.data.text_field = "text"
     # auto (by name and content), text (a file is a document), jsonl (an object on each line), json

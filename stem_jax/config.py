@@ -115,7 +115,7 @@ class DataConfig:
 
     sources: str = key(Role.CONTINUED)
     tokenizer: str = key(Role.CONTINUED)
-    tokenizer_path: str | None = key(Role.CONTINUED, path=True)
+    tokenizer_path: str | None = key(Role.CONTINUED, path=True, hub=True)
     text_field: str = key(Role.CONTINUED, before="text")
     format: str = key(Role.CONTINUED, before="auto")
     packing: str = key(Role.CONTINUED, before="cut")

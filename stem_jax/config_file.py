@@ -18,6 +18,7 @@ from stem_jax.config_checks import validate
 from stem_jax.config_keys import NOTHING
 from stem_jax.config_program import read_config_file
 from stem_jax.errors import InputError
+from stem_jax.hub import is_of_hub
 from stem_jax.layer_patterns import layer_indices
 from stem_jax.storage import local_path
 
@@ -40,7 +41,8 @@ def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> Co
         raw[section][field] = _parse_override(text, _written_types().get(name))
     config = build(raw)
     for name, key in declared_keys().items():
-        if key.path and (value := config.value_of(name)) is not None:
+        value = config.value_of(name) if key.path else None
+        if value is not None and not (key.hub and is_of_hub(value, name)):
             local_path(value, name)
     return config
 

@@ -35,6 +35,7 @@ class Key:
         before: what held before it existed, for texts that lack it; NOTHING: no text does.
         formerly: the key, "section.name", whose value it takes in texts that have that one.
         path: whether it names a file or a folder.
+        hub: whether that may also be on the Hugging Face Hub, by `hf://ORG/NAME`.
         kind: the kind of layer whose layers it lists.
         of_kind: the kind of layer without which it does nothing.
         layers: whether it lists layers, by a pattern or by indices.
@@ -45,6 +46,7 @@ class Key:
     before: Any = NOTHING
     formerly: str | None = None
     path: bool = False
+    hub: bool = False
     kind: str | None = None
     of_kind: str | None = None
     layers: bool = False

@@ -44,7 +44,7 @@ from tests import (
 )
 
 # Their fixtures.
-pytest_plugins = ["tests.buckets", "tests.pod"]
+pytest_plugins = ["tests.buckets", "tests.hub", "tests.pod"]
 
 # A first call compiles, so no example has a deadline; in CI a failure must repeat.
 hypothesis.settings.register_profile("local", deadline=None)

@@ -7,6 +7,7 @@ from stem_jax.data.corpora import BUILTIN
 from stem_jax.data.formats import CHAT, FORMATS
 from stem_jax.data.special_tokens import SpecialFlags
 from stem_jax.data.tokenizer import KINDS
+from stem_jax.data.tokenizer_source import tokenizer_source
 from stem_jax.storage import local_path, place
 
 
@@ -25,7 +26,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
     add("chat-template", help="a file; without it that of the tokenizer's folder")
     add("on-bad", choices=ON_BAD, default="stop", help="at a record without usable text")
     add("tokenizer", choices=KINDS, default="sentencepiece", help="kind of tokenizer")
-    add("tokenizer-path", help="a .model file or a tokenizer.json")
+    add("tokenizer-path", help="a .model file, a tokenizer.json, or hf://ORG/NAME")
     SpecialFlags.add_flags(parser)
     add("vocab-size", type=int, help="train SentencePiece on the text instead")
     add("out", required=True, help="folder for train/, validation/, tokenizer/; also in a bucket")
@@ -40,7 +41,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
     # What is compared with its checksums is what is on this machine's disk.
     args.out = (local_path if args.verify else place)(args.out, "--out")
     if args.tokenizer_path is not None:
-        args.tokenizer_path = local_path(args.tokenizer_path, "--tokenizer-path")
+        args.tokenizer_path = tokenizer_source(args.tokenizer_path, "--tokenizer-path")
     if args.chat_template is not None:
         args.chat_template = local_path(args.chat_template, "--chat-template")
     models = [args.tokenizer_path is not None, args.vocab_size is not None]

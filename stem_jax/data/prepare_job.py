@@ -26,6 +26,7 @@ from stem_jax.data.tokenizer import (
     load_tokenizer,
     load_tokenizer_folder,
 )
+from stem_jax.data.tokenizer_source import tokenizer_file
 from stem_jax.errors import InputError
 from stem_jax.files import read_json, write_whole
 from stem_jax.outgoing import outgoing
@@ -50,7 +51,10 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
     tokenizer = None
     if args.vocab_size is None:
         flags = SpecialFlags.from_flags(args)
-        tokenizer = load_tokenizer(args.tokenizer, args.tokenizer_path, flags)
+        path = args.tokenizer_path
+        if path is not None:
+            path = tokenizer_file(path, args.tokenizer, "--tokenizer-path")
+        tokenizer = load_tokenizer(args.tokenizer, path, flags)
         for note in tokenizer.notes:
             print(f"note: {note}", file=sys.stderr)
     chat = None

@@ -6,6 +6,7 @@ from pathlib import Path
 from stem_jax import cli
 from stem_jax.data.special_tokens import SpecialFlags
 from stem_jax.data.tokenizer import KINDS
+from stem_jax.data.tokenizer_source import tokenizer_source
 from stem_jax.interop.calibration import Calibration, check_overrides
 from stem_jax.interop.model_source import model_source
 from stem_jax.processes.cluster import add_flags
@@ -33,7 +34,7 @@ def parse(
     parser.add_path("--workdir", required=True, help="folder to create")
     parser.add_path("--config", help="config file, for all but the model; without it, base.py")
     add("--tokenizer", choices=KINDS, help="kind of the tokenizer, if not in --path")
-    parser.add_path("--tokenizer-path", help="its file")
+    add("--tokenizer-path", help="its file, or hf://ORG/NAME")
     SpecialFlags.add_flags(parser)
     Calibration.add_flags(parser)
     add_flags(parser)
@@ -42,6 +43,8 @@ def parse(
     args = parser.parse_args(rest)
     args.path = model_source(args.path, "--path")
     args.config = args.config or BASE_CONFIG
+    if args.tokenizer_path is not None:
+        args.tokenizer_path = tokenizer_source(args.tokenizer_path, "--tokenizer-path")
     if args.stem_layers and args.kind != "llama":
         parser.error(f"--stem-layers turns a Llama into a STEM model, not --from={args.kind}")
     calibration = Calibration.from_flags(args)

@@ -11,6 +11,7 @@ from typing import Self
 from stem_jax.data.shipped_files import CONFIG, ShippedFiles
 from stem_jax.data.special_tokens import NONE, SpecialFlags, SpecialTokens
 from stem_jax.data.tokenizer import Tokenizer, load_tokenizer, load_tokenizer_folder
+from stem_jax.data.tokenizer_source import tokenizer_file
 from stem_jax.errors import InputError
 from stem_jax.interop.official_format import official_tokenizer, read_params
 from stem_jax.interop.tokenizer_export import NATIVE_FOLDER, probe_texts
@@ -27,12 +28,15 @@ class TokenizerChoice:
     """
 
     kind: str | None = None
-    path: str | None = None
+    path: Path | None = None
     special: SpecialFlags = dataclasses.field(default_factory=SpecialFlags)
 
     @classmethod
     def from_flags(cls, args: argparse.Namespace) -> Self:
-        return cls(args.tokenizer, args.tokenizer_path, SpecialFlags.from_flags(args))
+        path = args.tokenizer_path
+        if path is not None:
+            path = tokenizer_file(path, args.tokenizer, "--tokenizer-path")
+        return cls(args.tokenizer, path, SpecialFlags.from_flags(args))
 
 
 def find_tokenizer(

@@ -20,6 +20,7 @@ from stem_jax.data.sources import (
 )
 from stem_jax.data.token_store import TokenStore
 from stem_jax.data.tokenizer import Tokenizer, load_tokenizer, load_tokenizer_folder
+from stem_jax.data.tokenizer_source import tokenizer_file
 from stem_jax.errors import InputError
 from stem_jax.memory.catalogue import keys_on_the_host, memories, with_eos
 from stem_jax.processes.process_log import log
@@ -193,7 +194,9 @@ def _first_tokenizer(config: Config, workdir: Path) -> Tokenizer:
     specs = parse_sources(data.sources)
     if data.tokenizer_path is not None or data.tokenizer == "bytes":
         given = data.tokenizer_path
-        file = None if given is None else local_path(given, "data.tokenizer_path")
+        file = None
+        if given is not None:
+            file = tokenizer_file(given, data.tokenizer, "data.tokenizer_path")
         return load_tokenizer(data.tokenizer, file)
     for key, folder in config.origins.items():
         return load_tokenizer_folder(local_path(folder, key) / TOKENIZER_FOLDER)
