@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import re
 import socket
 import sys
 import threading
@@ -25,6 +26,8 @@ _NOTE_SECONDS = 15
 # sysexits.h: a failure that is not the command's, and one that may pass. Launchers try again.
 EXIT_FAILED = 70
 EXIT_NOT_JOINED = 75
+# What the others hear of a process that ended: from collectives on CPUs, and from JAX's service.
+_LOST = re.compile(r"Gloo \S+ failed|Connection (?:reset|closed) by peer|Socket closed|heartbeat")
 _ROUTES = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
 
@@ -181,7 +184,8 @@ def membership(
     A process that failed would otherwise wait minutes, on its way out, for others that hang in a
     collective. If all fail for one reason they meet, so that none vanishes before another has said
     its word; if one fails alone, the others learn it from their launcher, or by the heartbeat that
-    is missed.
+    is missed. One that lost another does not wait at all: as soon as the coordinator is gone JAX
+    aborts it, with a stack of C++, and its client cannot call anything of Python's instead.
     """
     if gang is None:
         yield
@@ -193,8 +197,12 @@ def membership(
         import jax
 
         index, refused = jax.process_index(), isinstance(error, InputError | TrainingError)
+        lost = not refused and _LOST.search(str(error)) is not None
         if refused:
             print(f"error: process {index}: {error}", file=sys.stderr)
+        elif lost:
+            said = " ".join(str(error).split())[:200]
+            print(f"error: process {index} lost another one ({said}); {again}", file=sys.stderr)
         else:
             traceback.print_exc()
             print(
@@ -202,7 +210,8 @@ def membership(
                 file=sys.stderr,
             )
         with contextlib.suppress(Exception):
-            wait_for_all("leave", _LEAVE_SECONDS)
+            if not lost:
+                wait_for_all("leave", _LEAVE_SECONDS)
             if index == 0:
                 time.sleep(_LAST_SECONDS)
         sys.stdout.flush()
