@@ -187,7 +187,7 @@ class TrainConfig:
     log_every: int = key(Role.HARMLESS)
     profile_steps: str = key(Role.HARMLESS, before="none")
     step_timeout: float | None = key(Role.HARMLESS, before=None)
-    upload_every: float | None = key(Role.HARMLESS, before=None)
+    upload_every: float | None = key(Role.HARMLESS, before=60.0)
     compilation_cache: str | None = key(Role.HARMLESS, before=None, path=True)
     init_from: str | None = key(Role.START, before=None, path=True)
     continue_from: str | None = key(Role.START, before=None, path=True)

@@ -67,9 +67,15 @@ def with_later_keys(raw: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]
             if old in raw.get(old_section, {}):
                 values.setdefault(field, raw[old_section].pop(old))
         if key.before is not NOTHING:
-            # Lists of layers are written so.
-            values.setdefault(field, "none" if key.layers else key.before)
+            values.setdefault(field, _as_written(key))
     return raw
+
+
+def _as_written(key) -> Any:
+    """What held before a key was."""
+    if key.layers:
+        return "none"
+    return list(key.before) if isinstance(key.before, tuple) else key.before
 
 
 def build(raw: dict[str, dict[str, Any]]) -> Config:

@@ -13,8 +13,9 @@ from stem_jax.study.record import (
     read_records,
     write_record,
 )
-from stem_jax.study.runs import Run
+from stem_jax.study.runs import Run, chosen_rates, runs_of
 from stem_jax.study.study import load_study
+from tests.children import ROOT
 from tests.study_records import record
 from tests.toy_study import toy_study
 
@@ -84,6 +85,21 @@ def test_a_record_of_another_configuration_is_refused(tmp_path):
     found["config"]["optimizer"]["beta2"] = 0.5
     with pytest.raises(InputError, match=r"optimizer\.beta2=0\.5, the study asks for 0\.95"):
         check_config(found, config)
+
+
+def test_what_was_recorded_is_of_the_study_as_it_is():
+    """Keys come and go; what is in the repository stays of use."""
+    study = load_study(ROOT / "configs" / "study" / "core.py")
+    there = read_records(ROOT / "benchmarks" / "study" / "core")
+    asked = [
+        run
+        for phase in study.phases
+        for run in runs_of(study, phase, chosen_rates([*there.values()]))
+    ]
+    found = [run for run in asked if run.name in there]
+    assert {run.variant for run in found} >= {"dense", "stem_half", "ngram"}
+    for run in found:
+        check_config(there[run.name], study.config(run))
 
 
 def test_a_record_of_code_with_fewer_keys(tmp_path):
