@@ -140,11 +140,12 @@ class Checkpointer:
 
         Raises:
             InputError: the folder cannot be written.
+            TimeoutError: another process did not come to the end of it.
         """
         try:
             with writing(self.folder):
                 self._manager.wait_until_finished()
-        except InputError:
+        except (InputError, TimeoutError):
             self._tables.failed()
             raise
         finally:

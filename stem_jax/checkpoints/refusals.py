@@ -36,7 +36,9 @@ def writing(folder: Place) -> Iterator[None]:
 
 
 def _of_system(error: OSError | ValueError) -> str | None:
-    """What the system says; None for a mistake of the program."""
+    """What the system says; None for a mistake of the program, and for another process's delay."""
+    if isinstance(error, TimeoutError) and error.errno is None:
+        return None
     if isinstance(error, OSError):
         return str(error.strerror or error)
     found = _OF_SYSTEM.search(str(error))

@@ -26,8 +26,12 @@ _NOTE_SECONDS = 15
 # sysexits.h: a failure that is not the command's, and one that may pass. Launchers try again.
 EXIT_FAILED = 70
 EXIT_NOT_JOINED = 75
-# What the others hear of a process that ended: from collectives on CPUs, and from JAX's service.
-_LOST = re.compile(r"Gloo \S+ failed|Connection (?:reset|closed) by peer|Socket closed|heartbeat")
+# What the others hear of a process that ended or stands still: from collectives on CPUs, from JAX's
+# service, and from Orbax.
+_LOST = re.compile(
+    r"Gloo \S+ failed|Connection (?:reset|closed) by peer|Socket closed|heartbeat|"
+    r"Timed out (?:after|while waiting)"
+)
 _ROUTES = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
 

@@ -1,5 +1,7 @@
 """What a folder of checkpoints is refused for."""
 
+import errno
+
 import numpy as np
 import pytest
 import tensorstore
@@ -24,3 +26,11 @@ def test_a_mistake_of_the_program_and_a_refusal_stay_as_they_are(tmp_path):
         raise ValueError("of another kind")
     with pytest.raises(InputError, match=r"^a refusal$"), writing(tmp_path):
         raise InputError("a refusal")
+
+
+def test_waiting_for_another_process_is_not_a_refusal(tmp_path):
+    """Which a launcher would take for the end."""
+    with pytest.raises(TimeoutError, match="while waiting"), writing(tmp_path):
+        raise TimeoutError("Timed out while waiting for a barrier.")
+    with pytest.raises(InputError, match="Connection timed out"), writing(tmp_path):
+        raise OSError(errno.ETIMEDOUT, "Connection timed out")
