@@ -7,6 +7,7 @@ One run with offloaded tables goes through all rounds, started again by `launch/
 with the same flags each time. At the end its parameters, optimizer states, tables and losses are
 those of a run that nothing happened to, bit for bit, or the program exits with 1. With --disk all
 but 64 rows are on disk, in the work folder. With --reshape processes and resident rows change.
+--continue goes on after an interruption, and after the end of a campaign of fewer rounds.
 
 lost steps: logged before the fault and done again after it; never more than promised and the steps
 that ran beside a save that did not get to the disk (in flight). down: seconds until every process
@@ -46,7 +47,11 @@ def main() -> None:
     parser.add_argument(
         "--step-timeout", type=int, default=STEP_TIMEOUT, help="seconds; more on a busy machine"
     )
-    parser.add_argument("--folder", help="kept afterwards; without it, a temporary one")
+    parser.add_argument(
+        "--folder",
+        help="kept afterwards, with the small file system in it (umount); without it, a temporary "
+        "one",
+    )
     parser.add_argument(
         "--continue", dest="goes_on", action="store_true", help="after the rounds that are done"
     )
@@ -76,7 +81,8 @@ def _campaign(folder: Path, args: argparse.Namespace, kinds: list[str]) -> None:
         records = campaign.go(plan, _say)
         print(table(records))
         print(time_table(campaign.accounts()))
-        campaign.remove()
+        if not args.folder:
+            campaign.remove()
     print(f"{len(records)} rounds: the end equals that of the undisturbed run bit for bit")
 
 
