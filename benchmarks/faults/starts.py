@@ -80,23 +80,27 @@ def _killed_at_start(
 
 def kill_in_prepare(run: Run, at: Round, rng: random.Random) -> None:
     """Beside the run a store is prepared, killed, and prepared by the same command again."""
-    whole, folder = run.workdir.parent / "prepared", run.workdir.parent / "prepared_again"
-    if not whole.exists() and (code := _prepare(whole).wait()):
+    place = run.workdir.parent
+    text, whole, folder = place / "text", place / "prepared", place / "prepared_again"
+    if not text.exists():
+        # A copy: a later round may have another version of the documentation.
+        shutil.copytree(ROOT / "docs", text)
+        shutil.rmtree(whole, ignore_errors=True)
+    if not whole.exists() and (code := _prepare(text, whole).wait()):
         raise RuntimeError(f"prepare ended with {code}")
     shutil.rmtree(folder, ignore_errors=True)
-    process = _prepare(folder)
+    process = _prepare(text, folder)
     time.sleep(at.moment * _PREPARE_SECONDS)
     process.kill()
     process.wait()
-    if not folder.exists() and (code := _prepare(folder).wait()):
+    if not folder.exists() and (code := _prepare(text, folder).wait()):
         raise RuntimeError(f"prepare ended with {code} after a kill")
     assert _digests(folder) == _digests(whole)
     return None
 
 
-def _prepare(folder: Path) -> subprocess.Popen:
-    text = ROOT / "docs" / "*.md"
-    flags = [f"--input={text}", "--tokenizer=bytes", "--processes=1", f"--out={folder}"]
+def _prepare(text: Path, folder: Path) -> subprocess.Popen:
+    flags = [f"--input={text / '*.md'}", "--tokenizer=bytes", "--processes=1", f"--out={folder}"]
     return subprocess.Popen(
         [sys.executable, "-m", "stem_jax.prepare", *flags],
         cwd=ROOT,
