@@ -27,6 +27,7 @@ from stem_jax.serving.books import Books
 from stem_jax.serving.programs import Drawn, Programs, Wanted
 from stem_jax.serving.prompt_parts import PromptPart, PromptParts
 from stem_jax.serving.request import Finish, NotServing, Request, Step
+from stem_jax.serving.slot_memory import check_slots, device_bytes, free_bytes
 from stem_jax.serving.slot_state import SlotState
 from stem_jax.serving.ticket import Ticket
 from stem_jax.tables.row_source import RowSource
@@ -105,7 +106,11 @@ class Engine:
         return alive and self.failure is None and not (self._draining or self._closing)
 
     def start(self) -> None:
-        """Compiles every shape, and begins to serve; once."""
+        """Compiles every shape, and begins to serve; once.
+
+        Raises:
+            InputError: the slots do not fit into the devices' memory.
+        """
         assert self._thread is None
         state = self._compile()
         self._thread = threading.Thread(target=self._run, args=(state,), name="engine", daemon=True)
@@ -207,6 +212,10 @@ class Engine:
         generator.rows.fix_shapes(max(slots, self._parts.most_tokens))
         tokens_Bx1 = generator.place(np.ones((slots, 1), np.int32))
         first_rows = generator.rows.serve(tokens_Bx1)
+        mesh = generator.mesh
+        devices = jax.local_devices()[:1] if mesh is None else mesh.local_devices
+        needed = device_bytes(self._programs.shapes(first_rows))
+        check_slots(needed, free_bytes(devices), slots, generator.context)
         state = self._programs.empty(first_rows)
         for shape in self._parts.shapes():
             _, state = self._read(self._parts.nothing(*shape), state)
