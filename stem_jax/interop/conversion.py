@@ -125,6 +125,7 @@ def convert(
         model={**imported.model, "stem_layers": layers},
         params=LazyParams({name: _maker(imported, name) for name in programs.model.shapes()}),
         tables=[table_VxSxF[:, index] for index in range(len(layers))],
+        table_names={},
     )
     seen = int((counts > 0).sum())
     return found, ConversionReport(

@@ -5,7 +5,7 @@ of the model's size is in memory.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class Imported:
     model: values of the model section that it decides. context: tokens it was trained with. params:
     our parameters by name, in our layout. tables: [V, F] by token id, one for each STEM layer.
     memories: beside STEM's, the values of their sections. memory_tables: theirs, as `tables`.
+    param_names, table_names: what its files call them, by our names of parameters and of memories.
     """
 
     model: dict[str, Any]
@@ -51,6 +52,8 @@ class Imported:
     tables: list[np.ndarray]
     memories: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     memory_tables: Mapping[str, list[np.ndarray]] = dataclasses.field(default_factory=dict)
+    param_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    table_names: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
 
 def import_config(
@@ -134,11 +137,15 @@ def write_checkpoint(
     model = ModelDef(config)
     # Whatever models compute in, checkpoints have float32.
     abstract = {n: jax.ShapeDtypeStruct(p.shape, np.float32) for n, p in model.shapes().items()}
-    params: Any = {name: _param(imported.params, name, p.shape) for name, p in abstract.items()}
+    params: Any = {name: _param(imported, name, p.shape) for name, p in abstract.items()}
     opt_state = _begun(model.optimizer.init, abstract)
     tables = {STEM: imported.tables} if imported.tables else {}
     tables |= imported.memory_tables
-    made = {name: _fields(spec, tables.get(name, [])) for name, spec in specs.items()}
+    theirs = imported.table_names
+    made = {
+        name: _fields(spec, tables.get(name, []), theirs.get(name, []))
+        for name, spec in specs.items()
+    }
     zero: Any = np.int32(0)
     state = TrainState(zero, zero, zero, dict.fromkeys(specs, zero), params, opt_state, {})
     data = {"seed": config.train.seed, "sources": config.data.sources, "checksums": []}
@@ -178,16 +185,21 @@ def _begun(init: Callable[[Any], Any], params: Mapping[str, jax.ShapeDtypeStruct
     return jax.tree.map(made, jax.eval_shape(init, dict(params)))
 
 
-def _param(params: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]) -> MadeArray:
-    return MadeArray(shape, np.dtype(np.float32), lambda: _Finite(params[name], name))
+def _param(imported: Imported, name: str, shape: tuple[int, ...]) -> MadeArray:
+    theirs = imported.param_names.get(name)
+    called = name if theirs is None else f"{theirs} ({name} here)"
+    return MadeArray(shape, np.dtype(np.float32), lambda: _Finite(imported.params[name], called))
 
 
-def _fields(spec: TableSpec, tables: list[np.ndarray]) -> dict[str, MadeArray]:
-    """What a checkpoint has of a table, of which nothing was updated yet."""
+def _fields(
+    spec: TableSpec, tables: list[np.ndarray], names: Sequence[str]
+) -> dict[str, MadeArray]:
+    """What a checkpoint has of a table, of which nothing was updated yet. names: of the tables in
+    the file, none where they are not from there."""
     made = {f.name: MadeArray.zeros(spec.shape(f.name), f.dtype) for f in spec.fields}
     if tables:
         rows = spec.field("rows")
-        source = _Rows(spec, tables)
+        source = _Rows(spec, tables, names)
         for table in tables:
             read_apart(table)
         made["rows"] = MadeArray(spec.shape("rows"), np.dtype(rows.dtype), lambda: source)
@@ -216,6 +228,7 @@ class _Rows:
 
     spec: TableSpec
     tables: list[np.ndarray]
+    names: Sequence[str]
 
     def __getitem__(self, place: slice) -> np.ndarray:
         layout = self.spec.layout
@@ -227,9 +240,12 @@ class _Rows:
             bad = ~np.isfinite(part).all(axis=1)
             if bad.any():
                 token = keys_n[there_n][bad][0]
+                called = f"table {index}"
+                if self.names:
+                    called = f"{self.names[index]} ({called} here)"
                 raise InputError(
-                    f"table {index} has rows that are not finite, such as token {token}'s; the "
-                    "file is damaged"
+                    f"{called} has rows that are not finite, such as token {token}'s; the file is "
+                    "damaged"
                 )
             rows_nxSxF[there_n, index] = part
             forget(table)

@@ -39,6 +39,7 @@ from stem_jax.interop.official_format import (
 )
 from stem_jax.interop.safetensors_files import read_folder
 from stem_jax.json_fields import Fields
+from stem_jax.memory.memory import STEM
 
 _REMEDY = "give the file that belongs to the model"
 _ADAPTER = "adapter_config.json"
@@ -89,8 +90,15 @@ def _official(path: Path) -> Imported:
         return lambda: pair.to_ours(tensors[prefix + pair.official])
 
     makers = {pair.ours: maker(pair) for pair in official_pairs(model)}
-    tables = [tensors[name] for name in official_table_names(model)]
-    return Imported(values, official_context(params), LazyParams(makers), tables)
+    rows = official_table_names(model)
+    return Imported(
+        values,
+        official_context(params),
+        LazyParams(makers),
+        [tensors[name] for name in rows],
+        param_names={pair.ours: prefix + pair.official for pair in official_pairs(model)},
+        table_names={STEM: rows},
+    )
 
 
 def _transformers(kind: str, path: Path) -> Imported:
@@ -130,12 +138,18 @@ def _transformers(kind: str, path: Path) -> Imported:
 
     weights = *llama_weights(model), *memory_weights(model, memories)
     params = LazyParams({weight.ours: maker(weight) for weight in weights})
-    tables = [tensors[name] for name in table_names(model)]
-    of_memories = {
-        memory: [tensors[name] for name in names]
-        for memory, names in memory_tables(model, memories).items()
-    }
-    return Imported(values, llama_context(config), params, tables, memories, of_memories)
+    names = {STEM: table_names(model), **memory_tables(model, memories)}
+    of_memories = {memory: [tensors[name] for name in own] for memory, own in names.items()}
+    return Imported(
+        values,
+        llama_context(config),
+        params,
+        of_memories.pop(STEM),
+        memories,
+        of_memories,
+        param_names={weight.ours: weight.theirs for weight in weights},
+        table_names=names,
+    )
 
 
 def _model(values: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> ModelConfig:

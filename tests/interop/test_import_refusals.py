@@ -97,8 +97,14 @@ WQ = "lm_transformer.layers.0.attention.wq.weight"
         (lambda p, t: t.update({"rope": t[WQ]}), "rope is unknown"),
         (lambda p, t: t.update({WQ: t[WQ][:5].clone()}), "wq.weight is (5, 96), expected (96, 96)"),
         (lambda p, t: t.update({WQ: t[WQ].double()}), "wq.weight has dtype torch.float64"),
-        (lambda p, t: t[WQ].fill_(float("nan")), "q_proj.kernel has values that are not finite"),
-        (lambda p, t: t["stem_embeddings.2.weight"][9].fill_(1e999), "table 2 has rows that"),
+        (
+            lambda p, t: t[WQ].fill_(float("nan")),
+            f"{WQ} (blocks.0.attention.q_proj.kernel here) has",
+        ),
+        (
+            lambda p, t: t["stem_embeddings.2.weight"][9].fill_(1e999),
+            "stem_embeddings.2.weight (table 2 here) has rows that",
+        ),
         (lambda p, t: p["model"].pop("dim"), "params.json: model: dim is missing; give"),
         (lambda p, t: p["model"].update(sliding_window=8), "model.sliding_window=8 is not"),
         (lambda p, t: p["model"].update(n_heads=5, head_dim=16), "wq.weight is (96, 96), expected"),
