@@ -16,6 +16,12 @@ from stem_jax.lock import Lock
 from stem_jax.unfinished import refused_writes
 
 _FLAG = "--out"
+# What a job knows by its digest alone, and the flags that give it.
+_DIGESTS = {
+    "prompts": "other prompts than --prompt, --prompt-file or --chat give now",
+    "checkpoint": "another checkpoint than --workdir and --step give now",
+    "edits": "other files than --edits gives now",
+}
 _REMEDY = "choose another file, or remove this one and what lies beside it"
 
 
@@ -92,6 +98,8 @@ def _check_same(found: Any, job: Mapping[str, Any], where: str) -> None:
         raise InputError(f"{where} has a record that is no object; {_REMEDY}")
     for name in {**job, **found}:
         if found.get(name) != job.get(name):
+            if name in _DIGESTS:
+                raise InputError(f"{where} was begun with {_DIGESTS[name]}; {_REMEDY}")
             raise InputError(
                 f"{where} was begun with {name} {found.get(name)}, not {job.get(name)}; {_REMEDY}"
             )

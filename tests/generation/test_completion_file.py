@@ -58,6 +58,8 @@ def test_what_was_added_is_on_the_disk(tmp_path):
     ("job", "message"),
     [
         ({**JOB, "seed": 1}, "was begun with seed 0, not 1; choose another file"),
+        ({**JOB, "prompts": "f" * 64}, "with other prompts than --prompt, --prompt-file or --chat"),
+        ({**JOB, "edits": ["f" * 64]}, "was begun with other files than --edits gives now"),
         ({"prompts": "abc"}, "was begun with seed 0, not None"),
         ({**JOB, "top_k": 4}, "was begun with top_k None, not 4"),
     ],
