@@ -20,6 +20,8 @@ Tools = Sequence[dict[str, Any]]
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 # Some templates put the words of a system elsewhere than in their turn.
 _ALWAYS_KNOWN = ("system", "developer", "user", "assistant")
+# By which a template asks for the date.
+_NOW = "strftime_now"
 # Before it a template could reach out of the sandbox.
 _OLDEST_JINJA = (3, 1, 6)
 
@@ -31,12 +33,14 @@ class Chat:
     Messages are objects with a `role` of ROLES and a `content`, a text; an assistant's that calls
     tools may have none. What else they have is for the template.
 
-    template: Jinja source. name: of the template in messages.
+    template: Jinja source. name: of the template in messages. moment: what is now to a template
+        that writes dates; None: when it is rendered.
     """
 
     tokenizer: Tokenizer
     template: str = dataclasses.field(repr=False)
     name: str
+    moment: datetime | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # The compiled template does not travel to other processes.
@@ -113,7 +117,12 @@ class Chat:
 
     @functools.cached_property
     def _compiled(self) -> Any:
-        return compile_template(self.template, self.name)
+        return compile_template(self.template, self.name, self.moment)
+
+    @property
+    def is_dated(self) -> bool:
+        """Whether what it writes depends on the moment."""
+        return _NOW in self.template
 
     @functools.cached_property
     def _token_texts(self) -> dict[str, str]:
@@ -183,8 +192,8 @@ def check_messages(messages: Any) -> None:
             )
 
 
-def compile_template(template: str, name: str) -> Any:
-    """A template as jinja2 renders it, in a sandbox.
+def compile_template(template: str, name: str, moment: datetime | None = None) -> Any:
+    """A template as jinja2 renders it, in a sandbox. moment: see `Chat`.
 
     Raises InputError for a mistake in it, with its line.
     """
@@ -232,7 +241,7 @@ def compile_template(template: str, name: str) -> Any:
     )
     environment.filters["tojson"] = as_json
     environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.globals[_NOW] = lambda form: (moment or datetime.now()).strftime(form)
     try:
         return environment.from_string(template)
     except jinja2.TemplateSyntaxError as error:

@@ -62,6 +62,11 @@ def is_unfinished(folder: Path) -> bool:
     return (folder / _WORK).is_dir()
 
 
+def unfinished_job(folder: Path) -> Any:
+    """What the stores are made from that are being made in a folder; None if there are none."""
+    return _job_in(folder / _WORK) if is_unfinished(folder) else None
+
+
 def _job_in(work: Path) -> Any:
     try:
         return read_json(work / "job.json")

@@ -5,13 +5,14 @@ import dataclasses
 import json
 import shutil
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from stem_jax.data.bad_records import BadRecords
 from stem_jax.data.chat_template import Chat, load_chat
 from stem_jax.data.formats import CHAT, Reading
-from stem_jax.data.preparation import SKIPPED, TOKENIZER, Preparation
+from stem_jax.data.preparation import SKIPPED, TOKENIZER, Preparation, unfinished_job
 from stem_jax.data.prepare import open_stores, write_stores
 from stem_jax.data.sentencepiece_training import train_sentencepiece
 from stem_jax.data.source_record import settings_record, text_record
@@ -36,6 +37,8 @@ from stem_jax.storage import Place, is_remote
 _SHOWN = 5
 # A trained model, while the text is tokenized with it.
 _MODEL = "tokenizer.model"
+# When the conversations are said to be, in a job of a template that writes dates.
+_DATE = "date"
 # Beside what was made for a bucket: of which job.
 _MADE = ".job.json"
 
@@ -67,6 +70,9 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
     # What is made for a bucket stays here until it is there.
     with outgoing(args.out, "--out", f"train/{STORE_META}", keep=True) as out:
         made = out / _MADE
+        if chat is not None and chat.is_dated:
+            begun = [unfinished_job(out), read_json(made) if made.exists() else None]
+            chat, job = _dated(chat, job, begun)
         if not (is_remote(args.out) and made.exists() and read_json(made) == _as_read(job)):
             made.unlink(missing_ok=True)
             pieces, resumed = _make(args, out, job, tokenizer, reading, chat)
@@ -161,6 +167,15 @@ def _job(
     if chat is not None:
         settings["chat_template"] = chat.template
     return {"sources": names, **settings, **text_record(names, reading)}
+
+
+def _dated(chat: Chat, job: dict[str, Any], begun: list[Any]) -> tuple[Chat, dict[str, Any]]:
+    """With one date for all conversations: that of the same job that was begun, on another day."""
+    moment = datetime.now().isoformat(timespec="seconds")
+    for other in begun:
+        if isinstance(other, dict) and other == _as_read(job) | {_DATE: other.get(_DATE)}:
+            moment = other[_DATE]
+    return dataclasses.replace(chat, moment=datetime.fromisoformat(moment)), job | {_DATE: moment}
 
 
 def _trained(

@@ -1,5 +1,6 @@
 """`prepare --format=chat`: stores that say what is scored, made as other stores are."""
 
+import datetime
 import gzip
 import json
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stem_jax.data import assembly, piece_encoder
+from stem_jax.data import assembly, chat_template, piece_encoder, prepare_job
 from stem_jax.data.chat_template import load_chat
 from stem_jax.data.conversations import conversation_text, encode_conversation
 from stem_jax.data.preparation import Preparation
@@ -158,6 +159,53 @@ def test_it_goes_on_after_a_kill(tmp_path, folder, source, monkeypatch, capsys):
     main(flags)
     assert json.loads(capsys.readouterr().out)["resumed_pieces"] == 5
     assert _bytes_in(tmp_path / "out") == _bytes_in(tmp_path / "whole")
+
+
+class _Tomorrow(chat_template.datetime):
+    """Another day."""
+
+    @classmethod
+    def now(cls, tz=None):
+        return super().now(tz) + datetime.timedelta(days=1)
+
+
+def test_a_date_is_that_of_the_start(tmp_path, source, monkeypatch, capsys):
+    """Of a template that writes dates: also when it goes on the day after a kill."""
+    folder = write_chat("llama3_tools", tmp_path / "model")
+    monkeypatch.setattr(piece_encoder, "PIECE_CHARS", 1500)
+    monkeypatch.setattr(assembly, "_RECORD_SECONDS", 0.0)
+    out = tmp_path / "out"
+    flags = [*_flags(source, folder, out), "--processes=1"]
+    add, added = assembly.Assembly.add, []
+
+    def stopped(self, index, content):
+        add(self, index, content)
+        added.append(index)
+        if len(added) == 5:
+            raise KeyboardInterrupt
+
+    today = chat_template.datetime.now()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(assembly.Assembly, "add", stopped)
+        main(flags)
+    for module in (chat_template, prepare_job):
+        monkeypatch.setattr(module, "datetime", _Tomorrow)
+    capsys.readouterr()
+    main(flags)
+    assert json.loads(capsys.readouterr().out)["resumed_pieces"] == 5
+    tokenizer = load_tokenizer_folder(out / "tokenizer")
+
+    def dates() -> set[str]:
+        store = TokenStore.open(out / "train")
+        texts = [tokenizer.decode(store.document_ids(i)) for i in range(store.num_documents)]
+        return {line for text in texts for line in text.splitlines() if "Today Date" in line}
+
+    days = {f"Today Date: {(today + datetime.timedelta(d)).strftime('%d %b %Y')}" for d in (0,)}
+    assert dates() == days
+    # What is prepared anew is of its own day.
+    main(flags)
+    assert json.loads(capsys.readouterr().out)["resumed_pieces"] == 0
+    assert dates().isdisjoint(days)
 
 
 def test_another_template_begins_anew(tmp_path, folder, source, monkeypatch, capsys):
