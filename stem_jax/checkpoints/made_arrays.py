@@ -9,12 +9,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore as ts
 from orbax.checkpoint import type_handlers
 from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals
+
+from stem_jax.checkpoints.array_pieces import PieceHandler, opened_to_write, write_piece
 
 # Of a piece, which is in memory a few times: read, and compressed.
 _PIECE_BYTES = 2**24
@@ -56,16 +56,8 @@ class MadeArray:
             yield place, np.ascontiguousarray(source[place], self.dtype)
 
 
-class MadeArrayHandler(type_handlers.TypeHandler):
+class MadeArrayHandler(PieceHandler):
     """Writes made arrays, one after the other, in one process for all."""
-
-    def typestr(self) -> str:
-        """What a reader without a target gets, see `store_handler`."""
-        return "np.ndarray"
-
-    async def metadata(self, infos: Sequence[type_handlers.ParamInfo]):
-        """Of arrays that were written."""
-        return await type_handlers.NumpyHandler().metadata(infos)
 
     async def serialize(
         self,
@@ -88,17 +80,6 @@ class MadeArrayHandler(type_handlers.TypeHandler):
 
 
 async def _write(value: MadeArray, info: type_handlers.ParamInfo) -> None:
-    await info.await_path_creation()
-    spec = type_handlers.get_json_tspec_write(
-        info,
-        use_ocdbt=info.is_ocdbt_checkpoint,
-        global_shape=value.shape,
-        local_shape=value.chunk,
-        dtype=value.dtype,
-        process_index=jax.process_index(),
-        arg=ocp.SaveArgs(),
-    )
-    target = await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
+    target = await opened_to_write(info, value.shape, value.chunk, value.dtype)
     for place, piece in value.pieces():
-        # No copy: the piece belongs to this write alone.
-        await target[place].write(piece, can_reference_source_data_indefinitely=True)
+        await write_piece(target, place, piece)

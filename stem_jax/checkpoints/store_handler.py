@@ -17,13 +17,13 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from orbax.checkpoint import type_handlers
 from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals
 
+from stem_jax.checkpoints.array_pieces import PieceHandler, opened_to_write, write_piece
 from stem_jax.tables.host_block import HostBlock
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.store_snapshot import NUMBERS, StoreSnapshot, chunk_rows, few_chunk_rows
@@ -104,15 +104,8 @@ def store_args(item: dict[str, StoreField]) -> ocp.args.PyTreeRestore:
     return ocp.args.PyTreeRestore(item=item, restore_args=args)
 
 
-class StoreFieldHandler(type_handlers.TypeHandler):
+class StoreFieldHandler(PieceHandler):
     """Writes the fields of stores, and reads into them."""
-
-    def typestr(self) -> str:
-        # What a reader without a target gets. As jax.Array, Orbax would ask for shardings.
-        return "np.ndarray"
-
-    async def metadata(self, infos: Sequence[type_handlers.ParamInfo]):
-        return await type_handlers.NumpyHandler().metadata(infos)
 
     async def serialize(
         self,
@@ -149,27 +142,9 @@ class StoreFieldHandler(type_handlers.TypeHandler):
 
 
 async def _write(field: StoreField, info: type_handlers.ParamInfo) -> None:
-    await info.await_path_creation()
-    spec = type_handlers.get_json_tspec_write(
-        info,
-        use_ocdbt=info.is_ocdbt_checkpoint,
-        global_shape=field.shape,
-        local_shape=field.chunk,
-        dtype=field.dtype,
-        process_index=jax.process_index(),
-        arg=ocp.SaveArgs(),
-    )
-    if jax.process_index() == 0:
-        # One process writes the array's description, the others take it as given.
-        await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
-    target = await ts.open(ts.Spec(spec), open=True, assume_metadata=True, context=info.ts_context)
-
-    async def write(rows: np.ndarray, place: Index) -> None:
-        # No copy: the piece belongs to this write alone.
-        await target[place].write(rows, can_reference_source_data_indefinitely=True)
-
+    target = await opened_to_write(info, field.shape, field.chunk, field.dtype)
     await _a_few_at_a_time(
-        write(rows, field.place(block, first, len(rows)))
+        write_piece(target, field.place(block, first, len(rows)), rows)
         for block in field.store.blocks
         for first, rows in _pieces(field, block)
     )

@@ -138,7 +138,10 @@ def _transformers(kind: str, path: Path) -> Imported:
 
     weights = *llama_weights(model), *memory_weights(model, memories)
     params = LazyParams({weight.ours: maker(weight) for weight in weights})
-    names = {STEM: table_names(model), **memory_tables(model, memories)}
+    names = {
+        STEM: table_names(model),
+        **{m: [*own] for m, own in memory_tables(model, memories).items()},
+    }
     of_memories = {memory: [tensors[name] for name in own] for memory, own in names.items()}
     return Imported(
         values,

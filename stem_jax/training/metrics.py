@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from stem_jax.training.trackers.tracker import Course
 from stem_jax.training.trackers.tracking import Tracking
 
 METRICS = "metrics.jsonl"
@@ -46,7 +47,8 @@ class MetricsLog:
         self._tracking = tracking
         if tracking is not None:
             later = [r for r in found if r["step"] > start_step and "train/loss" in r]
-            tracking.follow(self.records, awaits, {r["step"]: r["train/loss"] for r in later})
+            taken_back = {r["step"]: r["train/loss"] for r in later}
+            tracking.follow(Course(self.records, awaits, taken_back))
         if not writing:
             return
         text = "".join(json.dumps(record) + "\n" for record in self.records)

@@ -1,16 +1,17 @@
 """Tells a tracker of a run, on a thread, whatever becomes of the tracker."""
 
 import concurrent.futures
+import dataclasses
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from stem_jax import background
 from stem_jax.processes.process_log import log
-from stem_jax.training.trackers.tracker import Ending, Row, Tracker
+from stem_jax.training.trackers.tracker import Course, Ending, Row, Tracker
 
 # Between two looks for new records: a server is asked once for all that came meanwhile.
 _PAUSE_SECONDS = 1.0
@@ -30,9 +31,7 @@ class Reporter:
 
     def __init__(self, name: str, tracker: Tracker):
         self._name, self._tracker = name, tracker
-        self._records: Sequence[Mapping[str, Any]] = []
-        self._awaits: Callable[[int], bool] = lambda step: False
-        self._taken_back: Mapping[int, float | None] = {}
+        self._course = Course()
         self._place, self._last = 0, 0
         self._extras: list[Callable[[Tracker], None]] = []
         self._wake, self._ended = threading.Event(), threading.Event()
@@ -40,21 +39,9 @@ class Reporter:
         self._given_up = False
         self._work = background.begin(self._serve, f"tracker {name}")
 
-    def follow(
-        self,
-        records: Sequence[Mapping[str, Any]],
-        awaits: Callable[[int], bool],
-        taken_back: Mapping[int, float | None],
-    ) -> None:
-        """Says what there is to report.
-
-        Args:
-            records: those of the run, which grow; the steps do not fall.
-            awaits: whether a validation is to come for a step.
-            taken_back: losses of steps that an earlier start made, and that are made again; None if
-                they were not finite.
-        """
-        self._records, self._awaits, self._taken_back = records, awaits, taken_back
+    def follow(self, course: Course) -> None:
+        """Says what there is to report."""
+        self._course = course
         self.wake()
 
     def wake(self) -> None:
@@ -80,7 +67,7 @@ class Reporter:
         done, _ = concurrent.futures.wait([self._work], seconds)
         if not done:
             self._given_up = True
-            missing = len({record["step"] for record in self._records[self._place :]})
+            missing = len({record["step"] for record in self._course.records[self._place :]})
             log.warning(
                 f"{self._name} did not end within {seconds:.0f} s (tracking.timeout), with "
                 f"{missing} steps to report; they are in metrics.jsonl, and a next start reports "
@@ -130,14 +117,14 @@ class Reporter:
     def _next_rows(self) -> list[Row]:
         """The next steps that the tracker lacks, of which all is known."""
         rows: list[Row] = []
-        records = self._records
+        records = self._course.records
         while len(rows) < _MOST_ROWS and self._place < len(records) and not self._given_up:
             step, end = records[self._place]["step"], self._place
             values: dict[str, Any] = {}
             while end < len(records) and records[end]["step"] == step:
                 values |= records[end]
                 end += 1
-            if end == len(records) and "eval/loss" not in values and self._awaits(step):
+            if end == len(records) and "eval/loss" not in values and self._course.awaits(step):
                 break
             self._place = end
             if step > self._last:
@@ -148,9 +135,9 @@ class Reporter:
 
     def _is_another(self, step: int, values: Mapping[str, Any]) -> bool:
         """Whether a step that the tracker has came out otherwise, made again."""
-        if step not in self._taken_back or "train/loss" not in values:
+        if step not in self._course.taken_back or "train/loss" not in values:
             return False
-        before, now = self._taken_back[step], values["train/loss"]
+        before, now = self._course.taken_back[step], values["train/loss"]
         if before is None or now is None:
             return before is not now
         return abs(now - before) > _SAME * abs(before)
@@ -161,7 +148,7 @@ class Reporter:
             "went on from its checkpoint; a new page shows all steps"
         )
         self._tracker.renew()
-        self._taken_back = {}
+        self._course = dataclasses.replace(self._course, taken_back={})
         self._place, self._last = 0, self._tracker.begin()
 
 

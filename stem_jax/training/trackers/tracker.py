@@ -2,7 +2,8 @@
 
 import enum
 import json
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +18,22 @@ class Row(NamedTuple):
     step: int
     seconds: float
     values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Course:
+    """What there is to report of a run.
+
+    Attributes:
+        records: those of the run, which grow; the steps do not fall.
+        awaits: whether a validation is to come for a step.
+        taken_back: losses of steps that an earlier start made, and that are made again; None if
+            they were not finite.
+    """
+
+    records: Sequence[Mapping[str, Any]] = ()
+    awaits: Callable[[int], bool] = lambda step: False
+    taken_back: Mapping[int, float | None] = field(default_factory=dict)
 
 
 class Ending(enum.Enum):

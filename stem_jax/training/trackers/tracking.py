@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from stem_jax.processes.process_log import log
 from stem_jax.training.trackers.mlflow_page import MlflowPage
 from stem_jax.training.trackers.reporter import Reporter, picture, text
 from stem_jax.training.trackers.tensorboard import TensorBoard
-from stem_jax.training.trackers.tracker import FOLDER, Book, Ending, Page, Tracker
+from stem_jax.training.trackers.tracker import FOLDER, Book, Course, Ending, Page, Tracker
 from stem_jax.training.trackers.wandb_page import WandbPage
 
 TRACKERS: dict[str, Callable[[Page], Tracker]] = {
@@ -97,15 +97,10 @@ class Tracking:
         for name in names:
             self._reporters[name] = Reporter(name, TRACKERS[name](page))
 
-    def follow(
-        self,
-        records: Sequence[Mapping[str, Any]],
-        awaits: Callable[[int], bool],
-        taken_back: Mapping[int, float | None],
-    ) -> None:
-        """Says what there is to report; see `Reporter.follow`."""
+    def follow(self, course: Course) -> None:
+        """Says what there is to report."""
         for reporter in self._reporters.values():
-            reporter.follow(records, awaits, taken_back)
+            reporter.follow(course)
 
     def wake(self) -> None:
         """There are more records."""

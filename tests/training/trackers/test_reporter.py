@@ -9,7 +9,7 @@ import pytest
 
 from stem_jax.training.trackers import reporter
 from stem_jax.training.trackers.reporter import Reporter, text
-from stem_jax.training.trackers.tracker import Ending, Row
+from stem_jax.training.trackers.tracker import Course, Ending, Row
 
 
 class Shown:
@@ -64,7 +64,7 @@ def _losses(*steps: int) -> list[dict]:
 def _report(shown: Shown, records, awaits=lambda step: False, taken_back=None, seconds=60.0):
     """Follows the records to the end."""
     told = Reporter("shown", shown)
-    told.follow(records, awaits, taken_back or {})
+    told.follow(Course(records, awaits, taken_back or {}))
     told.end(Ending.COMPLETE)
     told.wait(seconds)
     return shown
@@ -82,7 +82,7 @@ def test_an_end_is_seen_whenever_it_comes(monkeypatch):
     shown = Shown()
     told = Reporter("shown", shown)
     told._wake.before_clear = lambda: told.end(Ending.COMPLETE)
-    told.follow(_losses(1), lambda step: False, {})
+    told.follow(Course(_losses(1)))
     told.wait(5.0)
     assert shown.ending is Ending.COMPLETE
 
@@ -110,7 +110,7 @@ def test_many_rows_come_in_parts_and_null_is_left_out():
 def test_records_come_while_it_goes_on():
     shown, records = Shown(), []
     told = Reporter("shown", shown)
-    told.follow(records, lambda step: False, {})
+    told.follow(Course(records))
     for step in range(1, 6):
         records += _losses(step)
         told.wake()
@@ -149,7 +149,7 @@ def test_one_that_fails_is_asked_again(place, error, said):
 
     shown = Shown(trouble=trouble)
     told = Reporter("shown", shown)
-    told.follow(_losses(1, 2, 3), lambda step: False, {})
+    told.follow(Course(_losses(1, 2, 3)))
     told.add(text("sample", "once"))
     _until(lambda: shown.texts)
     told.end(Ending.COMPLETE)

@@ -117,8 +117,9 @@ def test_losses_that_were_taken_back_are_known(seen, tiny_config, tmp_path, monk
     told = Tracking(tmp_path)
     monkeypatch.setattr(told, "follow", lambda *args: followed.append(args))
     MetricsLog(tmp_path, 1, tracking=told).close()
-    (records, _, taken_back), *_ = followed
-    assert [r["step"] for r in records] == [1] and taken_back == {2: 2.0, 3: None}
+    ((course,), *_) = followed
+    assert [r["step"] for r in course.records] == [1]
+    assert course.taken_back == {2: 2.0, 3: None}
 
 
 def test_an_error_is_how_it_ends(seen, tiny_config, tmp_path):
