@@ -19,9 +19,9 @@ import jax
 import numpy as np
 
 from benchmarks.train_step import bench_config
+from stem_jax.bucket import walk
 from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
 from stem_jax.checkpoints.checkpointer import Checkpointer
-from stem_jax.checkpoints.checksums import files_in, stored_size
 from stem_jax.checkpoints.files import FOLDER, damage
 from stem_jax.config import Config
 from stem_jax.memory.catalogue import table_specs
@@ -84,7 +84,7 @@ class TableRun:
     def saved_bytes(self, step: int) -> int:
         """Of the table's items."""
         items = [self.folder / FOLDER / str(step) / name for name in ("table_rows", "table_slots")]
-        return sum(stored_size(path) for item in items for path in files_in(item))
+        return sum(path.stat().st_size for item in items for path in walk(item))
 
     def _state(self, number: int) -> TrainState:
         value = jax.device_put(np.int32(number), replicated(self.mesh))

@@ -6,7 +6,9 @@ of the variables of the environment that the makers' own programs know.
 """
 
 import contextlib
+import datetime
 import email.utils
+import errno
 import functools
 import json
 import logging
@@ -27,10 +29,15 @@ _ATTEMPTS = 6
 
 
 class Stored(NamedTuple):
-    """What a listing says of an object. version: another one whenever it is written."""
+    """What a listing says of an object.
+
+    version: another one whenever it is written. written: when, in seconds, by the clock of the
+    store.
+    """
 
     size: int
     version: str
+    written: float
 
 
 class Found(NamedTuple):
@@ -154,13 +161,22 @@ def list_objects(folder: Place) -> dict[str, Stored]:
             found = {}
         if not found:
             _check_bucket(folder)
-    version = "ETag" if scheme == "s3" else "generation"
+    stored = _stored_s3 if scheme == "s3" else _stored_gs
     return {
-        name.removeprefix(prefix): Stored(entry["size"], str(entry[version]))
+        name.removeprefix(prefix): stored(entry)
         for name, entry in sorted(found.items())
         # Some programs make an empty object for a folder.
         if name.startswith(prefix) and not name.endswith("/") and entry["type"] == "file"
     }
+
+
+def _stored_s3(entry: dict[str, Any]) -> Stored:
+    return Stored(entry["size"], entry["ETag"], entry["LastModified"].timestamp())
+
+
+def _stored_gs(entry: dict[str, Any]) -> Stored:
+    written = datetime.datetime.fromisoformat(entry["updated"]).timestamp()
+    return Stored(entry["size"], str(entry["generation"]), written)
 
 
 def download(path: Place, target: Path) -> None:
@@ -230,13 +246,47 @@ def move_folder(folder: Place, target: Place, whole: str) -> None:
     remove_folder(folder, whole)
 
 
-def stored_size(path: Place) -> int:
-    """Bytes of a file or an object."""
+def is_folder(path: Place) -> bool:
+    """Whether a folder is there, or any object below that name.
+
+    The paths of `etils.epath` take an error of the network for an answer.
+    """
     if not is_remote(path):
-        return os.stat(path).st_size
+        return Path(path).is_dir()
+    found = _info(path)
+    return found is not None and found["type"] == "directory"
+
+
+def read_file(path: Place) -> bytes:
+    """The content of a file or an object.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if not is_remote(path):
+        return Path(path).read_bytes()
+    found = read_object(path)
+    if found is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    return found.content
+
+
+def stored_size(path: Place) -> int | None:
+    """Bytes of a file or an object; None if there is none."""
+    if not is_remote(path):
+        return os.stat(path).st_size if os.path.isfile(path) else None
+    found = _info(path)
+    return None if found is None or found["type"] == "directory" else found["size"]
+
+
+def _info(path: Place) -> dict[str, Any] | None:
     scheme, _, _ = bucket_of(path)
     with bucket_errors(path):
-        return _client(scheme).info(os.fspath(path))["size"]
+        try:
+            return _client(scheme).info(os.fspath(path))
+        except FileNotFoundError:
+            _check_bucket(path)
+            return None
 
 
 def _client(scheme: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from stem_jax.bucket_errors import bucket_errors
+from stem_jax.bucket import is_folder
 from stem_jax.bucket_lock import BucketLock
 from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
 from stem_jax.checkpoints.checkpointer import Checkpointer
@@ -353,12 +353,8 @@ def _latest(workdir: Path, verify: bool) -> CheckpointInfo | None:
     """The newest whole checkpoint's plain part, read before anything is prepared or written."""
     folder = checkpoints_of(workdir)
 
-    def is_there() -> bytes:
-        with bucket_errors(folder):
-            return json.dumps(folder.is_dir()).encode()
-
     # A folder that another process is about to make is not asked for twice.
-    exists = exchange(is_there)[0] == b"true"
+    exists = exchange(lambda: json.dumps(is_folder(folder)).encode())[0] == b"true"
     if not exists:
         return None
     lines = set_aside_damaged(folder, verify=verify)

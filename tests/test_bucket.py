@@ -114,3 +114,17 @@ def test_a_bucket_that_is_not_there(bucket, tmp_path):
     ):
         with pytest.raises(InputError, match="there is no bucket no-such-bucket; create it"):
             use()
+
+
+def test_what_is_refused_is_not_taken_for_absent(bucket):
+    folder = bucket.path / "run"
+    objects.put(folder / "a", b"content")
+    assert objects.is_folder(folder) and not objects.is_folder(folder / "a")
+    assert objects.read_file(folder / "a") == b"content" and objects.stored_size(folder / "a") == 7
+    assert not objects.is_folder(folder / "b") and objects.stored_size(folder / "b") is None
+    with pytest.raises(FileNotFoundError):
+        objects.read_file(folder / "b")
+    bucket.proxy.answers = [Answer(403, b"<Error><Code>AccessDenied</Code></Error>")]
+    for ask in (objects.is_folder, objects.read_file, objects.stored_size):
+        with pytest.raises(InputError, match="no permission for the bucket"):
+            ask(folder / "a")

@@ -14,15 +14,16 @@ import dataclasses
 import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from orbax.checkpoint import checkpoint_managers
 
-from stem_jax.checkpoints.file_list import difference, read_list
+from stem_jax.bucket import is_folder
+from stem_jax.checkpoints.file_list import LIST, difference, read_list
 from stem_jax.checkpoints.items import plain_item, table_items
 from stem_jax.config import MEMORY_SECTIONS
 from stem_jax.memory.memory import STEM, prefix
+from stem_jax.storage import Place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +39,15 @@ class Base:
     mark: int
 
 
-def mark_of(checkpoint: Path, name: str) -> int:
-    """Tells the files of a memory's table in a checkpoint from others: no names are equal."""
-    facts = {n: f for n, f in (read_list(checkpoint) or {}).items() if _is_of(n, name)}
+def mark_of(checkpoint: Place, name: str) -> int | None:
+    """Tells the files of a memory's table in a checkpoint from others: no names are equal.
+
+    None where the list of its files is not readable.
+    """
+    listed = read_list(checkpoint)
+    if listed is None:
+        return None
+    facts = {file: found for file, found in listed.items() if _is_of(file, name)}
     return zlib.crc32(json.dumps(facts, sort_keys=True).encode())
 
 
@@ -55,12 +62,12 @@ def bases_of(record: Mapping[str, Any], names: Iterable[str]) -> dict[str, Base]
     return {name: Base(**base) for name, base in found.items() if base is not None}
 
 
-def saved_bases(checkpoint: Path) -> dict[str, Base]:
+def saved_bases(checkpoint: Place) -> dict[str, Base]:
     """Those of a checkpoint, read without Orbax; none where its record is not readable."""
     return bases_of(plain_item(checkpoint, "layout") or {}, (STEM, *MEMORY_SECTIONS))
 
 
-def base_damage(checkpoint: Path, *, verify: bool, share: tuple[int, int]) -> str | None:
+def base_damage(checkpoint: Place, *, verify: bool, share: tuple[int, int]) -> str | None:
     """What is wrong with the checkpoints that the tables of one build on, as far as it needs them.
 
     Args:
@@ -86,7 +93,7 @@ class KeptWithBases:
     too: damage to one file leaves a checkpoint.
     """
 
-    def __init__(self, policy: checkpoint_managers.PreservationPolicy, checkpoints: Path):
+    def __init__(self, policy: checkpoint_managers.PreservationPolicy, checkpoints: Place):
         self._policy, self._checkpoints = policy, checkpoints
         self._bases: dict[int, set[int]] = {}
 
@@ -122,11 +129,14 @@ def _is_of(file: str, name: str) -> bool:
 
 
 def _table_damage(
-    checkpoint: Path, name: str, base: Base, *, verify: bool, share: tuple[int, int]
+    checkpoint: Place, name: str, base: Base, *, verify: bool, share: tuple[int, int]
 ) -> str | None:
-    if not checkpoint.is_dir():
+    if not is_folder(checkpoint):
         return "nothing is"
-    if mark_of(checkpoint, name) != base.mark:
+    mark = mark_of(checkpoint, name)
+    if mark is None:
+        return f"{LIST} is not readable"
+    if mark != base.mark:
         return f"{table_items(name)[0]} is another save's"
 
     def wanted(file: str) -> bool:

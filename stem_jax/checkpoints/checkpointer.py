@@ -18,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from stem_jax.bucket import is_folder
 from stem_jax.checkpoints.chain import KeptWithBases
 from stem_jax.checkpoints.checkpoint_info import CheckpointInfo, saved_config
 from stem_jax.checkpoints.file_list import listing
@@ -252,7 +253,7 @@ class Checkpointer:
             known = ", ".join(map(str, self.steps())) or "none"
             raise InputError(f"no checkpoint of step {step} in {self.folder}; there are: {known}")
         folder = self.folder / str(step)
-        missing = [name for name in ITEMS if not (folder / name).is_dir()]
+        missing = [name for name in ITEMS if not is_folder(folder / name)]
         if "layout" not in missing:
             # First: another format may have other items.
             found = self._restore(step, {"layout": ocp.args.JsonRestore()})
@@ -263,7 +264,7 @@ class Checkpointer:
         where = f"checkpoint {folder}"
         info = info_of(found["data"], found["layout"], saved_config(folder, found["config"]), where)
         needed = needed_items(info.config, info.disk)
-        if missing := [name for name in needed if not (folder / name).is_dir()]:
+        if missing := [name for name in needed if not is_folder(folder / name)]:
             raise damaged(folder, f"without {', '.join(missing)}")
         for name, value in table_layouts(info.config).items():
             if (there := found["layout"].get(name)) != value:

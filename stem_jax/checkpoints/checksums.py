@@ -12,14 +12,15 @@ Orbax leaves what a process wrote of an item in a folder of the process's own:
 
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from stem_jax.bucket import list_objects
+from stem_jax.bucket import list_objects, put, read_file, remove_object, stored_size, walk
+from stem_jax.bucket_errors import bucket_errors
 from stem_jax.storage import Place, is_remote
 
 # A size and a checksum, by name within a folder.
@@ -32,56 +33,37 @@ _OWN = "ocdbt.process_"
 _PART = "written_by_"
 
 
-def stored_size(path: Path) -> int:
-    """Bytes of a file, also of an object in a bucket."""
-    found: Any = path.stat()
-    return found.length if hasattr(found, "length") else found.st_size
-
-
 def sizes_in(folder: Place, names: Iterable[str]) -> dict[str, int]:
     """Bytes of those of these files that are there."""
     # One request for all, where they are in a bucket; a listing may lack what was just written.
     listed = list_objects(folder) if is_remote(folder) else {}
     found = {}
     for name in names:
-        if name in listed:
-            found[name] = listed[name].size
-        elif (folder / name).is_file():
-            found[name] = stored_size(folder / name)
+        size = listed[name].size if name in listed else stored_size(folder / name)
+        if size is not None:
+            found[name] = size
     return found
 
 
-def files_in(folder: Path) -> Iterator[Path]:
-    """All files of a folder and of those in it."""
-    for path in sorted(folder.iterdir(), key=lambda path: path.name):
-        if path.is_dir():
-            yield from files_in(path)
-        else:
-            yield path
+def facts(path: Place) -> list[int]:
+    """Size and CRC-32 of a file.
 
-
-def checksum(path: Path) -> int:
-    """CRC-32 of a file."""
-    found = 0
-    with path.open("rb") as file:
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    size = found = 0
+    with bucket_errors(path), path.open("rb") as file:
         while piece := file.read(_PIECE_BYTES):
+            size += len(piece)
             found = zlib.crc32(piece, found)
-    return found
+    return [size, found]
 
 
-def checksums(paths: list[Path]) -> list[int]:
-    """CRC-32 of files, of which some are read at a time."""
+def facts_of(folder: Place, paths: list[Place]) -> Facts:
+    """Those of files within a folder, of which some are read at a time."""
     with ThreadPoolExecutor(_READERS, "checksums") as pool:
-        return list(pool.map(checksum, paths))
-
-
-def facts_of(folder: Path, paths: list[Path]) -> Facts:
-    """Sizes and checksums of files within a folder."""
-    sums = checksums(paths)
-    return {
-        str(path.relative_to(folder)): [stored_size(path), found]
-        for path, found in zip(paths, sums, strict=True)
-    }
+        found = list(pool.map(facts, paths))
+    return {str(path.relative_to(folder)): fact for path, fact in zip(paths, found, strict=True)}
 
 
 def writer_of(name: str) -> int | None:
@@ -92,12 +74,26 @@ def writer_of(name: str) -> int | None:
     return None
 
 
-def take_parts(item: Path) -> Facts:
-    """What the processes listed of an item, by name within it; their lists are removed."""
+def is_part(name: str) -> bool:
+    """Whether a file of a checkpoint is what a process listed of an item."""
+    item, _, file = name.partition("/")
+    return bool(item) and file.startswith(_PART)
+
+
+def take_parts(checkpoint: Place, names: Iterable[str]) -> Facts:
+    """What the processes listed, by name within the checkpoint; their lists are removed.
+
+    names: of the lists, see `is_part`.
+    """
     found: Facts = {}
-    for path in [path for path in item.iterdir() if path.name.startswith(_PART)]:
-        found |= json.loads(path.read_bytes())
-        path.unlink()
+    for name in names:
+        item = name.partition("/")[0]
+        listed = json.loads(read_file(checkpoint / name))
+        found |= {f"{item}/{file}": fact for file, fact in listed.items()}
+        if is_remote(checkpoint):
+            remove_object(checkpoint / name)
+        else:
+            (checkpoint / name).unlink()
     return found
 
 
@@ -110,11 +106,14 @@ class _OwnPart:
     def result(self, timeout: float | None = None) -> None:
         """Orbax's futures before it have ended."""
         del timeout
-        own = self._item / f"{_OWN}{jax.process_index()}"
-        if own.is_dir():
-            facts = facts_of(self._item, list(files_in(own)))
+        own = list(walk(self._item / f"{_OWN}{jax.process_index()}"))
+        if own:
             path = self._item / f"{_PART}{jax.process_index()}.json"
-            path.write_bytes(json.dumps(facts).encode())
+            content = json.dumps(facts_of(self._item, own)).encode()
+            if is_remote(path):
+                put(path, content)
+            else:
+                path.write_bytes(content)
 
     def cancel(self) -> None:
         """Nothing has begun."""

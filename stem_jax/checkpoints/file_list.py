@@ -13,17 +13,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from stem_jax.bucket import put, read_file, walk
 from stem_jax.checkpoints.checksums import (
     Facts,
-    checksums,
     facts_of,
-    files_in,
+    is_part,
     sizes_in,
     take_parts,
     writer_of,
 )
 from stem_jax.errors import InputError
 from stem_jax.files import parse_json, write_whole
+from stem_jax.storage import Place, is_remote
 
 LIST = "files.json"
 # What Orbax calls the note, and what stands in it here.
@@ -32,23 +33,22 @@ _COMMIT, _WHOLE = "commit_success.txt", b"files.json lists all files of this che
 _GROWS = "_CHECKPOINT_METADATA"
 
 
-def write_list(folder: Path, late: Mapping[str, bytes] | None = None) -> None:
+def write_list(folder: Place, late: Mapping[str, bytes] | None = None) -> None:
     """Lists all files of a checkpoint beside them.
 
     late: files that are written after this, and what will be in them.
     """
-    facts: Facts = {}
-    for item in [path for path in folder.iterdir() if path.is_dir()]:
-        facts |= {f"{item.name}/{name}": found for name, found in take_parts(item).items()}
-    there = {str(path.relative_to(folder)): path for path in files_in(folder)}
-    others = [path for name, path in there.items() if name not in facts and name != LIST]
-    facts |= facts_of(folder, others)
+    there = {str(path.relative_to(folder)): path for path in walk(folder)}
+    parts = list(filter(is_part, there))
+    facts = take_parts(folder, parts)
+    known = {*facts, *parts, LIST}
+    facts |= facts_of(folder, [path for name, path in there.items() if name not in known])
     for name, content in (late or {}).items():
         facts[name] = [len(content), zlib.crc32(content)]
     _put(folder / LIST, _text(facts))
 
 
-def change_list(folder: Path, name: str, write: Callable[[], None]) -> None:
+def change_list(folder: Place, name: str, write: Callable[[], None]) -> None:
     """Writes a file of a checkpoint that is whole, and lists it; it is damaged at no moment."""
     facts = read_list(folder)
     if facts is None or not _has_checksums(facts):
@@ -61,12 +61,19 @@ def change_list(folder: Path, name: str, write: Callable[[], None]) -> None:
     _put(folder / LIST, _text(facts | facts_of(folder, [folder / name])))
 
 
-def read_list(folder: Path) -> dict[str, Any] | None:
-    """By name, size and checksum, or the size alone; None where the list is not readable."""
+def read_list(folder: Place) -> dict[str, Any] | None:
+    """By name, size and checksum, or the size alone; None where the list is not readable.
+
+    Raises:
+        InputError: see `bucket_errors`.
+    """
     try:
-        content = (folder / LIST).read_bytes()
+        content = read_file(folder / LIST)
+    except OSError:
+        return None
+    try:
         found = parse_json(content, LIST)
-    except (OSError, InputError):
+    except InputError:
         return None
     if not isinstance(found, dict):
         return None
@@ -80,7 +87,7 @@ def read_list(folder: Path) -> dict[str, Any] | None:
 
 
 def difference(
-    folder: Path,
+    folder: Place,
     wanted: Callable[[str], bool] = lambda name: True,
     *,
     verify: bool = False,
@@ -109,7 +116,7 @@ def difference(
     if not verify or not with_checksums:
         return None
     names = _share_of(facts, *share)
-    for name, found in zip(names, checksums([folder / name for name in names]), strict=True):
+    for name, (_, found) in facts_of(folder, [folder / name for name in names]).items():
         if found != facts[name][1]:
             return f"{name} has the checksum {found:08x}, not {facts[name][1]:08x}"
     return None
@@ -144,12 +151,12 @@ def _text(facts: Facts) -> bytes:
     ).encode()
 
 
-def _put(path: Path, content: bytes) -> None:
-    if isinstance(path, Path):
-        write_whole(path, content)
+def _put(path: Place, content: bytes) -> None:
+    if is_remote(path):
+        # Where every object appears whole.
+        put(path, content)
     else:
-        # Of a bucket, where every object appears whole.
-        path.write_bytes(content)
+        write_whole(path, content)
 
 
 def listing(base: Any) -> Any:
@@ -163,17 +170,18 @@ def listing(base: Any) -> Any:
                 await super().finalize()
                 return
             await asyncio.to_thread(store.wait_until_finished)
-            await asyncio.to_thread(_finish, _local(self.get()), _local(self.get_final()))
+            await asyncio.to_thread(_finish, _place(self.get()), _place(self.get_final()))
 
     return Listing
 
 
-def _local(path: Any) -> Path:
-    return path if "://" in str(path) else Path(path)
+def _place(path: Any) -> Place:
+    """Orbax has paths of `etils.epath` for all."""
+    return path if is_remote(path) else Path(path)
 
 
-def _finish(folder: Path, final: Path) -> None:
+def _finish(folder: Place, final: Place) -> None:
     write_list(folder, {_COMMIT: _WHOLE})
-    (folder / _COMMIT).write_bytes(_WHOLE)
+    _put(folder / _COMMIT, _WHOLE)
     if folder != final:
         folder.rename(final)

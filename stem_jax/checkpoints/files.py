@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 
-from stem_jax.bucket import move_folder, put
+from stem_jax.bucket import is_folder, move_folder, put, stored_size
 from stem_jax.bucket_errors import bucket_errors
 from stem_jax.checkpoints.chain import base_damage
 from stem_jax.checkpoints.file_list import LIST, change_list, difference
@@ -71,7 +71,7 @@ def damage(
         wanted: whether a file, by its name within the checkpoint, is asked for.
         rows: look at rows on disk, too.
     """
-    if not (folder / LIST).exists():
+    if stored_size(folder / LIST) is None:
         return _missing_items(folder)
     found = difference(folder, wanted, verify=verify, share=share)
     found = found or base_damage(folder, verify=verify, share=share)
@@ -173,7 +173,7 @@ def set_aside_damaged(checkpoints: Place, *, verify: bool = True) -> list[str]:
 
     def own_steps() -> bytes:
         with bucket_errors(checkpoints):
-            there = list(checkpoints.iterdir()) if checkpoints.is_dir() else []
+            there = list(checkpoints.iterdir()) if is_folder(checkpoints) else []
         return json.dumps([int(p.name) for p in there if is_checkpoint(p)]).encode()
 
     # As process 0 sees the folder, which another host may see later.
@@ -222,7 +222,7 @@ def is_checkpoint(folder: Place) -> bool:
     """Whether it has the name of one, and in a bucket the file that makes it whole."""
     if not folder.name.isdecimal():
         return False
-    return not is_remote(folder) or (folder / COMMITTED).exists()
+    return not is_remote(folder) or stored_size(folder / COMMITTED) is not None
 
 
 def _missing_items(folder: Place) -> str | None:

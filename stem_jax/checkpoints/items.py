@@ -1,11 +1,12 @@
 """What a checkpoint consists of: its items, each in a folder of its own."""
 
 import contextlib
-from pathlib import Path
 
+from stem_jax.bucket import read_file
 from stem_jax.errors import InputError
-from stem_jax.files import read_json
+from stem_jax.files import parse_json
 from stem_jax.memory.memory import STEM, prefix
+from stem_jax.storage import Place
 
 PLAIN_ITEMS = ("data", "config", "layout")
 ITEMS = ("params", "opt_state", *PLAIN_ITEMS)
@@ -18,9 +19,17 @@ def table_items(name: str) -> tuple[str, str]:
     return f"{prefix(name)}_rows", f"{prefix(name)}_{'slots' if name == STEM else 'moments'}"
 
 
-def plain_item(folder: Path, item: str) -> dict | None:
-    """The object of a plain item; None without its file, or if that holds anything else."""
+def plain_item(folder: Place, item: str) -> dict | None:
+    """The object of a plain item; None without its file, or if that holds anything else.
+
+    Raises:
+        InputError: see `bucket_errors`.
+    """
+    try:
+        content = read_file(folder / item / _JSON)
+    except OSError:
+        return None
     with contextlib.suppress(InputError):
-        found = read_json(folder / item / _JSON)
+        found = parse_json(content, item)
         return found if isinstance(found, dict) else None
     return None

@@ -1,7 +1,6 @@
 """What a run saves of its tables: all rows, or those that changed since the save before."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from stem_jax.checkpoints.chain import Base, mark_of
@@ -9,6 +8,7 @@ from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
 from stem_jax.checkpoints.files import FORMAT_VERSION
 from stem_jax.checkpoints.tables import Stores, copies_of_tables, saved_stores
 from stem_jax.memory.catalogue import table_specs
+from stem_jax.storage import Place
 from stem_jax.tables.disk_store import DiskStore
 from stem_jax.tables.spec import TableState
 from stem_jax.tables.store_snapshot import StoreSnapshot
@@ -30,7 +30,7 @@ class TableSaves:
     checkpoints: their folder. full_every: of so many saves one is whole, at least.
     """
 
-    def __init__(self, checkpoints: Path, full_every: int):
+    def __init__(self, checkpoints: Place, full_every: int):
         self._checkpoints = checkpoints
         self._full_every = full_every
         self._last: _Last | None = None
@@ -101,4 +101,5 @@ class TableSaves:
         number, first = last.tables[name]
         if number + 1 >= self._full_every or first != store.first:
             return None
-        return Base(last.step, number + 1, mark_of(self._checkpoints / str(last.step), name))
+        mark = mark_of(self._checkpoints / str(last.step), name)
+        return None if mark is None else Base(last.step, number + 1, mark)

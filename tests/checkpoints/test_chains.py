@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
+from stem_jax.bucket import walk
 from stem_jax.checkpoints.chain import saved_bases
 from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
 from stem_jax.checkpoints.checkpointer import Checkpointer
-from stem_jax.checkpoints.checksums import files_in
 from stem_jax.checkpoints.file_list import LIST
 from stem_jax.checkpoints.files import damage, set_aside_damaged
 from stem_jax.checkpoints.saved_model import SavedModel
@@ -127,7 +127,7 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
 
 def table_bytes(checkpoint: Path) -> int:
     items = [checkpoint / "table_rows", checkpoint / "table_slots"]
-    return sum(path.stat().st_size for item in items for path in files_in(item))
+    return sum(path.stat().st_size for item in items for path in walk(item))
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from stem_jax import edit, evaluate, export, generate
+from stem_jax.bucket import walk
 from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
 from stem_jax.checkpoints.checkpointer import Checkpointer
-from stem_jax.checkpoints.checksums import files_in
 from stem_jax.checkpoints.file_list import LIST, read_list
 from stem_jax.checkpoints.files import damage, set_aside_damaged
 from stem_jax.checkpoints.loading import load_run
@@ -81,7 +81,7 @@ def test_every_flipped_bit_is_noticed(saved):
     """In every file there is, so that a new kind is looked at, too."""
     folder, rng, kinds = saved / "2", random.Random(0), set()
     assert damage(folder, verify=True) is None
-    for path in files_in(folder):
+    for path in walk(folder):
         name = str(path.relative_to(folder))
         kinds.add(kind_of(name))
         for place, bit in some_bits(path, rng):
@@ -97,7 +97,7 @@ def test_processes_share_what_they_look_at(saved, processes):
     """Each file of table rows is read by one of them; what all read first, by all."""
     folder = saved / "2"
     shares = [(process, processes) for process in range(processes)]
-    for path in files_in(folder):
+    for path in walk(folder):
         name = str(path.relative_to(folder))
         with flipped(path, path.stat().st_size // 2, 3):
             found = [damage(folder, verify=True, share=share) for share in shares]
@@ -160,7 +160,7 @@ def test_rows_on_disk(run, tmp_path):  # noqa: F811
     folder, rng, kinds = workdir / "checkpoints" / "4", random.Random(0), set()
     assert damage(folder, verify=True) is None
     scratch = (".lock", "owner.json")
-    for path in files_in(tmp_path / "disk"):
+    for path in walk(tmp_path / "disk"):
         if path.name in scratch or path.name.startswith("index-") or ".lock" in path.parts:
             continue
         kinds.add(path.name)
@@ -184,7 +184,7 @@ def test_programs_refuse_it_in_one_line(run, tmp_path, capsys):  # noqa: F811
         edit: [f"--save={tmp_path / 'a.patch'}", "--swap=a=b"],
         export: [f"--out={tmp_path / 'out'}", "--format=hf"],
     }
-    for path in files_in(folder):
+    for path in walk(folder):
         name = str(path.relative_to(folder))
         if not name.startswith("opt_state"):
             with flipped(path, path.stat().st_size // 2, 1), pytest.raises(InputError) as error:
