@@ -41,7 +41,7 @@ def _analyze(args: argparse.Namespace, options: AnalysisOptions) -> None:
         return
     for section in sections:
         print(f"{section.title}: {section.lead}\n")
-    print(f"step {found.own.run.step} of {args.workdir}: {written[0]}, {len(written) - 1} files")
+    cli.say(f"step {found.own.run.step} of {args.workdir}: {written[0]}, {len(written) - 1} files")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 
 from stem_jax.bucket import Found, put_if_absent, read_object, remove_object, replace_if
 from stem_jax.errors import InputError
-from stem_jax.lock import facts_of_process, runs_here
+from stem_jax.lock import Holder, facts_of_process, runs_here
 from stem_jax.storage import Place
 
 RENEW_SECONDS = 30
@@ -45,7 +45,7 @@ class BucketLock:
         Raises:
             InputError: see `bucket_errors`.
         """
-        facts = facts_of_process() | {"token": uuid.uuid4().hex}
+        facts = facts_of_process() | {"token": uuid.uuid4().hex, "taken": time.time()}
         first: str | None = None
         while True:
             if put_if_absent(path, _text(facts)):
@@ -115,6 +115,17 @@ class BucketLock:
             except InputError:
                 # The next time may go better, and `lost_to` tells what came of it.
                 continue
+
+
+def holders(path: Place) -> list[Holder]:
+    """Who has the lock, or died with it, as `lock.holders` says it of one of this machine."""
+    found = read_object(path)
+    facts = {} if found is None else _facts(found)
+    if found is None or "pid" not in facts:
+        return []
+    runs = runs_here(facts)
+    lives = found.age < VOID_SECONDS if runs is None else runs
+    return [Holder(facts["pid"], facts["host"], facts.get("taken", 0.0), lives, runs is not None)]
 
 
 def _text(facts: dict[str, Any]) -> bytes:

@@ -13,8 +13,8 @@ from typing import Any, Self
 import absl.logging
 
 from stem_jax import background
+from stem_jax.bucket_files import as_given, fetched, opened, result, seen, upload_written
 from stem_jax.errors import InputError, TrainingError
-from stem_jax.local_copy import opened, upload_written
 from stem_jax.storage import local_path, place
 
 
@@ -49,12 +49,28 @@ class Parser(argparse.ArgumentParser):
         self._add(flag, place, **options)
 
     def add_run_folder(self, flag: str, **options) -> None:
-        """Adds a flag that names the folder of a run to read: see `local_copy.opened`."""
+        """Adds a flag that names the folder of a run to read: see `bucket_files.opened`."""
         self._add(flag, opened, **options)
 
+    def add_seen_folder(self, flag: str, **options) -> None:
+        """Adds a flag that names the folder of a run, whatever it has: see `bucket_files.seen`."""
+        self._add(flag, seen, **options)
+
+    def add_file(self, flag: str, **options) -> None:
+        """Adds a flag that names a file to read, also in a bucket: see `bucket_files.fetched`."""
+        self._add(flag, fetched, **options)
+
+    def add_result(self, flag: str, **options) -> None:
+        """Adds a flag that names a file or folder to write, see `bucket_files.result`."""
+        self._add(flag, result, **options)
+
     def add_paths(self, flag: str, **options) -> None:
-        """Adds a flag whose value names several, with commas between them."""
+        """Adds a flag whose value names several of this machine, with commas between them."""
         self._add(flag, _paths, **options)
+
+    def add_files(self, flag: str, **options) -> None:
+        """Adds a flag whose value names several to read, also in buckets."""
+        self._add(flag, _files, **options)
 
     def add_names(self, flag: str, parser=None, **options) -> None:
         """Adds a flag whose values name corpora or tasks, or are paths.
@@ -111,6 +127,11 @@ def run(main: Callable[[list[str]], None]) -> None:
         background.leave(None)
 
 
+def say(text: str) -> None:
+    """Prints what names files of this machine by their addresses where they stand for some."""
+    print(as_given(text))
+
+
 def _run(main: Callable[[list[str]], None]) -> None:
     # Orbax and grain report their routine as warnings, and what they raise once more as errors.
     absl.logging.set_verbosity(absl.logging.FATAL)
@@ -129,7 +150,7 @@ def _run(main: Callable[[list[str]], None]) -> None:
                 interrupt.end(*map(str, said[:1]))
             if not isinstance(error, InputError | TrainingError):
                 raise
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {as_given(str(error))}", file=sys.stderr)
             sys.exit(1)
 
 
@@ -184,7 +205,15 @@ def _as_started(program: str) -> str:
 
 
 def _paths(value: str, flag: str) -> list[Path]:
-    paths = [local_path(part.strip(), flag) for part in value.split(",") if part.strip()]
+    return _several(value, flag, local_path)
+
+
+def _files(value: str, flag: str) -> list[Path]:
+    return _several(value, flag, fetched)
+
+
+def _several(value: str, flag: str, one: Callable[[str, str], Path]) -> list[Path]:
+    paths = [one(part.strip(), flag) for part in value.split(",") if part.strip()]
     for path in paths:
         if paths.count(path) > 1:
             raise InputError(f"{flag}={value} names {path} twice; name it once")

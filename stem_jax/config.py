@@ -189,8 +189,8 @@ class TrainConfig:
     step_timeout: float | None = key(Role.HARMLESS, before=None)
     upload_every: float | None = key(Role.HARMLESS, before=60.0)
     compilation_cache: str | None = key(Role.HARMLESS, before=None, path=True)
-    init_from: str | None = key(Role.START, before=None, path=True)
-    continue_from: str | None = key(Role.START, before=None, path=True)
+    init_from: str | None = key(Role.START, before=None, run=True)
+    continue_from: str | None = key(Role.START, before=None, run=True)
     sample_prompt: str = key(Role.HARMLESS)
     sample_tokens: int = key(Role.HARMLESS)
 

@@ -20,7 +20,7 @@ from stem_jax.config_program import read_config_file
 from stem_jax.errors import InputError
 from stem_jax.hub import is_of_hub
 from stem_jax.layer_patterns import layer_indices
-from stem_jax.storage import local_path
+from stem_jax.storage import local_path, place
 
 
 def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> Config:
@@ -41,9 +41,12 @@ def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> Co
         raw[section][field] = _parse_override(text, _written_types().get(name))
     config = build(raw)
     for name, key in declared_keys().items():
-        value = config.value_of(name) if key.path else None
-        if value is not None and not (key.hub and is_of_hub(value, name)):
+        if (value := config.value_of(name)) is None:
+            continue
+        if key.path and not (key.hub and is_of_hub(value, name)):
             local_path(value, name)
+        if key.run:
+            place(value, name)
     return config
 
 

@@ -34,8 +34,9 @@ class Key:
         written: type of its value in a config file, where that is another than in the dataclass.
         before: what held before it existed, for texts that lack it; NOTHING: no text does.
         formerly: the key, "section.name", whose value it takes in texts that have that one.
-        path: whether it names a file or a folder.
+        path: whether it names a file or a folder of this machine.
         hub: whether that may also be on the Hugging Face Hub, by `hf://ORG/NAME`.
+        run: whether it names the folder of a run, which may be in a bucket.
         kind: the kind of layer whose layers it lists.
         of_kind: the kind of layer without which it does nothing.
         layers: whether it lists layers, by a pattern or by indices.
@@ -47,6 +48,7 @@ class Key:
     formerly: str | None = None
     path: bool = False
     hub: bool = False
+    run: bool = False
     kind: str | None = None
     of_kind: str | None = None
     layers: bool = False

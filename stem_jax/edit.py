@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
         print(f"\n{format_comparison(found)}")
     if args.save:
         patch.save(args.save)
-        print(f"\nsaved as {args.save}; use it with generate --edits={args.save}")
+        cli.say(f"\nsaved as {args.save}; use it with generate --edits={args.save}")
 
 
 def _measure(args: argparse.Namespace, first: bool) -> None:
@@ -53,7 +53,7 @@ def _measure(args: argparse.Namespace, first: bool) -> None:
     result, files = write_trial(run, trial, out, first)
     if first:
         where = ", ".join(map(str, files))
-        print(json.dumps(result.record()) if args.json else f"{result.format()}\n\n{where}")
+        cli.say(json.dumps(result.record()) if args.json else f"{result.format()}\n\n{where}")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
             print(json.dumps(found.record, default=str))
             return
         where = f"step {found.record['step']} of {args.workdir}: {', '.join(map(str, found.files))}"
-        print(f"{found.table}\n\n{where}")
+        cli.say(f"{found.table}\n\n{where}")
 
 
 if __name__ == "__main__":

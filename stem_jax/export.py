@@ -53,7 +53,7 @@ def _export(args: argparse.Namespace) -> None:
         else:
             export_official(saved, out, home=args.out, **options)
     seconds = time.perf_counter() - start
-    print(f"step {saved.info.step} of {args.workdir} is in {args.out} ({seconds:.1f} s)")
+    cli.say(f"step {saved.info.step} of {args.workdir} is in {args.out} ({seconds:.1f} s)")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from stem_jax import cli
 from stem_jax.interop.calibration import Calibration
 from stem_jax.interop.import_flags import parse
 from stem_jax.jax_start import start_jax
+from stem_jax.outgoing import outgoing
 from stem_jax.processes.together import together
 
 
@@ -25,6 +26,7 @@ def main(argv: list[str]) -> None:
 
 
 def _import(args: argparse.Namespace, overrides: dict[str, str], calibration: Calibration) -> None:
+    from stem_jax.checkpoints.files import COMMITTED, FOLDER
     from stem_jax.interop.conversion import convert
     from stem_jax.interop.import_model import import_config, write_checkpoint
     from stem_jax.interop.import_tokenizer import TokenizerChoice, find_tokenizer
@@ -32,8 +34,9 @@ def _import(args: argparse.Namespace, overrides: dict[str, str], calibration: Ca
     from stem_jax.interop.model_source import model_folder
     from stem_jax.work_folder import making
 
-    with making(args.workdir):
-        start = time.perf_counter()
+    whole = f"{FOLDER}/0/{COMMITTED}"
+    start = time.perf_counter()
+    with outgoing(args.workdir, "--workdir", whole) as workdir, making(workdir):
         folder = model_folder(args.path, "--path")
         imported = read_model(args.kind, folder)
         choice = TokenizerChoice.from_flags(args)
@@ -45,9 +48,9 @@ def _import(args: argparse.Namespace, overrides: dict[str, str], calibration: Ca
             imported, report = convert(imported, config, tokenizer, args.stem_layers, calibration)
             print(report)
             config = import_config(imported, tokenizer, args.config, overrides)
-        write_checkpoint(imported, config, tokenizer, args.workdir)
-        seconds = time.perf_counter() - start
-        print(f"{args.path} is in {args.workdir}, at step 0 ({seconds:.1f} s)")
+        write_checkpoint(imported, config, tokenizer, workdir)
+    seconds = time.perf_counter() - start
+    print(f"{args.path} is in {args.workdir}, at step 0 ({seconds:.1f} s)")
 
 
 if __name__ == "__main__":

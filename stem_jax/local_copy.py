@@ -11,6 +11,7 @@ A file `.copy.json` in the folder says whose copy it is, and which version of ea
 import contextlib
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,8 @@ CHECKPOINTS = "checkpoints"
 VARIABLE = "STEM_JAX_COPIES"
 _RECORD = ".copy.json"
 # Not of the copy: what Orbax writes, what was moved away from there, and the lock.
+# What is sent in one request by either client.
+_SMALL_BYTES = 4 << 20
 _APART = (f"{CHECKPOINTS}/", "damaged_checkpoints/", ".lock")
 
 
@@ -46,8 +49,8 @@ class LocalCopy:
         self._files: dict[str, list] = record.get("files", {}) if record else {}
         self._save()
 
-    def fetch(self) -> None:
-        """Brings what the bucket has and this folder has not.
+    def fetch(self) -> int:
+        """Brings what the bucket has and this folder has not; returns how many objects are there.
 
         A file that was written here since, and by nobody in the bucket, stays; one that the bucket
         had and has no more goes.
@@ -56,17 +59,16 @@ class LocalCopy:
             InputError: see `bucket_errors`, as `upload` does.
         """
         with self._lock:
-            found = {
-                name: stored.version
-                for name, stored in list_objects(self.address).items()
-                if not name.startswith(_APART)
-            }
-            for name, version in found.items():
+            listed = list_objects(self.address)
+            found = {name: of for name, of in listed.items() if not name.startswith(_APART)}
+            for name, stored in found.items():
                 path = self.folder / name
-                if name in self._files and self._files[name][0] == version and path.exists():
+                if name in self._files and self._files[name][0] == stored.version and path.exists():
                     continue
                 download(self.address / name, path)
-                self._files[name] = [version, *_state(path)]
+                # How old it is tells whether its run lives.
+                os.utime(path, (stored.written, stored.written))
+                self._files[name] = [stored.version, *_state(path)]
             for name in set(self._files) - set(found):
                 # A listing may lack what was just written.
                 if read_object(self.address / name) is not None:
@@ -74,10 +76,14 @@ class LocalCopy:
                 (self.folder / name).unlink(missing_ok=True)
                 del self._files[name]
             self._save()
+            return len(listed)
 
     def upload(self) -> None:
         """Writes the files that changed here to the bucket; what is gone here goes there, too."""
         with self._lock:
+            if not (self.folder / _RECORD).exists():
+                # Somebody removed the copy.
+                self._files.clear()
             changed = []
             for path in sorted(_files(self.folder)):
                 name = path.relative_to(self.folder).as_posix()
@@ -86,7 +92,7 @@ class LocalCopy:
                     state = _state(path)
                     if name in self._files and self._files[name][1:] == state:
                         continue
-                    upload(path, self.address / name)
+                    self._send(path, self.address / name, state[0])
                 except FileNotFoundError:
                     # A temporary file that has its name by now.
                     continue
@@ -102,6 +108,18 @@ class LocalCopy:
                     if name in listed:
                         self._files[name][0] = listed[name].version
                 self._save()
+
+    def _send(self, path: Path, target: Place, size: int) -> None:
+        if size < _SMALL_BYTES:
+            upload(path, target)
+            return
+        # Larger ones travel in parts; gcsfs takes one that grows meanwhile for longer than it said.
+        still = self.folder / ".uploading"
+        try:
+            shutil.copyfile(path, still)
+            upload(still, target)
+        finally:
+            still.unlink(missing_ok=True)
 
     def _save(self) -> None:
         record = {"address": str(self.address), "files": self._files}
@@ -163,7 +181,9 @@ def copy_folder(address: Place, use: str) -> Path:
 
 def address_of(folder: str | Path) -> Place:
     """Where a folder is that a run was given: itself, or what it is the copy of."""
-    record = None if is_remote(folder) else _record(Path(folder))
+    if is_remote(folder):
+        return place(folder, "--workdir")
+    record = _record(Path(folder))
     return Path(folder) if record is None else place(record["address"], "--workdir")
 
 
@@ -183,34 +203,6 @@ def naming(address: Place, flag: str) -> Iterator[None]:
         if not where.startswith(str(address)):
             raise
         raise InputError(f"{flag}={address}: {reason}") from error
-
-
-_read: list[LocalCopy] = []
-
-
-def opened(text: str | Path, flag: str) -> Path:
-    """The folder of a run for reading: a path, or this machine's copy of one in a bucket, up to
-    date. What a program writes there goes to the bucket by `upload_written`.
-
-    Raises:
-        InputError: see `place` and `bucket_errors`; no run is there.
-    """
-    found = place(text, flag)
-    if not is_remote(found):
-        return Path(found)
-    with naming(found, flag):
-        copy = LocalCopy(found, copy_folder(found, "reading"))
-        copy.fetch()
-        if not list_objects(found / CHECKPOINTS):
-            raise InputError(f"{found}: it has no checkpoint; give the folder of a training run")
-    _read.append(copy)
-    return copy.folder
-
-
-def upload_written() -> None:
-    """Uploads what this program wrote into the folders that it opened."""
-    while _read:
-        _read.pop().upload()
 
 
 def _record(folder: Path) -> dict | None:

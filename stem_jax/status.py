@@ -14,7 +14,7 @@ def main(argv: list[str]) -> None:
         "complete or never started; its step, speed and checkpoints, and where the time of each\n"
         "process went. Works while it runs, and on any host that sees the folder.",
     )
-    parser.add_path("--workdir", required=True, help="run folder")
+    parser.add_seen_folder("--workdir", required=True, help="run folder")
     parser.add_argument("--json", action="store_true", help="all of it as one line of JSON")
     parser.add_argument(
         "--stuck-after",

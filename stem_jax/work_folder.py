@@ -64,9 +64,15 @@ def on_this_machine(workdir: Place, every: float | None) -> Iterator[tuple[Path,
     if not is_remote(workdir):
         yield workdir, None
         return
+    copy = LocalCopy(workdir, own_copy(workdir))
     with unanimous(), naming(workdir, "--workdir"):
-        copy = LocalCopy(workdir, own_copy(workdir))
-        copy.fetch()
+        if is_first():
+            # What a run that was killed here did not send the other processes have to know.
+            copy.fetch()
+            copy.upload()
+    with unanimous(), naming(workdir, "--workdir"):
+        if not is_first():
+            copy.fetch()
     with uploading(copy, every, lambda error: log.warning(f"not uploaded: {error}")):
         yield copy.folder, copy
 

@@ -1,6 +1,7 @@
 """The lock of a folder in a bucket: one holder, told by the store's clock whether it lives."""
 
 import json
+import os
 import threading
 import time
 
@@ -63,6 +64,19 @@ def test_one_that_does_not_is_void_by_the_clock_of_the_store(path, monkeypatch):
     lock = BucketLock.take(path)
     assert lock is not None and time.monotonic() - began >= 0.9
     lock.release()
+
+
+def test_everybody_is_told_who_has_it(path, monkeypatch):
+    assert bucket_lock.holders(path) == []
+    with BucketLock.take(path):
+        [own] = bucket_lock.holders(path)
+        assert own.pid == os.getpid() and own.lives and own.here
+        assert abs(own.since - time.time()) < 60
+    _held_elsewhere(path)
+    [other] = bucket_lock.holders(path)
+    assert (other.pid, other.host, other.lives, other.here) == (7, "other", True, False)
+    monkeypatch.setattr(bucket_lock, "VOID_SECONDS", 0)
+    assert not bucket_lock.holders(path)[0].lives
 
 
 def test_it_is_renewed(path, monkeypatch):

@@ -79,7 +79,7 @@ def test_a_path_flag_refuses_an_address_and_knows_the_home(monkeypatch):
     [
         ["train", "--config=configs/tiny.py", "--workdir=gs:b/run"],
         ["generate", "--workdir=s3:b/run", "--prompt=a"],
-        ["generate", "--workdir=x", "--prompt=a", "--out=s3://b/x"],
+        ["generate", "--workdir=x", "--prompt=a", "--out=s3:b/x"],
         ["serve", "--workdir=hdfs://b/run"],
         ["serve", "--workdir=x", "--chat-template=gs://b/t"],
         ["prepare", "--input=README.md", "--tokenizer=bytes", "--out=hf://b/s"],
@@ -88,7 +88,7 @@ def test_a_path_flag_refuses_an_address_and_knows_the_home(monkeypatch):
         ["evaluate", "--workdir=x", "--perplexity=facts,gs://b/t"],
         ["evaluate", "--workdir=x", "--tasks=hf://b/t"],
         ["edit", "--workdir=x", "--measure=gs://b/t.json"],
-        ["edit", "--workdir=x", "--swap=a=>b", "--save=gs://b/t"],
+        ["edit", "--workdir=x", "--swap=a=>b", "--save=az://b/t"],
         ["analyze", "--workdir=x", "--out=hdfs://b"],
         ["export", "--workdir=x", "--format=hf", "--out=az://b"],
         ["import_torch", "--from=hf", "--path=az://some/model", "--workdir=x"],

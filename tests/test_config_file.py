@@ -42,14 +42,20 @@ def test_none_is_none_where_that_is_a_value(text):
     [
         "data.folder",
         "data.tokenizer_path",
-        "train.init_from",
-        "train.continue_from",
         "train.compilation_cache",
     ],
 )
 def test_an_address_is_no_path(key):
     with pytest.raises(InputError, match=f"{key}=gs://b/x is an address"):
         load_config(ROOT / "configs" / "tiny.py", {key: "gs://b/x"})
+
+
+@pytest.mark.parametrize("key", ["train.init_from", "train.continue_from"])
+def test_a_run_may_begin_with_one_in_a_bucket(key):
+    config = load_config(ROOT / "configs" / "tiny.py", {key: "gs://b/x"})
+    assert config.value_of(key) == "gs://b/x"
+    with pytest.raises(InputError, match=f"{key}=gs:b/x is an address, which is written gs://b/x"):
+        load_config(ROOT / "configs" / "tiny.py", {key: "gs:b/x"})
 
 
 def test_a_config_is_built_on_the_base_beside_it(tmp_path, monkeypatch):

@@ -1,11 +1,15 @@
 """The copy that a machine has of a run folder in a bucket: what is brought and sent, who wins."""
 
+import shutil
+import time
+
 import pytest
 
 from stem_jax import bucket as objects
 from stem_jax import local_copy
+from stem_jax.bucket_files import opened, upload_written
 from stem_jax.errors import InputError
-from stem_jax.local_copy import LocalCopy, address_of, checkpoints_of, opened, uploading
+from stem_jax.local_copy import LocalCopy, address_of, checkpoints_of, uploading
 from tests.buckets import Answer
 
 
@@ -80,6 +84,47 @@ def test_what_is_gone_in_one_place_goes_in_the_other(address, tmp_path):
     assert list(objects.list_objects(address)) == ["b"] and not (two.folder / "a").exists()
 
 
+def test_a_copy_that_was_removed_takes_nothing_with_it(address, tmp_path):
+    one, _ = _copies(address, tmp_path)
+    (one.folder / "a").write_text("1")
+    one.upload()
+    shutil.rmtree(one.folder)
+    one.folder.mkdir()
+    (one.folder / "b").write_text("2")
+    one.upload()
+    assert list(objects.list_objects(address)) == ["a", "b"]
+
+
+# Of gcsfs, which reads it whole.
+@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")
+def test_a_large_file_may_grow_while_it_is_sent(address, tmp_path, monkeypatch):
+    one, _ = _copies(address, tmp_path)
+    path = one.folder / "metrics.jsonl"
+    path.write_bytes(bytes(6 << 20))
+
+    def sent_late(source, target):
+        with path.open("ab") as file:
+            file.write(b"more")
+        assert source.stat().st_size == 6 << 20
+        objects.upload(source, target)
+
+    monkeypatch.setattr(local_copy, "upload", sent_late)
+    one.upload()
+    assert objects.stored_size(address / "metrics.jsonl") == 6 << 20
+    monkeypatch.undo()
+    one.upload()
+    assert objects.stored_size(address / "metrics.jsonl") == (6 << 20) + 4
+    assert [p.name for p in one.folder.iterdir() if "uploading" in p.name] == []
+
+
+def test_a_file_that_is_brought_is_as_old_as_the_object(address, bucket, tmp_path):
+    one, _ = _copies(address, tmp_path)
+    objects.put(address / "a", b"1")
+    time.sleep(1.5)
+    one.fetch()
+    assert time.time() - (one.folder / "a").stat().st_mtime >= 1.0
+
+
 def test_uploads_go_on_while_it_is_written_and_come_at_the_end(address, tmp_path):
     one, _ = _copies(address, tmp_path)
     said: list[InputError] = []
@@ -114,7 +159,7 @@ def test_a_run_is_opened_for_reading(address, tmp_path):
     assert (folder / "config.json").read_text() == "{}"
     (folder / "evaluation").mkdir()
     (folder / "evaluation" / "x.json").write_text("1")
-    local_copy.upload_written()
+    upload_written()
     assert "evaluation/x.json" in objects.list_objects(address)
     assert opened(tmp_path, "--workdir") == tmp_path
 

@@ -29,7 +29,7 @@ def parse(argv: list[str], description: str | None) -> tuple[argparse.Namespace,
     add("--rows", type=int, default=AnalysisOptions.rows, help="tokens whose vectors are sampled")
     add("--seed", type=int, default=AnalysisOptions.seed, help="of that sample")
     add("--resident-rows", type=int, help="table rows kept on the device")
-    parser.add_path("--out", help="folder of the results; without it, WORKDIR/analysis")
+    parser.add_result("--out", help="folder of the results; without it, WORKDIR/analysis")
     add("--json", action="store_true", help="print every figure as JSON instead of a summary")
     add("--no-progress", action="store_true", help="draw no bars")
     add_flags(parser)

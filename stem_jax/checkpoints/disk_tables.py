@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from stem_jax.bucket import is_folder
 from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
 from stem_jax.checkpoints.files import FOLDER
 from stem_jax.checkpoints.tables import Stores, first_rows, save_name
@@ -137,7 +138,7 @@ class DiskTables:
         whose = self._owner(spec)
         if whose in (None, self._run):
             return False
-        return (place(whose, "tables.disk") / FOLDER).is_dir()
+        return is_folder(place(whose, "tables.disk") / FOLDER)
 
     def _owner(self, spec: TableSpec) -> str | None:
         path = next(self._folders(spec)).parent / _OWNER

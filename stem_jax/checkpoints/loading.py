@@ -12,6 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from stem_jax.bucket import is_folder
+from stem_jax.bucket_files import opened
 from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
 from stem_jax.checkpoints.checkpointer import Checkpointer
 from stem_jax.checkpoints.files import FOLDER, check_plain, check_whole
@@ -22,7 +24,7 @@ from stem_jax.config_checks import validate
 from stem_jax.config_keys import Role
 from stem_jax.data.tokenizer import Tokenizer, load_tokenizer_folder
 from stem_jax.errors import InputError
-from stem_jax.local_copy import checkpoints_of, opened
+from stem_jax.local_copy import checkpoints_of
 from stem_jax.memory.catalogue import memories, read_row_format
 from stem_jax.memory.memory import STEM
 from stem_jax.tables.disk_store import DiskStore
@@ -154,7 +156,7 @@ def open_checkpoint(
     if not workdir.is_dir():
         wrong = "is no folder" if workdir.exists() else "does not exist"
         raise InputError(f"{flag}={workdir} {wrong}; give the folder of a training run")
-    if not checkpoints_of(workdir).is_dir():
+    if not is_folder(checkpoints_of(workdir)):
         raise InputError(
             f"{flag}={workdir} has no {FOLDER} folder: nothing was trained there; run python -m "
             f"stem_jax.train --config=... --workdir={workdir} first"

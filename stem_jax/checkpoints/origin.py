@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from stem_jax.bucket import is_folder
+from stem_jax.bucket_files import opened
 from stem_jax.checkpoints.checkpoint_info import CheckpointInfo
 from stem_jax.checkpoints.checkpointer import Checkpointer
 from stem_jax.checkpoints.files import FOLDER, check_plain, check_whole
@@ -20,7 +22,6 @@ from stem_jax.memory.catalogue import table_specs, with_eos
 from stem_jax.model.lora import is_of_adapters
 from stem_jax.model.readers import READERS
 from stem_jax.model.transformer import reader_of
-from stem_jax.storage import local_path
 from stem_jax.tables.host_store import HostStore
 from stem_jax.tables.offloaded_rows import caught_up_store
 from stem_jax.tables.sharded_table import ShardedTable
@@ -102,8 +103,8 @@ def find_origin(config: Config) -> Origin | None:
         both = " and ".join(f"{key}={folder}" for key, folder in given.items())
         raise InputError(f"{both}: a run begins with one checkpoint; set one of them to none")
     [(key, text)] = given.items()
-    folder = local_path(text, key)
-    if not checkpoints_of(folder).is_dir():
+    folder = opened(text, key)
+    if not is_folder(checkpoints_of(folder)):
         raise InputError(
             f"{key}={folder} has no {FOLDER} folder; give the work folder of a run, or of an import"
         )

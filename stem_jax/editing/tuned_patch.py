@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from stem_jax.bucket import is_folder
+from stem_jax.bucket_files import opened
 from stem_jax.checkpoints.checkpointer import Checkpointer
 from stem_jax.checkpoints.files import FOLDER, check_outside
 from stem_jax.checkpoints.saved_model import SavedModel, open_saved_model
@@ -59,7 +61,7 @@ def export_patch(
             f"{saved.folder} did not begin with train.init_from; name the run that the patch is "
             "for by --base"
         )
-    origin = _origin(saved, Path(base_folder))
+    origin = _origin(saved, opened(base_folder, "train.init_from" if base is None else "--base"))
     if base is not None:
         _check_nothing_between(saved, origin)
     shape = len(ids_n), len(of_tokens.layers), of_tokens.width
@@ -99,7 +101,7 @@ def _check_tuned(saved: SavedModel, memory: str) -> None:
 
 def _origin(saved: SavedModel, folder: Path) -> SavedModel:
     """The newest checkpoint of a run whose backbone is that of the tuned one, bit for bit."""
-    if not checkpoints_of(folder).is_dir():
+    if not is_folder(checkpoints_of(folder)):
         raise InputError(
             f"{folder} has no {FOLDER} folder; name the run that {saved.folder} began with by "
             "--base"
@@ -121,9 +123,10 @@ def _check_nothing_between(saved: SavedModel, origin: SavedModel) -> None:
     folder that is not to be known.
     """
     text = saved.config.train.init_from
-    if text is None or not checkpoints_of(text).is_dir():
+    if text is None or not is_folder(checkpoints_of(text)):
         return
-    began = _with_backbone(saved, Path(text), _steps(Path(text)))
+    folder = opened(text, "train.init_from")
+    began = _with_backbone(saved, folder, _steps(folder))
     if began is None or (began.info.step, began.config) == (origin.info.step, origin.config):
         return
     raise InputError(

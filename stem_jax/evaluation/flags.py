@@ -37,7 +37,7 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
     add("--resident-rows", type=int, help="table rows kept on the devices")
     add("--devices", type=int, default=1, help="of each process, that the model is divided over")
     add("--batch-size", type=int, default=16, help="sequences at a time")
-    parser.add_path("--out", help="JSON file; without it, WORKDIR/evaluation/MODE.json")
+    parser.add_result("--out", help="JSON file; without it, WORKDIR/evaluation/MODE.json")
     add("--json", action="store_true", help="print JSON instead of a table")
     add("--no-progress", action="store_true", help="draw no bars")
     add("--limit", type=int, help="examples of a task, documents, countries, pieces; or all")

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from stem_jax.bucket_files import shown
 from stem_jax.checkpoints.loading import LoadedRun, load_run
 from stem_jax.evaluation.heatmap import draw_retrieval
 from stem_jax.evaluation.memorization import format_memorization, memorization
@@ -75,7 +76,7 @@ def measure(args: argparse.Namespace) -> Measurement:
                 options["counts"] = open_training_text(run, args.workdir).pair_counts()
         result = perplexity(run, args.perplexity, **options, **common)
         table = format_perplexity(result)
-    record = {"workdir": str(args.workdir), "step": run.step, **result}
+    record = {"workdir": shown(args.workdir), "step": run.step, **result}
     write_json(args.out, record)
     if args.niah:
         draw_retrieval(result, files[-1])

@@ -8,6 +8,7 @@ from stem_jax.checkpoints.loading import load_run
 from stem_jax.config import Config
 from stem_jax.generation.generator import Generator
 from stem_jax.generation.sampling import Sampling
+from stem_jax.local_copy import address_of
 
 
 def show_sample(config: Config, workdir: Path) -> str | None:
@@ -17,7 +18,8 @@ def show_sample(config: Config, workdir: Path) -> str | None:
     """
     prompt = config.train.sample_prompt
     if jax.device_count() > 1:
-        print(f'sample: python -m stem_jax.generate --workdir={workdir} --prompt="{prompt}"')
+        where = address_of(workdir)
+        print(f'sample: python -m stem_jax.generate --workdir={where} --prompt="{prompt}"')
         return None
     run = load_run(workdir)
     generator = Generator(run.config, run.params, run.rows, run.tokenizer, run.mesh)

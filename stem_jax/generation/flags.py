@@ -16,12 +16,12 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
     parser.add_run_folder("--workdir", required=True, help="folder of a training run")
     add("--step", type=int, help="checkpoint; without it, the newest")
     add("--prompt", action="append", default=[], help="text to complete; may be repeated")
-    parser.add_path("--prompt-file", action="append", default=[], help="one prompt per line")
+    parser.add_file("--prompt-file", action="append", default=[], help="one prompt per line")
     add("--chat", action="store_true", help="prompts are what a user says; print the answers")
-    parser.add_path(
+    parser.add_file(
         "--messages", action="append", default=[], help="JSON list of messages to go on with"
     )
-    parser.add_path("--chat-template", help="a file; without it that of the run's tokenizer")
+    parser.add_file("--chat-template", help="a file; without it that of the run's tokenizer")
     add(
         "--special-tokens", choices=SPECIAL, default="text", help="what their texts are in a prompt"
     )
@@ -32,13 +32,13 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
     add("--greedy", action="store_true", help="always the likeliest token")
     add("--seed", type=int, default=0, help="of the samples")
     add("--batch-size", type=int, default=32, help="prompts at a time")
-    parser.add_path(
+    parser.add_result(
         "--out", help="file of JSON lines, one a prompt; goes on with one that is there"
     )
     add("--no-stream", action="store_true", help="print when all is done")
     add("--resident-rows", type=int, help="table rows kept on the devices")
     add("--devices", type=int, default=1, help="that the model is divided over")
-    parser.add_paths("--edits", default=[], help="patches of stem_jax.edit, in their order")
+    parser.add_files("--edits", default=[], help="patches of stem_jax.edit, in their order")
     add("--json", action="store_true", help="print a JSON list instead")
     add_flags(parser)
     parser.add_cache_flag()

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import jax
 
+from stem_jax.bucket_files import shown
 from stem_jax.checkpoints.loading import LoadedRun
 from stem_jax.errors import InputError
 from stem_jax.generation.completion_file import CompletionFile, file_digests, prompts_digest
@@ -68,4 +69,4 @@ def complete_into_file(
             if file is not None:
                 file.add(batch)
     if index == 0:
-        print(f"{args.out}: {len(prompts)} completions")
+        print(f"{shown(args.out)}: {len(prompts)} completions")

@@ -33,7 +33,7 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
     add("--file-gib", type=float, default=4.0, help="hf: largest weights file")
     add("--license", help="hf: its identifier for the model card, such as apache-2.0")
     add("--no-tokenizer", action="store_true", help="leave the tokenizer out")
-    parser.add_paths("--edits", default=[], help="patches of stem_jax.edit to bake in")
+    parser.add_files("--edits", default=[], help="patches of stem_jax.edit to bake in")
     add(
         "--base",
         help="patch: the run that it is for; without it, train.init_from. peft: what "

@@ -31,7 +31,7 @@ def parse(
     add = parser.add_argument
     add("--from", required=True, choices=FORMATS, dest="kind", help="format of the model")
     add("--path", required=True, help="its folder, also in a bucket, or hf://ORG/NAME")
-    parser.add_path("--workdir", required=True, help="folder to create")
+    parser.add_place("--workdir", required=True, help="folder to create, also in a bucket")
     parser.add_path("--config", help="config file, for all but the model; without it, base.py")
     add("--tokenizer", choices=KINDS, help="kind of the tokenizer, if not in --path")
     add("--tokenizer-path", help="its file, or hf://ORG/NAME")

@@ -21,7 +21,7 @@ def parse(argv: list[str], description: str | None) -> argparse.Namespace:
     add = parser.add_argument
     parser.add_run_folder("--workdir", required=True, help="folder of a training run")
     add("--step", type=int, help="checkpoint; without it, the newest")
-    parser.add_paths("--edits", default=[], help="patches of stem_jax.edit, in their order")
+    parser.add_files("--edits", default=[], help="patches of stem_jax.edit, in their order")
     add("--devices", type=int, default=1, help="that the model is divided over")
     add("--resident-rows", type=int, help="table rows kept on the devices")
     add("--slots", type=int, default=8, help="sequences at a time")

@@ -2,13 +2,16 @@
 
 import contextlib
 import dataclasses
-from pathlib import Path
 
+from stem_jax.bucket import list_objects
 from stem_jax.errors import InputError
 from stem_jax.files import read_json
+from stem_jax.storage import Place, is_remote
 
 _FOLDER, _ASIDE = "checkpoints", "damaged_checkpoints"
 _BEST = "eval/loss"
+# What makes one in a bucket whole.
+_COMMITTED = "commit_success.txt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Saves:
     set_aside: list[int]
 
     @classmethod
-    def of(cls, workdir: Path) -> "Saves":
+    def of(cls, workdir: Place) -> "Saves":
         """Those that are complete; whether their files still are, a start finds out."""
         steps = _steps(workdir / _FOLDER)
         losses = {}
@@ -38,7 +41,10 @@ class Saves:
         return cls(steps, best, loss, _steps(workdir / _ASIDE))
 
 
-def _steps(folder: Path) -> list[int]:
-    if not folder.is_dir():
-        return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+def _steps(folder: Place) -> list[int]:
+    if is_remote(folder):
+        whole = (name.partition("/") for name in list_objects(folder))
+        names = {step for step, _, file in whole if file == _COMMITTED}
+    else:
+        names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return sorted(int(name) for name in names if name.isdecimal())

@@ -7,14 +7,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+from stem_jax import bucket_lock
 from stem_jax.errors import InputError
 from stem_jax.files import read_json
 from stem_jax.goodput.account import RESTART, SAVE, START, VALIDATION
 from stem_jax.goodput.start_record import COMPLETE, FAILED, STOPPED, read_processes
 from stem_jax.goodput.totals import Totals
+from stem_jax.local_copy import address_of
 from stem_jax.lock import Holder, holders
 from stem_jax.standing.member import Member, members
 from stem_jax.standing.saves import Saves
+from stem_jax.storage import Place, is_remote
 
 NEVER_STARTED, RUNNING, STUCK, KILLED = "never started", "running", "stuck", "killed"
 _LOCK = ".lock"
@@ -36,7 +39,7 @@ class Standing:
     totals: of all that ever were.
     """
 
-    workdir: Path
+    workdir: Place
     state: str
     why: str
     step: int
@@ -69,23 +72,25 @@ def standing(workdir: Path, stuck_after: float | None = None) -> Standing:
     if not workdir.is_dir():
         raise InputError(f"--workdir={workdir} is no folder; give that of a run")
     train = _config(workdir).get("train", {})
-    found = holders(workdir / _LOCK)
+    address = address_of(workdir)
+    in_bucket = is_remote(address)
+    found = (bucket_lock.holders if in_bucket else holders)(address / _LOCK)
     processes = read_processes(workdir)
     own = members(workdir, processes, found) if processes else []
-    saves = Saves.of(workdir)
+    saves = Saves.of(address)
     first = min(own, key=lambda member: member.index, default=None)
     newest = max(saves.steps, default=0)
     step = newest if first is None else max(member.start.step for member in own)
     steps = train.get("steps") or (first.start.steps if first else None) or None
     limit = stuck_after or _limit(own, train.get("step_timeout"))
-    state, why = _judged(own, found, saves, steps, limit)
+    state, why = _judged(own, found, saves, steps, limit, in_bucket)
     loss = usual = rate = None
     if first is not None and first.start.steps_made:
         loss = first.start.loss
         usual = first.start.usual_step_seconds or first.start.step_seconds
         rate = first.start.tokens / first.start.steps_made / usual if usual else None
     return Standing(
-        workdir=workdir,
+        workdir=address,
         state=state,
         why=why,
         step=step,
@@ -102,16 +107,21 @@ def standing(workdir: Path, stuck_after: float | None = None) -> Standing:
 
 
 def _judged(
-    own: list[Member], found: list[Holder], saves: Saves, steps: int | None, limit: float
+    own: list[Member],
+    found: list[Holder],
+    saves: Saves,
+    steps: int | None,
+    limit: float,
+    in_bucket: bool,
 ) -> tuple[str, str]:
-    """The state, and why it is that one."""
+    """The state, and why it is that one. in_bucket: everybody sees its lock."""
     alive = [holder for holder in found if holder.lives]
     if alive:
         return _running(own, alive, limit)
     if not own:
         return _without_records(found, saves, steps)
     abroad = [m for m in own if m.start.end is None and m.silent < limit and not _here(m, found)]
-    if abroad:
+    if abroad and not in_bucket:
         # Some file systems do not show the locks of other hosts.
         seconds, host = min(m.silent for m in abroad), abroad[0].start.host
         return RUNNING, f"on host {host}, whose lock is not seen here; wrote {seconds:.0f} s ago"

@@ -5,6 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from stem_jax.bucket_files import opened
 from stem_jax.config import Config, DataConfig
 from stem_jax.data.formats import Reading
 from stem_jax.data.loader import WHOLE, GlobalBatches, Share, ValidationBatches
@@ -199,7 +200,7 @@ def _first_tokenizer(config: Config, workdir: Path) -> Tokenizer:
             file = tokenizer_file(given, data.tokenizer, "data.tokenizer_path")
         return load_tokenizer(data.tokenizer, file)
     for key, folder in config.origins.items():
-        return load_tokenizer_folder(local_path(folder, key) / TOKENIZER_FOLDER)
+        return load_tokenizer_folder(opened(folder, key) / TOKENIZER_FOLDER)
     for spec in specs:
         if is_store_folder(spec.source):
             beside = stores_folder(spec.source) / TOKENIZER_FOLDER
