@@ -59,6 +59,8 @@ class Proxy:
     requests, sent, received: counts of requests by method, and bytes of bodies, as a client sees
     them. latency: seconds before each request is passed on. answers: in place of the server's.
     hidden: names that no listing has, as those of objects that were just written may be missing.
+    held: regular expression of "METHOD path"s that wait, and are lost when it is taken away, as
+    those of a client that is gone; waiting: how many do.
     """
 
     def __init__(self, port: int):
@@ -68,6 +70,7 @@ class Proxy:
         self.latency = 0.0
         self.answers: list[Answer] = []
         self.hidden: list[str] = []
+        self.held, self.waiting = "", 0
         self._lock = threading.Lock()
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, port))
         self._server.daemon_threads = True
@@ -81,6 +84,7 @@ class Proxy:
         self.paths.clear()
         self.sent = self.received = 0
         self.latency, self.answers, self.hidden = 0.0, [], []
+        self.held, self.waiting = "", 0
 
     def close(self) -> None:
         self._server.shutdown()
@@ -97,6 +101,17 @@ class Proxy:
                         answer.times -= 1
                     return answer
         return None
+
+    def lose(self, method: str, path: str) -> bool:
+        """Whether a request was held, and is lost."""
+        held = self.held
+        if not held or not re.search(held, f"{method} {path}"):
+            return False
+        with self._lock:
+            self.waiting += 1
+        while self.held == held:
+            time.sleep(0.02)
+        return True
 
     def count(self, method: str, path: str, sent: int, received: int) -> None:
         with self._lock:
@@ -117,6 +132,9 @@ def _handler(proxy: Proxy, port: int) -> type[http.server.BaseHTTPRequestHandler
             if "uploadType=multipart" in path and (named := _NAME.search(body)):
                 # As the other ways to upload say it.
                 path += f"&name={named[1].decode()}"
+            if proxy.lose(self.command, path):
+                self.close_connection = True
+                return
             answer = proxy.answer_to(self.command, path)
             if answer is not None:
                 status, headers, found = answer.status, dict(answer.headers), answer.body
