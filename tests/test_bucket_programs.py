@@ -63,3 +63,18 @@ def test_who_may_not_is_told_in_a_line(s3_bucket, tmp_path):
     workdir = s3_bucket.path / "run"
     said = machine.program("train", *flags("tiny", workdir), code=1).splitlines()[-1]
     assert said.startswith(f"error: --workdir={workdir}: no credentials for the bucket")
+
+
+def test_rows_on_disk_go_on_where_that_disk_is(s3_bucket, tmp_path):
+    workdir, disk = s3_bucket.path / "run", tmp_path / "disk"
+    keys = {"tables__resident_rows": 256, "tables__host_rows": 64, "tables__disk": str(disk)}
+    machine, other = Machine(s3_bucket, tmp_path / "a"), Machine(s3_bucket, tmp_path / "b")
+    machine.program("train", *flags("tiny_offload", workdir, train__steps=4, **keys))
+    out = machine.program("train", *flags("tiny_offload", workdir, train__steps=8, **keys))
+    assert "resuming from step 4" in out
+    disk.rename(tmp_path / "gone")
+    # As on a machine that has not that disk.
+    said = other.program("train", *flags("tiny_offload", workdir, **keys), code=1)
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("error: ") and "disk" in last, said
+    assert "damaged_checkpoints" not in " ".join(objects.list_objects(workdir))

@@ -226,7 +226,9 @@ class Checkpointer:
         if disks := [store for store in stores.values() if isinstance(store, DiskStore)]:
             # When a write failed, Orbax does not count those that it was to displace; a folder on a
             # network may not show a new one yet.
-            there = {int(path.name) for path in self.folder.iterdir() if path.name.isdecimal()}
+            # A bucket has no folder before there is something in it.
+            found = self.folder.iterdir() if is_folder(self.folder) else ()
+            there = {int(path.name) for path in found if path.name.isdecimal()}
             for store in disks:
                 store.keep([save_name(step) for step in there | set(self._manager.all_steps())])
         self._untidy = False
