@@ -175,6 +175,7 @@ def test_kill_then_same_command_is_bit_equal(whole_run, text_file, tmp_path):
     assert_same_run(whole_run[0], workdir)
 
 
+@pytest.mark.long  # tests/tables/test_offload_run.py has it with rows in host memory
 def test_sigterm_saves_exits_0_and_continues_bit_equal(whole_run, text_file, tmp_path):
     workdir = tmp_path / "run"
     # No checkpoint is due before the end: what is saved, the signal saved.

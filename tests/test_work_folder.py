@@ -138,7 +138,8 @@ def wait_for_checkpoint(workdir: Path, process: subprocess.Popen) -> None:
     launching.wait_until(is_there)
 
 
-@pytest.mark.parametrize("mode", ["locks", pytest.param("none", marks=pytest.mark.long)])
+@pytest.mark.long  # tests/test_lock.py kills a process that holds a lock
+@pytest.mark.parametrize("mode", MODES)
 def test_a_second_training_is_refused_until_the_first_is_killed(tmp_path, mode):
     workdir = tmp_path / "run"
     argv = ["-m", "stem_jax.train", *train_flags("tiny", workdir, launching.SMALL | STEPS, {})]

@@ -4,10 +4,8 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import random
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -15,7 +13,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models
 
-from stem_jax import cli, evaluate
+from stem_jax import cli, evaluate, train
 from stem_jax.checkpoints.loading import load_run
 from stem_jax.data.documents import Document
 from stem_jax.data.prepare import prepare_stores
@@ -25,7 +23,7 @@ from stem_jax.evaluation.perplexity import format_perplexity, perplexity
 from stem_jax.evaluation.scoring import Scorer
 from stem_jax.evaluation.training_text import open_training_text
 from stem_jax.training.run_data import open_run_data, reading_of
-from tests import effort
+from tests.children import train_flags
 from tests.saved_models import BYTES
 from tests.tokenizer_kinds import load_kind
 
@@ -65,11 +63,7 @@ def run_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("words")
     source = folder / "words.jsonl"
     source.write_text("".join(json.dumps({"text": t}) + "\n" for t in _texts(CONTEXT - 2)))
-    command = [sys.executable, "-m", "stem_jax.train", "--config=configs/tiny.py"]
-    command += [f"--workdir={folder / 'run'}", f"--config.data.sources={source}"]
-    command += [f"--config.{key}={value}" for key, value in FLAGS.items()]
-    environment = {**os.environ, "XLA_FLAGS": effort.flags(), "JAX_PLATFORMS": "cpu"}
-    subprocess.run(command, check=True, env=environment, capture_output=True)
+    train.main(train_flags("tiny", folder / "run", FLAGS | {"data.sources": source}, {}))
     return folder / "run"
 
 
