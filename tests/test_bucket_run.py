@@ -275,7 +275,16 @@ def test_the_newest_checkpoint_is_not_listed(bucket, tmp_path):
     machine, other = Machine(bucket, tmp_path / "a"), Machine(bucket, tmp_path / "b")
     machine.program("train", *flags("tiny", workdir, train__steps=8))
     bucket.proxy.hidden = ["checkpoints/8/"]
-    out = other.program("train", *flags("tiny", workdir))
+    go_on = tmp_path / "go"
+    start = ["-c", HELD, "5", str(go_on), *flags("tiny", workdir)]
+    with child(*start, **other.environment) as process:
+        while not (list(other.folder.rglob("*_000.log")) and "resuming" in other.log()):
+            time.sleep(0.1)
+            assert process.poll() is None, process.communicate()
+        # It comes into sight before it is written again.
+        bucket.proxy.hidden = []
+        go_on.touch()
+        out = finish(process)
     assert "resuming from step 4" in out
     records = _records((workdir / "metrics.jsonl").read_text())
     assert [r["step"] for r in records if "train/loss" in r] == list(range(1, STEPS + 1))
