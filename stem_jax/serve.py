@@ -4,12 +4,14 @@ import sys
 
 from stem_jax import background, cli
 from stem_jax.jax_start import start_jax
+from stem_jax.kept_memory import take_large_pages
 from stem_jax.serving.flags import KEY_VARIABLE, is_loopback, open_to_all, parse
 
 
 def main(argv: list[str]) -> None:
     """Parses flags, loads the run and serves it until SIGTERM."""
     args = parse(argv, __doc__)
+    take_large_pages()
     start_jax(args.compilation_cache)
     from stem_jax.data.packing import optional
 

@@ -1,4 +1,4 @@
-"""Freed memory stays with a training, so that its steps need not take it again."""
+"""Programs on CPUs have their memory from the system as suits them."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from stem_jax.kept_memory import keep_freed_memory
+from stem_jax.kept_memory import keep_freed_memory, take_large_pages
 
 # Blocks as large as a step's buffers, written and freed by another thread than the first.
 _FAULTS = """
@@ -50,6 +50,34 @@ def test_pages_are_not_taken_again():
     assert int(kept.stdout) < 64, kept.stderr
 
 
+_BEGUN = """
+import os, sys
+from stem_jax.kept_memory import take_large_pages
+print("begun", os.getpid(), *sys.argv[1:], flush=True)
+take_large_pages()
+print(os.environ.get("GLIBC_TUNABLES"))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "confstr") or sys.platform != "linux", reason="glibc's")
+@pytest.mark.parametrize(
+    ("more", "starts", "tunables"),
+    [({}, 2, "glibc.malloc.hugetlb=1"), ({"MALLOC_ARENA_MAX": "2"}, 1, "None")],
+)
+def test_a_program_begins_anew_with_large_pages(more, starts, tunables):
+    command = [sys.executable, "-c", _BEGUN, "--flag"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=_environment(**more)
+    ) as process:
+        said = process.communicate()[0]
+    assert said.splitlines() == [f"begun {process.pid} --flag"] * starts + [tunables]
+
+
 def test_who_has_set_something_has_chosen(monkeypatch):
     monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
     assert keep_freed_memory() is False
+
+
+def test_a_program_that_has_jax_goes_on():
+    # It would end here.
+    assert "jax" in sys.modules and take_large_pages() is None

@@ -9,10 +9,10 @@ from typing import Any
 
 from stem_jax.config import Config
 from stem_jax.errors import TrainingError
+from stem_jax.kept_memory import LARGE_PAGES
 from stem_jax.study.runs import Run
 from stem_jax.study.study import Study
 from stem_jax.study.texts import prepare_text
-from stem_jax.study.workers import HUGE_PAGES
 
 ROUNDS = 20
 # Enough for the most memory that a step takes.
@@ -70,7 +70,7 @@ def _job(study: Study, configs: dict[str, Any], rounds: int) -> dict[str, Any]:
         input=json.dumps(job),
         capture_output=True,
         text=True,
-        env={**os.environ, **HUGE_PAGES},
+        env={**os.environ, **LARGE_PAGES},
     )
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["nothing was said"])[-1]

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from stem_jax.errors import InputError, TrainingError
+from stem_jax.kept_memory import LARGE_PAGES
 from stem_jax.study.job import STOPPED
 
 _POLL_SECONDS = 0.2
-# Of glibc. Small steps on CPUs spend more time on pages than on numbers without them.
-HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 class Stopped(Exception):
@@ -96,7 +95,8 @@ class Workers:
                 stdout=output,
                 stderr=output,
                 cwd=code,
-                env={**os.environ, **HUGE_PAGES, "PYTHONPATH": str(code)},
+                # Small steps on CPUs spend more time on pages than on numbers without them.
+                env={**os.environ, **LARGE_PAGES, "PYTHONPATH": str(code)},
                 # Ctrl-C goes to the parent, which asks each once.
                 start_new_session=True,
             )
