@@ -92,7 +92,7 @@ def test_every_flipped_bit_is_noticed(saved):
     assert kinds.issuperset(KINDS)
 
 
-@pytest.mark.parametrize("processes", [2, 3, 16])
+@pytest.mark.parametrize("processes", [2, 3, pytest.param(16, marks=pytest.mark.long)])
 def test_processes_share_what_they_look_at(saved, processes):
     """Each file of table rows is read by one of them; what all read first, by all."""
     folder = saved / "2"
@@ -154,6 +154,7 @@ def test_a_list_of_an_earlier_version_has_sizes(checkpoints):
     assert damage(folder, verify=True).startswith("params/_METADATA has 0 bytes of ")
 
 
+@pytest.mark.long
 def test_rows_on_disk(run, tmp_path):  # noqa: F811
     """Every file that a save of them needs, at every row that it needs."""
     workdir = run("run", 4, **on_disk(tmp_path))

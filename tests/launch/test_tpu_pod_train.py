@@ -171,6 +171,7 @@ def test_preempted_slice_without_retries(ready):
     assert not ready.called("queued-resources", "delete")
 
 
+@pytest.mark.long
 def test_node_that_is_preempted_before_its_queued_resource(ready):
     process = ready.start_training(
         {"0": ["deaf", "complete"], "1": ["deaf", "complete"]}, "--retries=1"
@@ -183,6 +184,7 @@ def test_node_that_is_preempted_before_its_queued_resource(ready):
     assert len(ready.called("queued-resources", "create")) == 2
 
 
+@pytest.mark.long
 def test_cut_off_workers(ready):
     """If none answers, it waits; if one does not, machines are made again."""
     process = ready.start_training(

@@ -299,6 +299,7 @@ def test_slots_that_are_none(parts):
         Engine(*parts, queue=-1)
 
 
+@pytest.mark.long
 def test_memory_does_not_grow(engine):
     """The process has no more after 900 requests than after 300."""
     rng, held = random.Random(1), []

@@ -96,7 +96,7 @@ def test_a_fault_in_a_thread_stops_the_run(
     again.assert_equals(whole, after=SAVED_AT)
 
 
-@pytest.mark.parametrize("prefetch", [0, 4])
+@pytest.mark.parametrize("prefetch", [0, pytest.param(4, marks=pytest.mark.long)])
 def test_slow_write_backs_are_waited_for(tight, whole, tmp_path, monkeypatch, prefetch):
     """Rows come back while they are still leaving, time and again."""
     write, stage, waited, asked = HostStore.write, Prefetch._stage, [], threading.Event()

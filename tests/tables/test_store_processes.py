@@ -253,6 +253,7 @@ def _killed(folder, config):
 PAIR_PLACES = [((2, 2, 2), ("data", "fsdp")), ((2, 2, 2), ("fsdp",)), ((1, 4, 2), ("fsdp",))]
 
 
+@pytest.mark.long
 def test_two_processes_write_and_read_one_table(on_mesh, tmp_path):
     config = on_mesh((8, 1, 1))
     store = empty_store(config)
