@@ -6,7 +6,7 @@
 #   create   asks for the machines (a queued resource) and waits until they are there
 #   setup    puts code and packages on every worker
 #   train    runs `python -m stem_jax.train --multihost` with the training flags on every worker
-#            (--workdir is needed: an absolute path that all of them share),
+#            (--workdir is needed: an absolute path that all of them share, or gs://...),
 #            shows what worker 0 says, and starts it again if it was lost or preempted. While a run
 #            goes on it only attaches to it; Ctrl-C detaches, and the run goes on
 #   logs     what a worker said: --worker=N or all, --follow

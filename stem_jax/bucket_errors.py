@@ -116,6 +116,10 @@ def explain(error: BaseException, where: Place) -> str | None:
     if packages & {"s3fs", "gcsfs", "aiobotocore", "botocore"} or "install s3fs" in texts:
         package = _EXTRA[scheme]
         return f"{package} is not installed; pip install {package}, or stem_jax[{scheme}]"
+    if "InvalidRegionError" in names:
+        return f"{said}; set AWS_REGION to the name of the bucket's region, such as us-east-1"
+    if "invalid endpoint: " in texts:
+        return f"{said}; set AWS_ENDPOINT_URL to an address that begins with http:// or https://"
     if names & _NO_CREDENTIALS or "could not find the credentials" in texts:
         return f"no credentials for the bucket {bucket} were found; {_SETUP[scheme]}"
     if codes & _BAD_KEYS or "UNAUTHENTICATED" in codes:

@@ -7,6 +7,7 @@ void two minutes after.
 
 import json
 import os
+import sys
 import threading
 import time
 import uuid
@@ -47,6 +48,7 @@ class BucketLock:
         """
         facts = facts_of_process() | {"token": uuid.uuid4().hex, "taken": time.time()}
         first: str | None = None
+        said = False
         while True:
             if put_if_absent(path, _text(facts)):
                 return cls(path, facts)
@@ -61,6 +63,14 @@ class BucketLock:
                 if replace_if(path, _text(facts), found.version):
                     return cls(path, facts)
                 continue
+            if not said:
+                print(
+                    f"waiting for the lock {path}, last written {found.age:.0f} s ago: it is void "
+                    f"after {VOID_SECONDS} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                said = True
             time.sleep(_POLL_SECONDS)
 
     @staticmethod

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from stem_jax.bucket import download, list_objects, read_object, remove_object, upload
@@ -26,9 +26,9 @@ CHECKPOINTS = "checkpoints"
 # Where copies lie; without it in the user's cache.
 VARIABLE = "STEM_JAX_COPIES"
 _RECORD = ".copy.json"
-# Not of the copy: what Orbax writes, what was moved away from there, and the lock.
 # What is sent in one request by either client.
 _SMALL_BYTES = 4 << 20
+# Not of the copy: what Orbax writes, what was moved away from there, and the lock.
 _APART = (f"{CHECKPOINTS}/", "damaged_checkpoints/", ".lock")
 
 
@@ -56,10 +56,11 @@ class LocalCopy:
         had and has no more goes.
 
         Raises:
-            InputError: see `bucket_errors`, as `upload` does.
+            InputError: other runs are below it; see `bucket_errors`, as `upload` does.
         """
         with self._lock:
             listed = list_objects(self.address)
+            self._check_one_run(listed)
             found = {name: of for name, of in listed.items() if not name.startswith(_APART)}
             for name, stored in found.items():
                 path = self.folder / name
@@ -77,6 +78,17 @@ class LocalCopy:
                 del self._files[name]
             self._save()
             return len(listed)
+
+    def _check_one_run(self, listed: Iterable[str]) -> None:
+        """A copy of a folder of runs would bring all of their checkpoints."""
+        of_runs = filter(_is_below, listed)
+        below = sorted({name.partition(f"/{CHECKPOINTS}/")[0] for name in of_runs})
+        if below:
+            more = f" and {len(below) - 3} more" if len(below) > 3 else ""
+            raise InputError(
+                f"{self.address}: it has runs below it ({', '.join(below[:3])}{more}); give the "
+                "folder of one, or another name"
+            )
 
     def upload(self) -> None:
         """Writes the files that changed here to the bucket; what is gone here goes there, too."""
@@ -124,6 +136,11 @@ class LocalCopy:
     def _save(self) -> None:
         record = {"address": str(self.address), "files": self._files}
         write_whole(self.folder / _RECORD, json.dumps(record, indent=0) + "\n")
+
+
+def _is_below(name: str) -> bool:
+    """Whether an object is of a checkpoint of a run in another folder."""
+    return not name.startswith(_APART) and f"/{CHECKPOINTS}/" in name
 
 
 @contextlib.contextmanager

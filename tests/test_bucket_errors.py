@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import tensorstore as ts
+from botocore.exceptions import InvalidRegionError
 from etils import epath
 
 from stem_jax import bucket as objects
@@ -112,6 +113,14 @@ def test_no_credentials(s3_bucket):
     said = _said(str(s3_bucket.path), **without)
     assert "\n" not in said
     assert f"no credentials for the bucket {s3_bucket.name} were found; set AWS_ACCESS" in said
+
+
+def test_variables_of_another_form(s3_bucket):
+    said = _said(str(s3_bucket.path), AWS_ENDPOINT_URL="127.0.0.1:9")
+    assert said.startswith(f"{s3_bucket.path}/x: ") and "\n" not in said
+    assert "set AWS_ENDPOINT_URL to an address that begins with http:// or https://" in said
+    region = explain(InvalidRegionError(region_name="us east"), s3_bucket.path) or ""
+    assert "'us east'" in region and "set AWS_REGION to the name of the bucket's region" in region
 
 
 @pytest.mark.long

@@ -53,7 +53,7 @@ def test_one_that_renews_it_is_alive(path, monkeypatch):
     assert BucketLock.holder(path) == "process 7 on host other"
 
 
-def test_one_that_does_not_is_void_by_the_clock_of_the_store(path, monkeypatch):
+def test_one_that_does_not_is_void_by_the_clock_of_the_store(path, monkeypatch, capsys):
     _held_elsewhere(path)
     monkeypatch.setattr(bucket_lock, "VOID_SECONDS", 2)
     monkeypatch.setattr(bucket_lock, "_POLL_SECONDS", 0.1)
@@ -63,6 +63,8 @@ def test_one_that_does_not_is_void_by_the_clock_of_the_store(path, monkeypatch):
     began = time.monotonic()
     lock = BucketLock.take(path)
     assert lock is not None and time.monotonic() - began >= 0.9
+    # Whoever waits is told so, once.
+    assert capsys.readouterr().err.count(f"waiting for the lock {path}, last written ") == 1
     lock.release()
 
 

@@ -37,6 +37,18 @@ def test_what_one_machine_wrote_another_has(address, tmp_path):
     assert str(checkpoints_of(two.folder)) == f"{address}/checkpoints"
 
 
+def test_a_folder_of_runs_is_not_brought(address, bucket, tmp_path):
+    for run in "abcd":
+        objects.put(address / run / "checkpoints" / "5" / "files.json", b"large")
+    bucket.proxy.reset()
+    why = r"/runs/x: it has runs below it \(a, b, c and 1 more\); give the folder of one"
+    with pytest.raises(InputError, match=why):
+        LocalCopy(address, tmp_path / "copy").fetch()
+    with pytest.raises(InputError, match=why):
+        opened(str(address), "--workdir")
+    assert not list((tmp_path / "copy").glob("*"))[1:]
+
+
 def test_what_changed_alone_is_sent_and_brought(address, bucket, tmp_path):
     one, two = _copies(address, tmp_path)
     for name in "abc":
