@@ -37,7 +37,10 @@ def speed_ratio(seconds: dict[str, list[float]], fast: str, slow: str) -> float:
 
 def ratio_range(seconds: dict[str, list[float]], fast: str, slow: str) -> tuple[float, float]:
     """Between which ratios, by the 5th and the 95th percentile, 90% of the rounds lie."""
-    twentieths = statistics.quantiles(_ratios(seconds, fast, slow), n=20, method="inclusive")
+    ratios = _ratios(seconds, fast, slow)
+    if len(ratios) == 1:
+        return ratios[0], ratios[0]
+    twentieths = statistics.quantiles(ratios, n=20, method="inclusive")
     return twentieths[0], twentieths[-1]
 
 

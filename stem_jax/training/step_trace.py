@@ -42,7 +42,10 @@ class StepTrace:
         """Begins with the first step that there is, when those before it are done."""
         if step in self._steps and not self._running:
             jax.block_until_ready(state)
-            jax.profiler.start_trace(self._folder)
+            options = jax.profiler.ProfileOptions()
+            # Of every Python call of every thread: in the way of the steps, and of no use for them.
+            options.python_tracer_level = 0
+            jax.profiler.start_trace(self._folder, profiler_options=options)
             self._running = True
 
     def after(self, step: int, results) -> None:
