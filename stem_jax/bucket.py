@@ -31,8 +31,8 @@ _ATTEMPTS = 6
 class Stored(NamedTuple):
     """What a listing says of an object.
 
-    version: another one whenever it is written. written: when, in seconds, by the clock of the
-    store.
+    version: another one whenever it is written with other content. written: when, in seconds, by
+    the clock of the store.
     """
 
     size: int

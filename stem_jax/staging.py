@@ -4,7 +4,7 @@ What a program maps into memory or reads many times is downloaded whole before i
 lie in the user's cache, or where the environment says, and stay for the next start:
 
     ENTRY/           a copy, whole and checked; its name is made of the address and of the versions
-                     of all objects, so that what is written anew gets a copy of its own
+                     of all objects, so that other content gets a copy of its own
     ENTRY.part/      a copy under way; every file in it is whole, and a later start goes on
     ENTRY.json       what it is a copy of, and its bytes; its time is that of the last use
     ENTRY.use/       lock of all processes that read it: a copy in use stays
@@ -275,7 +275,7 @@ def _beside(entry: Path, ending: str) -> Path:
 
 
 def _name_of(address: Place, listed: dict[str, Stored]) -> str:
-    versions = [str(address), *sorted((name, *stored) for name, stored in listed.items())]
-    digest = hashlib.sha256(json.dumps(versions).encode()).hexdigest()
+    versions = sorted((name, stored.size, stored.version) for name, stored in listed.items())
+    digest = hashlib.sha256(json.dumps([str(address), *versions]).encode()).hexdigest()
     readable = re.sub(r"[^A-Za-z0-9]+", "-", str(address)).strip("-")[-40:]
     return f"{readable}-{digest[:16]}"
