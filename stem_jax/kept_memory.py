@@ -16,7 +16,8 @@ from pathlib import Path
 
 # Of glibc's mallopt (malloc.h).
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
-_NEVER = 2**31 - 1
+# Of a threshold that an int is given for: mallopt(3).
+_NEVER = -1
 # Whoever sets one of them has chosen.
 _SETTINGS = (
     "GLIBC_TUNABLES",

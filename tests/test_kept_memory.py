@@ -50,6 +50,27 @@ def test_pages_are_not_taken_again():
     assert int(kept.stdout) < 64, kept.stderr
 
 
+# More than an int counts, never written: where the heap ends stays as it is.
+_END_OF_HEAP = """
+import ctypes
+from stem_jax.kept_memory import keep_freed_memory
+assert keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
+libc.malloc.argtypes, libc.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
+before = libc.sbrk(0)
+libc.free(libc.malloc(3 << 30))
+print(libc.sbrk(0) - before >= 3 << 30)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "confstr") or sys.platform != "linux", reason="glibc's")
+def test_the_heap_keeps_whatever_its_size():
+    command = [sys.executable, "-c", _END_OF_HEAP]
+    done = subprocess.run(command, capture_output=True, text=True, env=_environment())
+    assert done.stdout == "True\n", done.stderr
+
+
 _BEGUN = """
 import os, sys
 from stem_jax.kept_memory import take_large_pages
