@@ -349,6 +349,12 @@ def bucket_servers() -> Iterator[Servers]:
     servers.close()
 
 
+# Of a test whose promise does not depend on which store it is.
+gs_nightly = pytest.mark.parametrize(
+    "bucket", ["s3", pytest.param("gs", marks=pytest.mark.nightly)], indirect=True
+)
+
+
 @pytest.fixture(params=["s3", "gs"])
 def bucket(request, bucket_servers) -> Iterator[Bucket]:
     """A bucket of each kind, empty."""

@@ -89,6 +89,7 @@ embedding_dropout exported_generation patches exchange perplexity row_sums needl
 
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="also run tests that are marked long")
+    parser.addoption("--nightly", action="store_true", help="run also those marked nightly")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -96,12 +97,12 @@ def pytest_collection_modifyitems(config, items):
     names = _LONGEST_OF_LONG_FIRST if config.getoption("--long") else _LONGEST_FIRST
     place = {f"test_{name}": place for place, name in enumerate(names)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
-    if config.getoption("--long"):
-        return
-    long = [item for item in items if item.get_closest_marker("long")]
-    if long:
-        config.hook.pytest_deselected(items=long)
-        items[:] = [item for item in items if not item.get_closest_marker("long")]
+    asked = {name for name in ("long", "nightly") if config.getoption(f"--{name}")}
+    left = [name for name in ("long", "nightly") if name not in asked]
+    out = [item for item in items if any(map(item.get_closest_marker, left))]
+    if out:
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if item not in set(out)]
 
 
 def pytest_collection_finish(session):

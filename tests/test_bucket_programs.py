@@ -5,11 +5,13 @@ import json
 import pytest
 
 from stem_jax import bucket as objects
+from tests.buckets import gs_nightly
 from tests.test_bucket_run import Machine, flags
 
 pytestmark = [pytest.mark.long, pytest.mark.little_effort]
 
 
+@gs_nightly
 def test_programs_read_it_and_write_there(bucket, tmp_path):
     workdir, results = bucket.path / "run", bucket.path / "results"
     machine, reader = Machine(bucket, tmp_path / "a"), Machine(bucket, tmp_path / "b")
@@ -47,6 +49,7 @@ def test_programs_read_it_and_write_there(bucket, tmp_path):
     assert "beginning with checkpoint 0" in machine.program("train", *begun)
 
 
+@gs_nightly
 def test_what_is_not_there_is_refused_in_a_line(bucket, tmp_path):
     machine = Machine(bucket, tmp_path / "a")
     for program in ("generate", "status"):

@@ -16,7 +16,7 @@ from stem_jax.data.documents import Document
 from stem_jax.data.prepare import prepare_stores
 from stem_jax.data.tokenizer import load_tokenizer
 from stem_jax.local_copy import VARIABLE
-from tests.buckets import Answer
+from tests.buckets import Answer, gs_nightly
 from tests.children import HELD, child, finish, gang, train_flags
 
 STEPS = 12
@@ -117,7 +117,7 @@ def _losses(records: list[dict]) -> dict:
     }
 
 
-@pytest.fixture(scope="module", params=["tiny", "tiny_offload"])
+@pytest.fixture(scope="module")
 def config(request) -> str:
     return request.param
 
@@ -133,6 +133,16 @@ def local_losses(config, tmp_path_factory) -> dict:
     return found
 
 
+@pytest.mark.parametrize(
+    ("config", "bucket"),
+    [
+        ("tiny", "s3"),
+        ("tiny_offload", "gs"),
+        pytest.param("tiny", "gs", marks=pytest.mark.nightly),
+        pytest.param("tiny_offload", "s3", marks=pytest.mark.nightly),
+    ],
+    indirect=True,
+)
 def test_killed_and_resumed_elsewhere(config, local_losses, bucket, tmp_path):
     workdir = bucket.path / "runs" / "one"
     argv = flags(config, workdir)
@@ -163,6 +173,7 @@ def test_killed_and_resumed_elsewhere(config, local_losses, bucket, tmp_path):
     assert "is at step 12 of 12" in first.program("train", *argv)
 
 
+@gs_nightly
 def test_two_processes_and_another_machine_for_each(bucket, tmp_path):
     workdir = bucket.path / "pair"
     for turn, steps in ((0, 6), (1, 9)):
@@ -270,6 +281,7 @@ def test_a_bucket_that_vanishes_ends_the_run_in_a_line(s3_bucket, tmp_path):
     assert len(_records(metrics.read_text())) >= 8
 
 
+@gs_nightly
 def test_the_newest_checkpoint_is_not_listed(bucket, tmp_path):
     workdir = bucket.path / "run"
     machine, other = Machine(bucket, tmp_path / "a"), Machine(bucket, tmp_path / "b")
@@ -292,6 +304,7 @@ def test_the_newest_checkpoint_is_not_listed(bucket, tmp_path):
     assert objects.read_object(workdir / "checkpoints" / str(STEPS) / "commit_success.txt")
 
 
+@gs_nightly
 def test_a_damaged_checkpoint_is_set_aside(bucket, tmp_path):
     workdir = bucket.path / "run"
     machine = Machine(bucket, tmp_path / "a")
@@ -307,9 +320,9 @@ def test_a_damaged_checkpoint_is_set_aside(bucket, tmp_path):
     assert "files.json" in aside and "commit_success.txt" in aside
 
 
+@gs_nightly
+@pytest.mark.parametrize("config", ["tiny"], indirect=True)
 def test_a_store_that_is_slow_and_fails_at_times(bucket, local_losses, config, tmp_path):
-    if config != "tiny":
-        pytest.skip("once is enough")
     workdir = bucket.path / "run"
     machine = Machine(bucket, tmp_path / "a")
     bucket.proxy.latency = 0.02

@@ -12,6 +12,7 @@ import pytest
 
 from configs.base import get_config as base_config
 from stem_jax import cli
+from tests import effort
 
 ROOT = Path(__file__).parent.parent
 # The README first: manuals go on with its runs.
@@ -72,6 +73,7 @@ def test_the_readme_has_the_commands():
 
 
 @pytest.mark.long
+@pytest.mark.little_effort
 def test_the_readme_runs(folder):
     for line in readme_commands():
         argv = [sys.executable, *shlex.split(line)[1:]]
@@ -83,7 +85,7 @@ def test_the_readme_runs(folder):
         done = subprocess.run(
             argv,
             cwd=folder,
-            env=os.environ | {"XLA_FLAGS": ""},
+            env=os.environ | {"XLA_FLAGS": effort.flags(1)},
             capture_output=True,
             text=True,
             timeout=300,

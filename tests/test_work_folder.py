@@ -159,7 +159,7 @@ def test_a_second_training_is_refused_until_the_first_is_killed(tmp_path, mode):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["locks", pytest.param("none", marks=pytest.mark.nightly)])
 def test_of_two_processes_the_last_one_counts(tmp_path, mode):
     workdir = tmp_path / "run"
     argv = train_flags("tiny", workdir, launching.SMALL | STEPS, {})

@@ -76,10 +76,9 @@ def campaign(folder: Path, names: list[str], seed: int, disk: bool = False) -> l
 
 
 @pytest.mark.long
+@pytest.mark.little_effort
 def test_nothing_is_lost_by_faults(tmp_path):
     names = ["newest checkpoint torn", "kill -9 inside a save"]
-    # Mounting a small disk needs root.
-    names += ["full disk"] if os.geteuid() == 0 else ["kill -9 of the coordinator"]
     records = campaign(tmp_path, names, 5, disk=True)
     [torn] = [r for r in records if r["fault"] == names[0]]
     assert torn["lost_steps"] > 0 and torn["exit_status"] == 0
@@ -89,6 +88,15 @@ def test_nothing_is_lost_by_faults(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.nightly
+def test_nothing_is_lost_by_a_full_disk(tmp_path):
+    # Mounting a small one needs root.
+    names = ["full disk" if os.geteuid() == 0 else "kill -9 of the coordinator"]
+    campaign(tmp_path, [*names, "kill -9 of a process"], 5, disk=True)
+
+
+@pytest.mark.long
+@pytest.mark.nightly
 def test_nothing_is_lost_when_the_shape_changes(tmp_path):
     with Reshaping(tmp_path, 2, 5, cache(), PATIENCE) as reshaping:
         [record] = reshaping.go([Shape(1, 4, None)])

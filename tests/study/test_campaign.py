@@ -190,6 +190,7 @@ def _said(folder: Path, workdir: str) -> Path:
 
 
 @pytest.mark.long
+@pytest.mark.little_effort
 def test_a_study_that_was_killed_says_the_same(tmp_path):
     toy_study(tmp_path)
     _text(tmp_path / "texts")
