@@ -14,6 +14,7 @@ from stem_jax.checkpoints.chain import saved_bases
 from stem_jax.checkpoints.items import table_items
 from stem_jax.memory.memory import STEM
 
+_FILLER = "filler"
 # Rows on disk ask for a gibibyte before a run begins.
 _DISK_MIB, _DISK_MIB_WITH_ROWS = 512, 1536
 _TABLE = table_items(STEM)
@@ -65,7 +66,7 @@ def flip_base(run: Run, at: Round, rng: random.Random) -> int:
 
 def fill_disk(run: Run, at: Round, rng: random.Random) -> int:
     """Nothing more can be written until the processes have ended."""
-    filler = run.workdir / "filler"
+    filler = run.workdir / _FILLER
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
         while file.write(bytes(2**16)):
             pass
@@ -77,6 +78,8 @@ def fill_disk(run: Run, at: Round, rng: random.Random) -> int:
 def small_disk(folder: Path, with_rows: bool) -> None:
     """An empty folder that is a small file system of its own; one that is there stays."""
     folder.mkdir(exist_ok=True)
+    # Of a campaign that was stopped while it was full.
+    (folder / _FILLER).unlink(missing_ok=True)
     if not os.path.ismount(folder):
         size = f"size={_DISK_MIB_WITH_ROWS if with_rows else _DISK_MIB}m"
         subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", folder], check=True)
