@@ -1,4 +1,4 @@
-"""The one exception for input that we refuse."""
+"""What ends a program: input that is refused, a run that cannot go on, a wish to stop."""
 
 
 class InputError(ValueError):
@@ -15,6 +15,10 @@ class TrainingError(RuntimeError):
 
 class DivergedError(TrainingError):
     """Loss or gradients stayed without finite values."""
+
+
+class ToldToStop(BaseException):
+    """SIGTERM came before the first step of a run. No failure, so that nothing takes it for one."""
 
 
 class BadRecord(InputError):

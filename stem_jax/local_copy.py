@@ -30,18 +30,22 @@ _RECORD = ".copy.json"
 _SMALL_BYTES = 4 << 20
 # Not of the copy: what Orbax writes, what was moved away from there, and the lock.
 _APART = (f"{CHECKPOINTS}/", "damaged_checkpoints/", ".lock")
+# What a start says of itself.
+_OF_A_START = ("logs/", "goodput/", "prometheus/", "tensorboard/", "tracking/", "config.json")
 
 
 class LocalCopy:
     """A folder of this machine with the files of one in a bucket.
 
-    address: of the folder in the bucket. folder: of this machine.
+    address: of the folder in the bucket. folder: of this machine. counts: what a start says of
+    itself is sent; not while it may still be refused.
     """
 
     def __init__(self, address: Place, folder: Path):
         """Makes the folder, empty, if there is none."""
         self.address = address
         self.folder = folder
+        self.counts = True
         self._lock = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
         record = _record(folder)
@@ -99,6 +103,8 @@ class LocalCopy:
             changed = []
             for path in sorted(_files(self.folder)):
                 name = path.relative_to(self.folder).as_posix()
+                if not self.counts and name.startswith(_OF_A_START):
+                    continue
                 try:
                     # Before it is read: what is appended meanwhile counts as a change.
                     state = _state(path)
@@ -120,6 +126,18 @@ class LocalCopy:
                     if name in listed:
                         self._files[name][0] = listed[name].version
                 self._save()
+
+    def give_up(self) -> None:
+        """A start was refused: what it said of itself is said to nobody, here or by a later one."""
+        with self._lock:
+            for path in list(_files(self.folder)):
+                name = path.relative_to(self.folder).as_posix()
+                if name not in self._files and name.startswith(_OF_A_START):
+                    path.unlink(missing_ok=True)
+                elif name in self._files and self._files[name][1:] != _state(path):
+                    # The bucket's is brought again.
+                    self._files[name] = ["", *_state(path)]
+            self._save()
 
     def _send(self, path: Path, target: Place, size: int) -> None:
         if size < _SMALL_BYTES:
@@ -150,7 +168,7 @@ def uploading(
     """Uploads what changed every so many seconds, on a thread, and at the end in any case.
 
     Args:
-        every: seconds; None for at the end alone.
+        every: seconds; None for at the end alone. A start that is refused sends nothing.
         on_error: takes what an upload between is refused for; the next one may go better.
 
     Raises:
@@ -168,16 +186,23 @@ def uploading(
     thread = threading.Thread(target=repeat, name="upload", daemon=True)
     if every is not None:
         thread.start()
-    failed = True
+    failed, refused = True, False
     try:
         yield
         failed = False
+    except InputError:
+        refused = not copy.counts
+        raise
     finally:
         done.set()
         if thread.is_alive():
             thread.join()
         try:
-            copy.upload()
+            if refused:
+                copy.give_up()
+            else:
+                copy.counts = True
+                copy.upload()
         except InputError as error:
             # The first failure is what is said.
             if not failed:

@@ -213,6 +213,9 @@ def _train(
                 progress.save_ended()
             progress.beat()
 
+        if copy is not None:
+            # From here on it is not refused any more.
+            copy.counts = True
         with StopSignal() as stop:
             loop = Loop(
                 config,

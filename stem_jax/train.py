@@ -1,13 +1,16 @@
 """Trains a model: python -m stem_jax.train --config=configs/tiny.py [--config.section.key=value]"""
 
+import argparse
 import sys
 from pathlib import Path
 
 from stem_jax import cli
 from stem_jax.config_file import load_config
+from stem_jax.errors import ToldToStop
 from stem_jax.jax_start import start_jax
 from stem_jax.kept_memory import keep_freed_memory
 from stem_jax.processes.cluster import Gang, add_flags, add_stop_flag, membership
+from stem_jax.processes.start_stop import stoppable_start
 from stem_jax.storage import local_path
 
 
@@ -25,9 +28,20 @@ def main(argv: list[str]) -> None:
     parser.add_cache_flag()
     flags, overrides = cli.split_overrides(argv)
     args = parser.parse_args(flags)
+    gang = Gang.from_flags(args)
+    try:
+        with stoppable_start(alone=gang is None):
+            stopped = _train(args, overrides, gang)
+    except ToldToStop:
+        stopped = True
+    if stopped:
+        sys.exit(args.stopped_status)
+
+
+def _train(args: argparse.Namespace, overrides: dict[str, str], gang: Gang | None) -> bool:
+    """Whether it was told to stop."""
     config = load_config(args.config, overrides)
     workdir = args.workdir or Path("runs") / args.config.stem
-    gang = Gang.from_flags(args)
     folder = config.train.compilation_cache
     kept = None if folder is None else local_path(folder, "train.compilation_cache")
     if not config.offloads:
@@ -39,8 +53,7 @@ def main(argv: list[str]) -> None:
 
     with membership(gang):
         ending = train(config, workdir, show_sample if config.train.sample_prompt else None)
-    if ending is Ending.STOPPED:
-        sys.exit(args.stopped_status)
+    return ending is Ending.STOPPED
 
 
 if __name__ == "__main__":

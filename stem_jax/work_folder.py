@@ -57,6 +57,7 @@ def on_this_machine(workdir: Place, every: float | None) -> Iterator[tuple[Path,
     """The folder itself, or this process's copy of one in a bucket, which is uploaded at the end.
 
     every: seconds after which what changed is uploaded, too; None for at saves and the end alone.
+        What a start says of itself is not, until `counts` of the copy is set.
 
     Raises:
         InputError: see `bucket_errors`.
@@ -65,6 +66,7 @@ def on_this_machine(workdir: Place, every: float | None) -> Iterator[tuple[Path,
         yield workdir, None
         return
     copy = LocalCopy(workdir, own_copy(workdir))
+    copy.counts = False
     with unanimous(), naming(workdir, "--workdir"):
         if is_first():
             # What a run that was killed here did not send the other processes have to know.

@@ -7,11 +7,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from stem_jax.errors import InputError
+from stem_jax.errors import InputError, ToldToStop
 from stem_jax.goodput.account import RESTART, START, Account
 from stem_jax.goodput.gauges import gauges_path, gauges_text, write_gauges
 from stem_jax.goodput.start_record import (
     FAILED,
+    STOPPED,
     RecordFile,
     StartRecord,
     boot,
@@ -129,7 +130,9 @@ class KeptProgress(Progress):
     def close(self, error: BaseException | None) -> None:
         """The process ends, of that error or by itself."""
         record = self._record
-        if error is not None:
+        if isinstance(error, ToldToStop | KeyboardInterrupt):
+            record.end = STOPPED
+        elif error is not None:
             record.end, record.why = FAILED, " ".join(f"{type(error).__name__}: {error}".split())
         try:
             nothing_done = record.first_step is None and record.steps == 0

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from stem_jax.errors import ToldToStop
+
 FOLDER = "logs"
 log = logging.getLogger("stem_jax")
 
@@ -37,6 +39,9 @@ def process_log(workdir: Path, process_index: int) -> Iterator[Path]:
     try:
         _into_file(file, logging.INFO, f"process {process_index} on {socket.gethostname()}")
         yield path
+    except ToldToStop as stop:
+        _into_file(file, logging.INFO, f"told to stop {stop}; the same command continues")
+        raise
     except BaseException as error:
         _into_file(file, logging.ERROR, f"{type(error).__name__}: {error}", error)
         raise

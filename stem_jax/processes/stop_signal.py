@@ -5,6 +5,8 @@ import signal
 import jax
 from jax.experimental import multihost_utils
 
+from stem_jax.processes.start_stop import told_to_stop
+
 
 class StopSignal:
     """Remembers SIGTERM and SIGINT instead of dying of them; the previous handlers come back.
@@ -39,7 +41,9 @@ class StopSignal:
 
     def __exit__(self, *_) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            # A run that has made its steps ends by itself.
+            over = handler is told_to_stop
+            signal.signal(number, signal.SIG_IGN if over else handler)
 
     def _remember(self, number, frame) -> None:
         self._received = True

@@ -11,7 +11,7 @@ from stem_jax import bucket_lock
 from stem_jax.errors import InputError
 from stem_jax.files import read_json
 from stem_jax.goodput.account import RESTART, SAVE, START, VALIDATION
-from stem_jax.goodput.start_record import COMPLETE, FAILED, STOPPED, read_processes
+from stem_jax.goodput.start_record import COMPLETE, FAILED, STOPPED, read_processes, record_path
 from stem_jax.goodput.totals import Totals
 from stem_jax.local_copy import address_of
 from stem_jax.lock import Holder, holders
@@ -35,7 +35,8 @@ class Standing:
 
     state: NEVER_STARTED, RUNNING, STUCK, STOPPED, FAILED, KILLED or COMPLETE; why: in words.
     step of steps: steps None where its configuration is not there. hours_left: at the speed of the
-    newest start. holders: of the lock, also dead ones. members: processes of the newest start;
+    newest start. as_of: of a run in a bucket, seconds since a process last sent its record; None of
+    other runs. holders: of the lock, also dead ones. members: processes of the newest start;
     totals: of all that ever were.
     """
 
@@ -48,6 +49,7 @@ class Standing:
     tokens_per_second: float | None
     step_seconds: float | None
     hours_left: float | None
+    as_of: float | None
     saves: Saves
     holders: list[Holder]
     members: list[Member]
@@ -83,6 +85,9 @@ def standing(workdir: Path, stuck_after: float | None = None) -> Standing:
     step = newest if first is None else max(member.start.step for member in own)
     steps = train.get("steps") or (first.start.steps if first else None) or None
     limit = stuck_after or _limit(own, train.get("step_timeout"))
+    if in_bucket and stuck_after is None:
+        # Nothing is heard between two uploads.
+        limit += train.get("upload_every", 60.0) or _LONG_SECONDS
     state, why = _judged(own, found, saves, steps, limit, in_bucket)
     loss = usual = rate = None
     if first is not None and first.start.steps_made:
@@ -99,6 +104,7 @@ def standing(workdir: Path, stuck_after: float | None = None) -> Standing:
         tokens_per_second=rate,
         step_seconds=usual,
         hours_left=_hours_left(first, step, steps),
+        as_of=_as_of(workdir, own) if in_bucket else None,
         saves=saves,
         holders=found,
         members=own,
@@ -156,7 +162,8 @@ def _running(own: list[Member], alive: list[Holder], limit: float) -> tuple[str,
         )
     if not stepped:
         return RUNNING, f"starts since {min(m.start.seconds for m in current):.0f} s"
-    return RUNNING, f"process {current[0].start.pid} on host {current[0].start.host} and others"
+    others = f" and {count - 1} more" if count > 1 else ""
+    return RUNNING, f"process {current[0].start.pid} on host {current[0].start.host}{others}"
 
 
 def _without_records(found: list[Holder], saves: Saves, steps: int | None) -> tuple[str, str]:
@@ -185,6 +192,13 @@ def _limit(own: list[Member], step_timeout: float | None) -> float:
     if not usual or any(start.doing in _LONG_PARTS for start in running):
         return longest
     return min(longest, max(_USUAL_STEPS * max(usual), _PATIENCE_SECONDS))
+
+
+def _as_of(workdir: Path, own: list[Member]) -> float | None:
+    """Files of a copy have the times of the bucket's."""
+    paths = [record_path(workdir, member.index) for member in own]
+    written = max((path.stat().st_mtime for path in paths), default=None)
+    return None if written is None else max(0.0, time.time() - written)
 
 
 def _hours_left(first: Member | None, step: int, steps: int | None) -> float | None:

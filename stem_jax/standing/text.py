@@ -7,7 +7,8 @@ from stem_jax.standing.standing import COMPLETE, NEVER_STARTED, Standing, moment
 
 def text(found: Standing) -> str:
     """Some lines, and the table of where the time went."""
-    lines = [f"{found.workdir}: {found.state} ({found.why})"]
+    as_of = "" if found.as_of is None else f", as of {found.as_of:.0f} s ago"
+    lines = [f"{found.workdir}: {found.state} ({found.why}){as_of}"]
     if found.state == NEVER_STARTED:
         return lines[0]
     lines.append(f"step         {_progress(found)}")
@@ -49,6 +50,8 @@ def _saves(found: Standing) -> str:
         parts = [f"newest {saves.steps[-1]}, of {', '.join(map(str, saves.steps))}"]
     if saves.best is not None:
         parts.append(f"best {saves.best} (validation loss {saves.best_loss:.4f})")
+    if saves.damage is not None:
+        parts.append(f"{saves.steps[-1]} is damaged: {saves.damage}")
     if saves.set_aside:
         parts.append(f"damaged, set aside: {', '.join(map(str, saves.set_aside))}")
     return "; ".join(parts)

@@ -83,6 +83,11 @@ class Loop:
             DivergedError: `train.max_bad_steps` non-finite steps in a row.
         """
         start, end = int(state.step), self.config.train.steps
+        progress = self.progress
+        progress.began(start, end, self.config.tokens_per_step)
+        if self.stop_requested():
+            # While they started, one of several processes was told so.
+            return state, None, False
         mesh = self.programs.mesh
         schedule = make_schedule(self.config, end + 1, past=self.past, mesh=mesh)
         metrics_log = MetricsLog(
@@ -92,8 +97,6 @@ class Loop:
             tracking=self.tracking,
             awaits=self._evaluation_due,
         )
-        progress = self.progress
-        progress.began(start, end, self.config.tokens_per_step)
         reporter = _Reporter(
             self.config, metrics_log, self.clock, self.programs.mesh.devices.size, start, progress
         )

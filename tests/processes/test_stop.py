@@ -96,27 +96,26 @@ def last_record(workdir: Path) -> dict:
 
 def test_a_stop_saves_before_a_validation_that_is_made_up(trained, undisturbed, tmp_path):
     workdir = tmp_path / "run"
-    # A step after each question, and then three batches of the validation.
-    assert trained(3, workdir) == (Ending.STOPPED, 3)
+    # A question before the first step and after each, and then at three batches of the validation.
+    assert trained(4, workdir) == (Ending.STOPPED, 4)
     assert last_record(workdir).keys() == {"step", "train/loss"}
     assert losses_of_checkpoints(workdir) == {}
     # Making up is stopped in its turn, and again.
-    assert trained(2, workdir) == (Ending.STOPPED, 2)
+    assert trained(3, workdir) == (Ending.STOPPED, 3)
     assert "eval/loss" not in last_record(workdir)
-    assert trained(3 + 3 + 2, workdir) == (Ending.STOPPED, 8)
+    assert trained(1 + 3 + 3 + 2, workdir) == (Ending.STOPPED, 9)
     assert last_record(workdir).keys() == {"step", "train/loss"}
     assert losses_of_checkpoints(workdir).keys() == {"3"}
     # Of the last step, too; nothing else is left to do.
-    assert trained(0, workdir) == (Ending.COMPLETED, 3)
+    assert trained(0, workdir) == (Ending.COMPLETED, 4)
     assert_nothing_happened(workdir, undisturbed)
     assert trained(0, workdir) == (Ending.WAS_COMPLETE, 0)
 
 
 @pytest.mark.long
-@pytest.mark.little_effort
 def test_a_stop_inside_a_validation_with_rows_on_their_way(trained, undisturbed, tmp_path):
     workdir, offloaded = tmp_path / "run", {"tables__resident_rows": 256}
-    assert trained(3 + 1, workdir, **offloaded) == (Ending.STOPPED, 4)
+    assert trained(1 + 3 + 1, workdir, **offloaded) == (Ending.STOPPED, 5)
     assert last_record(workdir)["step"] == 3
     assert trained(0, workdir, **offloaded)[0] is Ending.COMPLETED
     assert_nothing_happened(workdir, undisturbed)
@@ -183,5 +182,5 @@ def test_a_save_asks_no_question(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "jax.experimental.multihost_utils.reached_preemption_sync_point", asked.append
     )
-    assert trained(2, tmp_path / "run") == (Ending.STOPPED, 2)
+    assert trained(3, tmp_path / "run") == (Ending.STOPPED, 3)
     assert (tmp_path / "run" / "checkpoints" / "2").is_dir() and asked == []

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -88,11 +89,34 @@ def test_figures_of_a_run(tmp_path):
     progress.close(None)
 
 
+def test_files_that_the_newest_checkpoint_lacks(tmp_path):
+    kept(tmp_path).close(None)
+    for step in (2, 4):
+        checkpoint(tmp_path, step, 3.0)
+    folder = tmp_path / "checkpoints" / "4"
+    assert standing(tmp_path).saves.damage is None
+    for facts in ([16, 7], 16):
+        files = {"metrics/metrics": facts}
+        listed = {"crc32": 1, "files": files} if isinstance(facts, list) else files
+        (folder / "files.json").write_text(json.dumps(listed))
+        (folder / "metrics" / "metrics").write_text('{"eval/loss": 3}')
+        assert standing(tmp_path).saves.damage is None
+        (folder / "metrics" / "metrics").write_text('{"eval/loss"')
+        assert standing(tmp_path).saves.damage == "metrics/metrics has 12 bytes of 16"
+        (folder / "metrics" / "metrics").unlink()
+        found = standing(tmp_path)
+        assert found.saves.damage == "metrics/metrics is missing"
+        assert "of 2, 4; best 2" in text(found)
+        assert text(found).count("4 is damaged: metrics/metrics is missing") == 1
+    (folder / "files.json").write_text("[")
+    assert standing(tmp_path).saves.damage == "files.json is not readable"
+
+
 def test_silence_of_a_run(tmp_path):
     with Lock.take(tmp_path / ".lock"):
         progress = kept(tmp_path)
         began = progress._record.began_clock
-        assert state(tmp_path) == "running"
+        assert standing(tmp_path).why == f"process {os.getpid()} on host {socket.gethostname()}"
         # Twenty usual steps are 10 s, but two minutes are nothing yet.
         rewritten(tmp_path, began_clock=began - 100)
         assert state(tmp_path) == "running" and state(tmp_path, 50) == "stuck"
@@ -113,7 +137,10 @@ def test_a_process_that_is_missing(tmp_path):
     with Lock.take(tmp_path / ".lock"):
         first = kept(tmp_path, 0, 2)
         second = kept(tmp_path, 1, 2)
-        assert state(tmp_path) == "running"
+        found = standing(tmp_path)
+        assert (found.state, found.why.split(" on host ")[1].split()[1:]) == (
+            *("running", ["and", "1", "more"]),
+        )
         rewritten(tmp_path, 1, pid=1)
         found = standing(tmp_path)
         assert (found.state, found.why) == ("stuck", "process 1 of 2 is missing")
