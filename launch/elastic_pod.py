@@ -158,6 +158,16 @@ def check_slices(config: Config, devices: int) -> None:
         )
 
 
+def show(config: Config, script: Script, count: int, devices: int) -> None:
+    """Prints what a run is begun with while all slices answer, in a dry run."""
+    number, data = largest(config, count, devices)
+    asked = [script.start("answering", [index]) for index in range(count)]
+    codes = [process.wait() for process in asked]
+    codes.append(script.start("train", [*range(number)], f"--config.mesh.data={data}").wait())
+    if any(codes):
+        sys.exit(max(codes))
+
+
 def main(argv: list[str]) -> None:
     """Runs to the end; see above."""
     count, kind, topology, retries, poll, *rest = argv
@@ -167,6 +177,10 @@ def main(argv: list[str]) -> None:
     devices = slice_devices(kind, topology)
     check_slices(config, devices)
     script = Script(pod_flags, training)
+    if "--dry-run" in pod_flags:
+        elastic.say("if all slices answer; lost ones are made again, and taken back at a save")
+        show(config, script, int(count), devices)
+        return
     slices = Slices(int(count), int(retries), script)
 
     def last_save() -> int:

@@ -12,7 +12,12 @@ train_elastic() {
   export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1
   cd "$root" || return
   if [[ $dry_run ]]; then
-    run "${command[@]}"
+    need_slices && probe
+    local part shown=()
+    for part in "${command[@]}"; do [[ $part == --dry-run ]] || shown+=("$part"); done
+    run "${shown[@]}"
+    # Which prints what it would run while all slices answer.
+    "${command[@]}"
     return
   fi
   # An earlier command that was lost may have left a run on slices that this one would not use.

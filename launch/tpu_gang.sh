@@ -106,7 +106,9 @@ probe() {
   local mark index state note lines
   states=() notes=()
   lines=$(on_workers all worker_state "$folder" 2>"$scratch/error") || true
-  if [[ $dry_run ]]; then lines="@worker 0 $dry_state"; fi
+  if [[ $dry_run ]]; then
+    lines=$(for ((index = 0; index < ${workers:-1}; index++)); do echo "@worker $index $dry_state"; done)
+  fi
   while read -r mark index state note; do
     if [[ $mark == @worker && $index =~ ^[0-9]+$ ]]; then
       states[index]=$state notes[index]=$note

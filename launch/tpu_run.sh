@@ -90,6 +90,23 @@ start() {
   stream
 }
 
+# An address in another form is refused as the programs refuse it, see stem_jax/storage.py.
+check_address() {
+  local scheme slashes rest
+  [[ $1 =~ ^([A-Za-z][A-Za-z0-9+.-]+):(/*)(.*)$ ]] || return 0
+  scheme=${BASH_REMATCH[1],,} slashes=${BASH_REMATCH[2]} rest=${BASH_REMATCH[3]}
+  case $scheme in
+    gs | gcs) scheme=gs ;;
+    s3 | s3a | s3n) scheme=s3 ;;
+    *) return 0 ;;
+  esac
+  if [[ ! ${rest%%/*} ]]; then
+    die 1 "--workdir=$1 names no bucket; give $scheme://BUCKET/FOLDER"
+  elif [[ $1 != "$scheme://$rest" ]]; then
+    die 1 "--workdir=$1 is an address, which is written $scheme://$rest; give that"
+  fi
+}
+
 # Every worker sees it, and no setup empties it.
 need_workdir() {
   local flag before=''
@@ -99,6 +116,7 @@ need_workdir() {
     if [[ $flag == --workdir=* ]]; then workdir=${flag#*=}; fi
     before=$flag
   done
+  check_address "$workdir"
   [[ $workdir =~ ^(/|gs://|s3://) ]] ||
     wrong "train: ${workdir:+"--workdir=$workdir is not absolute; "}give" \
       "-- --workdir=/SHARED/RUN, a folder that all workers share, or one in a bucket"

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from stem_jax.errors import InputError
+from stem_jax.storage import place
 from tests.children import ROOT
 from tests.launching import STAND_INS
 from tests.pod import SCRIPT, SHAPE, WORKDIR
@@ -236,6 +238,15 @@ def test_dry_run_calls_nothing(pod):
     assert "tpu-vm ssh" in verbs(commands("status"))
     assert verbs(commands("delete")) == ["queued-resources delete"]
     assert not pod.calls()
+
+
+@pytest.mark.parametrize("address", ["s3:x", "gs:/b/run", "S3A://b/run", "s3://", "gs:///run"])
+def test_an_address_is_refused_as_the_programs_refuse_it(pod, address):
+    with pytest.raises(InputError) as refused:
+        place(address, "--workdir")
+    said = re.sub(", or ./.* for a path by that name$", "", str(refused.value))
+    _, err = pod.run("train", "--dry-run", "--", f"--workdir={address}", code=1)
+    assert err == f"tpu_pod (dry run): error: {said}\n"
 
 
 def bash_unquoted(line: str) -> str:

@@ -159,6 +159,28 @@ def test_elastic_ends_with_refused_input_and_by_signal(slices, tmp_path):
     assert "running" not in pod.run("status", *ELASTIC)[0]
 
 
+@pytest.mark.parametrize("flags", [TWO, ELASTIC])
+def test_a_dry_run_prints_all_of_it(pod, flags):
+    pod.environment["PYTHON"] = sys.executable
+    keys = {"train.global_batch_size": 64, "tables.pad_multiple": 32}
+    training = train_flags("tiny", "gs://b/run", keys, {})
+    out, err = pod.run("train", "--dry-run", *SHAPE, *flags, "--", *training)
+    assert not pod.calls() and "no retry is left" not in err
+    starts = [line for line in out.splitlines() if "worker_start stem_jax" in line]
+    assert [line.split()[6] for line in sorted(starts, key=lambda line: line.split()[6])] == [
+        *("pod-0", "pod-1"),
+    ]
+    lines = out.splitlines()
+    if flags is ELASTIC:
+        [decides] = [line for line in lines if line.startswith(f"+ {sys.executable} -m")]
+        assert "launch.elastic_pod 2 v5litepod-16" in decides and "--dry-run" not in decides
+        assert all("--config.mesh.data=32" in line for line in starts)
+        # Each slice by itself is asked whether it is ready.
+        for number in (0, 1):
+            asked = f"+ gcloud compute tpus queued-resources describe pod-{number} "
+            assert any(line.startswith(asked) for line in lines)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
