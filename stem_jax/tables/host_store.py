@@ -41,6 +41,7 @@ from stem_jax.tables.spec import (
     table_shardings,
 )
 from stem_jax.tables.store_snapshot import StoreSnapshot, kept_bytes
+from stem_jax.tables.whole_rows import put_rows
 
 # Rows that are made at a time where all are.
 _MADE_ROWS = 2**14
@@ -254,7 +255,7 @@ class HostStore:
             if snapshot is not None:
                 snapshot.keep(block.index, places)
             for name, array in block.arrays.items():
-                array[places] = values[name][: len(rows)]
+                put_rows(array, places, values[name][: len(rows)])
 
     def close(self) -> None:
         """Gives back what is open; memory alone needs nothing."""

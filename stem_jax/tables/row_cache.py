@@ -121,7 +121,7 @@ class RowCache:
         """
         rows = np.asarray(rows, np.int64)
         pinned = np.empty(0, np.int64) if pinned is None else np.asarray(pinned, np.int64)
-        known = self._index.find(rows)
+        known, ends = self._index.look(rows)
         slots = self._slots[known]
         absent = slots == _NOT_RESIDENT
         missing = rows[absent]
@@ -129,12 +129,12 @@ class RowCache:
         if places is None:
             raise CacheTooSmall(len(np.union1d(rows, pinned)), self.num_slots)
         evicted = self._rows[places]
-        entered = known[absent]
+        entered, ends = known[absent], ends[absent]
         if not self._index.has_room(len(missing)):
             self._forget()
-            entered = self._index.find(missing)
+            entered, ends = self._index.look(missing)
         unknown = entered == self._index.absent
-        entered[unknown] = self._index.add(missing[unknown])
+        entered[unknown] = self._index.add(missing[unknown], ends[unknown])
         self._slots[self._places[places]] = _NOT_RESIDENT
         self._places[places] = entered
         self._slots[self._places[places]] = places

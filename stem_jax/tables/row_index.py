@@ -47,22 +47,39 @@ class RowIndex:
 
     def find(self, rows: np.ndarray) -> np.ndarray:
         """[n] int64, the places of rows [n] int64; `absent` where one has none."""
+        return self.look(rows)[0]
+
+    def look(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What `find` gives, and [n] int64 where the walk of each row ended.
+
+        That is a free place where the row has none; `add` begins there.
+        """
         if self._rows is None:
-            return rows
-        places = np.full(len(rows), self.absent, np.int64)
-        walking, at = np.arange(len(rows)), self._begin(rows)
+            return rows, rows
+        at = self._begin(rows)
+        held = self._rows[at]
+        places, ends = np.where(held == rows, at, self.absent), at.copy()
+        # The first step is that of all rows, those after it are of few.
+        walking = np.flatnonzero((held != rows) & (held != _NONE))
+        rows, at = rows[walking], at[walking]
         step = 0
         while len(walking):
-            held = self._rows[at]
-            found = held == rows[walking]
-            places[walking[found]] = at[found]
-            on = ~found & (held != _NONE)
             step += 1
-            walking, at = walking[on], (at[on] + step) & (self.size - 1)
-        return places
+            at = (at + step) & (self.size - 1)
+            ends[walking] = at
+            held = self._rows[at]
+            found = held == rows
+            places[walking[found]] = at[found]
+            on = np.flatnonzero(~found & (held != _NONE))
+            walking, rows, at = walking[on], rows[on], at[on]
+        return places, ends
 
-    def add(self, rows: np.ndarray) -> np.ndarray:
+    def add(self, rows: np.ndarray, ends: np.ndarray | None = None) -> np.ndarray:
         """[n] int64, new places of distinct rows [n] int64 that have none.
+
+        Args:
+            rows: that get places.
+            ends: [n] of `look`, if nothing was added since.
 
         Raises:
             RuntimeError: there is no room, see `has_room`; nothing was added.
@@ -72,17 +89,28 @@ class RowIndex:
         if not self.has_room(len(rows)):
             raise RuntimeError(f"{len(rows)} rows more than the {self.most} of an index")
         self._count += len(rows)
-        places = np.empty(len(rows), np.int64)
-        walking, at = np.arange(len(rows)), self._begin(rows)
+        if ends is None:
+            return self._added(rows)
+        # Of rows that come to one place at a time, one stays.
+        self._rows[ends] = rows
+        others = np.flatnonzero(self._rows[ends] != rows)
+        places = ends.copy()
+        places[others] = self._added(rows[others])
+        return places
+
+    def _added(self, rows: np.ndarray) -> np.ndarray:
+        assert self._rows is not None
+        places = at = self._begin(rows)
+        walking = np.arange(len(rows))
         step = 0
         while len(walking):
-            free = self._rows[at] == _NONE
-            # Of rows that come to one place at a time, one stays; the others see it taken.
-            self._rows[at[free]] = rows[walking[free]]
-            stays = self._rows[at] == rows[walking]
-            places[walking[stays]] = at[stays]
+            free = np.flatnonzero(self._rows[at] == _NONE)
+            # Again one stays; the others see the place taken.
+            self._rows[at[free]] = rows[free]
+            on = np.flatnonzero(self._rows[at] != rows)
             step += 1
-            walking, at = walking[~stays], (at[~stays] + step) & (self.size - 1)
+            walking, rows, at = walking[on], rows[on], (at[on] + step) & (self.size - 1)
+            places[walking] = at
         return places
 
     def known(self) -> tuple[np.ndarray, np.ndarray]:

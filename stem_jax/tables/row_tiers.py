@@ -18,6 +18,7 @@ import numpy as np
 from stem_jax.tables.row_file import RowFile
 from stem_jax.tables.row_places import LOAD, RowPlaces
 from stem_jax.tables.row_record import Arrays, RowRecord
+from stem_jax.tables.whole_rows import put_rows
 
 # Flags of a place in memory: asked for since the hand came by; written since it was on disk.
 _ASKED, _DIRTY = np.uint8(1), np.uint8(2)
@@ -216,23 +217,25 @@ class RowTiers:
         rows, at = rows[fresh][: self._most], at[fresh][: self._most]
         places = self._make_room(len(rows))
         with self._memory:
-            self._enter(rows, places, {name: array[at] for name, array in values.items()}, _CLEAN)
+            entering = {name: np.take(array, at, axis=0) for name, array in values.items()}
+            self._enter(rows, places, entering, _CLEAN)
 
     def _put(self, rows: np.ndarray, values: Arrays) -> None:
         with self._memory:
             places = self._places.find(rows)
             there = np.flatnonzero(places >= 0)
             for name, array in self._arrays.items():
-                array[places[there]] = values[name][there]
+                put_rows(array, places[there], np.take(values[name], there, axis=0))
             self._flags[places[there]] |= _ASKED | _DIRTY
         new = np.flatnonzero(places < 0)
         room = self._make_room(len(new))
         with self._memory:
-            self._enter(rows[new], room, {name: values[name][new] for name in values}, _DIRTY)
+            entering = {name: np.take(array, new, axis=0) for name, array in values.items()}
+            self._enter(rows[new], room, entering, _DIRTY)
 
     def _enter(self, rows: np.ndarray, places: np.ndarray, values: Arrays, flags: np.uint8) -> None:
         for name, array in self._arrays.items():
-            array[places] = values[name]
+            put_rows(array, places, values[name])
         self._row_at[places] = rows
         self._flags[places] = flags
         self._places.put(rows, places)

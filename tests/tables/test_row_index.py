@@ -14,18 +14,20 @@ MANY = 2**31 - 1
 row_sets = st.lists(st.frozensets(st.integers(0, MANY - 1), max_size=40), max_size=8)
 
 
-@hypothesis.given(row_sets, st.booleans())
-def test_against_a_dictionary(asked, apart):
+@hypothesis.given(row_sets, st.booleans(), st.booleans())
+def test_against_a_dictionary(asked, apart, looked):
     """Rows of one begin of a walk too: those of equal hashes pass each other's places."""
     index, model = RowIndex(MANY, 1), {}
     if not apart:
         index._shift = np.uint64(63)
     for rows in asked:
         rows = np.array(sorted(rows), np.int64)
-        found = index.find(rows)
+        found, ends = index.look(rows)
         assert found.tolist() == [model.get(row, index.absent) for row in rows.tolist()]
-        new = rows[found == index.absent]
-        places = index.add(new)
+        there = found != index.absent
+        np.testing.assert_array_equal(ends[there], found[there])
+        new = rows[~there]
+        places = index.add(new, ends[~there] if looked else None)
         assert all(0 <= place < index.size for place in places.tolist())
         model |= dict(zip(new.tolist(), places.tolist(), strict=True))
         assert len(set(model.values())) == len(model)
