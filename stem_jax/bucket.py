@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stem_jax.bucket_errors import bucket_errors
+from stem_jax.bucket_reach import check_reached
 from stem_jax.errors import InputError
 from stem_jax.storage import Place, bucket_of, is_remote
 
@@ -100,7 +101,7 @@ def read_object(path: Place) -> Found | None:
         InputError: see `bucket_errors`, as for all that follow.
     """
     scheme, bucket, key = bucket_of(path)
-    fs = _client(scheme)
+    fs = _client(path)
     with bucket_errors(path):
         try:
             if scheme == "s3":
@@ -134,26 +135,24 @@ def replace_if(path: Place, content: bytes, version: str) -> bool:
 
 def put(path: Place, content: bytes) -> None:
     """Writes an object, in place of one that is there."""
-    scheme, _, _ = bucket_of(path)
     with bucket_errors(path):
         try:
-            _client(scheme).pipe_file(os.fspath(path), content)
+            _client(path).pipe_file(os.fspath(path), content)
         except FileNotFoundError as error:
             raise _no_bucket(path) from error
 
 
 def remove_object(path: Place) -> None:
     """Removes an object, if it is there."""
-    scheme, _, _ = bucket_of(path)
     with bucket_errors(path), contextlib.suppress(FileNotFoundError):
-        _client(scheme).rm_file(os.fspath(path))
+        _client(path).rm_file(os.fspath(path))
 
 
 def list_objects(folder: Place) -> dict[str, Stored]:
     """The objects below a folder, by their names from there on with `/`; none if there is none."""
     scheme, bucket, key = bucket_of(folder)
     prefix = f"{bucket}/{key}".rstrip("/") + "/"
-    fs = _client(scheme)
+    fs = _client(folder)
     with bucket_errors(folder):
         try:
             found = fs.find(prefix, detail=True)
@@ -185,12 +184,11 @@ def download(path: Place, target: Path) -> None:
     Raises:
         FileNotFoundError: there is no such object.
     """
-    scheme, _, _ = bucket_of(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         with bucket_errors(path):
-            _client(scheme).get_file(os.fspath(path), str(part))
+            _client(path).get_file(os.fspath(path), str(part))
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
@@ -198,10 +196,9 @@ def download(path: Place, target: Path) -> None:
 
 def upload(path: Path, target: Place) -> None:
     """Writes an object from a file as it is now."""
-    scheme, _, _ = bucket_of(target)
     with bucket_errors(target):
         try:
-            _client(scheme).put_file(str(path), os.fspath(target))
+            _client(target).put_file(str(path), os.fspath(target))
         except FileNotFoundError as error:
             if not path.exists():
                 raise
@@ -237,12 +234,11 @@ def move_folder(folder: Place, target: Place, whole: str) -> None:
 
     whole: the one that makes the folder whole. Until all others are at the target it stays.
     """
-    scheme, _, _ = bucket_of(folder)
     remove_folder(target, whole)
     names = list_objects(folder)
     with bucket_errors(folder):
         for name in sorted(names, key=lambda name: name == whole):
-            _client(scheme).cp_file(os.fspath(folder / name), os.fspath(target / name))
+            _client(folder).cp_file(os.fspath(folder / name), os.fspath(target / name))
     remove_folder(folder, whole)
 
 
@@ -280,27 +276,24 @@ def stored_size(path: Place) -> int | None:
 
 
 def _info(path: Place) -> dict[str, Any] | None:
-    scheme, _, _ = bucket_of(path)
     with bucket_errors(path):
         try:
-            return _client(scheme).info(os.fspath(path))
+            return _client(path).info(os.fspath(path))
         except FileNotFoundError:
             _check_bucket(path)
             return None
 
 
-def _client(scheme: str) -> Any:
+def _client(path: Place) -> Any:
+    """Of the store of a bucket, which is there."""
     prepare_clients()
     import fsspec
 
-    with bucket_errors(_anywhere(scheme)):
-        return fsspec.filesystem(scheme)
-
-
-def _anywhere(scheme: str) -> Place:
-    from etils import epath
-
-    return epath.Path(f"{scheme}://bucket")
+    scheme, _, _ = bucket_of(path)
+    with bucket_errors(path):
+        fs = fsspec.filesystem(scheme)
+        check_reached(fs.s3.meta.endpoint_url if scheme == "s3" else fs._location, path)
+        return fs
 
 
 def _wait(fs: Any, call: Any, *args: Any, **options: Any) -> Any:
@@ -317,7 +310,7 @@ async def _get_s3(fs: Any, bucket: str, key: str) -> tuple[dict, bytes]:
 
 def _put(path: Place, content: bytes, version: str | None) -> bool:
     scheme, bucket, key = bucket_of(path)
-    fs = _client(scheme)
+    fs = _client(path)
     write = _put_s3 if scheme == "s3" else _put_gs
     with bucket_errors(path):
         try:
@@ -369,7 +362,7 @@ def _is_refused(error: OSError) -> bool:
 def _check_bucket(path: Place) -> None:
     """Raises InputError if there is no such bucket: of one an object may be missing."""
     scheme, bucket, _ = bucket_of(path)
-    fs = _client(scheme)
+    fs = _client(path)
     try:
         if scheme == "s3":
             fs.call_s3("list_objects_v2", Bucket=bucket, MaxKeys=1)

@@ -32,11 +32,15 @@ def _import(args: argparse.Namespace, overrides: dict[str, str], calibration: Ca
     from stem_jax.interop.import_tokenizer import TokenizerChoice, find_tokenizer
     from stem_jax.interop.imports import read_model
     from stem_jax.interop.model_source import model_folder
-    from stem_jax.work_folder import making
+    from stem_jax.work_folder import LOCK, held, making
 
     whole = f"{FOLDER}/0/{COMMITTED}"
     start = time.perf_counter()
-    with outgoing(args.workdir, "--workdir", whole) as workdir, making(workdir):
+    with (
+        held(args.workdir),
+        outgoing(args.workdir, "--workdir", whole, own=LOCK) as workdir,
+        making(workdir),
+    ):
         folder = model_folder(args.path, "--path")
         imported = read_model(args.kind, folder)
         choice = TokenizerChoice.from_flags(args)

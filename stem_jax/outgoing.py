@@ -36,7 +36,9 @@ UNFINISHED = ".unfinished"
 
 
 @contextlib.contextmanager
-def outgoing(target: Place, flag: str, last: str, *, keep: bool = False) -> Iterator[Path]:
+def outgoing(
+    target: Place, flag: str, last: str, *, keep: bool = False, own: str = ""
+) -> Iterator[Path]:
     """Where on this machine to make a folder that appears at `target` when the block has ended.
 
     A path of this machine is it itself.
@@ -46,6 +48,7 @@ def outgoing(target: Place, flag: str, last: str, *, keep: bool = False) -> Iter
         flag: that it was given by, for messages.
         last: the file that makes the folder whole.
         keep: what an earlier process of this machine left, for the block to go on with.
+        own: an object that this process has there, which stays.
 
     Raises:
         InputError: see `bucket_errors`; something is there, or somebody is at it.
@@ -54,7 +57,7 @@ def outgoing(target: Place, flag: str, last: str, *, keep: bool = False) -> Iter
         yield Path(target)
         return
     where = f"{flag}={target}"
-    check_free(target, flag)
+    check_free(target, flag, own)
     work = _work_folder(target)
     with refused_writes(where):
         work.mkdir(parents=True, exist_ok=True)
@@ -67,7 +70,7 @@ def outgoing(target: Place, flag: str, last: str, *, keep: bool = False) -> Iter
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
         yield folder
-        _upload(folder, target, where, last, work / "uploaded.json")
+        _upload(folder, target, where, last, work / "uploaded.json", own)
         shutil.rmtree(work, ignore_errors=True)
 
 
@@ -93,13 +96,13 @@ def outgoing_file(target: Place, flag: str) -> Iterator[Path]:
             raise exists
 
 
-def check_free(target: Place, flag: str) -> None:
+def check_free(target: Place, flag: str, own: str = "") -> None:
     """Raises InputError for a folder of a bucket in which something is.
 
-    What an upload of this machine left that was stopped does not count.
+    What an upload of this machine left that was stopped does not count, nor what it has there.
     """
     where = f"{flag}={target}"
-    there = list_objects(target)
+    there = list_objects(target).keys() - {own}
     claim = read_object(target / UNFINISHED)
     if claim is None:
         if there or read_object(target) is not None:
@@ -113,7 +116,7 @@ def check_free(target: Place, flag: str) -> None:
         )
 
 
-def _upload(folder: Path, target: Place, where: str, last: str, record: Path) -> None:
+def _upload(folder: Path, target: Place, where: str, last: str, record: Path, own: str) -> None:
     """Uploads what is not there yet."""
     if not put_if_absent(target / UNFINISHED, _claim(target)):
         raise InputError(f"{where} is being written by another process; choose another name")
@@ -122,7 +125,7 @@ def _upload(folder: Path, target: Place, where: str, last: str, record: Path) ->
     listed = list_objects(target)
     files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
     names = sorted(name for name in files if not name.startswith("."))
-    for name in sorted(set(listed) - {UNFINISHED, *names}):
+    for name in sorted(set(listed) - {UNFINISHED, own, *names}):
         # Of an earlier one that made something else.
         remove_object(target / name)
     for name in names:

@@ -100,6 +100,22 @@ def making(workdir: Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def held(workdir: Place) -> Iterator[None]:
+    """Holds the lock of a folder in a bucket, for one process alone; of a path it does nothing.
+
+    Raises:
+        InputError: another run is there; see `bucket_errors`.
+    """
+    if not is_remote(workdir):
+        yield
+        return
+    with naming(workdir, "--workdir"):
+        lock = _taken_in_bucket(workdir)
+    with lock:
+        yield
+
+
 def _made_and_locked(workdir: Path) -> Lock:
     if workdir.is_dir():
         return _taken(workdir / LOCK, workdir)
