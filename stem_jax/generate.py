@@ -18,7 +18,7 @@ def main(argv: list[str]) -> None:
     from stem_jax.generation.completion import read_prompts, special_notes
     from stem_jax.generation.conversations import with_conversations
     from stem_jax.generation.generator import Generator
-    from stem_jax.generation.job import complete_into_file
+    from stem_jax.generation.job import complete_into_file, job_date
     from stem_jax.generation.printed import print_completions
     from stem_jax.generation.sampling import Sampling
 
@@ -27,8 +27,9 @@ def main(argv: list[str]) -> None:
         sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p)
         run = load_run(args.workdir, args.step, args.resident_rows, devices=args.devices)
         run = edited_run(run, [read_patch(path) for path in args.edits])
+        date = job_date(args)
         if args.chat:
-            run, prompts = with_conversations(run, prompts, args)
+            run, prompts = with_conversations(run, prompts, args, date)
         # Of a conversation the answer alone.
         shown = [""] * len(prompts) if args.chat else prompts
         generator = Generator(run.config, run.params, run.rows, run.tokenizer, run.mesh)
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> None:
         for note in () if as_tokens else special_notes(run.tokenizer, prompts):
             print(f"note: {note}", file=sys.stderr)
         if args.out is not None:
-            return complete_into_file(args, run, generator, prompts, sampling)
+            return complete_into_file(args, run, generator, prompts, sampling, date)
         print_completions(args, generator, prompts, shown, sampling)
 
 

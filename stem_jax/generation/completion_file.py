@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ _DIGESTS = {
     "checkpoint": "another checkpoint than --workdir and --step give now",
     "edits": "other files than --edits gives now",
 }
+# Of a job whose prompts a template writes, which may write the date.
+DATE = "date"
 _REMEDY = "choose another file, or remove this one and what lies beside it"
 
 
@@ -49,7 +52,7 @@ class CompletionFile:
                 cannot be written.
         """
         check_outside(path, _FLAG)
-        where, record = f"{_FLAG}={path}", path.with_name(f"{path.name}.job.json")
+        where, record = f"{_FLAG}={path}", _record_of(path)
         with refused_writes(where):
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = Lock.take(path.with_name(f"{path.name}.lock"))
@@ -81,6 +84,26 @@ class CompletionFile:
         self._file.flush()
         os.fsync(self._file.fileno())
         self.done += len(completions)
+
+
+def begun_at(path: Path) -> datetime | None:
+    """When the job of a file was begun: now, if it was not. None: one of an earlier version.
+
+    Raises InputError for a record that cannot be read.
+    """
+    record = _record_of(path)
+    if not record.exists():
+        return datetime.now().replace(microsecond=0)
+    found = read_json(record)
+    text = found.get(DATE) if isinstance(found, dict) else None
+    try:
+        return None if text is None else datetime.fromisoformat(text)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{record}: {DATE} is {text!r}, which is no date; {_REMEDY}") from error
+
+
+def _record_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.job.json")
 
 
 def prompts_digest(prompts: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 from collections.abc import Sequence
+from datetime import datetime
 
 from stem_jax.checkpoints.loading import LoadedRun
 from stem_jax.data.chat_template import load_chat
@@ -11,14 +12,14 @@ from stem_jax.files import read_json
 
 
 def with_conversations(
-    run: LoadedRun, said: Sequence[str], args: argparse.Namespace
+    run: LoadedRun, said: Sequence[str], args: argparse.Namespace, now: datetime | None = None
 ) -> tuple[LoadedRun, list[str]]:
     """A run that is talked to, and the prompts, in which texts of special tokens are these tokens.
 
-    said: by a user. args: see `flags.parse`.
+    said: by a user. args: see `flags.parse`. now: to a template that writes dates; None: really.
     Raises InputError for a run without a chat template, and for messages that are none.
     """
-    chat = load_chat(run.tokenizer, args.chat_template)
+    chat = dataclasses.replace(load_chat(run.tokenizer, args.chat_template), moment=now)
     prompts = [chat.prompt([{"role": "user", "content": text}]) for text in said]
     for path in args.messages:
         try:

@@ -9,16 +9,35 @@ import json
 import pickle
 import sys
 from collections.abc import Sequence
+from datetime import datetime
 
 import jax
 
 from stem_jax.bucket_files import shown
 from stem_jax.checkpoints.loading import LoadedRun
 from stem_jax.errors import InputError
-from stem_jax.generation.completion_file import CompletionFile, file_digests, prompts_digest
+from stem_jax.generation.completion_file import (
+    DATE,
+    CompletionFile,
+    begun_at,
+    file_digests,
+    prompts_digest,
+)
 from stem_jax.generation.generator import Generator
 from stem_jax.generation.sampling import Sampling
 from stem_jax.processes.agreement import PREPARING_SECONDS, check_same, exchange, unanimous
+
+
+def job_date(args: argparse.Namespace) -> datetime | None:
+    """What is now to the chat template of a job: when it was begun, also if it goes on later.
+
+    None: where prompts come from no template, or go into no file. All processes have the first
+    one's.
+    """
+    if not args.chat or args.out is None:
+        return None
+    [first, *_] = exchange(lambda: pickle.dumps(begun_at(args.out)))
+    return pickle.loads(first)
 
 
 def complete_into_file(
@@ -27,8 +46,12 @@ def complete_into_file(
     generator: Generator,
     prompts: Sequence[str],
     sampling: Sampling,
+    begun: datetime | None = None,
 ) -> None:
     """Completes prompts into `--out`, or those that are not in it yet.
+
+    Args:
+        begun: see `job_date`.
 
     Raises:
         InputError: see `Generator.steps` and `CompletionFile.open`.
@@ -42,6 +65,8 @@ def complete_into_file(
         "max_new_tokens": args.max_new_tokens,
         "special_tokens": args.special_tokens,
     }
+    if begun is not None:
+        job[DATE] = begun.isoformat()
     # Files and checkpoints of one name may be others on another host.
     check_same({name: json.dumps(value) for name, value in job.items()})
     how = args.max_new_tokens, sampling, args.seed, args.batch_size

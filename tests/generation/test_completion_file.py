@@ -5,11 +5,15 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime, timedelta
 
 import pytest
 
 from stem_jax import cli, generate
+from stem_jax.data import chat_template
+from stem_jax.data.chat_template import Chat
 from stem_jax.errors import InputError
+from stem_jax.generation import completion_file, conversations
 from stem_jax.generation.completion import Completion
 from stem_jax.generation.completion_file import CompletionFile
 from tests import saved_models
@@ -135,6 +139,41 @@ def test_a_job_goes_on_with_equal_lines(job, monkeypatch, capsys):
     assert bad[0] == 1 and not list(folder.glob("b*"))
     wrong = _run(monkeypatch, capsys, *flags, "--json", f"--out={cut}")
     assert wrong[0] == 2 and "leave --json out" in wrong[2]
+
+
+class _Tomorrow(datetime):
+    """A day later."""
+
+    @classmethod
+    def now(cls, tz=None):
+        return super().now(tz) + timedelta(days=1)
+
+
+def test_a_job_of_dated_prompts_goes_on_on_another_day(job, monkeypatch, capsys):
+    flags, folder = job
+    # Which refuses bytes: no special token has a text there.
+    monkeypatch.setattr(
+        conversations, "load_chat", lambda tokenizer, path: Chat(tokenizer, path.read_text(), "x")
+    )
+    (folder / "dated.jinja").write_text("{{ strftime_now('%F') }}{{ messages[0].content }}:")
+    chat = ["--chat", f"--chat-template={folder / 'dated.jinja'}", f"--out={folder / 'dated'}"]
+    status, _, error = _run(monkeypatch, capsys, *flags, *chat)
+    assert status == 0, error
+    whole = (folder / "dated").read_text()
+    assert json.loads(whole.splitlines()[0])["prompt"].startswith(f"{datetime.now():%F}prompt")
+    for now in (_Tomorrow, datetime):
+        for module in (chat_template, completion_file):
+            monkeypatch.setattr(module, "datetime", now)
+        (folder / "dated").write_text("".join(whole.splitlines(keepends=True)[:5]))
+        assert _run(monkeypatch, capsys, *flags, *chat)[0] == 0
+        assert (folder / "dated").read_text() == whole
+        # Then as an earlier version began it.
+        record = json.loads((folder / "dated.job.json").read_text())
+        record.pop("date", None)
+        (folder / "dated.job.json").write_text(json.dumps(record))
+    (folder / "dated.job.json").write_text(json.dumps(record | {"date": "soon"}))
+    status, _, error = _run(monkeypatch, capsys, *flags, *chat)
+    assert status == 1 and "date is 'soon', which is no date" in error
 
 
 @pytest.mark.long
