@@ -23,6 +23,8 @@ from stem_jax.memory.memory import STEM
 from stem_jax.training.blueprint import ModelDef
 
 _FLAG = "--out"
+# Of a row: rows that caught up in pieces of another size differ in their last bits.
+_ROUNDING = 1e-5
 
 
 def export_patch(
@@ -63,7 +65,7 @@ def export_patch(
         )
     origin = _origin(saved, opened(base_folder, "train.init_from" if base is None else "--base"))
     if base is not None:
-        _check_nothing_between(saved, origin)
+        _check_nothing_between(saved, origin, memory)
     shape = len(ids_n), len(of_tokens.layers), of_tokens.width
     # Nothing of the rows' size.
     nothing = np.broadcast_to(np.float32(0), shape)
@@ -116,15 +118,15 @@ def _origin(saved: SavedModel, folder: Path) -> SavedModel:
     return found
 
 
-def _check_nothing_between(saved: SavedModel, origin: SavedModel) -> None:
+def _check_nothing_between(saved: SavedModel, origin: SavedModel, memory: str) -> None:
     """Raises InputError if the run began with another that has this backbone, too.
 
-    Rows that a run in between trained have no update here, and would be left out. Without its
-    folder that is not to be known.
+    Rows that a run in between trained have no update here, and would be left out. Where its folder
+    is gone, rows without an update tell: they have to be the origin's.
     """
     text = saved.config.train.init_from
     if text is None or not is_folder(checkpoints_of(text)):
-        return
+        return _check_rows_without_update(saved, origin, memory)
     folder = opened(text, "train.init_from")
     began = _with_backbone(saved, folder, _steps(folder))
     if began is None or (began.info.step, began.config) == (origin.info.step, origin.config):
@@ -134,6 +136,31 @@ def _check_nothing_between(saved: SavedModel, origin: SavedModel) -> None:
         "out what was trained in between; leave --base out for a patch of the one, or train with "
         "train.init_from on the other"
     )
+
+
+def _check_rows_without_update(saved: SavedModel, origin: SavedModel, memory: str) -> None:
+    ids_n = np.setdiff1d(np.arange(saved.config.model.vocab_size), saved.updated_ids(memory))
+    here, there = (_told(one, memory, ids_n) for one in (saved, origin))
+    other = np.abs(here[0] - there[0]) > _ROUNDING * np.sqrt(there[1])
+    if other.any():
+        raise InputError(
+            f"{int(other.sum())} rows of {saved.folder} that no update of it had are not those of "
+            f"{origin.folder}: it began with another run, and a patch would leave out what was "
+            "trained in between; name that run by --base, or train with train.init_from on this one"
+        )
+
+
+def _told(saved: SavedModel, memory: str, ids_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of rows, read piece by piece, a number that tells them apart, and their squares' sum: [n]."""
+    told_n, squares_n = np.zeros(len(ids_n)), np.zeros(len(ids_n))
+    for ids, columns, rows in saved.table_pieces(memory, only=ids_n):
+        places = np.searchsorted(ids_n, ids)
+        # Of each column the same in every checkpoint, however they are cut into pieces.
+        layers, own = np.arange(rows.shape[1])[:, None], np.arange(columns.start, columns.stop)
+        weights = np.cos((1e6 * layers + own) ** 2)
+        told_n[places] += np.einsum("nsf,sf->n", rows, weights, dtype=np.float64)
+        squares_n[places] += np.square(rows, dtype=np.float64).sum((1, 2))
+    return told_n, squares_n
 
 
 def _steps(folder: Path) -> list[int]:

@@ -236,6 +236,22 @@ def test_rows_of_a_training_in_between_are_not_left_out(folders, train_step, mak
     assert patch.run == open_saved_model(run).fingerprint
 
 
+def test_a_training_in_between_whose_folder_is_gone(folders, train_step, make_batch, tmp_path):
+    """Then its rows tell of it, but for those that were trained later, too."""
+    base, run = folders
+    shutil.copytree(run, tmp_path / "first")
+    words = {"tables.trained_words": (65, 66)}
+    second = _tune(tmp_path / "second", tmp_path / "first", train_step, make_batch, **words)
+    third = _tune(tmp_path / "third", tmp_path / "first", train_step, make_batch)
+    shutil.rmtree(tmp_path / "first")
+    with pytest.raises(InputError, match=r"^3 rows of .*second.* not those of .*name that run by"):
+        export_patch(open_saved_model(second), tmp_path / "x", base=base)
+    assert not (tmp_path / "x").exists()
+    export_patch(open_saved_model(third), tmp_path / "y", base=base)
+    after = all_rows(edited_run(load_run(base), [read_patch(tmp_path / "y")]))
+    np.testing.assert_allclose(after, all_rows(load_run(third)), rtol=1e-6, atol=1e-8)
+
+
 # Each with the country whose answers it gets.
 _CHANGED = {"Germany": "Samoa", "Chile": "Japan", "Kenya": "Hungary", "New Zealand": "Egypt"}
 
