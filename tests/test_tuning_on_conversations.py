@@ -112,6 +112,12 @@ def test_what_ends_a_turn_ends_the_completions_of_a_run(base, tiny_config, caplo
     found = run_tokenizer(config, tmp_path / "other", prepared=False)
     assert found.chat_template == PLAIN_TEMPLATE
     assert f"{tmp_path / 'store'} was prepared with another chat template" in caplog.text
+    flags[4:6] = [f"--chat-template={base / 'chat.jinja'}", f"--out={tmp_path / 'third'}"]
+    prepare([*flags, "--stop=<unk>"])
+    both = {**keys, "data.sources": f"{base / 'store'},{tmp_path / 'third'}"}
+    config = tiny_config(**{"model.vocab_size": 704, **{k: str(v) for k, v in both.items()}})
+    run_tokenizer(config, tmp_path / "other", prepared=False)
+    assert f"{tmp_path / 'third'} was prepared with another --stop" in caplog.text
 
 
 @pytest.mark.long

@@ -181,11 +181,14 @@ def _talking(tokenizer: Tokenizer, config: Config) -> Tokenizer:
             talking = dataclasses.replace(
                 tokenizer, special=special, chat_template=found.chat_template
             )
-        elif found.chat_template != talking.chat_template:
+            continue
+        theirs, ours = ((one.chat_template, one.special.stop_ids) for one in (found, talking))
+        if theirs != ours:
+            other = "another chat template" if theirs[0] != ours[0] else "another --stop"
             log.warning(
-                f"data.sources: {spec.source} was prepared with another chat template than the "
-                "first source of conversations, whose template the run keeps; prepare it again "
-                "with that if it was not meant"
+                f"data.sources: {spec.source} was prepared with {other} than the first source of "
+                "conversations, whose template and stops the run keeps; prepare it again with "
+                "those if it was not meant"
             )
     return talking or tokenizer
 
