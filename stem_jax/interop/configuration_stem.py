@@ -81,10 +81,7 @@ class StemConfig(PretrainedConfig):
 
 
 class StemValueConfig(StemConfig):
-    """Of `modeling_stem_value`."""
-
-    # Its rows are of all heads, values divided by columns are not.
-    base_model_tp_plan = {}  # noqa: RUF012
+    """Of `modeling_stem_value`, which refuses values that a plan has divided."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -99,8 +96,6 @@ class StemPerLayerConfig(StemConfig):
 
 class StemValuePerLayerConfig(StemConfig):
     """Of `modeling_stem_value_per_layer`."""
-
-    base_model_tp_plan = {}  # noqa: RUF012
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)

@@ -33,6 +33,14 @@ class ValueAttention(StemAttention):
         values = super().values(hidden_states, token_ids)
         if not self.reads_values:
             return values
+        width = self.config.num_key_value_heads * self.head_dim
+        if values.shape[-1] != width:
+            # Without this check the rows of other heads could be added.
+            raise ValueError(
+                f"{values.shape[-1]} of {width} values are on this device: value embeddings add "
+                "rows of all heads, so tensor parallelism cannot divide them; use one device "
+                "(vLLM: --tensor-parallel-size=1)"
+            )
         gate = 3 * torch.sigmoid(self.value_gate(hidden_states[..., :GATE_INPUTS]))
         rows = self.value_table(token_ids).to(values.device, values.dtype)
         return values + (gate[..., None] * rows.unflatten(-1, (-1, self.head_dim))).flatten(-2)

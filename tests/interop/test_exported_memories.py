@@ -120,8 +120,12 @@ def test_greedy_generation(name, exported, run_folder):
     assert theirs[:, longest:].tolist() == ours
 
 
-def test_cached_steps_and_packed_rows(name, exported):
-    model, tokens = _load(exported(name)), _tokens(1, 12)
+@pytest.mark.parametrize(
+    "attention", ["sdpa", "eager", pytest.param("flex_attention", marks=pytest.mark.long)]
+)
+def test_cached_steps_and_packed_rows(name, attention, exported):
+    model = _load(exported(name), attn_implementation=attention)
+    tokens = _tokens(1, 12)
     positions = torch.tensor([[*range(5), *range(7)]])
     with torch.no_grad():
         whole = model(tokens).logits
@@ -247,6 +251,17 @@ def test_keys_that_the_model_decides(exported, tmp_path):
         import_torch.main([*flags, "--config.value.layers=1"])
     with pytest.raises(InputError, match=r"ngram.layers.* is a memory that the imported model has"):
         import_torch.main([*flags, "--config.ngram.layers=1"])
+
+
+def test_values_divided_over_devices_are_refused(exported):
+    """As vLLM divides them, after the plan of the configuration."""
+    model = _load(exported("value"))
+    plan = model.config.base_model_tp_plan
+    assert plan["layers.*.self_attn.v_proj"] == "colwise"
+    attention = model.model.layers[0].self_attn
+    attention.v_proj.weight = torch.nn.Parameter(attention.v_proj.weight[:8])
+    with pytest.raises(ValueError, match=r"8 of 16 values are on this device: .*parallel-size=1"):
+        model(_tokens(1, 4))
 
 
 def test_a_class_that_leaves_a_memory_out_is_refused(exported):

@@ -142,7 +142,8 @@ def _check(vllm_config: VllmConfig) -> None:
     if memories := getattr(vllm_config.model_config.hf_config, "memories", None):
         raise ValueError(
             f"config.json has the memories {', '.join(memories)}, which vllm_stem does not know; "
-            "serve the run by stem_jax.serve, or the export by transformers"
+            "take vLLM's Transformers backend (--model-impl=transformers --trust-remote-code), or "
+            "serve the run by stem_jax.serve"
         )
     if vllm_config.model_config.enable_prompt_embeds:
         raise ValueError(

@@ -54,6 +54,17 @@ def other_site(request, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def memory(request, tmp_path_factory) -> Path:
+    """With rows of another memory than STEM's, its parameter."""
+    return _trained(
+        tmp_path_factory.mktemp(request.param),
+        "--config.train.steps=60",
+        "--config.model.stem_layers=none",
+        f"--config.{request.param}.layers=0,2",
+    )
+
+
+@pytest.fixture(scope="session")
 def prompts(work) -> list[list[int]]:
     """Pieces of our manuals, of 4 to 60 tokens."""
     tokenizer = load_run(work / "run").tokenizer

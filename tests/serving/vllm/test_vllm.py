@@ -4,6 +4,8 @@ tests/serving/environment.sh ENV
 STEM_VLLM_PYTHON=ENV/bin/python python -m pytest --long -n 0 tests/serving/vllm
 """
 
+import subprocess
+
 import pytest
 import torch
 import transformers
@@ -79,3 +81,47 @@ def test_other_sites(backend, other_site, prompts, tmp_path):
         **OF_ALL,
     )
     check_equal(greedy(other_site, asked), found["first"])
+
+
+# Of value embeddings one device has all.
+@pytest.mark.parametrize(
+    ("memory", "devices"), (("value", 1), ("per_layer", 2)), indirect=["memory"]
+)
+def test_other_memories(memory, devices, prompts, tmp_path):
+    """By the Transformers backend, compiled: the plugin refuses them."""
+    found = vllm(
+        tmp_path,
+        model=str(memory / "export"),
+        prompts=prompts,
+        tensor_parallel_size=devices,
+        **BACKENDS["transformers"],
+        **OF_ALL,
+    )
+    ours = greedy(memory, prompts)
+    check_equal(ours, found["first"])
+    check_equal(ours, found["again"])
+
+
+@pytest.mark.parametrize(
+    ("backend", "devices", "message"),
+    (
+        ("plugin", 1, "has the memories value, which vllm_stem does not know"),
+        ("transformers", 2, "32 of 64 values are on this device: value embeddings add rows of all"),
+    ),
+)
+@pytest.mark.parametrize("memory", ("value",), indirect=True)
+def test_other_memories_that_are_refused(
+    backend, devices, message, memory, prompts, tmp_path, capfd
+):
+    with pytest.raises(subprocess.CalledProcessError):
+        vllm(
+            tmp_path,
+            model=str(memory / "export"),
+            prompts=prompts[:1],
+            tensor_parallel_size=devices,
+            enforce_eager=True,
+            **BACKENDS[backend],
+            **OF_ALL,
+        )
+    said = capfd.readouterr()
+    assert message in said.out + said.err
