@@ -17,12 +17,14 @@ from stem_jax.interop.stem_attention import CACHE
 from tests.facts_model import export_into
 from tests.saved_models import run_folders
 
+RATE = {"optimizer.learning_rate": 0.003}
+VALUE = {"value.layers": (0, 2), "model.num_kv_heads": 2} | RATE
+PER_LAYER = {"per_layer.layers": (1, 2), "per_layer.width": 20} | RATE
+NONE = {"model.stem_layers": "none"}
 MEMORIES = {
-    "value.layers": (0, 2),
-    "per_layer.layers": (1, 2),
-    "per_layer.width": 20,
-    "model.num_kv_heads": 2,
-    "optimizer.learning_rate": 0.003,
+    "memories": VALUE | PER_LAYER,
+    "value": NONE | VALUE,
+    "per_layer": NONE | PER_LAYER | {"model.tie_embeddings": True},
 }
 PROMPTS = ["The capital of Spain is", "The capital of Peru is", "The currency of Japan is"]
 TABLES = ["value_table", "per_layer.table"]
@@ -31,15 +33,16 @@ NEW = 8
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
-@pytest.fixture(scope="module", params=["facts", pytest.param("memories", marks=pytest.mark.long)])
+@pytest.fixture(
+    scope="module", params=["facts", *(pytest.param(m, marks=pytest.mark.long) for m in MEMORIES)]
+)
 def folder(request, tmp_path_factory):
-    """An export of the committed model, or of one that reads three memories."""
+    """An export of the committed model, of one that reads three memories, or one without STEM."""
     out = tmp_path_factory.mktemp(request.param)
     if request.param == "facts":
         return export_into(out)
-    models = {"memories": MEMORIES}
     made = request.getfixturevalue("train_step"), request.getfixturevalue("make_batch")
-    run = run_folders(models, *made, tmp_path_factory)("memories")
+    run = run_folders(MEMORIES, *made, tmp_path_factory)(request.param)
     export.main([f"--workdir={run}", f"--out={out / 'out'}", "--format=hf"])
     return out / "out"
 
@@ -126,7 +129,11 @@ def test_continuous_batching(load, prompts, alone, tokenizer):
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    outputs = load().generate_batch(prompts, generation_config=settings)
+    # Else it takes most of the machine's memory.
+    size = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
+    outputs = load().generate_batch(
+        prompts, generation_config=settings, continuous_batching_config=size
+    )
     found = {tuple(one.prompt_ids): list(one.generated_tokens) for one in outputs.values()}
     assert [found[tuple(ids)] for ids in prompts] == alone
 
@@ -197,7 +204,7 @@ def test_the_configuration_needs_no_torch(folder):
         "from transformers import AutoConfig, AutoTokenizer\n"
         "config = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
         "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
-        "print(*config.stem_layers, len(tokenizer('a').input_ids))\n"
+        "print(config.stem_layers, config.memories, len(tokenizer('a').input_ids))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, folder],
@@ -206,9 +213,10 @@ def test_the_configuration_needs_no_torch(folder):
         text=True,
         timeout=300,
     )
-    layers = json.loads((folder / "config.json").read_text())["stem_layers"]
-    assert len(layers) > 1
-    expected = " ".join(map(str, [*layers, 2]))
+    config = json.loads((folder / "config.json").read_text())
+    layers, memories = config["stem_layers"], config.get("memories", {})
+    assert layers or memories
+    expected = f"{layers} {memories} 2"
     assert (done.returncode, done.stdout.strip()) == (0, expected), done.stderr
 
 
@@ -272,15 +280,22 @@ def test_torch_compile(load, prompts):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("targets", [["q_proj", "gate_proj", "down_proj"], ["up_table"], TABLES])
-def test_lora(targets, load, prompts, tmp_path, folder):
-    if targets is TABLES and "memories" not in folder.parent.name:
+@pytest.mark.parametrize(
+    "targets", ["all-linear", ["q_proj", "gate_proj", "down_proj"], ["up_table"], TABLES]
+)
+def test_lora(targets, load, prompts, tmp_path):
+    names = [name for name, _ in load().named_modules()]
+    if isinstance(targets, list) and not any(n.endswith(t) for n in names for t in targets):
         pytest.skip("this model has no such tables")
     torch.manual_seed(0)
     ids = torch.tensor(prompts[:1])
     settings = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets)
     model = peft.get_peft_model(load(), settings)
     trained = {name for name, value in model.named_parameters() if value.requires_grad}
+    if targets == "all-linear":
+        linear = {n for n, m in load().named_modules() if isinstance(m, torch.nn.Linear)}
+        targets = linear - {"lm_head"}
+        assert len(trained) == 2 * len(targets)
     assert trained and all(any(target in name for target in targets) for name in trained)
     optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), 0.01)
     losses = []
