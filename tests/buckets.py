@@ -41,8 +41,8 @@ _NAME = re.compile(rb'"name": ?"([^"]+)"')
 class Answer:
     """What the proxy says in place of the server.
 
-    times: how often; None: as long as it stands. method, path: regular expressions of the requests
-    that get it.
+    status: 0 for a connection that is lost. times: how often; None: as long as it stands. method,
+    path: regular expressions of the requests that get it.
     """
 
     status: int
@@ -136,6 +136,9 @@ def _handler(proxy: Proxy, port: int) -> type[http.server.BaseHTTPRequestHandler
                 self.close_connection = True
                 return
             answer = proxy.answer_to(self.command, path)
+            if answer is not None and answer.status == 0:
+                self.close_connection = True
+                return
             if answer is not None:
                 status, headers, found = answer.status, dict(answer.headers), answer.body
             else:

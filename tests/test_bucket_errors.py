@@ -52,6 +52,13 @@ def test_a_bucket_of_another_region(s3_bucket):
         objects.put(s3_bucket.path / "x", b"1")
 
 
+def test_connections_that_are_lost(bucket):
+    bucket.proxy.answers = [Answer(0, times=2)]
+    objects.put(bucket.path / "x", b"1")
+    assert bucket.proxy.answers[0].times == 0
+    assert objects.read_file(bucket.path / "x") == b"1"
+
+
 # The clients wait between their attempts.
 @pytest.mark.long
 def test_a_store_that_fails_for_long(bucket):

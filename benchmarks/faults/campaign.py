@@ -13,11 +13,12 @@ import numpy as np
 from benchmarks.faults.damage import remove_disk, small_disk
 from benchmarks.faults.kinds import FAULTS
 from benchmarks.faults.plan import Round
-from benchmarks.faults.run import STEP_TIMEOUT, Run
+from benchmarks.faults.run import STEP_TIMEOUT, Run, copy_of
 from benchmarks.faults.starts import terminate
 from benchmarks.saved_state import losses, saved_arrays
-from stem_jax.goodput.start_record import read_processes
+from stem_jax.goodput.start_record import read_starts
 from stem_jax.goodput.totals import Totals
+from tests.buckets import Bucket
 
 # An account may miss so much of the time that the processes took, by the kernel's clocks.
 _SHARE = 0.01
@@ -36,12 +37,14 @@ class Campaign:
         cache: Path | None = None,
         disk: bool = False,
         step_timeout: int = STEP_TIMEOUT,
+        bucket: Bucket | None = None,
     ):
         """Args:
         every: steps between checkpoints.
         cache: of compiled programs; None: one in the folder.
         disk: most rows of the run are on disk.
         step_timeout: of the run, in seconds.
+        bucket: that the run's folder is in, of a store that this process finds.
         """
         self._folder = folder
         self._notes = folder / "rounds.jsonl"
@@ -49,7 +52,10 @@ class Campaign:
         self._cache = cache or folder / "compiled"
         self._every, self._on_disk = every, disk
         self._timeout = step_timeout
-        self.run = Run(folder / "disturbed", every, self._cache, disk, step_timeout)
+        workdir = folder / "disturbed"
+        if bucket is not None:
+            workdir = copy_of(bucket, folder / "copies", "disturbed", 0)
+        self.run = Run(workdir, every, self._cache, disk, step_timeout, bucket=bucket)
         lines = self._notes.read_text().splitlines() if self._notes.exists() else []
         self.records: list[Record] = [json.loads(line) for line in lines]
 
@@ -77,7 +83,7 @@ class Campaign:
         if any(at.kind == "full disk" for at in plan):
             small_disk(run.workdir, self._on_disk)
         else:
-            run.workdir.mkdir(exist_ok=True)
+            run.workdir.mkdir(parents=True, exist_ok=True)
         known = run.starts()
         run.start()
         if not self._first.exists():
@@ -102,9 +108,9 @@ class Campaign:
         """Of each process: seconds by its account, and by the kernel's clocks; `other`'s share."""
         born = json.loads(self._first.read_text())
         found = []
-        for starts, began in zip(read_processes(self.run.workdir), born, strict=True):
-            totals = Totals.of(starts)
-            path = self.run.workdir / "goodput" / f"process_{totals.process:03d}.jsonl"
+        for process, began in enumerate(born):
+            path = self.run.account(process)
+            totals = Totals.of(read_starts(path))
             wall = path.stat().st_mtime - began
             other = totals.parts["other"] / totals.seconds
             found.append({"account": totals.seconds, "wall": wall, "other": other, **totals.parts})

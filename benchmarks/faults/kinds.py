@@ -1,7 +1,4 @@
-"""The faults. Each strikes a run that trains, and says how its processes ended.
-
-Faults of object storage will stand in a file of their own, as those of files, starts and hosts do.
-"""
+"""The faults. Each strikes a run that trains, and says how its processes ended."""
 
 import dataclasses
 import os
@@ -12,7 +9,7 @@ from collections.abc import Callable
 
 import psutil
 
-from benchmarks.faults import damage, hosts, starts
+from benchmarks.faults import buckets, damage, hosts, starts
 from benchmarks.faults.plan import Round
 from benchmarks.faults.run import FULL_EVERY, Run
 
@@ -26,13 +23,15 @@ _STEPS_SECONDS = 0.3
 class Fault:
     """strike: gives the exit status, None if the processes go on. intervals: between checkpoints
     that may be lost, beside a save in flight; 0: no step. root: it needs the rights of root.
-    in_memory: it needs a table in memory, whose saves build on others.
+    in_memory: it needs a table in memory, whose saves build on others. in_bucket: it is one of a
+    run whose folder is in a bucket.
     """
 
     strike: Callable[[Run, Round, random.Random], int | None]
     intervals: int = 1
     root: bool = False
     in_memory: bool = False
+    in_bucket: bool = False
 
 
 def _kill_one(run: Run, at: Round, rng: random.Random) -> int:
@@ -100,13 +99,22 @@ FAULTS: dict[str, Fault] = {
     "slow host": Fault(hosts.slow, 0),
     "host with another clock": Fault(hosts.other_clock),
     "partitioned coordinator": Fault(hosts.partition, root=True),
+    "5xx of the bucket": Fault(buckets.fail_at_times, in_bucket=True),
+    "connections to the bucket reset": Fault(buckets.reset_connections, in_bucket=True),
+    "5xx of the bucket at a start": Fault(buckets.fail_at_start, in_bucket=True),
+    "connections reset at a start": Fault(buckets.reset_at_start, in_bucket=True),
+    "bucket away for minutes": Fault(buckets.away, in_bucket=True),
+    "kill -9 inside a save to the bucket": Fault(buckets.kill_in_save, in_bucket=True),
 }
 
 
-def possible(disk: bool = False) -> list[str]:
-    """Those that this user may cause; disk: most rows of the run are on disk."""
+def possible(disk: bool = False, bucket: bool = False) -> list[str]:
+    """Those that this user may cause; disk: most rows of the run are on disk; bucket: its folder is
+    in a bucket."""
     return [
         name
         for name, fault in FAULTS.items()
-        if (os.geteuid() == 0 or not fault.root) and not (disk and fault.in_memory)
+        if (os.geteuid() == 0 or not fault.root)
+        and not (disk and fault.in_memory)
+        and fault.in_bucket == bucket
     ]

@@ -13,7 +13,10 @@ from pathlib import Path
 
 import psutil
 
+from stem_jax.bucket import list_objects
 from stem_jax.goodput.start_record import read_starts, record_path
+from stem_jax.local_copy import VARIABLE
+from tests.buckets import Bucket
 
 ROOT = Path(__file__).parents[2]
 _FLAGS = """
@@ -45,6 +48,11 @@ class Shape:
     resident_rows: int | None = 256
 
 
+def copy_of(bucket: Bucket, copies: Path, name: str, process: int) -> Path:
+    """Where a process has what it appends to of a run in a bucket."""
+    return copies / f"process_{process}" / bucket.scheme / bucket.name / name
+
+
 class Run:
     """A run that is started, and started again, by `launch/local_multihost.sh`."""
 
@@ -56,19 +64,24 @@ class Run:
         disk: bool,
         step_timeout: int = STEP_TIMEOUT,
         full_every: int = FULL_EVERY,
+        bucket: Bucket | None = None,
     ):
         """Args:
+        workdir: of a run in a bucket the copy that process 0 has of it, see `copy_of`.
         every: steps between checkpoints.
         full_every: of so many saves of a table one has all rows.
         cache: of compiled programs.
         disk: most rows are there, in the work folder.
         step_timeout: after which a process that stands still is ended, in seconds.
+        bucket: that the run's folder is in.
         """
+        self.bucket = bucket
+        self._address = workdir if bucket is None else bucket.path / workdir.name
         self.workdir, self.every, self.disk = workdir, every, workdir / "rows" if disk else None
         self.shape = Shape()
         self._flags = [
             *_FLAGS,
-            f"--workdir={workdir}",
+            f"--workdir={self._address}",
             f"--config.checkpoint.every={every}",
             f"--config.checkpoint.full_every={full_every}",
             f"--config.train.step_timeout={step_timeout}",
@@ -95,6 +108,9 @@ class Run:
             # What JAX says of processes that find, lose and tell each other something.
             "TF_CPP_MIN_LOG_LEVEL": "0",
         }
+        if self.bucket is not None:
+            # Above process_0, the scheme and the bucket.
+            settings |= {VARIABLE: str(self.workdir.parents[3])} | self.bucket.environment
         script = ["launch/local_multihost.sh", f"{self.shape.processes}"]
         with (self.workdir.parent / f"{self.workdir.name}.log").open("ab") as output:
             self._script = subprocess.Popen(
@@ -125,7 +141,7 @@ class Run:
             self._script.wait(timeout=30)
         for process in psutil.process_iter(["cmdline"]):
             # Of a script that was killed alone.
-            if f"--workdir={self.workdir}" in (process.info["cmdline"] or []):
+            if f"--workdir={self._address}" in (process.info["cmdline"] or []):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
 
@@ -167,7 +183,11 @@ class Run:
 
     def unfinished_saves(self) -> list[int]:
         """Steps of checkpoints whose writing was begun and not ended."""
-        folder = self.workdir / "checkpoints"
+        folder = self._address / "checkpoints"
+        if self.bucket is not None:
+            found = [name.partition("/") for name in list_objects(folder)]
+            whole = {step for step, _, name in found if name == "commit_success.txt"}
+            return [int(step) for step in {step for step, *_ in found} - whole if step.isdecimal()]
         names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
         return [int(name.split(".")[0]) for name in names if ".orbax-checkpoint-tmp" in name]
 
@@ -205,6 +225,14 @@ class Run:
         """The step at which the newest start began."""
         found = re.search(r"resuming from step (\d+)", self.newest_start())
         return int(found[1]) if found else 0
+
+    def account(self, process: int) -> Path:
+        """Where a process keeps its account of time."""
+        if self.bucket is None:
+            return record_path(self.workdir, process)
+        return record_path(
+            copy_of(self.bucket, self.workdir.parents[3], self.workdir.name, process), process
+        )
 
     def step_of_start(self) -> int:
         """The newest step of the newest start; 0 before its first."""

@@ -36,6 +36,11 @@ def test_a_plan_is_a_function_of_its_seed():
     assert plan[3].rng().random() == plan[3].rng().random()
 
 
+def test_a_bucket_has_faults_of_its_own():
+    of_bucket, others = set(possible(bucket=True)), set(possible())
+    assert of_bucket and others and not of_bucket & others
+
+
 def test_shapes_are_planned_too():
     shapes = planned_shapes(1, 40)
     assert shapes == planned_shapes(1, 40) and shapes[:5] == planned_shapes(1, 5)
