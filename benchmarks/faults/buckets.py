@@ -15,7 +15,7 @@ from tests.buckets import Answer, Proxy
 
 # Requests in a row that fail; the clients make six attempts of each.
 _FEWEST, _MOST = 4, 60
-_SHORT_SECONDS, _LONG_SECONDS = 30.0, 240.0
+_SHORT_SECONDS, _LONG_SECONDS, _PATIENCE_SECONDS = 30.0, 240.0, 900.0
 # In which a save of the campaign's model is on its way to the bucket.
 _SAVE_SECONDS = 2.0
 _UNAVAILABLE, _RESET = 503, 0
@@ -68,12 +68,13 @@ def _started(run: Run, at: Round, rng: random.Random, answer: Answer) -> int | N
 
 def _answered(run: Run, answer: Answer, seconds: float = _SHORT_SECONDS) -> int | None:
     """Lets it stand until it is used up, the run has ended, or so many seconds are over."""
-    proxy = _proxy(run)
+    proxy, reached = _proxy(run), run.last_step()
     proxy.answers = [answer]
     _wait(lambda: answer.times == 0 or run.ended is not None, seconds)
     proxy.answers = []
-    # What the clients gave up ends the run in a moment.
-    _wait(lambda: run.ended is not None, _SHORT_SECONDS / 3)
+    # A save that failed is noticed by the one after it.
+    seen = reached + 2 * run.every + 1
+    _wait(lambda: run.ended is not None or run.last_step() >= seen, _PATIENCE_SECONDS)
     return run.ended
 
 

@@ -70,6 +70,25 @@ class _Manager(ocp.CheckpointManager):
         # agree on a question that is hours away.
         return False
 
+    def _wait_for_checkpointers(self) -> None:
+        try:
+            super()._wait_for_checkpointers()
+        except BaseException:
+            # A process whose save failed would wait here for others that wait for it elsewhere.
+            self._save_progress_tracker = _Over()
+            raise
+
+
+class _Over:
+    """In place of what tells all processes whether a save is on its way: none is any more."""
+
+    def set(self, value: bool) -> None:
+        """Meets nobody."""
+
+    def get(self) -> bool:
+        """Whether one is."""
+        return False
+
 
 class Checkpointer:
     """Reads and writes the checkpoints of one work folder. Close it, or use it as a context."""
