@@ -53,8 +53,7 @@ def _import(args: argparse.Namespace, overrides: dict[str, str], calibration: Ca
             print(report)
             config = import_config(imported, tokenizer, args.config, overrides)
         write_checkpoint(imported, config, tokenizer, workdir)
-    seconds = time.perf_counter() - start
-    print(f"{args.path} is in {args.workdir}, at step 0 ({seconds:.1f} s)")
+    print(f"{args.path} is in {args.workdir}, at step 0 ({time.perf_counter() - start:.1f} s)")
 
 
 if __name__ == "__main__":
