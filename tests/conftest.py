@@ -164,6 +164,14 @@ def _threads_of_others():
     THREADS_OF_OTHERS.update(threading.enumerate())
 
 
+@pytest.fixture(autouse=True)
+def _sigterm_as_it_was():
+    """Programs that a test starts inherit that it is ignored."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 @pytest.fixture(scope="session")
 def tiny_config():
     """tiny_config(**{"section.key": value}): a configuration of a three-layer model."""

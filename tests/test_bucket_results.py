@@ -37,7 +37,7 @@ def _copies(tmp_path, monkeypatch):
 
 
 def trained(workdir, **overrides):
-    train.main(["--no-compilation-cache", *train_flags("tiny", workdir, VALUES, overrides)])
+    train.main(train_flags("tiny", workdir, VALUES, overrides))
     return workdir
 
 
@@ -89,7 +89,7 @@ def _served(workdir) -> dict:
 
     thread = threading.Thread(target=ask)
     thread.start()
-    serve.main([f"--workdir={workdir}", f"--port={port}", "--slots=1", "--no-compilation-cache"])
+    serve.main([f"--workdir={workdir}", f"--port={port}", "--slots=1"])
     thread.join()
     return answers[0]
 

@@ -25,6 +25,8 @@ def contents(workdir) -> dict[str, tuple]:
     return dict(objects.list_objects(workdir))
 
 
+@pytest.mark.long
+@pytest.mark.little_effort
 def test_nothing_is_written(s3_bucket, tmp_path, monkeypatch):
     workdir = s3_bucket.path / "run"
     monkeypatch.setenv(VARIABLE, str(tmp_path / "a"))

@@ -41,11 +41,16 @@ def stoppable_start(alone: bool) -> Iterator[None]:
         return
     _told[:] = [os.getpid()]
     signal.signal(signal.SIGTERM, told_to_stop)
+    stays = not alone
     try:
         yield
     except ToldToStop as stop:
         print(f"told to stop {stop}", file=sys.stderr)
         raise
+    except BaseException:
+        # Most of them came before the processes had joined.
+        stays = False
+        raise
     finally:
-        if alone:
+        if not stays:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -49,7 +49,8 @@ class Loop:
         save: called where a checkpoint is due, with (state, validation or None, whether a stop came
             before it).
         add_validation: called with (step, validation) that the checkpoint of the step lacks.
-        stop_requested: asked after every step and every batch of a validation.
+        stop_requested: asked before the first step and after every one, and after every batch of a
+            validation.
         beat: told what was just done, several times a minute if all is well.
         clock: of the start, read at the first step.
         past: see `schedule.learning_rates`.

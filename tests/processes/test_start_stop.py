@@ -6,6 +6,8 @@ import signal
 import pytest
 
 from stem_jax import run, train
+from stem_jax.errors import InputError
+from stem_jax.processes.start_stop import stoppable_start
 from stem_jax.standing.standing import standing
 from tests import launching
 from tests.children import finish, gang, train_flags
@@ -55,6 +57,17 @@ def test_what_follows_the_last_step_is_not_stopped(told, tmp_path):
     told("_verdict")
     train.main([STATUS, *train_flags("tiny", workdir, VALUES, {"train__steps": 1})])
     assert standing(workdir).state == "complete"
+
+
+def test_a_refused_start_of_several_leaves_no_handler():
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with pytest.raises(InputError), stoppable_start(alone=False):
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+            raise InputError("refused")
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 TOLD = """

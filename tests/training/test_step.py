@@ -342,7 +342,7 @@ def test_the_loop_places_its_schedule_once(train_step, monkeypatch, tmp_path):
         raise Seen(make_schedule(*args, **kwargs))
 
     monkeypatch.setattr(loop, "make_schedule", make)
-    run = loop.Loop(step.config, step, None, tmp_path, None, None, None, None)
+    run = loop.Loop(step.config, step, None, tmp_path, {}, None, None, lambda: False)
     state = dataclasses.replace(step.shardings, step=0)
     with pytest.raises(Seen) as seen:
         run.run(state)
