@@ -175,7 +175,7 @@ def test_refused_input_is_not_queued_again(job, plan, code):
 def test_a_lost_process_queues_the_job_again(job, end):
     out = job.run_plan({"0": ["deaf", "complete"], "1": [end, "complete"]})
     code = 137 if end == "killed" else end
-    assert f"\nslurm.sbatch: process 1 exited with {code}\n" in out
+    assert f"slurm.sbatch: process 1 exited with {code}\n" in out
     assert job.requeues() == 1
     assert "run complete" in job.run_plan(
         {"0": ["deaf", "complete"], "1": [end, "complete"]}, SLURM_RESTART_COUNT="1"
