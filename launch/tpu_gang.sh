@@ -15,6 +15,8 @@ on_workers() {
     for position in "${!members[@]}"; do
       on_slice "$position" all "$text" &
       asked+=($!)
+      # What a dry run prints is more than a pipe takes at once, and would mix.
+      [[ ! $dry_run ]] || wait $!
     done
     for position in "${asked[@]}"; do wait "$position" || failed=1; done
     return $failed
