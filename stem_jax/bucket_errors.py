@@ -11,6 +11,7 @@ import re
 import socket
 from collections.abc import Iterator
 
+from stem_jax.bucket_reach import store_of
 from stem_jax.errors import InputError
 from stem_jax.storage import Place, bucket_of, is_remote
 
@@ -144,14 +145,15 @@ def explain(error: BaseException, where: Place) -> str | None:
         errno.EREMOTEIO,
     }:
         return (
-            f"the bucket {bucket} still failed after all retries ({said}); try again when the "
-            "store answers"
+            f"the bucket {bucket} still failed after all retries ({said}); try again when "
+            f"{store_of(where)} answers"
         )
     unreachable = names & _UNREACHABLE or codes & {"DEADLINE_EXCEEDED", "ABORTED"}
     if unreachable or any(isinstance(one, ConnectionError | TimeoutError) for one in chain):
-        return f"the store of the bucket {bucket} cannot be reached ({said}); look at the network"
+        store = store_of(where)
+        return f"{store} of the bucket {bucket} cannot be reached ({said}); look at the network"
     if isinstance(chain[0], asyncio.TimeoutError):
-        return f"the store of the bucket {bucket} does not answer; look at the network"
+        return f"{store_of(where)} of the bucket {bucket} does not answer; look at the network"
     return None
 
 

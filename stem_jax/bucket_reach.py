@@ -17,7 +17,8 @@ _SECONDS, _AGAIN_SECONDS = 5.0, 1.0
 _CONNECT_SECONDS = 5.0
 _VARIABLES = {"s3": "AWS_ENDPOINT_URL", "gs": "STORAGE_EMULATOR_HOST"}
 
-_reached: set[str] = set()
+# By scheme the store that has taken a connection.
+_reached: dict[str, str] = {}
 
 
 def check_reached(url: str, where: Place) -> None:
@@ -29,8 +30,11 @@ def check_reached(url: str, where: Place) -> None:
     Raises:
         InputError: there is no connection.
     """
+    scheme, _, _ = bucket_of(where)
+    if url == _reached.get(scheme):
+        return
     parts = urllib.parse.urlsplit(url)
-    if url in _reached or parts.hostname is None or _by_proxy(parts.scheme, parts.hostname):
+    if parts.hostname is None or _by_proxy(parts.scheme, parts.hostname):
         return
     port = parts.port or (443 if parts.scheme == "https" else 80)
     give_up = time.monotonic() + _SECONDS
@@ -42,7 +46,13 @@ def check_reached(url: str, where: Place) -> None:
             if time.monotonic() + _AGAIN_SECONDS > give_up:
                 raise InputError(f"{where}: {_said(error, url, where)}") from error
         time.sleep(_AGAIN_SECONDS)
-    _reached.add(url)
+    _reached[scheme] = url
+
+
+def store_of(where: Place) -> str:
+    """ "the store" of a bucket for messages, with its address where that is known."""
+    url = _reached.get(bucket_of(where)[0])
+    return f"the store {url}" if url else "the store"
 
 
 def _said(error: OSError, url: str, where: Place) -> str:

@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
         type=float,
         metavar="SECONDS",
         help="without a record; by default 20 usual steps, at least 120, and train.step_timeout "
-        "where no step is under way",
+        "where no step is under way; in a bucket the time between two uploads is added",
     )
     args = parser.parse_args(argv)
     if args.stuck_after is not None and not args.stuck_after > 0:

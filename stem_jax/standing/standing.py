@@ -65,8 +65,8 @@ def standing(workdir: Path, stuck_after: float | None = None) -> Standing:
     """Reads a run's folder; nothing in it is changed.
 
     Args:
-        stuck_after: seconds without a step; None: as long as the run's usual step and
-            `train.step_timeout` let expect.
+        stuck_after: seconds without a step, in a bucket beyond those between two uploads; None: as
+            long as the run's usual step and `train.step_timeout` let expect.
 
     Raises:
         InputError: there is no such folder.
@@ -85,7 +85,7 @@ def standing(workdir: Path, stuck_after: float | None = None) -> Standing:
     step = newest if first is None else max(member.start.step for member in own)
     steps = train.get("steps") or (first.start.steps if first else None) or None
     limit = stuck_after or _limit(own, train.get("step_timeout"))
-    if in_bucket and stuck_after is None:
+    if in_bucket:
         # Nothing is heard between two uploads.
         limit += train.get("upload_every", 60.0) or _LONG_SECONDS
     state, why = _judged(own, found, saves, steps, limit, in_bucket)
