@@ -209,6 +209,7 @@ def test_an_earlier_store_is_whole():
     assert found == texts
 
 
+@pytest.mark.long
 def test_an_earlier_patch_applies(stopped, capsys):
     then, workdir = EXPECTED["patch"], stopped / "sentencepiece"
     assert then["before"]["text"] != then["after"]["text"]

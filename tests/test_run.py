@@ -255,6 +255,7 @@ def test_refused_text_is_one_line_too(tmp_path):
     assert len(err.splitlines()) == 1 and "nothing.txt" in err
 
 
+@pytest.mark.long
 def test_resuming_reads_what_was_prepared(text_file, tmp_path, capsys):
     text = tmp_path / "gone.jsonl"
     shutil.copy(text_file, text)
@@ -349,6 +350,7 @@ def test_newer_format_is_refused(copied_run, text_file):
         main(arguments(text_file, copied_run))
 
 
+@pytest.mark.long
 def test_bad_steps_stop_the_run_and_the_checkpoint_stands(text_file, tmp_path):
     workdir = tmp_path / "run"
     flags = {"optimizer__schedule": "constant", "train__max_bad_steps": 3, "train__steps": 40}

@@ -147,7 +147,7 @@ def trained(train_step, make_batch, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["hf", "official"])
+@pytest.mark.parametrize("kind", [pytest.param("hf", marks=pytest.mark.long), "official"])
 def test_there_and_back(kind, trained, tmp_path, capsys):
     out = _export(kind, trained, tmp_path / "out")
     again = _import(kind, out, tmp_path / "again")

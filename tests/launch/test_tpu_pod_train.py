@@ -140,6 +140,7 @@ def test_preempted_slice_is_made_again(ready):
     assert len(ready.called("tpu-vm", "scp")) == 1
 
 
+@pytest.mark.long
 def test_machines_that_are_not_to_be_had_at_once(ready):
     """The quota is used up for a while after a preemption."""
     ready.preempt()

@@ -94,6 +94,7 @@ def last_record(workdir: Path) -> dict:
     return records(workdir)[-1]
 
 
+@pytest.mark.long
 def test_a_stop_saves_before_a_validation_that_is_made_up(trained, undisturbed, tmp_path):
     workdir = tmp_path / "run"
     # A question before the first step and after each, and then at three batches of the validation.

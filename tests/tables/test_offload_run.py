@@ -132,6 +132,7 @@ def test_killed_during_a_write_back(resident_run, text_file, tmp_path, thread, c
     assert sum(moved) > 100
 
 
+@pytest.mark.long
 def test_sigterm_saves_and_a_resident_run_goes_on(resident_run, text_file, tmp_path):
     workdir = tmp_path / "run"
     # No checkpoint is due before the end: what is saved, the signal saved.
