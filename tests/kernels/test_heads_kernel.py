@@ -14,7 +14,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.sharding import NamedSharding, PartitionSpec
 
 from stem_jax.kernels.heads import gradient_to_heads, to_heads
-from stem_jax.kernels.splash import block_sizes, splash
+from stem_jax.kernels.splash import block_sizes, causal_masks, splash
 from stem_jax.mesh import make_mesh
 from stem_jax.model.attention import Attention, _splash
 from stem_jax.model.rotary import rotary_angles, rotate
@@ -152,6 +152,15 @@ def test_blocks_divide_the_length_and_are_large(L, Dh, block):
     sizes = block_sizes(L, Dh)
     assert {sizes.block_q, sizes.block_kv, sizes.block_q_dkv, sizes.block_kv_dq} == {block}
     assert L % block == 0
+
+
+def test_blocks_of_the_1b_shape_are_few():
+    """Of a layer and pass of one v5e of 64: 8 sequences of 4096, 32 heads."""
+    masks = causal_masks(np.arange(4096, dtype=np.int32), 1, 64)
+    for info in (masks.forward, masks.of_queries, masks.of_keys):
+        # With blocks of 128: 262,144 steps of the grid, 135,168 of them with work.
+        assert 8 * 32 * info.block_mask.size == 16_384
+        assert 8 * 32 * np.count_nonzero(info.block_mask) == 9_216
 
 
 @pytest.mark.parametrize(
