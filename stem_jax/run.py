@@ -61,7 +61,7 @@ from stem_jax.training.run_data import TOKENIZER_FOLDER, RunData, open_run_data
 from stem_jax.training.start_report import describe_run
 from stem_jax.training.state import TrainState, abstract_state, init_state, table_key
 from stem_jax.training.step import TrainStep
-from stem_jax.training.step_trace import traced_steps
+from stem_jax.training.step_trace import check_traced_steps
 from stem_jax.training.trackers import tracker
 from stem_jax.training.trackers.tracking import Tracking, check_trackers
 from stem_jax.work_folder import on_this_machine, writing
@@ -144,7 +144,7 @@ def _train(
         under_way = info is not None and info.updates > 0
         check_mesh(config, mesh, under_way)
         # Refused here, before anything is compiled.
-        traced_steps(config.train.profile_steps)
+        check_traced_steps(config.train.profile_steps, config.train.steps)
         if not under_way:
             check_first_start(config)
         origin = find_origin(config) if info is None else None

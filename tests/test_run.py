@@ -16,7 +16,6 @@ from jax.profiler import ProfileData
 from stem_jax.checkpoints.loading import load_run
 from stem_jax.errors import InputError, TrainingError
 from stem_jax.train import main
-from stem_jax.training.step_trace import traced_steps
 from tests import effort
 from tests.children import HELD, train_flags
 from tests.launching import wait_for_checkpoint, wait_for_records
@@ -141,17 +140,6 @@ def test_a_trace_names_the_parts_of_a_step(whole_run):
     text = path.read_bytes()
     for name in ("block_matmuls", "row_gradient", "exchange", "head_loss", "row_optimizer"):
         assert f"part.{name}".encode() in text
-
-
-@pytest.mark.parametrize("steps", ["0-3", "5-4", "all", "3-", "2.5"])
-def test_steps_to_trace_that_are_none_are_refused(steps):
-    with pytest.raises(InputError, match=r"train\.profile_steps=.* names no steps; write"):
-        traced_steps(steps)
-
-
-def test_steps_to_trace():
-    assert [*traced_steps("none")] == [] and [*traced_steps("7")] == [7]
-    assert [*traced_steps("20-22")] == [20, 21, 22]
 
 
 def test_second_start_says_complete(whole_run, text_file):
