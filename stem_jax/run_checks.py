@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from stem_jax.config import MEMORY_SECTIONS, Config, ModelConfig
 from stem_jax.errors import InputError
-from stem_jax.kernels import float8
+from stem_jax.kernels.float8 import check_float8
 from stem_jax.memory.catalogue import table_specs, with_eos
 from stem_jax.mesh import BATCH_AXES, axis_size, check_context
 from stem_jax.model.attention import check_heads, resolve_backend
@@ -112,9 +112,7 @@ def check_mesh(config: Config, mesh: Mesh, under_way: bool = False) -> None:
             rematerialisation that the compiler gets wrong.
     """
     _check_offload(config, mesh)
-    wanted = config.model.matmul_dtype
-    if wanted is not None and (reason := float8.missing(mesh.devices.flat[0])):
-        raise InputError(f"model.matmul_dtype={wanted} {reason}; set it to none")
+    check_float8(config.model.matmul_dtype, mesh.devices.flat[0])
     backend = resolve_backend(config.model, mesh, config.train.seq_len)
     if not (under_way and backend in ("xla", "chunked")) or _shares_cut_heads(config.model, mesh):
         check_heads(config.model, mesh)

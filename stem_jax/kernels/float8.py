@@ -11,6 +11,8 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 
+from stem_jax.errors import InputError
+
 _VALUES, _GRADIENTS = "float8_e4m3fn", "float8_e5m2"
 # Compute capability of the first NVIDIA GPUs that multiply such numbers.
 _FIRST = 8.9
@@ -28,6 +30,12 @@ def missing(device: jax.Device) -> str | None:
     if importlib.util.find_spec("qwix") is None:
         return 'needs qwix (pip install "qwix<0.2")'
     return None
+
+
+def check_float8(matmul_dtype: str | None, device: jax.Device) -> None:
+    """Raises InputError for `model.matmul_dtype` on a device that does not take it."""
+    if matmul_dtype is not None and (reason := missing(device)):
+        raise InputError(f"model.matmul_dtype={matmul_dtype} {reason}; set it to none")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from stem_jax.config import Config
 from stem_jax.errors import InputError
+from stem_jax.kernels.float8 import check_float8
 from stem_jax.memory.catalogue import table_specs
 from stem_jax.memory.memory import STEM
 from stem_jax.mesh import (
@@ -96,10 +97,12 @@ def train_step_program(
         distinct: what it asks for; None finds it out.
 
     Raises:
-        InputError: sizes that do not divide over the mesh, or large replicated arrays.
+        InputError: sizes that do not divide over the mesh, large replicated arrays, or matmuls that
+            its devices have not.
     """
     check_batch(config, mesh)
     check_heads(config.model, mesh)
+    check_float8(config.model.matmul_dtype, mesh.devices.flat[0])
     resolve_backend(config.model, mesh, config.train.seq_len)
     step = TrainStep(config, mesh)
     check_placement(step.blueprint.placed(), mesh, config.mesh.max_replicated_mib)

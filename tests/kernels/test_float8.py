@@ -15,6 +15,7 @@ from stem_jax.goodput.progress import Progress
 from stem_jax.hardware import Chip
 from stem_jax.kernels import float8
 from stem_jax.model.cost import training_flops_per_token
+from stem_jax.planning.program import train_step_program
 from stem_jax.processes.start_clock import StartClock
 from stem_jax.run_checks import check_mesh
 from stem_jax.training import loop
@@ -112,6 +113,15 @@ def test_without_the_library_it_says_how_to_get_it(tiny_config, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r'float8 needs qwix \(pip install "qwix<0.2"\); set it'):
         check_mesh(tiny_config(**{"model.matmul_dtype": "float8"}), StandIn("cpu"))
+
+
+def test_a_plan_refuses_them_as_a_run_does(tiny_config, device_mesh, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    config = tiny_config(**{"model.matmul_dtype": "float8"})
+    with pytest.raises(
+        InputError, match=r"model\.matmul_dtype=float8 needs qwix .*; set it to none"
+    ):
+        train_step_program(config, device_mesh((1, 1, 1)))
 
 
 def test_a_checkpoint_is_the_same_however_it_was_multiplied(tiny_config):
