@@ -63,11 +63,15 @@ def _workspace(read: list[Array], call: Instruction) -> int:
 
 def _attention_work(read: list[Array], made: tuple[Array, ...], causal: bool) -> KernelWork:
     (batch, length, number, width), (_, keys, *_) = (array.shape for array in read[:2])
-    # In whatever order: arrays of queries, keys or values, and gradients of those.
-    like = [sorted(array.shape) for array in read[:2]]
+    # In whatever order: arrays of queries, keys or values, and gradients of those; of keys and
+    # values there is one for each head of the queries.
+    like = [*(sorted(array.shape) for array in read[:2]), sorted((batch, keys, number, width))]
     taken, given = (sum(sorted(a.shape) in like for a in arrays) for arrays in (read, made))
     products = _BACKWARD[given] if taken > 3 else _FORWARD
-    pairs = length * (length + 1) // 2 if causal and length == keys else length * keys
+    # Queries of one device along `context` see half of all keys too, early and late ones together;
+    # but their gradients come from a kernel that skips no blocks.
+    halved = causal and (length == keys or taken == 3)
+    pairs = length * (keys + 1) // 2 if halved else length * keys
     pairs *= batch * number
     # The exponential and what stands around it: some five operations for each pair.
     return KernelWork(2 * products * pairs * width, 5 * pairs, None)

@@ -64,6 +64,20 @@ def test_attention_of_tokamax_computes_the_causal_half(operands, result, product
     assert work.bytes == sum(array.bytes for array in hlo.arrays_of(text))
 
 
+def test_queries_of_one_device_along_context_see_half_of_the_keys():
+    """On the way there; the kernel of their gradients skips no blocks."""
+    own = _Q.replace("2048", "1024")
+    read = (own, _K, _K, "s32[16,1,1024]{2,1,0}", "s32[16,1,1024]{2,1,0}")
+    sums = _SUMS.replace("2048", "1024")
+    forward = work_of(*_called(read, f"({own}, {sums}, {sums})", _TOKAMAX))
+    assert forward.flops == 2 * 2 * 16 * 15 * (1024 * 2049 // 2) * 64
+    taken = (own, _K, _K, own, sums, sums, sums)
+    all_pairs = 16 * 15 * 1024 * 2048
+    for result, products in ((own, 3), (f"({_Q}, {_Q})", 4)):
+        back = work_of(*_called(taken, result, _TOKAMAX))
+        assert back.flops == 2 * products * all_pairs * 64
+
+
 def test_attention_of_cudnn_computes_what_its_mask_says():
     forward = (_Q, _K, _K, _BIAS), f"({_DQ}, {_SUMS}, u8[0]{{0}})"
     dense = work_of(*_called(*forward, _cudnn("ScaleBiasSoftmax", "NO_MASK")))
