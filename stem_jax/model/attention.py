@@ -100,6 +100,8 @@ class Attention(nnx.Module):
 # By platform, the fastest first; chunked takes whatever the others do not.
 _KERNELS = {"tpu": ("splash", "chunked"), "gpu": ("tokamax", "chunked")}
 _OF_GPUS = ("tokamax", "cudnn")
+# Where those run that do not run everywhere. CPUs interpret that of TPUs, for tests.
+_PLATFORMS = {"splash": ("tpu", "cpu"), **dict.fromkeys(_OF_GPUS, ("gpu",))}
 
 
 def resolve_backend(config: ModelConfig, mesh: Mesh | None, length: int = 0) -> str:
@@ -115,9 +117,11 @@ def resolve_backend(config: ModelConfig, mesh: Mesh | None, length: int = 0) -> 
     if config.attention == "auto":
         kernels = _KERNELS.get(device.platform, ("xla",))
         return next(name for name in kernels if not refusal(name, config, mesh, length))
-    if config.attention in _OF_GPUS and device.platform != "gpu":
+    homes = _PLATFORMS.get(config.attention, (device.platform,))
+    if device.platform not in homes:
         raise InputError(
-            f"model.attention={config.attention} needs a GPU, this is {device.platform}; use auto"
+            f"model.attention={config.attention} needs a {homes[0].upper()}, this is "
+            f"{device.platform}; use auto"
         )
     if reason := refusal(config.attention, config, mesh, length):
         raise InputError(f"model.attention={config.attention} {reason}; change it, or use auto")

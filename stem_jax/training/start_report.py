@@ -51,12 +51,14 @@ def _parameter_lines(config: Config) -> list[str]:
 
 
 def attention_kernel(config: Config, mesh: Mesh) -> str:
-    """The kernel of the run's attention, and of GPUs why it is not the fastest."""
+    """The kernel of the run's attention, and why it is not the fastest of GPUs or of CPUs."""
     length, device = config.train.seq_len, mesh.devices.flat[0]
     kernel = resolve_backend(config.model, mesh, length)
     if device.platform == "gpu" and config.model.attention == "auto" and kernel != "tokamax":
         reason = refusal("tokamax", config.model, mesh, length)
         return f"{kernel}: tokamax, which is faster, {reason}"
+    if (device.platform, kernel) == ("cpu", "splash"):
+        return "splash: interpreted, as it is a kernel of TPUs, and slow; auto takes xla here"
     return kernel
 
 

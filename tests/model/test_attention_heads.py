@@ -16,6 +16,7 @@ from stem_jax.planning.program import train_step_program
 from stem_jax.run_checks import check_documents, check_mesh
 from stem_jax.training.blueprint import ModelDef
 from stem_jax.training.schedule import make_schedule
+from stem_jax.training.start_report import attention_kernel
 from stem_jax.training.state import init_state
 
 
@@ -92,7 +93,11 @@ def test_a_plan_refuses_them_too(tiny_config, device_mesh):
             "takes no model.compute_dtype=float32, only bfloat16; change it, or use auto",
         ),
         ("cpu", {"model.attention": "cudnn"}, "model.attention=cudnn needs a GPU, this is cpu"),
-        ("tpu", {"model.attention": "tokamax"}, "model.attention=tokamax needs a GPU, this is tpu"),
+        (
+            "gpu",
+            {"model.attention": "splash"},
+            "model.attention=splash needs a TPU, this is gpu; use",
+        ),
     ],
 )
 def test_what_a_kernel_does_not_take_is_refused(platform, keys, message, tiny_config):
@@ -142,6 +147,12 @@ def test_cudnn_knows_no_queries_in_the_midst_of_a_sequence(tiny_config):
         match=r"attention=cudnn takes no mesh\.context=2, only 1.*; change it, or use auto",
     ):
         check_mesh(config, StandIn("gpu", context=2))
+
+
+def test_a_cpu_says_that_it_interprets_the_kernel_of_tpus(tiny_config):
+    config = tiny_config(**{"model.attention": "splash", "train.seq_len": 128})
+    assert attention_kernel(config, StandIn("tpu")) == "splash"
+    assert attention_kernel(config, StandIn("cpu")).startswith("splash: interpreted, as it is a")
 
 
 def test_a_gpu_without_the_kernels_goes_in_chunks(tiny_config, monkeypatch):
