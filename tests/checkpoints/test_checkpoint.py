@@ -396,6 +396,5 @@ def test_a_failed_save_is_told_and_leaves_nothing(
     ],
 )
 def test_what_is_read_at_a_time_ends_with_chunks(whole, chunk, most, ends):
-    parts = store_handler._cut(whole, chunk, most)
-    assert [found.stop for found in parts] == ends
-    assert [found.start for found in parts] == [whole.start, *ends[:-1]]
+    found = [(x.start, x.stop) for x in store_handler._cut(whole, chunk, most)]
+    assert found == [*zip([whole.start, *ends[:-1]], ends, strict=True)]
