@@ -1,12 +1,16 @@
 """Which kind each layer is, and how kinds repeat, so that a compiler sees a group of them once.
 
 Compilation of unrolled layers grows with their number. A model repeats itself: with STEM layers 1,
-4, 7, ... of 16 the kinds are `d s d` five times and a last `d`, so a scan over the five groups
+4, 7, ... of 16 the kinds are a first `d` and `s d d` five times, so a scan over the five groups
 leaves four layers to compile, not sixteen. Parameters of equal places in the groups are stacked.
+
+A scan waits for all rows that its layers read, and gives their gradients all at once: what travels
+between devices meanwhile is covered by the layers before it alone. So of ways that leave as many
+layers, the groups that begin last are taken: not `d s d` five times and a last `d`.
 
 A training state holds them so: a step that stacked them, and took their gradients apart, would copy
 all weights each time. Elsewhere parameters go by layer. A stack is called as Python slices layers:
-`blocks.0:15:3.ffn.gate_proj.kernel` holds that of layers 0, 3, 6, 9 and 12.
+`blocks.1:16:3.ffn.gate_proj.kernel` holds that of layers 1, 4, 7, 10 and 13.
 """
 
 import dataclasses
@@ -74,7 +78,8 @@ class LayerGroups:
 
 
 def repeating_groups(forms: Sequence[Hashable]) -> LayerGroups | None:
-    """The groups that leave the fewest layers to compile; None if no layer can be saved.
+    """The groups that leave the fewest layers to compile, and of these those that begin last; None
+    if no layer can be saved.
 
     Args:
         forms: of each layer; layers of one form are the same program.
@@ -85,7 +90,7 @@ def repeating_groups(forms: Sequence[Hashable]) -> LayerGroups | None:
         for first in range(len(forms) - 2 * period + 1)
         if (repeats := _repeats(forms, first, period)) > 1
     ]
-    return min(found, key=lambda g: len(forms) - g.period * (g.repeats - 1), default=None)
+    return max(found, key=lambda g: (g.period * (g.repeats - 1), g.first), default=None)
 
 
 def _repeats(forms: Sequence[Hashable], first: int, period: int) -> int:

@@ -17,7 +17,7 @@ from tests.stem_inputs import stem_inputs
 @pytest.mark.parametrize(
     ("num_layers", "stem_layers", "groups"),
     [
-        (16, "third", LayerGroups(0, 3, 5)),
+        (16, "third", LayerGroups(1, 3, 5)),
         (32, "half", LayerGroups(0, 2, 16)),
         (8, "all_but_first", LayerGroups(1, 1, 7)),
         (8, "none", LayerGroups(0, 1, 8)),

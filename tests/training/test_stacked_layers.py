@@ -91,7 +91,7 @@ def test_there_and_back(tiny_config):
     count, whole, *nothing = stacked((jnp.int32(3), params, None), model.state_names)
     assert count == 3 and nothing == [None]
     assert list(whole) == model.state_names and len(whole) < len(params)
-    assert whole["blocks.0:4:2.attention_norm.scale"].shape == (2, 32)
+    assert whole["blocks.1:5:2.attention_norm.scale"].shape == (2, 32)
     assert {name: value.shape for name, value in whole.items()} == {
         name: value.shape for name, value in model.state_shapes().items()
     }
