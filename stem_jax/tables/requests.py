@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 from stem_jax.kernels.row_sums import RowOrder
 
@@ -52,6 +53,24 @@ class Requests:
     distinct: jax.Array
     asked: jax.Array
     slots: jax.Array | None = None
+
+    def summed_after(self, value: jax.Array) -> "Requests":
+        """The same, but where gradients belong at their owners is known after the value.
+
+        A compiler ends an exchange where its sums begin, and would put these before work that it
+        could lie beneath. Barriers are gone when libtpu makes its schedule.
+
+        Args:
+            value: a scalar that is not negative.
+        """
+        if not self.hops:
+            return self
+        *others, last = self.hops
+        # Zero, which no compiler knows.
+        nothing = (value < 0).astype(jnp.int32)
+        order = dataclasses.replace(last.order, positions=last.order.positions + nothing)
+        last = dataclasses.replace(last, arrived=last.arrived + nothing, order=order)
+        return dataclasses.replace(self, hops=(*others, last))
 
 
 @jax.tree_util.register_dataclass

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from stem_jax.compiler_options import compiler_options
+from stem_jax.compiler_options import compiler_options, has_async_all_to_alls
 from stem_jax.config import Config
 from stem_jax.context_order import slots as context_slots
 from stem_jax.data.loader import KEYS, HostBatch, with_keys
@@ -42,7 +42,9 @@ class TrainStep:
         # The first arguments of `_loss`: parameters and rows.
         self._trains = config.optimizer.trains_backbone, config.optimizer.trains_tables
         # Whoever compiles what is lowered from these gets the options with it.
-        options = compiler_options(mesh.devices.flat[0])
+        device = mesh.devices.flat[0]
+        options = compiler_options(device)
+        self._async_exchange = has_async_all_to_alls(device)
         self.update = jax.jit(
             self._update,
             donate_argnums=0,
@@ -143,6 +145,10 @@ class TrainStep:
                 norm = global_norm(gradients)
             finite &= jnp.isfinite(norm)
             metrics |= {"grad_norm": norm}
+            if self._async_exchange:
+                # Gradients of rows set out before those of the first layers are made: under these.
+                with part("exchange"):
+                    requests = {name: found.summed_after(norm) for name, found in requests.items()}
         metrics |= self.reads.metrics(tables, requests)
         new_tables, touched_rows = state.tables, state.touched_rows
         if row_gradients is not None:

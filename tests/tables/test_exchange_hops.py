@@ -61,13 +61,14 @@ def _programs(name: str, mesh, axes, sizes: BlockSizes | None, capacity=None):
     table = ShardedTable(spec, mesh, KEYS, sizes)
     history = make_history(spec, np.zeros(1))
 
-    def run(rows_VxSxF, keys, valid, gradient, slots):
+    def run(rows_VxSxF, keys, valid, gradient, slots, after):
         rows = stored(rows_VxSxF)
         state = TableState(rows, rows, rows, jnp.zeros(rows.shape[1], jnp.int32))
         requests = table.request(keys, valid)
         requests = dataclasses.replace(requests, slots=slots)
         block = table.fetch(state, requests, jnp.float32, jnp.int32(0), history)
-        return requests, logical(block), logical(table.push(stored(gradient), requests))
+        sums = table.push(stored(gradient), requests.summed_after(after))
+        return requests, logical(block), logical(sums)
 
     return table, jax.jit(table.demand, static_argnames="whole"), jax.jit(run)
 
@@ -113,7 +114,7 @@ class Case:
         # By row and device, so that it is the same at all sizes.
         values = rng.normal(size=(self.devices, self.num_rows, VECTORS, WIDTH)).astype(np.float32)
         first, *_ = run(table_rows, self.keys, self.valid, self._spread(values, None, unique),
-                        np.zeros(self.owners * owned, np.int32))  # fmt: skip
+                        np.zeros(self.owners * owned, np.int32), np.float32(0))  # fmt: skip
         first = jax.device_get(first)
         mine_DxU = first.rows.reshape(self.devices, unique)
         for mine, wanted in zip(mine_DxU, self.rows, strict=True):
@@ -124,7 +125,7 @@ class Case:
         slots = np.where(owned_PxO < self.num_rows, owned_PxO - firsts, 10**6).astype(np.int32)
         gradient = self._spread(values, mine_DxU, unique)
         _, block, sums = jax.device_get(
-            run(table_rows, self.keys, self.valid, gradient, slots.reshape(-1))
+            run(table_rows, self.keys, self.valid, gradient, slots.reshape(-1), np.float32(0))
         )
         padded = np.concatenate([table_rows, np.zeros((1, VECTORS, WIDTH), np.float32)])
         np.testing.assert_array_equal(block, padded[mine_DxU.reshape(-1)])
@@ -278,6 +279,20 @@ def test_skewed_batches(kind, place):
         # All 12 rows of every device have one owner, and every list has room for 24 rows.
         assert case.needed.pairs[0] == case.needed.unique > case.needed.owned // 2
         assert choose_sizes(case.needed, BlockSizes(4, 4, (2, 2, 2), (4, 4)), case.largest)
+
+
+def test_owners_sum_after_a_value(place):
+    """What they sum by depends on it, and no value that it can have changes that."""
+    mesh, axes = place("two of four")
+    table, *_ = _programs("two of four", mesh, axes, None)
+    requests = jax.jit(table.request)(*_keys("zipf", 8))
+    for value in (0.0, 2.5, np.inf, np.nan):
+        same = requests.summed_after(jnp.float32(value))
+        jax.tree.map(np.testing.assert_array_equal, same, requests)
+    [first, last], [other, moved] = requests.hops, requests.summed_after(jnp.float32(-1)).hops
+    jax.tree.map(np.testing.assert_array_equal, other, first)
+    np.testing.assert_array_equal(moved.arrived, last.arrived + 1)
+    np.testing.assert_array_equal(moved.order.positions, last.order.positions + 1)
 
 
 @given(st.lists(st.integers(0, 95), min_size=96, max_size=96), st.integers(0, 90))
