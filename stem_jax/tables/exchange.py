@@ -30,6 +30,7 @@ from stem_jax.kernels.row_sums import (
 )
 from stem_jax.tables.hops import Hop
 from stem_jax.tables.requests import Found, HopRequests, Requests
+from stem_jax.tables.row_lists import of_vector, resized, slots_of, taken, whole_sums
 
 # Rows that are put in their places at a time, few enough for the fast memory of a TPU: gathered
 # all at once, they go to its main memory and are read from there to be written again.
@@ -129,23 +130,39 @@ class Exchange:
 
             return self._by_vector(bring, block_SxOxF, self.unique_rows, block_SxOxF.dtype)
         if requests.home is None:
-            fetched_SxUxF = _resized(block_SxOxF, self.unique_rows, axis=1)
+            fetched_SxUxF = resized(block_SxOxF, self.unique_rows, axis=1)
         else:
             fetched_SxUxF = block_SxOxF[:, jnp.minimum(requests.home, self.owned_rows - 1)]
         return jnp.where((requests.rows < self.num_rows)[:, None], fetched_SxUxF, 0)
 
-    def push(self, gradient_SxUxF: jax.Array, requests: Requests) -> jax.Array:
+    def push(
+        self, gradient_SxUxF: jax.Array, requests: Requests, after: jax.Array | None = None
+    ) -> jax.Array:
         """Sends row gradients to the owners.
 
         They set out in the dtype they have, and travel on from a relay as its float32 sums.
+
+        Args:
+            after: scalar, not negative, that owners wait for before they sum anything, and for all
+                that arrives, where the columns travel in one round.
 
         Returns:
             [S, O, F] float32 sums in the order of `requests.owned`.
         """
         if self.hops:
+            arrived = []
+            if after is not None and self.rounds == 1:
+                every = range(len(gradient_SxUxF))
+                arrived = [self._send(gradient_SxUxF, vector, requests) for vector in every]
+                # A number of each vector, which is not looked at before.
+                late = (after < 0).astype(jnp.int32)
+                firsts = [jax.lax.dynamic_index_in_dim(rows, late)[0, 0] for rows in arrived]
+                some = [jnp.abs(number.astype(jnp.float32)) for number in firsts]
+                requests = requests.summed_after(functools.reduce(jnp.add, some, after))
 
             def send(gradient_SxUxW, vector, whole, corner):
-                sums_OxW = self._push(gradient_SxUxW, vector, requests)
+                rows = arrived[vector] if arrived else self._send(gradient_SxUxW, vector, requests)
+                sums_OxW = self._sum(rows, requests)
                 return jax.lax.dynamic_update_slice(whole, sums_OxW[None], corner)
 
             sums_SxOxF = self._by_vector(send, gradient_SxUxF, self.owned_rows, jnp.float32)
@@ -153,7 +170,7 @@ class Exchange:
             real_Ux1 = (requests.rows < self.num_rows)[:, None]
             sums_SxUxF = jnp.where(real_Ux1, gradient_SxUxF.astype(jnp.float32), 0)
             if requests.home is None:
-                sums_SxOxF = _resized(sums_SxUxF, self.owned_rows, axis=1)
+                sums_SxOxF = resized(sums_SxUxF, self.owned_rows, axis=1)
             else:
                 vectors, _, width = sums_SxUxF.shape
                 empty = jnp.zeros((vectors, self.owned_rows, width), jnp.float32)
@@ -168,22 +185,22 @@ class Exchange:
         tokens: jax.Array | None = None
         if counted:
             real = (way < self.num_rows).astype(jnp.int32)
-            tokens = _sums(real.reshape(-1), inverse.reshape(-1), self.unique_rows)
+            tokens = whole_sums(real.reshape(-1), inverse.reshape(-1), self.unique_rows)
         mine, unique = self._row_of(listed), self._count(listed)
         hops, pairs, counts = [], [], []
         asked, size = listed, self.num_rows
         for hop, capacity, room in zip(self.hops, self.capacities, self._rooms, strict=True):
             # Numbers on the way of one peer's rows and of all that lie behind it.
             size //= hop.peers
-            starts, sent, slot = _slots(
+            starts, sent, slot = slots_of(
                 listed // size % hop.peers, listed < self.num_rows, hop.peers, capacity
             )
             pairs.append(jnp.max(jnp.diff(starts)))
-            asked = self._swap(_taken(listed, sent, self.num_rows), hop)
+            asked = self._swap(taken(listed, sent, self.num_rows), hop)
             listed, index, arrivals = self._distinct(asked, room)
             index = jnp.where(asked < self.num_rows, index, room)
             if tokens is not None:
-                tokens = _sums(self._swap(_taken(tokens, sent, 0), hop), index, room)
+                tokens = whole_sums(self._swap(taken(tokens, sent, 0), hop), index, room)
             hops.append(HopRequests(sent, slot, index, arrivals))
             counts.append(self._count(listed))
         asked, home = self._count(asked), None
@@ -191,12 +208,12 @@ class Exchange:
             listed, home, tokens = self._united(listed, tokens)
             asked = jax.lax.psum(asked, self.copy_axes)
             if hops:
-                index = _taken(home, hops[-1].arrived, self.owned_rows)
+                index = taken(home, hops[-1].arrived, self.owned_rows)
                 arrivals = order_of(index, self.owned_rows)
                 hops[-1] = dataclasses.replace(hops[-1], arrived=index, order=arrivals)
         elif not hops:
-            listed = _resized(listed, self.owned_rows, self.num_rows)
-            tokens = None if tokens is None else _resized(tokens, self.owned_rows)
+            listed = resized(listed, self.owned_rows, self.num_rows)
+            tokens = None if tokens is None else resized(tokens, self.owned_rows)
         requests = Requests(
             rows=mine,
             inverse=inverse,
@@ -220,7 +237,7 @@ class Exchange:
         tokens_O = None
         if tokens_N is not None:
             gathered = jax.lax.all_gather(tokens_N, axes, tiled=True)
-            tokens_O = _sums(gathered, index, self.owned_rows)
+            tokens_O = whole_sums(gathered, index, self.owned_rows)
         own_N = jax.lax.dynamic_slice_in_dim(index, jax.lax.axis_index(axes) * size, size)
         return united_O, jnp.where(listed_N < self.num_rows, own_N, self.owned_rows), tokens_O
 
@@ -262,18 +279,28 @@ class Exchange:
             0, pieces - full, lambda piece, whole: one_piece(True, full + piece, whole), whole_SxUxF
         )
 
-    def _push(self, gradient_SxUxW: jax.Array, vector: int, requests: Requests) -> jax.Array:
-        """One vector's sums [O, W]."""
-        sums = None
-        for hop, record, room in zip(self.hops, requests.hops, self._rooms, strict=True):
+    def _send(self, gradient_SxUxW: jax.Array, vector: int, requests: Requests) -> jax.Array:
+        """What arrives of one vector at its owners."""
+        arrived: jax.Array | None = None
+        for number, (hop, record) in enumerate(zip(self.hops, requests.hops, strict=True)):
             # Behind the listed rows sums are undefined, and a product with zero may spread that.
             sent = jnp.where(record.sent < len(record.slot), record.sent, 0)
-            sent = _of_vector(gradient_SxUxW, vector, sent) if sums is None else sums[sent]
-            arrived = self._swap(sent, hop)
-            # What a relay's sums have behind its rows is nobody's.
-            room += spare_rows(self.way)
-            sums = sum_by_row(arrived, record.arrived, room, self.way, record.order)
-        assert sums is not None
+            if arrived is None:
+                rows = of_vector(gradient_SxUxW, vector, sent)
+            else:
+                rows = self._sums_of(arrived, requests, number - 1)[sent]
+            arrived = self._swap(rows, hop)
+        assert arrived is not None
+        return arrived
+
+    def _sums_of(self, arrived: jax.Array, requests: Requests, number: int) -> jax.Array:
+        """Of what came by a hop; what a relay's sums have behind its rows is nobody's."""
+        record, room = requests.hops[number], self._rooms[number] + spare_rows(self.way)
+        return sum_by_row(arrived, record.arrived, room, self.way, record.order)
+
+    def _sum(self, arrived: jax.Array, requests: Requests) -> jax.Array:
+        """One vector's sums [O, W]."""
+        sums = self._sums_of(arrived, requests, len(self.hops) - 1)
         if self.way == "scatter":
             return sums[: self.owned_rows]
         real_O = requests.owned < self.num_rows
@@ -357,39 +384,3 @@ class Exchange:
         return jax.lax.all_to_all(
             blocks, self.vocab_axes, 0, 0, tiled=True, axis_index_groups=groups
         )
-
-
-def _slots(peer_N: jax.Array, real_N: jax.Array, peers: int, capacity: int):
-    """Where each peer's rows start among those listed; row of each slot; slot of each row."""
-    size = peer_N.shape[0]
-    peer_N = jnp.where(real_N, peer_N, peers)
-    starts = jnp.sum(peer_N < jnp.arange(peers + 1)[:, None], axis=1, dtype=jnp.int32)
-    place = starts[:-1, None] + jnp.arange(capacity, dtype=jnp.int32)
-    sent = jnp.where(place < starts[1:, None], place, size).reshape(-1)
-    slot_N = peer_N * capacity + jnp.arange(size, dtype=jnp.int32) - starts[peer_N]
-    return starts, sent, jnp.minimum(slot_N, peers * capacity - 1)
-
-
-def _taken(values_N: jax.Array, index: jax.Array, empty) -> jax.Array:
-    """Values at the indices, and `empty` for those past the end."""
-    size = values_N.shape[0]
-    return jnp.where(index < size, values_N[jnp.minimum(index, size - 1)], empty)
-
-
-def _sums(numbers: jax.Array, index: jax.Array, room: int) -> jax.Array:
-    """Whole numbers summed by index; those past the end are dropped."""
-    return jnp.zeros(room, jnp.int32).at[index].add(numbers, mode="drop")
-
-
-def _of_vector(rows_SxNxW: jax.Array, vector: int, pick_M: jax.Array) -> jax.Array:
-    """Rows [M, W] of one vector, gathered from all: a slice of them would be a copy."""
-    _, number, width = rows_SxNxW.shape
-    return rows_SxNxW.reshape(-1, width)[vector * number + pick_M]
-
-
-def _resized(rows: jax.Array, size: int, fill=0, axis: int = 0) -> jax.Array:
-    """The first rows, or all and `fill` behind them."""
-    more = max(0, size - rows.shape[axis])
-    padding = [(0, more if number == axis else 0) for number in range(rows.ndim)]
-    rows = jax.lax.slice_in_dim(rows, 0, min(size, rows.shape[axis]), axis=axis)
-    return jnp.pad(rows, padding, constant_values=fill)

@@ -211,19 +211,24 @@ class ShardedTable:
         return self._sharded(local, specs, self.block_spec)(state, requests, step, history)
 
     @part("exchange")
-    def push(self, gradient: jax.Array, requests: Requests) -> jax.Array:
+    def push(
+        self, gradient: jax.Array, requests: Requests, after: jax.Array | None = None
+    ) -> jax.Array:
         """Sums row gradients [S, devices * U, F] at the owners: [S, owners * O, F] float32.
 
         Those of rows that stay as they are, see `TableSpec.trained_keys`, are zero.
+
+        Args:
+            after: a scalar; see `Exchange.push`.
         """
 
-        def local(gradient, requests):
-            sums = self.exchange.push(gradient, requests)
+        def local(gradient, requests, after):
+            sums = self.exchange.push(gradient, requests, after)
             trained_O = self._trained(requests)
             return sums if trained_O is None else jnp.where(trained_O[:, None], sums, 0)
 
-        specs = (self.block_spec, self.request_specs)
-        return self._sharded(local, specs, self.spec.row_spec)(gradient, requests)
+        specs = (self.block_spec, self.request_specs, PartitionSpec())
+        return self._sharded(local, specs, self.spec.row_spec)(gradient, requests, after)
 
     @part("row_optimizer")
     def norm(self, gradient: jax.Array) -> jax.Array:

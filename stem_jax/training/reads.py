@@ -170,14 +170,18 @@ class Reads:
         tables: dict[str, ShardedTable],
         requests: dict[str, Requests],
         gradients: dict[str, jax.Array],
+        after: jax.Array | None,
     ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         """Sums of row gradients at the owners, and their norms.
 
         Rows travel in the compute dtype both ways; owners sum in float32.
+
+        Args:
+            after: a scalar or None; see `Exchange.push`.
         """
         with part("row_copies"):
             gradients = {name: g.astype(self._dtype) for name, g in gradients.items()}
-        sums = {name: tables[name].push(g, requests[name]) for name, g in gradients.items()}
+        sums = {name: tables[name].push(g, requests[name], after) for name, g in gradients.items()}
         return sums, {name: tables[name].norm(total) for name, total in sums.items()}
 
     def update(

@@ -137,22 +137,21 @@ class TrainStep:
         loss, cross_entropy, layer_metrics, gradients, row_gradients = self._gradients(
             self.model.copies(state.params), rows, requests, batch, dropped, scored
         )
-        finite = jnp.isfinite(loss)
+        finite, after = jnp.isfinite(loss), None
         rate = schedule.rates[state.updates]
         metrics = {"loss": cross_entropy, "learning_rate": rate} | layer_metrics
         if gradients is not None:
             with part("optimizer"):
                 norm = global_norm(gradients)
+                if self._async_exchange:
+                    # Rows' gradients are whole before the first layers', and travel under these.
+                    after = global_norm([g for n, g in gradients.items() if n.startswith("blocks")])
             finite &= jnp.isfinite(norm)
             metrics |= {"grad_norm": norm}
-            if self._async_exchange:
-                # Gradients of rows set out before those of the first layers are made: under these.
-                with part("exchange"):
-                    requests = {name: found.summed_after(norm) for name, found in requests.items()}
         metrics |= self.reads.metrics(tables, requests)
         new_tables, touched_rows = state.tables, state.touched_rows
         if row_gradients is not None:
-            sums, row_norms = self.reads.push(tables, requests, row_gradients)
+            sums, row_norms = self.reads.push(tables, requests, row_gradients, after)
             with part("row_optimizer"):
                 finite = all_finite(row_norms.values(), finite)
             new_tables, touched_rows, of_update = self.reads.update(

@@ -67,7 +67,7 @@ def _programs(name: str, mesh, axes, sizes: BlockSizes | None, capacity=None):
         requests = table.request(keys, valid)
         requests = dataclasses.replace(requests, slots=slots)
         block = table.fetch(state, requests, jnp.float32, jnp.int32(0), history)
-        sums = table.push(stored(gradient), requests.summed_after(after))
+        sums = table.push(stored(gradient), requests, after)
         return requests, logical(block), logical(sums)
 
     return table, jax.jit(table.demand, static_argnames="whole"), jax.jit(run)
