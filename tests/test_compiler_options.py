@@ -49,7 +49,8 @@ def test_rows_travel_under_matmuls_on_v5p(tiny_config):
     module = compile_program(train_step_program(config, mesh), full_effort=True).module
     swaps = {i.name: 1e9 for i, _ in module.scheduled() if i.opcode.startswith("all-to-all-start")}
     # Matmuls between start and end, since each takes a second.
-    covered = list(covered_seconds(module, swaps, lambda matmul: 1.0).values())
+    found = covered_seconds(module, swaps, lambda matmul: 1.0)
+    covered = [found[name] for name in swaps]
     # Requests, then the rows of two vectors, then their gradients.
     assert len(covered) == 5
     assert sum(covered[1:3]) > 0
