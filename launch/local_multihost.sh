@@ -77,7 +77,15 @@ while ((${#running[@]} > 0)); do
   finished=
   code=0
   wait -n -p finished "${!running[@]}" $timer || code=$?
-  # A signal to this script ends `wait` too, with no process finished.
+  # A signal to this script ends `wait` too, with no process finished. Of what ends while bash does
+  # not wait, such as the second of two that are killed at once, it keeps the status, but no job.
+  for pid in "${!running[@]}" $timer; do
+    if [[ -z ${finished-} ]] && ! kill -0 "$pid" 2>/dev/null; then
+      finished=$pid
+      code=0
+      wait "$pid" || code=$?
+    fi
+  done
   if [[ -z ${finished-} ]]; then continue; fi
   if [[ $finished == "$timer" ]]; then
     echo "local_multihost: ending the processes that wait for the one that failed" >&2
