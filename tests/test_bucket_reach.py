@@ -18,7 +18,7 @@ WHERE = epath.Path("s3://b/x")
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
-    monkeypatch.setattr(bucket_reach, "_reached", set())
+    monkeypatch.setattr(bucket_reach, "_reached", {})
     monkeypatch.setattr(bucket_reach, "_AGAIN_SECONDS", 0.1)
 
 
