@@ -53,6 +53,21 @@ def test_one_that_renews_it_is_alive(path, monkeypatch):
     assert BucketLock.holder(path) == "process 7 on host other"
 
 
+def test_a_lock_that_is_renewed_is_seen_to_be_from_another_host(path, monkeypatch):
+    monkeypatch.setattr(bucket_lock, "RENEW_SECONDS", 0.2)
+    monkeypatch.setattr(bucket_lock, "_POLL_SECONDS", 0.1)
+    with BucketLock.take(path) as lock:
+        # Nobody there can ask whether the process lives.
+        monkeypatch.setattr(bucket_lock, "runs_here", lambda facts: None)
+        taken: list[BucketLock | None] = []
+        other = threading.Thread(target=lambda: taken.append(BucketLock.take(path)), daemon=True)
+        other.start()
+        other.join(timeout=60)
+        assert taken == [None]
+        assert lock.lost_to() is None
+    assert objects.read_object(path) is None
+
+
 def test_one_that_does_not_is_void_by_the_clock_of_the_store(path, monkeypatch, capsys):
     _held_elsewhere(path)
     monkeypatch.setattr(bucket_lock, "VOID_SECONDS", 2)
