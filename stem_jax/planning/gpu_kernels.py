@@ -62,11 +62,11 @@ def _workspace(read: list[Array], call: Instruction) -> int:
 
 
 def _attention_work(read: list[Array], made: tuple[Array, ...], causal: bool) -> KernelWork:
-    (batch, length, number, width), (_, keys, *_) = (array.shape for array in read[:2])
+    (batch, length, number, width), (_, keys, *_) = (_with_batch(array) for array in read[:2])
     # In whatever order: arrays of queries, keys or values, and gradients of those; of keys and
     # values there is one for each head of the queries.
-    like = [*(sorted(array.shape) for array in read[:2]), sorted((batch, keys, number, width))]
-    taken, given = (sum(sorted(a.shape) in like for a in arrays) for arrays in (read, made))
+    like = [*(sorted(_with_batch(a)) for a in read[:2]), sorted((batch, keys, number, width))]
+    taken, given = (sum(sorted(_with_batch(a)) in like for a in arrays) for arrays in (read, made))
     products = _BACKWARD[given] if taken > 3 else _FORWARD
     # Queries of one device along `context` see half of all keys too, early and late ones together;
     # but their gradients come from a kernel that skips no blocks.
@@ -75,6 +75,11 @@ def _attention_work(read: list[Array], made: tuple[Array, ...], causal: bool) ->
     pairs *= batch * number
     # The exponential and what stands around it: some five operations for each pair.
     return KernelWork(2 * products * pairs * width, 5 * pairs, None)
+
+
+def _with_batch(array: Array) -> tuple[int, ...]:
+    """Its shape, of four sizes at least: tokamax leaves a batch of one out."""
+    return (1,) * (4 - len(array.shape)) + tuple(array.shape)
 
 
 def _sums_work(read: list[Array], rows: int) -> KernelWork:

@@ -64,6 +64,22 @@ def test_attention_of_tokamax_computes_the_causal_half(operands, result, product
     assert work.bytes == sum(array.bytes for array in hlo.arrays_of(text))
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_one_sequence_on_a_device_has_no_batch_in_attention_of_tokamax(alone):
+    """As with long sequences; the kernels of Blackwell's gradients keep a batch of one."""
+    queries, heads, sums = (
+        text.replace("[16,", "[1," if alone else "[").replace("{3,2,1,0}", "").split("{")[0]
+        for text in (_Q, _K, _SUMS)
+    )
+    pairs = _PAIRS // 16
+    read = (queries, heads, heads)
+    forward = work_of(*_called(read, f"({queries}, {sums}, {sums})", _TOKAMAX))
+    assert (forward.flops, forward.operations) == (2 * 2 * pairs * 64, 5 * pairs)
+    taken = (*read, queries, sums, sums, sums)
+    for result, products in ((queries, 3), (f"({queries}, {queries})", 4)):
+        assert work_of(*_called(taken, result, _TOKAMAX)).flops == 2 * products * pairs * 64
+
+
 def test_queries_of_one_device_along_context_see_half_of_the_keys():
     """On the way there; the kernel of their gradients skips no blocks."""
     own = _Q.replace("2048", "1024")
