@@ -74,7 +74,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         raise InputError(
             f"{shape} do not multiply to the {len(devices)} devices"
             + (f" of {len(slices)} equal slices" if len(slices) > 1 else "")
-            + "; change one of them, or set one to -1"
+            + ("; change one of them" if free else "; change one of them, or set one to -1")
         )
     axis_types = (AxisType.Auto,) * len(AXES)
     # Either knows how to lay a slice out along its links.
