@@ -133,7 +133,9 @@ def _judged(
         return RUNNING, f"on host {host}, whose lock is not seen here; wrote {seconds:.0f} s ago"
     if gone := [m for m in own if m.start.end is None]:
         who = ", ".join(f"process {m.index} ({m.start.pid} on {m.start.host})" for m in gone)
-        return KILLED, f"{who} is gone without a word; the same command continues"
+        # A process of another host that is frozen renews and writes nothing either.
+        how = "" if all(_here(m, found) for m in gone) else ", or frozen: nothing is heard of it"
+        return KILLED, f"{who} is gone without a word{how}; the same command continues"
     if failed := [m for m in own if m.start.end == FAILED]:
         return FAILED, f"process {failed[0].index}: {failed[0].start.why}"
     if all(m.start.end == COMPLETE for m in own):

@@ -182,6 +182,7 @@ def test_a_host_whose_lock_is_not_seen_here(tmp_path):
     os.utime(record_path(tmp_path, 0), (old, old))
     found = standing(tmp_path, 100)
     assert found.state == "killed" and "9 on elsewhere" in found.why
+    assert "or frozen: nothing is heard of it" in found.why
     # Without locks the age of its lock's record tells.
     record.write_text(json.dumps(facts | {"locked": False}) + "\nheld\n")
     assert holders(path)[0].lives
