@@ -101,7 +101,11 @@ def _one_line(claim: Mapping[str, Any]) -> str:
 
 
 def _models(results: Results) -> str:
-    table = named(results["variants"].items())
+    ran = {one["variant"] for panel in results["panels"] for one in panel["variants"]}
+    table = named(
+        (name, says if name in ran else f"{says} Not run.")
+        for name, says in results["variants"].items()
+    )
     lead = (
         "A memory indexed by tokens is a table with a row for every token, or for every few tokens "
         "in succession. A layer looks its row up instead of computing it, so that parameters are "

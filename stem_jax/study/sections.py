@@ -1,5 +1,7 @@
 """Parts of the page about measures: each is HTML, "" where there is nothing to say of it."""
 
+import statistics
+
 from stem_jax.study.claims import MARGIN
 from stem_jax.study.markup import paragraph, table_html
 from stem_jax.study.measured import GROUPS, measure_of
@@ -207,6 +209,15 @@ def _rows(panel: Panel, measure: str) -> list[Bar]:
 
 
 def _dense_mean(panel: Panel, name: str) -> float | None:
-    own = [one for one in panel["variants"] if one["variant"] == panel["against"]]
-    found = own[0]["measures"].get(name) if own else None
-    return found["mean"] if found else None
+    """Of the seeds that others are compared on; more of dense are in no difference."""
+    own = [one["measures"].get(name) for one in panel["variants"] if _is_dense(panel, one)]
+    if not own or own[0] is None:
+        return None
+    others = [one["measures"].get(name) or {} for one in panel["variants"]]
+    paired = {seed for found in others for seed in found.get("differences", {})}
+    values = [value for seed, value in own[0]["values"].items() if seed in paired]
+    return statistics.fmean(values) if values else own[0]["mean"]
+
+
+def _is_dense(panel: Panel, one: Panel) -> bool:
+    return one["variant"] == panel["against"]

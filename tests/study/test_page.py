@@ -13,6 +13,7 @@ from stem_jax.study.numbers import bounded, count, interval, plain, signed
 from stem_jax.study.page import page_of, write_page
 from stem_jax.study.pictures import Bar, Line, bars, lines
 from stem_jax.study.results import results_of, results_text
+from stem_jax.study.sections import difference_picture
 from tests.browser import NAMES, find_browser, open_page
 from tests.study_records import study_records
 
@@ -208,3 +209,21 @@ def test_a_browser_has_nothing_to_complain_about(results, tmp_path, width):
     folder.mkdir()
     opened = open_page(find_browser(), tmp_path / "study.html", folder, width)
     assert (opened.console, opened.fetched, opened.wide) == ([], [], 0)
+
+
+def test_dense_stands_beside_differences_with_the_seeds_of_these(results):
+    """More of its seeds, as there are for the dense model against itself, are in none of them."""
+    panel = json.loads(json.dumps(results["panels"][0]))
+    (dense,) = (one for one in panel["variants"] if one["variant"] == panel["against"])
+    values = dense["measures"]["test_bits_per_byte"]["values"]
+    paired = [value for seed, value in values.items() if int(seed) <= 5]
+    values["1000"] = 50.0
+    dense["measures"]["test_bits_per_byte"]["mean"] = 10.0
+    said = f"Dense itself needs {plain(sum(paired) / len(paired))} bits per byte."
+    assert said in difference_picture(panel, "test_bits_per_byte")
+
+
+def test_models_that_were_not_run_are_said_to_be_none(results):
+    says = {"dense": "No table.", "nobody": "Never trained."}
+    text = _text(page_of(results | {"variants": says}, None))
+    assert "Never trained. Not run." in text and "No table. Not run." not in text

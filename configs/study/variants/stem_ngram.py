@@ -1,4 +1,4 @@
-"""STEM half and the n-grams of `ngram` together: both tables, so twice their size."""
+"""STEM half and the hashed n-grams together: both tables, so twice their size."""
 
 from configs.study.variants.ngram import vary as with_ngram
 from configs.study.variants.stem_half import vary as with_stem
