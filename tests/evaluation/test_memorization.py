@@ -35,7 +35,7 @@ FLAGS = {
     "optimizer.learning_rate": 1e-2,
     "optimizer.warmup_steps": 5,
     "train.seq_len": L,
-    "train.steps": 250,
+    "train.steps": 350,
     "train.global_batch_size": 8,
     "train.sample_prompt": "",
     "eval.every": 0,

@@ -316,14 +316,16 @@ def test_lora(targets, load, prompts, tmp_path):
 
 
 @pytest.mark.long
-def test_int8_weights(load, prompts, alone):
+def test_int8_weights(load, prompts):
     settings = transformers.TorchAoConfig(Int8WeightOnlyConfig())
     model = load(quantization_config=settings)
     kind = type(model.model.layers[0].mlp.gate_proj.weight).__name__
     assert "Int8" in kind or "Quantized" in kind, kind
-    # The first words of the answers.
-    found = _generated(model, prompts)
-    assert [one[:3] for one in found] == [one[:3] for one in alone]
+    # Greedy answers may part where two tokens are nearly as likely.
+    whole = load()
+    for ids in prompts:
+        exact, found = (one(torch.tensor([ids])).logits for one in (whole, model))
+        assert 0 < torch.linalg.norm(found - exact) / torch.linalg.norm(exact) < 0.05
     tables = [(n, p.dtype) for n, p in model.named_parameters() if "table" in n]
     assert tables and {dtype for _, dtype in tables} == {torch.float32}
     assert CACHE in model(torch.tensor(prompts[:1]), use_cache=True)
