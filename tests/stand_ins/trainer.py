@@ -17,8 +17,15 @@ index = os.environ.get("JAX_PROCESS_ID") or os.environ["SLURM_PROCID"]
 index = str(int(index) + 2 * int(os.environ.get("MEGASCALE_SLICE_ID", 0)))
 plan = next(Path(flag[7:]) for flag in sys.argv if flag.startswith("--plan="))
 started = Path(f"{plan}.started")
-before = started.read_text().splitlines() if started.exists() else []
-count = sum(json.loads(line)["process"] == index for line in before)
+
+
+def starts() -> list[dict]:
+    """All that are noted, without what somebody is still writing."""
+    text = started.read_text() if started.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+count = sum(record["process"] == index for record in starts())
 action = json.loads(plan.read_text())[index][count]
 
 
@@ -28,17 +35,16 @@ def stop(*_) -> None:
 
 
 signal.signal(signal.SIGTERM, signal.SIG_IGN if action == "deaf" else stop)
-with started.open("a") as file:
+with started.open("ab", buffering=0) as file:
     # One write, whatever the others write.
     record = {"process": index, "argv": sys.argv[1:], "folder": os.getcwd()}
-    file.write(json.dumps(record | {"environment": dict(os.environ)}) + "\n")
+    file.write(json.dumps(record | {"environment": dict(os.environ)}).encode() + b"\n")
 
 
 def of_this_size() -> list[dict]:
     """The starts on as many slices."""
-    records = map(json.loads, started.read_text().splitlines())
     number = str(SLICES)
-    return [r for r in records if r["environment"].get("MEGASCALE_NUM_SLICES", "1") == number]
+    return [r for r in starts() if r["environment"].get("MEGASCALE_NUM_SLICES", "1") == number]
 
 
 own = sum(r["process"] == index for r in of_this_size())
