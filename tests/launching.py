@@ -1,6 +1,7 @@
 """What the tests of launchers share: a small run, and processes looked at from outside."""
 
 import contextlib
+import json
 import subprocess
 import time
 from pathlib import Path
@@ -28,6 +29,12 @@ SMALL = {
     "checkpoint.every": 10,
     "train.sample_prompt": "",
 }
+
+
+def notes(path: Path) -> list:
+    """What stand-ins have written there, a line each; one being written does not count yet."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def kill_if(condition) -> None:

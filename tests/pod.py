@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.children import ROOT
-from tests.launching import STAND_INS, kill_if, wait_until
+from tests.launching import STAND_INS, kill_if, notes, wait_until
 
 SCRIPT = ROOT / "launch" / "tpu_pod.sh"
 WHERE = ["--name=pod", "--zone=zone-a"]
@@ -69,12 +69,10 @@ class Pod:
 
     def starts(self) -> list[dict]:
         """The starts of the trainer."""
-        path = Path(f"{self.plan}.started")
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return notes(Path(f"{self.plan}.started"))
 
     def calls(self) -> list[list[str]]:
-        path = self.state / "calls.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return notes(self.state / "calls.jsonl")
 
     def called(self, *words: str) -> list[list[str]]:
         return [call for call in self.calls() if call[2 : 2 + len(words)] == list(words)]

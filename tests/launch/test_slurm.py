@@ -16,7 +16,15 @@ import pytest
 
 from tests import effort
 from tests.children import ROOT, train_flags
-from tests.launching import SMALL, STAND_INS, STEPS, kill_if, wait_for_checkpoint, wait_until
+from tests.launching import (
+    SMALL,
+    STAND_INS,
+    STEPS,
+    kill_if,
+    notes,
+    wait_for_checkpoint,
+    wait_until,
+)
 
 
 class Job:
@@ -75,7 +83,7 @@ class Job:
 
     def starts(self) -> list[dict]:
         path = Path(f"{self.plan}.started")
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return notes(path)
 
     def requeues(self) -> int:
         calls = (self.state / "calls.jsonl").read_text().splitlines()
