@@ -82,6 +82,8 @@ def test_the_readme_runs(folder):
         if "stem_jax.plan" in line:
             argv += [f"--config.{key}={value}" for key, value in SHORT.items()]
             argv += ["--config.train.global_batch_size=8"]
+        if "--perplexity" in line:
+            argv += ["--limit=9"]
         done = subprocess.run(
             argv,
             cwd=folder,

@@ -19,6 +19,8 @@ from stem_jax.work_folder import making, writing
 from tests import launching
 from tests.children import child, finish, gang, train_flags
 
+pytestmark = pytest.mark.little_effort
+
 HOST = os.uname().nodename
 # Steps without end: who is not refused goes on until it is stopped.
 STEPS = {"train.steps": 100_000, "optimizer.schedule": "constant", "checkpoint.every": 2}

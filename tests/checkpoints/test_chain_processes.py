@@ -31,6 +31,8 @@ from tests.checkpoints.test_chains import (
 from tests.children import child, finish, pair
 from tests.launching import wait_until
 
+pytestmark = pytest.mark.little_effort
+
 OPTIONS = {"keep": 9, "full_every": 3}
 
 

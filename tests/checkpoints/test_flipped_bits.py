@@ -22,6 +22,8 @@ from stem_jax.training.state import init_state
 from tests.tables.test_disk_runs import on_disk, run  # noqa: F401
 from tests.tables.test_offload_run import text_file  # noqa: F401
 
+pytestmark = pytest.mark.little_effort
+
 # Files of one kind differ in what is hashed, and in the process that wrote them.
 _KIND = [(r"\b[0-9a-f]{32}\b", "DATA"), (r"process_\d+", "process_N")]
 KINDS = """

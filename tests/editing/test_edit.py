@@ -16,6 +16,8 @@ from stem_jax.errors import InputError
 from stem_jax.training.state import init_state
 from tests.saved_models import SIZES, logits, save_run, trained_state
 
+pytestmark = pytest.mark.little_effort
+
 PROMPT = "abc"
 
 

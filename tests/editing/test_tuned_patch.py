@@ -28,6 +28,8 @@ from stem_jax.training.schedule import make_schedule
 from tests.facts_model import COUNTRIES, import_into
 from tests.saved_models import BYTES, CONTEXT, SIZES, greedy, save_run, trained_state
 
+pytestmark = pytest.mark.little_effort
+
 # Tokens of the tuned text: few, so that most rows have no update.
 _IDS = np.array([65, 66, 67, 100, 101])
 _PROMPT = [[256, 65, 66, 100, 90, 91]]

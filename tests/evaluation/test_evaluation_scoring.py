@@ -13,6 +13,8 @@ from stem_jax.evaluation import scoring
 from stem_jax.evaluation.scoring import Scorer
 from tests.saved_models import CONTEXT, logits, run_folders
 
+pytestmark = pytest.mark.little_effort
+
 MODELS = {"stem": {}, "dense": {"model.stem_layers": "none"}, "scanned": {"model.num_layers": 5}}
 MODELS["scanned"] |= {"model.stem_layers": (1, 3), "model.scan_layers": True}
 

@@ -24,6 +24,8 @@ from stem_jax.generation.generator import Generator
 from tests import effort
 from tests.facts_model import import_into
 
+pytestmark = pytest.mark.little_effort
+
 TASKS = Path(__file__).parents[1] / "data" / "lm_eval_tasks"
 CONTEXT = 128
 LIKELIHOOD = 1e-3

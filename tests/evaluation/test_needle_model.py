@@ -10,6 +10,8 @@ from stem_jax import evaluate, import_torch
 from tests.children import finish, gang
 from tests.pictures import assert_is_heatmap
 
+pytestmark = pytest.mark.little_effort
+
 MODEL = Path(__file__).parents[1] / "data" / "needle_model"
 FLAGS = ["--niah", "--keys=1,2", "--depths=0,0.5,1", "--samples=5"]
 

@@ -8,6 +8,8 @@ from stem_jax.errors import InputError
 from stem_jax.interop import import_model
 from tests.interop.test_import import few_ids_flags, write_official
 
+pytestmark = pytest.mark.little_effort
+
 
 @pytest.mark.long
 def test_nobody_else_writes_there_meanwhile(s3_bucket, tmp_path, monkeypatch):

@@ -33,6 +33,18 @@ NEW = 8
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
+# Of what takes long once more, without memories and with all of them.
+compiled = pytest.mark.parametrize(
+    "folder",
+    [
+        "facts",
+        "memories",
+        *(pytest.param(name, marks=pytest.mark.nightly) for name in ("value", "per_layer")),
+    ],
+    indirect=True,
+)
+
+
 @pytest.fixture(
     scope="module", params=["facts", *(pytest.param(m, marks=pytest.mark.long) for m in MEMORIES)]
 )
@@ -149,6 +161,7 @@ def test_what_is_recorded(load, prompts):
 
 
 @pytest.mark.long
+@compiled
 def test_flex_attention(load, prompts):
     ids = torch.tensor(prompts[:1])
     with torch.no_grad():
@@ -258,6 +271,7 @@ def test_torch_export(exported_program, load, prompts):
 
 
 @pytest.mark.long
+@compiled
 def test_onnx(exported_program, load, prompts, tmp_path):
     path, ids = tmp_path / "model.onnx", _both_rows(prompts)
     torch.onnx.export(exported_program, dynamo=True, verbose=False).save(path)
@@ -269,6 +283,7 @@ def test_onnx(exported_program, load, prompts, tmp_path):
 
 
 @pytest.mark.long
+@compiled
 def test_torch_compile(load, prompts):
     model, ids = load(), torch.tensor(prompts[:1])
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """Exports of models with value and per-layer embeddings say what we say, and are read again."""
 
+import itertools
 import json
 
 import numpy as np
@@ -120,8 +121,15 @@ def test_greedy_generation(name, exported, run_folder):
     assert theirs[:, longest:].tolist() == ours
 
 
+def _flex(name: str):
+    """It is compiled, for half a minute; the last model has both memories."""
+    marks = [pytest.mark.long, *([] if name == "stem both" else [pytest.mark.nightly])]
+    return pytest.param(name, "flex_attention", marks=marks)
+
+
 @pytest.mark.parametrize(
-    "attention", ["sdpa", "eager", pytest.param("flex_attention", marks=pytest.mark.long)]
+    ("name", "attention"),
+    [*itertools.product(MODELS, ["sdpa", "eager"]), *map(_flex, MODELS)],
 )
 def test_cached_steps_and_packed_rows(name, attention, exported):
     model = _load(exported(name), attn_implementation=attention)

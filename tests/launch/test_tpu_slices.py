@@ -13,6 +13,8 @@ from tests.children import train_flags
 from tests.launching import wait_until
 from tests.pod import SHAPE, WORKDIR, finish
 
+pytestmark = pytest.mark.little_effort
+
 TWO = ["--slices=2"]
 ELASTIC = [*TWO, "--elastic"]
 

@@ -4,6 +4,8 @@ import pytest
 
 from benchmarks.memories import PROCESSES_MESH, Runs, compare
 
+pytestmark = pytest.mark.little_effort
+
 STEPS = 60
 
 
@@ -18,7 +20,7 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize(
     ("memory", "form", "meshes", "others"),
     [
-        ("value", "bfloat16", [(2, 2, 2)], False),
+        pytest.param("value", "bfloat16", [(2, 2, 2)], False, marks=pytest.mark.nightly),
         pytest.param("per_layer", "float32", [(8, 1, 1)], False, marks=pytest.mark.nightly),
         # The gate of `engram` takes meshes apart, and other orders of sums: for itself.
         pytest.param("stem + ngram", "float32", [(2, 2, 2)], False, marks=pytest.mark.nightly),

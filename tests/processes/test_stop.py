@@ -16,6 +16,8 @@ from stem_jax.run_saves import owes_validation
 from stem_jax.training.loop import Loop
 from tests import launching
 
+pytestmark = pytest.mark.little_effort
+
 # A validation of three batches is due at steps 3 and 6, as a checkpoint is.
 VALUES = launching.SMALL | {
     "train.steps": 6,

@@ -174,8 +174,13 @@ def _keys(kind: str, devices: int):
 @pytest.mark.parametrize(
     "name",
     [
-        name if name in ("copies", "slices within") else pytest.param(name, marks=pytest.mark.long)
-        for name in PLACES
+        "copies",
+        "slices within",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("three", "slices")),
+        *(
+            pytest.param(name, marks=[pytest.mark.long, pytest.mark.nightly])
+            for name in ("two of four", "tensor")
+        ),
     ],
 )
 def test_every_level_gives_the_same_bits(name, place, monkeypatch):

@@ -71,7 +71,9 @@ def outcome(programs, tmp_path_factory):
     [
         *RUNS[1:3],
         # A program of its own, and two of eight devices.
-        *(pytest.param(how, marks=pytest.mark.long) for how in (RUNS[0], *RUNS[3:])),
+        pytest.param(RUNS[0], marks=[pytest.mark.long, pytest.mark.nightly]),
+        pytest.param(RUNS[3], marks=[pytest.mark.long, pytest.mark.nightly]),
+        pytest.param(RUNS[4], marks=pytest.mark.long),
     ],
     ids=lambda how: "-".join(map(str, how)),
 )

@@ -24,6 +24,8 @@ from stem_jax.train import main
 from tests.children import HELD, child, finish, train_flags
 from tests.launching import wait_for_records
 
+pytestmark = pytest.mark.little_effort
+
 STEPS = 36
 SMALL = {
     "model.vocab_size": 320,

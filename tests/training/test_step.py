@@ -238,7 +238,13 @@ def test_sums_of_accelerators_train_alike(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("way", "dtype"), [("scatter", "bfloat16"), ("segments", "float32")])
+@pytest.mark.parametrize(
+    ("way", "dtype"),
+    [
+        ("scatter", "bfloat16"),
+        pytest.param("segments", "float32", marks=pytest.mark.nightly),
+    ],
+)
 def test_gradients_of_rows_add_up_in_place_to_the_same_bits(
     way, dtype, tiny_config, device_mesh, fresh_state, make_batch, monkeypatch
 ):
@@ -263,7 +269,9 @@ def test_gradients_of_rows_add_up_in_place_to_the_same_bits(
     [
         ("scatter", (2, 2, 2), (0, 3)),
         pytest.param("scatter", (2, 2, 2), (2, 3), marks=pytest.mark.long),
-        pytest.param("scatter", (1, 1, 1), (0, 2, 3), marks=pytest.mark.long),
+        pytest.param(
+            "scatter", (1, 1, 1), (0, 2, 3), marks=[pytest.mark.long, pytest.mark.nightly]
+        ),
         pytest.param("windows", (2, 2, 2), (0, 2, 3), marks=pytest.mark.long),
     ],
 )
