@@ -15,6 +15,8 @@ from stem_jax.errors import InputError
 from tests.buckets import Answer
 from tests.children import ROOT
 
+pytestmark = pytest.mark.little_effort
+
 _DENIED = {
     "s3": Answer(
         403, b'<?xml version="1.0"?><Error><Code>AccessDenied</Code><Message>no</Message></Error>'

@@ -20,6 +20,8 @@ from tests import effort
 from tests.children import HELD, train_flags
 from tests.launching import wait_for_checkpoint, wait_for_records
 
+pytestmark = pytest.mark.little_effort
+
 TEXT = [
     "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 4,
     "Token-indexed tables hold one row for each token; only rows in a batch are read. " * 5,

@@ -25,6 +25,8 @@ from stem_jax.training.blueprint import Blueprint
 from stem_jax.training.state import init_state
 from tests.engine_requests import Heard, alone
 
+pytestmark = pytest.mark.little_effort
+
 CONTEXT = 48
 BYTES = load_tokenizer("bytes")
 GREEDY = Sampling(temperature=0.0)

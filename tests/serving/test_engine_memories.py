@@ -22,6 +22,8 @@ from stem_jax.training.blueprint import Blueprint
 from stem_jax.training.state import init_state, table_key
 from tests.engine_requests import Heard, alone
 
+pytestmark = pytest.mark.little_effort
+
 V, CONTEXT = 88, 48
 FEW = {"tables.resident_rows": 32, "ngram.resident_rows": 160}
 

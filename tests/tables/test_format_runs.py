@@ -41,8 +41,8 @@ PLACES = [
         (("bfloat16 rowwise", ONE), ()),
         (("bfloat16", ALL), pytest.mark.long),
         (("rowwise", ONE), pytest.mark.long),
-        (("rowwise", ALL), pytest.mark.long),
-        (("bfloat16", ONE), pytest.mark.long),
+        (("rowwise", ALL), [pytest.mark.long, pytest.mark.nightly]),
+        (("bfloat16", ONE), [pytest.mark.long, pytest.mark.nightly]),
         (("bfloat16 rowwise", ALL), pytest.mark.long),
         (("bfloat16 rowwise", EIGHT), pytest.mark.long),
     ]

@@ -33,6 +33,8 @@ from tests.earlier import STEP
 from tests.logical import logical_table
 from tests.offloading import store_arrays
 
+pytestmark = pytest.mark.little_effort
+
 END, SAVED = STEP + 6, STEP + 3
 # Another batch, mixture, context, order and learning rate.
 STAGE = {
