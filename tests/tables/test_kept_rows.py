@@ -1,6 +1,7 @@
 """Stores that keep the rows alone that were written."""
 
 import dataclasses
+import mmap
 
 import jax
 import numpy as np
@@ -40,6 +41,11 @@ def test_rows_get_the_next_places_and_stay_there(data, num_rows):
         np.testing.assert_array_equal(kept.places(rows), [model[row] for row in rows.tolist()])
     assert kept.count == len(model)
     np.testing.assert_array_equal(kept.numbers[: kept.count], list(model))
+
+
+def test_a_system_without_large_pages_reserves_too(monkeypatch):
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 12345, raising=False)
+    assert reserved((3,), "float32").tolist() == [0, 0, 0]
 
 
 def test_reserved_memory_is_zero_and_of_any_type():
