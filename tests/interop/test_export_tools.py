@@ -330,10 +330,21 @@ def test_lora(targets, load, prompts, tmp_path):
     assert merged.state_dict().keys() == load().state_dict().keys()
 
 
+def _int8(load):
+    return load(quantization_config=transformers.TorchAoConfig(Int8WeightOnlyConfig()))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("folder", ["facts"], indirect=True)
+def test_int8_answers(load, prompts, alone):
+    # The first words.
+    found = _generated(_int8(load), prompts)
+    assert [one[:3] for one in found] == [one[:3] for one in alone]
+
+
 @pytest.mark.long
 def test_int8_weights(load, prompts):
-    settings = transformers.TorchAoConfig(Int8WeightOnlyConfig())
-    model = load(quantization_config=settings)
+    model = _int8(load)
     kind = type(model.model.layers[0].mlp.gate_proj.weight).__name__
     assert "Int8" in kind or "Quantized" in kind, kind
     # Greedy answers may part where two tokens are nearly as likely.
