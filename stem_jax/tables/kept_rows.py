@@ -88,7 +88,7 @@ def reserved(shape: tuple[int, ...], dtype) -> np.ndarray:
         return np.zeros(shape, dtype)
     pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
     # As NumPy does for its own arrays: rows at random places are found with fewer misses.
-    with contextlib.suppress(AttributeError, OSError):
+    with contextlib.suppress(OSError):
         pages.madvise(mmap.MADV_HUGEPAGE)
     # An array of NumPy's own dtype: those of ml_dtypes have no buffers.
     return np.frombuffer(pages, np.uint8, size).view(dtype).reshape(shape)

@@ -19,8 +19,6 @@ from stem_jax.train import main
 from tests.children import train_flags
 from tests.tables.test_offload_run import SMALL, text_file  # noqa: F401
 
-pytestmark = pytest.mark.little_effort
-
 STEPS = 12
 ON_DISK = {"tables.resident_rows": 256, "tables.host_rows": 64, "checkpoint.keep": 1}
 
